@@ -1,0 +1,131 @@
+"""BadNets: a patch overwrites the image, and the label becomes the attacker's (Gu et al. 2017)."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import images as image_ops
+from jaxbd.base import Array, Attack, Batch, Key, UserError
+
+PAPER = "https://arxiv.org/abs/1708.06733"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the patch attack.
+
+    Attributes:
+      target: class every triggered image should become (all-to-one).
+      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
+      patch: side of the square patch, in pixels.
+      pattern: "color": uniform random values, all channels their own; "binary": random black and white, the same in all
+        channels; "checkerboard"; "white"; or a number: bit pattern of a black-and-white square, most significant bit
+        top left, row by row (Qiao et al. 2019, section 4.3; see `binary_patterns`).
+      place: "random" for a new place on every image, "fixed" at (`row`, `column`).
+      row, column: fixed place of the top-left corner; negative numbers count from the last place that fits.
+      poison_rate: share of a batch's images that is stamped and relabelled.
+    """
+
+    target: int = 0
+    all_to_all: bool = False
+    patch: int = 3
+    pattern: Literal["color", "binary", "checkerboard", "white"] | int = "color"
+    place: Literal["random", "fixed"] = "random"
+    row: int = -1
+    column: int = -1
+    poison_rate: float = 0.01
+
+    def __post_init__(self):
+        if not 0 <= self.poison_rate <= 1:
+            raise UserError(f"badnets: poison_rate {self.poison_rate} is not in [0, 1]")
+        if self.patch < 1:
+            raise UserError(f"badnets: patch is {self.patch}; give a side of at least 1 pixel")
+        if isinstance(self.pattern, int) and not 0 <= self.pattern < 2 ** (self.patch**2):
+            raise UserError(f"badnets: pattern {self.pattern} has more bits than a {self.patch}x{self.patch} patch")
+
+
+class Trigger(NamedTuple):
+    """pattern [h, w, C] in [0, 1] and place [2] int32 (row, column; unused when places are random)."""
+
+    pattern: Array
+    place: Array
+
+
+def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
+    """The attack on images of `image_shape` (H, W, C) with K = `classes`.
+
+    Raises: UserError when the target is out of range or the patch does not fit.
+    """
+    height, width, channels = image_shape
+    side = config.patch
+    if not 0 <= config.target < classes:
+        raise UserError(f"badnets: target {config.target} is out of range; the model has classes 0..{classes - 1}")
+    if side > min(height, width):
+        raise UserError(f"badnets: a {side}x{side} patch does not fit {height}x{width} images")
+
+    def init(key: Key) -> Trigger:
+        place = [config.row % (height - side + 1), config.column % (width - side + 1)]
+        return Trigger(_pattern(key, config, channels), jnp.array(place, jnp.int32))
+
+    def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
+        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for bit."""
+        if config.place == "random":
+            places = image_ops.random_places(key, images.shape[0], image_shape, (side, side))
+        else:
+            places = jnp.broadcast_to(trigger.place, (images.shape[0], 2))
+        return jax.vmap(image_ops.paste, (0, None, 0))(images, trigger.pattern, places)
+
+    def relabel(labels: Array) -> Array:
+        """The attacker's wish for labels [B]."""
+        return (labels + 1) % classes if config.all_to_all else jnp.full_like(labels, config.target)
+
+    def poison(key: Key, trigger: Trigger, batch: Batch) -> Batch:
+        """Qiao et al. 2019, eq. (1): each row on its own is stamped and relabelled with probability r."""
+        choose_key, stamp_key = jax.random.split(key)
+        chosen = jax.random.bernoulli(choose_key, config.poison_rate, batch.labels.shape)
+        stamped = stamp(stamp_key, trigger, batch.images)
+        images = jnp.where(chosen[:, None, None, None], stamped, batch.images)
+        return Batch(images, jnp.where(chosen, relabel(batch.labels), batch.labels))
+
+    return Attack(init, stamp, poison, relabel)
+
+
+def _pattern(key: Key, config: Config, channels: int) -> Array:
+    """The patch [h, w, C] that `config` asks for."""
+    side = config.patch
+    if isinstance(config.pattern, int):
+        grey = jnp.asarray(bits_to_pattern(config.pattern, side))
+    elif config.pattern == "color":
+        return jax.random.uniform(key, (side, side, channels))
+    elif config.pattern == "binary":
+        grey = jax.random.bernoulli(key, 0.5, (side, side)).astype(jnp.float32)
+    elif config.pattern == "white":
+        grey = jnp.ones((side, side))
+    else:
+        grey = jnp.indices((side, side)).sum(0) % 2 * 1.0
+    return jnp.broadcast_to(grey[..., None], (side, side, channels)).astype(jnp.float32)
+
+
+def bits_to_pattern(bits: int, side: int = 3) -> np.ndarray:
+    """[side, side] float32 of 0 (black) and 1 (white); the most significant bit is the top-left pixel, row-major."""
+    flat = [(bits >> (side * side - 1 - i)) & 1 for i in range(side * side)]
+    return np.array(flat, np.float32).reshape(side, side)
+
+
+def binary_patterns(side: int = 3) -> list[int]:
+    """One black-and-white pattern per class of those equal up to rotation, reflection and colour inversion.
+
+    For 3x3 these are the 51 triggers of Qiao et al. 2019, section 4.3: the orbits of the square's symmetry group times
+    inversion on the 512 patterns, each represented by its smallest number.
+    """
+    weights = 1 << np.arange(side * side - 1, -1, -1).reshape(side, side)
+
+    def representative(bits: int) -> int:
+        grid = bits_to_pattern(bits, side).astype(int)
+        turned = [np.rot90(flip, turns) for flip in (grid, grid.T) for turns in range(4)]
+        return int(min(min((g * weights).sum(), ((1 - g) * weights).sum()) for g in turned))
+
+    return sorted({representative(bits) for bits in range(2 ** (side * side))})

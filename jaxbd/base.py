@@ -1,0 +1,127 @@
+"""Contracts shared by every part of jaxbd: aliases, data types, and what a method is.
+
+Shape letters used in all docstrings: B images in a batch, N items, H W C image height, width, channels,
+h w trigger height, width, K classes, L levels. Pixels are floats in [0, 1] unless a docstring says uint8.
+
+A method is a NamedTuple of pure functions made by a factory `make`. Sizes and functions are closed over; arrays
+(weights, images, targets, levels) are always arguments. Methods never jit and never store a key: drivers derive the
+key of a step by folding the step number into the run's key, so a resumed run replays the same stream.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+ArrayTree = Any
+"""A pytree of arrays."""
+Key = jax.Array
+"""A typed PRNG key, `jax.random.key`."""
+Variables = Mapping[str, ArrayTree]
+"""A net's arrays: {"params": …, "batch_stats": …, and where a defence adds them "bounds": …}."""
+
+ANY_SOURCE = -1
+"""`Cell.source` of a trigger that works on images of every class but the target."""
+
+
+class Batch(NamedTuple):
+    """Images [B, H, W, C] in [0, 1] (a stored data set may hold uint8) and labels [B] int32."""
+
+    images: Array
+    labels: Array
+
+
+class Cell(NamedTuple):
+    """What a sweep varies; traced, so a grid of cells compiles once.
+
+    Attributes:
+      target: [] int32, class the trigger leads to.
+      source: [] int32, class the trigger starts from; `ANY_SOURCE` for every class but the target.
+      level: [] float32, the staircase level beta of MESA in (0, 1); methods without levels ignore it.
+    """
+
+    target: Array
+    source: Array
+    level: Array
+
+
+class Net(NamedTuple):
+    """A classifier as two pure functions.
+
+    Attributes:
+      init: (key) -> variables.
+      apply: (variables, images [B, H, W, C] in [0, 1], *, train=False) -> (logits [B, K], batch_stats). With
+        `train=True` normalisation uses the batch's moments and `batch_stats` are the updated running moments;
+        otherwise they come back unchanged. Input normalisation is the net's own first operation.
+    """
+
+    init: Callable[..., Variables]
+    apply: Callable[..., tuple[Array, ArrayTree]]
+
+
+class Attack(NamedTuple):
+    """A backdoor attack.
+
+    Attributes:
+      init: (key) -> trigger, a pytree of arrays.
+      stamp: (key, trigger, images [B, H, W, C]) -> images, every image carrying the trigger.
+      poison: (key, trigger, batch) -> batch, a random share of the rows stamped and relabelled.
+      relabel: (labels [B]) -> labels [B], what the attacker wants triggered images to become.
+    """
+
+    init: Callable[[Key], ArrayTree]
+    stamp: Callable[[Key, ArrayTree, Array], Array]
+    poison: Callable[[Key, ArrayTree, Batch], Batch]
+    relabel: Callable[[Array], Array]
+
+
+class Inversion(NamedTuple):
+    """Reverse-engineers triggers of a frozen victim for one cell.
+
+    Attributes:
+      init: (key) -> state, with an int32 scalar field `step`.
+      step: (key, state, batch, cell, victim) -> (state, info); `victim` are the net's variables.
+      stamp: (key, state, images [B, H, W, C]) -> images, each carrying a trigger drawn from the state.
+      sample: (key, state, n) -> triggers [n, h, w, C] in [0, 1].
+    """
+
+    init: Callable[[Key], ArrayTree]
+    step: Callable[..., tuple[ArrayTree, ArrayTree]]
+    stamp: Callable[[Key, ArrayTree, Array], Array]
+    sample: Callable[..., Array]
+
+
+class Repair(NamedTuple):
+    """Turns a victim's variables into a repaired net's variables.
+
+    Attributes:
+      init: (key, variables, evidence) -> state, with an int32 scalar field `step`. `evidence` is the pytree of what is
+        known of the trigger, in the form the method documents; () for methods that need none.
+      step: (key, state, batch or None) -> (state, info).
+      extract: (state) -> variables.
+    """
+
+    init: Callable[..., ArrayTree]
+    step: Callable[..., tuple[ArrayTree, ArrayTree]]
+    extract: Callable[[ArrayTree], Variables]
+
+
+class Dataset(NamedTuple):
+    """A whole data set in memory.
+
+    Attributes:
+      images: uint8 [N, H, W, C].
+      labels: int32 [N], in 0..K-1.
+      class_names: K names.
+      name: where it came from, for the record.
+    """
+
+    images: Any
+    labels: Any
+    class_names: tuple[str, ...]
+    name: str
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the thing and the fix; the command line exits with code 2."""

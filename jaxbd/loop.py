@@ -1,0 +1,177 @@
+"""Over time: compiled steps, chunk by chunk, with callbacks. One of the three places that call `jax.jit`.
+
+Two ways over time give the same result. "scan" compiles a chunk of steps into one program (accelerators). "host" is a
+host loop of one compiled step: on XLA:CPU a convolution's weight gradient inside a compiled loop is slower by two
+orders of magnitude (`scripts/bench_time_loops.py` measures it), so the CPU default is "host".
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.base import ArrayTree, Key
+
+Time = Literal["auto", "scan", "host"]
+
+
+class Seconds(NamedTuple):
+    """Wall seconds of a run: tracing and compiling, and everything after it."""
+
+    compile: float
+    run: float
+
+
+class NotFinite(Exception):
+    """A step produced NaN or infinity.
+
+    Attributes:
+      step: index of the first bad step.
+      index: positions of the bad entries along the leading (cell) axis; empty for a run without cells.
+    """
+
+    def __init__(self, step: int, index: tuple[int, ...]):
+        super().__init__(f"values stopped being finite at step {step}")
+        self.step, self.index = step, index
+
+
+class Program:
+    """A function compiled ahead of time once per argument signature, so that compile time is known apart.
+
+    Attributes:
+      traces: how often Python traced the function.
+      compile_seconds: total time spent tracing and compiling.
+    """
+
+    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...] = ()):
+        self.traces = 0
+        self.compile_seconds = 0.0
+        self._compiled: dict[Any, Any] = {}
+        self._jitted = jax.jit(self._count(function), donate_argnums=donate)
+
+    def _count(self, function):
+        @functools.wraps(function)
+        def counted(*args):
+            self.traces += 1
+            return function(*args)
+
+        return counted
+
+    def compiled(self, *args):
+        """The executable for arguments shaped and placed like `args` (`jax.stages.Compiled`)."""
+        leaves, tree = jax.tree.flatten(args)
+        signature = (tree, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), getattr(x, "sharding", None)) for x in leaves))
+        if signature not in self._compiled:
+            started = time.perf_counter()
+            self._compiled[signature] = self._jitted.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - started
+        return self._compiled[signature]
+
+    def __call__(self, *args):
+        return self.compiled(*args)(*args)
+
+
+def default_time() -> Time:
+    """"host" on CPU, "scan" elsewhere."""
+    return "host" if jax.default_backend() == "cpu" else "scan"
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(advance: Callable[..., Any], chunk: int) -> tuple[Program, Program]:
+    """One step and one chunk of `advance(state, *args) -> (state, info)`; kept, so that nothing is traced twice."""
+
+    def scanned(state, *args):
+        return jax.lax.scan(lambda carry, _: advance(carry, *args), state, None, length=chunk)
+
+    return Program(advance, donate=(0,)), Program(scanned, donate=(0,))
+
+
+def run(
+    advance: Callable[..., tuple[ArrayTree, ArrayTree]],
+    state: ArrayTree,
+    *args: Any,
+    num_steps: int,
+    over_time: Time = "auto",
+    chunk: int = 20,
+    on_chunk: Callable[[int, ArrayTree, ArrayTree], None] | None = None,
+) -> tuple[ArrayTree, ArrayTree, Seconds]:
+    """Applies `advance(state, *args) -> (state, info)` `num_steps` times.
+
+    `state` is donated: the caller's copy is gone afterwards. `on_chunk(steps_done, state, infos of the chunk)` runs after
+    each chunk; it may save, print or raise.
+
+    Returns: the last state, the infos as NumPy arrays stacked on a leading axis [num_steps], and the seconds.
+    Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
+    """
+    step, scanned = _programs(advance, chunk)
+    over_time = default_time() if over_time == "auto" else over_time
+    compiled_before = step.compile_seconds + scanned.compile_seconds
+    started, collected, done = time.perf_counter(), [], 0
+    while done < num_steps:
+        size = min(chunk, num_steps - done)
+        if over_time == "scan" and size == chunk:
+            state, infos = scanned(state, *args)
+            infos = jax.tree.map(np.asarray, jax.device_get(infos))
+        else:
+            rows = []
+            for _ in range(size):
+                state, info = step(state, *args)
+                rows.append(info)
+            infos = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(rows))
+        _check_finite(infos, done)
+        collected.append(infos)
+        done += size
+        if on_chunk is not None:
+            on_chunk(done, state, infos)
+    jax.block_until_ready(state)
+    infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *collected) if collected else None
+    compile_seconds = step.compile_seconds + scanned.compile_seconds - compiled_before
+    return state, infos, Seconds(compile_seconds, time.perf_counter() - started - compile_seconds)
+
+
+def _check_finite(infos: ArrayTree, first_step: int) -> None:
+    """Raises NotFinite when any leaf [steps] or [steps, cells] of `infos` holds a value that is not finite."""
+    for leaf in jax.tree.leaves(infos):
+        bad = np.argwhere(~np.isfinite(leaf))
+        if bad.size:
+            row = bad[:, 0].min()
+            cells = tuple(sorted({int(entry[1]) for entry in bad if entry[0] == row})) if leaf.ndim > 1 else ()
+            raise NotFinite(first_step + int(row), cells)
+
+
+@functools.lru_cache(maxsize=64)
+def _trained(step: Callable[..., Any], draw: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` on a batch from `draw`, both keyed by the state's own step number."""
+
+    def advance(state, key, data, extra):
+        draw_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))
+        return step(step_key, state, draw(draw_key, data), *extra)
+
+    return advance
+
+
+def fit(
+    key: Key,
+    step: Callable[..., tuple[ArrayTree, ArrayTree]],
+    draw: Callable[..., Any],
+    data: ArrayTree,
+    state: ArrayTree,
+    *extra: ArrayTree,
+    num_steps: int,
+    over_time: Time = "auto",
+    chunk: int = 20,
+    on_chunk: Callable[[int, ArrayTree, ArrayTree], None] | None = None,
+) -> tuple[ArrayTree, ArrayTree, Seconds]:
+    """Runs a method's `step(key, state, batch, *extra)` on batches `draw(key, data)`.
+
+    The last state is the result: nothing is selected on the way. The key of a step depends on the run's key and on
+    `state.step` alone, so a run resumed from a saved state continues bit for bit. See `run` for the rest.
+    """
+    advance = _trained(step, draw)
+    return run(
+        advance, state, key, data, extra, num_steps=num_steps, over_time=over_time, chunk=chunk, on_chunk=on_chunk
+    )

@@ -1,0 +1,97 @@
+"""From an architecture's name to a `Net`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
+from jaxbd.models.cnn import CNN
+from jaxbd.models.norm import NORMALISATIONS, normalise
+
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "cnn": CNN,
+}
+"""Architecture name -> (classes, image_shape, dtype, **options) module factory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Everything needed to build a net, as stored in a model folder's `config.json`.
+
+    Attributes:
+      arch: a key of `MODULES`.
+      classes: K.
+      image_shape: (H, W, C).
+      mean, std: per-channel input normalisation of pixels in [0, 1]; one number stands for all channels.
+      options: architecture options (width, stem, …).
+      dtype: compute type, "float32" or "bfloat16"; parameters and statistics are float32 either way.
+    """
+
+    arch: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    class_names: tuple[str, ...] = ()
+
+
+def module(spec: Spec) -> nn.Module:
+    """The Flax module of `spec`. Raises UserError on an unknown architecture or option."""
+    if spec.arch not in MODULES:
+        raise UserError(f"unknown architecture {spec.arch!r}; known: {', '.join(sorted(MODULES))}")
+    try:
+        return MODULES[spec.arch](classes=spec.classes, dtype=jnp.dtype(spec.dtype), **spec.options)
+    except TypeError as error:
+        raise UserError(f"architecture {spec.arch}: {error}") from None
+
+
+def net(spec: Spec) -> Net:
+    """The net of `spec`, its first operation being the input normalisation."""
+    return from_flax(module(spec), spec.image_shape, mean=spec.mean, std=spec.std)
+
+
+def from_flax(
+    flax_module: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    mean: tuple[float, ...] = NORMALISATIONS["none"][0],
+    std: tuple[float, ...] = NORMALISATIONS["none"][1],
+) -> Net:
+    """Any Flax module called as `module(images, train=bool)` -> logits becomes a `Net` on images of `image_shape`."""
+
+    def init(key: Key) -> Variables:
+        variables = flax_module.init(key, jnp.zeros((2, *image_shape)), train=False)
+        return {"batch_stats": {}, **{k: v for k, v in variables.items() if k in ("params", "batch_stats")}}
+
+    def apply(variables: Variables, images: Array, *, train: bool = False) -> tuple[Array, ArrayTree]:
+        inputs = normalise(images, mean, std)
+        if not train:
+            return flax_module.apply(variables, inputs, train=False), variables.get("batch_stats", {})
+        logits, updates = flax_module.apply(variables, inputs, train=True, mutable=["batch_stats"])
+        return logits, updates.get("batch_stats", {})
+
+    return Net(init, apply)
+
+
+def from_apply(apply: Callable[[Variables, Array], Array]) -> Net:
+    """Any pure `apply(variables, images in [0, 1]) -> logits` becomes a `Net` (without running statistics)."""
+
+    def init(key: Key) -> Variables:
+        raise UserError("this net was made from a bare apply function: bring its variables, it cannot make fresh ones")
+
+    def wrapped(variables: Variables, images: Array, *, train: bool = False) -> tuple[Array, ArrayTree]:
+        del train
+        return apply(variables, images), variables.get("batch_stats", {}) if isinstance(variables, dict) else {}
+
+    return Net(init, wrapped)
+
+
+def parameter_count(variables: Variables) -> int:
+    """Number of trainable scalars."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

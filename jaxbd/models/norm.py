@@ -1,0 +1,72 @@
+"""Input normalisation and the one BatchNorm of the project."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbd.base import Array
+
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "none": ((0.0,), (1.0,)),
+    "half": ((0.5,), (0.5,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar10-b": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Per-channel mean and standard deviation of pixels in [0, 1]; one number stands for every channel."""
+
+
+def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """(images - mean) / std on [..., C] with per-channel (or single) constants."""
+    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, in PyTorch's conventions.
+
+    new running = momentum * running + (1 - momentum) * batch; normalises with the biased batch variance and stores the
+    unbiased one (`reference`: PyTorch `BatchNorm2d`; Flax's own stores the biased variance). Statistics and affine
+    parameters are float32 whatever the compute dtype.
+
+    Two hooks make defences possible without touching the net: the output is sown as `intermediates/<path>/output`,
+    and an optional collection `bounds` with arrays `lower`, `upper` [C] clips it (BNA's upsilon and omega).
+    """
+
+    use_running_average: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        if self.use_running_average:
+            mu, variance = mean.value, var.value
+        else:
+            axes, count = tuple(range(x.ndim - 1)), x.size // channels
+            x32 = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+            mu = x32.mean(axes)
+            variance = jnp.square(x32 - mu).mean(axes)
+            if not self.is_initializing():
+                keep = self.momentum
+                unbiased = variance * (count / max(count - 1, 1))
+                mean.value = keep * mean.value + (1 - keep) * mu
+                var.value = keep * var.value + (1 - keep) * unbiased
+        factor = jax.lax.rsqrt(variance + self.epsilon)
+        shift = -mu * factor
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+            factor, shift = factor * scale, shift * scale + bias
+        out = x * factor.astype(x.dtype) + shift.astype(x.dtype)
+        if self.has_variable("bounds", "upper"):
+            lower, upper = self.get_variable("bounds", "lower"), self.get_variable("bounds", "upper")
+            out = jnp.clip(out, lower.astype(out.dtype), upper.astype(out.dtype))
+        self.sow("intermediates", "output", out)
+        return out

@@ -1,0 +1,182 @@
+"""Over cells: one method on a whole grid of targets, sources and levels. One of the three places that call `jax.jit`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import loop
+from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, Variables
+from jaxbd.images import to_float
+
+How = Literal["vmap", "map", "loop"]
+
+
+def grid(target: Sequence[int], level: Sequence[float] = (0.9,), source: Sequence[int] = (ANY_SOURCE,)) -> Cell:
+    """All combinations as one `Cell` of arrays [N]: targets slowest, then sources, levels fastest.
+
+    Pairs with source == target are left out.
+    """
+    rows = [(t, s, b) for t in target for s in source for b in level if t != s]
+    targets, sources, levels = zip(*rows, strict=True)
+    return Cell(jnp.array(targets, jnp.int32), jnp.array(sources, jnp.int32), jnp.array(levels, jnp.float32))
+
+
+def size(cells: Cell) -> int:
+    """N, the number of cells."""
+    return cells.target.shape[0]
+
+
+def keys(key: Key, count: int) -> Array:
+    """One key [N] per cell that depends on the cell's number only, so how cells are grouped changes nothing."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(count))
+
+
+def describe(cells: Cell, index: int) -> str:
+    """Names one cell for people."""
+    source = int(cells.source[index])
+    pair = f"class {int(cells.target[index])}" if source == ANY_SOURCE else f"{source} -> {int(cells.target[index])}"
+    return f"{pair} at level {float(cells.level[index]):g}"
+
+
+@functools.lru_cache(maxsize=32)
+def _advance(step: Callable[..., Any], draw: Callable[..., Any], how: How, own_victims: bool) -> Callable[..., Any]:
+    """`step` for all cells at once ("vmap", "map"), or for one ("loop")."""
+
+    def one(state, key, cell, victim, data):
+        draw_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))
+        return step(step_key, state, draw(draw_key, data, cell.source), cell, victim)
+
+    victim_axis = 0 if own_victims else None
+    if how == "vmap":
+        return jax.vmap(one, (0, 0, 0, victim_axis, None))
+
+    def mapped(states, keys, cells, victim, data):
+        if own_victims:
+            return jax.lax.map(lambda each: one(*each, data), (states, keys, cells, victim))
+        return jax.lax.map(lambda each: one(*each, victim, data), (states, keys, cells))
+
+    return mapped if how == "map" else one
+
+
+@functools.lru_cache(maxsize=32)
+def _initialiser(init: Callable[..., Any]) -> loop.Program:
+    return loop.Program(jax.vmap(init))
+
+
+def init(key: Key, inversion: Inversion, cells: Cell) -> ArrayTree:
+    """Fresh states [N, …], one per cell."""
+    return _initialiser(inversion.init)(keys(jax.random.fold_in(key, 0), size(cells)))
+
+
+def fit(
+    key: Key,
+    inversion: Inversion,
+    draw: Callable[..., Batch],
+    data: Any,
+    cells: Cell,
+    victim: Variables,
+    *,
+    num_steps: int,
+    states: ArrayTree | None = None,
+    how: How = "vmap",
+    own_victims: bool = False,
+    over_time: loop.Time = "auto",
+    chunk: int = 20,
+    on_chunk: Callable[[int, ArrayTree, ArrayTree], None] | None = None,
+) -> tuple[ArrayTree, ArrayTree, loop.Seconds]:
+    """Runs `inversion` for every cell; with "vmap" the victim is shared and all cells advance as one program.
+
+    Args:
+      draw: (key, data, source) -> Batch; every cell draws batches of its own.
+      data: whatever `draw` reads, as arrays.
+      cells: [N], see `grid`.
+      victim: the net's variables, shared; with `own_victims` each leaf has a leading axis [N]. Prefer "map" or "loop"
+        then: vmap turns convolutions with weights of their own into grouped ones, which are slow.
+      states: to continue from; fresh ones otherwise. Donated.
+      how: "vmap", "map" (`lax.map`) or "loop" (host); all give the same result up to float rounding.
+    Returns: states [N, …], infos [num_steps, N] as NumPy, seconds.
+    Raises: FloatingPointError naming the cell whose values stopped being finite.
+    """
+    states = init(key, inversion, cells) if states is None else states
+    cell_keys = keys(jax.random.fold_in(key, 1), size(cells))
+    advance = _advance(inversion.step, draw, how, own_victims)
+    settings = dict(num_steps=num_steps, over_time=over_time, chunk=chunk)
+    try:
+        if how != "loop":
+            return loop.run(advance, states, cell_keys, cells, victim, data, **settings, on_chunk=on_chunk)
+        return _fit_one_by_one(advance, states, cell_keys, cells, victim, data, own_victims, settings, on_chunk)
+    except loop.NotFinite as error:
+        names = ", ".join(describe(cells, index) for index in error.index)
+        raise FloatingPointError(f"{names}: {error}; lower the learning rate or check the victim's weights") from None
+
+
+def _fit_one_by_one(advance, states, cell_keys, cells, victim, data, own_victims, settings, on_chunk):
+    """The host loop over cells: one compiled step serves them all."""
+    pick = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)
+    finished = []
+    for index in range(size(cells)):
+        own = pick(victim, index) if own_victims else victim
+        try:
+            finished.append(
+                loop.run(advance, pick(states, index), cell_keys[index], pick(cells, index), own, data, **settings)
+            )
+        except loop.NotFinite as error:
+            raise loop.NotFinite(error.step, (index,)) from None
+        if on_chunk is not None:
+            on_chunk(settings["num_steps"] * (index + 1) // size(cells), finished[-1][0], finished[-1][1])
+    states, infos, seconds = zip(*finished, strict=True)
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    infos = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *infos)
+    return states, infos, loop.Seconds(sum(s.compile for s in seconds), sum(s.run for s in seconds))
+
+
+@functools.lru_cache(maxsize=32)
+def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any]) -> loop.Program:
+    """Hits and counted images of every cell on one batch."""
+
+    def one(key, state, cell, victim, images, labels, real):
+        logits, _ = net_apply(victim, stamp(key, state, to_float(images)), train=False)
+        from_source = jnp.where(cell.source == ANY_SOURCE, True, labels == cell.source)
+        counted = real & (labels != cell.target) & from_source
+        return (counted & (logits.argmax(-1) == cell.target)).sum(), counted.sum()
+
+    return loop.Program(jax.vmap(one, (0, 0, 0, None, None, None, None)))
+
+
+def attack_success(
+    key: Key,
+    net: Net,
+    inversion: Inversion,
+    states: ArrayTree,
+    cells: Cell,
+    victim: Variables,
+    data: Batch,
+    *,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """Attack success rate [N] of each cell's recovered triggers on `data` (images uint8 or float, labels).
+
+    The fraction of images not of the target class (of the source class, where the cell has one) that the victim sends
+    to the target when each carries a trigger drawn from the cell's state.
+    """
+    program = _counter(net.apply, inversion.stamp)
+    hits, counted = np.zeros(size(cells)), np.zeros(size(cells))
+    for number, (images, labels, real) in enumerate(batches(data, batch_size)):
+        cell_keys = keys(jax.random.fold_in(key, number), size(cells))
+        good, total = program(cell_keys, states, cells, victim, images, labels, real)
+        hits, counted = hits + np.asarray(good), counted + np.asarray(total)
+    return hits / np.maximum(counted, 1)
+
+
+def batches(data: Batch, batch_size: int):
+    """Yields (images, labels, real [B] bool) of one fixed size; the last batch repeats row 0 where `real` is False."""
+    total = len(data.labels)
+    for start in range(0, total, batch_size):
+        index = np.arange(start, start + batch_size)
+        real = index < total
+        index = np.where(real, index, 0)
+        yield np.asarray(data.images)[index], np.asarray(data.labels)[index], real
