@@ -9,7 +9,7 @@ key of a step by folding the step number into the run's key, so a resumed run re
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 
@@ -125,3 +125,17 @@ class Dataset(NamedTuple):
 
 class UserError(Exception):
     """Bad input. The message is one line that names the thing and the fix; the command line exits with code 2."""
+
+
+def check_choices(method: str, config: Any) -> None:
+    """Raises UserError where a field of the dataclass `config` annotated `Literal[…]` holds anything else.
+
+    A union with another type (`Literal[…] | int`) lets that type's values through.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        parts = (kind,) if get_origin(kind) is Literal else get_args(kind)
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        others = tuple(part for part in parts if isinstance(part, type))
+        value = getattr(config, name)
+        if choices and value not in choices and not isinstance(value, others):
+            raise UserError(f"{method}: {name} is {value!r}; choose from {', '.join(map(str, choices))}")

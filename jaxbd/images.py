@@ -26,7 +26,9 @@ def paste(image: Array, patch: Array, place: Array) -> Array:
     patch are returned unchanged, bit for bit.
     """
     chex.assert_rank([image, patch, place], [3, 3, 1])
-    return jax.lax.dynamic_update_slice(image, patch.astype(image.dtype), (place[0], place[1], jnp.zeros_like(place[0])))
+    return jax.lax.dynamic_update_slice(
+        image, patch.astype(image.dtype), (place[0], place[1], jnp.zeros_like(place[0]))
+    )
 
 
 def add_patch(image: Array, patch: Array, place: Array) -> Array:
@@ -43,7 +45,7 @@ def blend(image: Array, pattern: Array, mask: Array) -> Array:
 def random_places(key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]) -> Array:
     """`count` places [count, 2] int32 (row, column), uniform over all places where the patch fits."""
     limits = jnp.array([image_shape[0] - patch_hw[0] + 1, image_shape[1] - patch_hw[1] + 1])
-    return jax.random.randint(key, (count, 2), 0, limits)
+    return jax.random.randint(key, (count, 2), 0, jnp.broadcast_to(limits, (count, 2)))
 
 
 def random_crop(key: Key, image: Array, padding: int) -> Array:

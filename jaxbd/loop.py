@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import ArrayTree, Key
@@ -64,7 +63,10 @@ class Program:
     def compiled(self, *args):
         """The executable for arguments shaped and placed like `args` (`jax.stages.Compiled`)."""
         leaves, tree = jax.tree.flatten(args)
-        signature = (tree, tuple((np.shape(x), str(getattr(x, "dtype", type(x))), getattr(x, "sharding", None)) for x in leaves))
+        signature = (
+            tree,
+            tuple((np.shape(x), str(getattr(x, "dtype", type(x))), getattr(x, "sharding", None)) for x in leaves),
+        )
         if signature not in self._compiled:
             started = time.perf_counter()
             self._compiled[signature] = self._jitted.lower(*args).compile()
@@ -76,7 +78,7 @@ class Program:
 
 
 def default_time() -> Time:
-    """"host" on CPU, "scan" elsewhere."""
+    """ "host" on CPU, "scan" elsewhere."""
     return "host" if jax.default_backend() == "cpu" else "scan"
 
 
@@ -101,8 +103,8 @@ def run(
 ) -> tuple[ArrayTree, ArrayTree, Seconds]:
     """Applies `advance(state, *args) -> (state, info)` `num_steps` times.
 
-    `state` is donated: the caller's copy is gone afterwards. `on_chunk(steps_done, state, infos of the chunk)` runs after
-    each chunk; it may save, print or raise.
+    `state` is donated: the caller's copy is gone afterwards. `on_chunk(steps_done, state, infos of the chunk)` runs
+    after each chunk; it may save, print or raise.
 
     Returns: the last state, the infos as NumPy arrays stacked on a leading axis [num_steps], and the seconds.
     Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
@@ -135,12 +137,11 @@ def run(
 
 def _check_finite(infos: ArrayTree, first_step: int) -> None:
     """Raises NotFinite when any leaf [steps] or [steps, cells] of `infos` holds a value that is not finite."""
-    for leaf in jax.tree.leaves(infos):
-        bad = np.argwhere(~np.isfinite(leaf))
-        if bad.size:
-            row = bad[:, 0].min()
-            cells = tuple(sorted({int(entry[1]) for entry in bad if entry[0] == row})) if leaf.ndim > 1 else ()
-            raise NotFinite(first_step + int(row), cells)
+    bad = [entry for leaf in jax.tree.leaves(infos) for entry in np.argwhere(~np.isfinite(leaf))]
+    if bad:
+        row = min(entry[0] for entry in bad)
+        cells = sorted({int(entry[1]) for entry in bad if entry[0] == row and len(entry) > 1})
+        raise NotFinite(first_step + int(row), tuple(cells))
 
 
 @functools.lru_cache(maxsize=64)

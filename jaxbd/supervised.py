@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbd import losses
-from jaxbd.base import Array, ArrayTree, Batch, Key, Net, UserError, Variables
+from jaxbd.base import Array, ArrayTree, Batch, Key, Net, UserError, Variables, check_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,11 @@ class Config:
     weight_decay: float = 5e-4
 
     def __post_init__(self):
-        if self.learning_rate <= 0 or self.num_steps < 1:
+        check_choices("training", self)
+        if not self.learning_rate > 0 or self.num_steps < 1:
             raise UserError("training: learning_rate must be > 0 and num_steps at least 1")
+        if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
+            raise UserError("training: momentum must be in [0, 1) and weight_decay >= 0")
 
 
 class State(NamedTuple):
@@ -79,7 +82,7 @@ def make(net: Net, config: Config) -> Trainer:
     rule = optimiser(config)
 
     def init(variables: Variables) -> State:
-        variables = jax.tree.map(jnp.copy, dict(variables))
+        variables = jax.tree.map(jnp.copy, {"batch_stats": {}, **variables})
         return State(jnp.zeros((), jnp.int32), variables, rule.init(variables["params"]))
 
     def loss(params: ArrayTree, variables: Variables, batch: Batch):

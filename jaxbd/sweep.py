@@ -1,4 +1,4 @@
-"""Over cells: one method on a whole grid of targets, sources and levels. One of the three places that call `jax.jit`."""
+"""Over cells: one method on a whole grid of targets, sources and levels. One of three places that call `jax.jit`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import loop
-from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, Variables
+from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables
 from jaxbd.images import to_float
 
 How = Literal["vmap", "map", "loop"]
@@ -21,6 +21,8 @@ def grid(target: Sequence[int], level: Sequence[float] = (0.9,), source: Sequenc
     Pairs with source == target are left out.
     """
     rows = [(t, s, b) for t in target for s in source for b in level if t != s]
+    if not rows:
+        raise UserError("an empty grid: give at least one target, one level, and a source other than the target")
     targets, sources, levels = zip(*rows, strict=True)
     return Cell(jnp.array(targets, jnp.int32), jnp.array(sources, jnp.int32), jnp.array(levels, jnp.float32))
 

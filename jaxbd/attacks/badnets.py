@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import images as image_ops
-from jaxbd.base import Array, Attack, Batch, Key, UserError
+from jaxbd.base import Array, Attack, Batch, Key, UserError, check_choices
 
 PAPER = "https://arxiv.org/abs/1708.06733"
 
@@ -39,6 +39,7 @@ class Config:
     poison_rate: float = 0.01
 
     def __post_init__(self):
+        check_choices("badnets", self)
         if not 0 <= self.poison_rate <= 1:
             raise UserError(f"badnets: poison_rate {self.poison_rate} is not in [0, 1]")
         if self.patch < 1:
@@ -57,17 +58,23 @@ class Trigger(NamedTuple):
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`.
 
-    Raises: UserError when the target is out of range or the patch does not fit.
+    Raises: UserError when the target is out of range or the patch or its place does not fit.
     """
     height, width, channels = image_shape
     side = config.patch
     if not 0 <= config.target < classes:
         raise UserError(f"badnets: target {config.target} is out of range; the model has classes 0..{classes - 1}")
     if side > min(height, width):
-        raise UserError(f"badnets: a {side}x{side} patch does not fit {height}x{width} images")
+        raise UserError(f"badnets: a {side}x{side} patch does not fit {height}x{width} images; make it smaller")
+    rows, columns = height - side + 1, width - side + 1
+    if not (-rows <= config.row < rows and -columns <= config.column < columns):
+        raise UserError(
+            f"badnets: place ({config.row}, {config.column}) puts the patch outside the image; the last place that "
+            f"fits is ({rows - 1}, {columns - 1})"
+        )
 
     def init(key: Key) -> Trigger:
-        place = [config.row % (height - side + 1), config.column % (width - side + 1)]
+        place = [config.row % rows, config.column % columns]
         return Trigger(_pattern(key, config, channels), jnp.array(place, jnp.int32))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:

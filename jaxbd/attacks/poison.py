@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd.base import Attack, Batch, Key
+from jaxbd.base import Attack, Batch, Key, UserError
 from jaxbd.images import to_float
 
 
@@ -29,7 +29,7 @@ def static(key: Key, attack: Attack, trigger: Any, data: Batch, count: int, *, p
 
     With `per_class`, `count` rows of every source class. Images come back as uint8.
 
-    Raises: ValueError when there are fewer such rows than asked for.
+    Raises: UserError when there are fewer such rows than asked for.
     """
     choose_key, stamp_key = jax.random.split(key)
     labels = np.asarray(data.labels)
@@ -38,10 +38,16 @@ def static(key: Key, attack: Attack, trigger: Any, data: Batch, count: int, *, p
     order = order[labels[order] != wanted[order]]
     groups = [order[labels[order] == k] for k in np.unique(labels[order])] if per_class else [order]
     if min(map(len, groups), default=0) < count:
-        raise ValueError(f"asked to poison {count} images, only {min(map(len, groups), default=0)} can be")
+        most = min(map(len, groups), default=0)
+        raise UserError(f"asked to poison {count} images, only {most} can be; ask for fewer")
     rows = np.concatenate([group[:count] for group in groups])
-    images, new_labels = np.array(data.images), labels.copy()
+    images, new_labels = _to_uint8(np.array(data.images)), labels.copy()
     stamped = attack.stamp(stamp_key, trigger, to_float(jnp.asarray(images[rows])))
-    images[rows] = np.asarray(jnp.round(jnp.clip(stamped, 0, 1) * 255), np.uint8)
+    images[rows] = _to_uint8(np.asarray(stamped))
     new_labels[rows] = wanted[rows]
     return Batch(images, new_labels)
+
+
+def _to_uint8(images: np.ndarray) -> np.ndarray:
+    """Float images in [0, 1] (clipped) as uint8; uint8 images pass unchanged."""
+    return images if images.dtype == np.uint8 else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)

@@ -9,7 +9,7 @@ import optax
 
 from jaxbd import images as image_ops
 from jaxbd import losses
-from jaxbd.base import Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables
+from jaxbd.base import Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables, check_choices
 from jaxbd.models.critic import StatisticsNetwork
 from jaxbd.models.generators import ConvGenerator, PaperGenerator, ReleasedGenerator
 
@@ -33,7 +33,9 @@ class Config:
       place: where the trigger is pasted. "batch": one random place per batch (released); "image": one per image;
         "fixed": at (`row`, `column`); "searched": a distribution over places is learnt beside the triggers.
       row, column: the fixed place of the top-left corner.
-      place_rate: step size of the searched place distribution.
+      place_rate: rate of the moving average of each place's value when the place is searched.
+      place_temperature: weight of the place distribution's entropy when the place is searched; small values commit to
+        one place.
       leaky_output: LeakyReLU on the statistics network's scalar (released).
       debias_rate: rate of the moving average in the bias-corrected gradient (released: 0.001).
     """
@@ -51,19 +53,29 @@ class Config:
     place: Literal["batch", "image", "fixed", "searched"] = "batch"
     row: int = 0
     column: int = 0
-    place_rate: float = 1.0
+    place_rate: float = 0.5
+    place_temperature: float = 0.1
     leaky_output: bool = True
     debias_rate: float = 0.001
 
     def __post_init__(self):
+        check_choices("mesa", self)
         if self.patch < 1:
             raise UserError(f"mesa: patch is {self.patch}; give a side of at least 1 pixel")
+        if self.noise_dim < 1 or self.hidden < 1:
+            raise UserError("mesa: noise_dim and hidden must be at least 1")
         if self.generator == "released" and self.noise_dim % 4:
             raise UserError(f"mesa: noise_dim {self.noise_dim} must be a multiple of 4 for the released generator")
-        if self.generator == "conv" and (self.patch < 4 or self.patch & (self.patch - 1) and self.patch % 3):
-            raise UserError(f"mesa: the conv generator needs a patch of 2^k or 3*2^k pixels, at least 4, not {self.patch}")
-        if self.entropy_weight < 0 or self.trigger_noise < 0 or self.learning_rate <= 0:
+        if self.generator == "conv" and (self.patch < 4 or self.patch % 2 ** (self.patch.bit_length() - 2)):
+            raise UserError(
+                f"mesa: the conv generator needs a patch of 2^k or 3*2^k pixels, at least 4, not {self.patch}"
+            )
+        if not (self.entropy_weight >= 0 and self.trigger_noise >= 0 and self.learning_rate > 0):
             raise UserError("mesa: entropy_weight and trigger_noise must be >= 0 and learning_rate > 0")
+        if not (0 < self.debias_rate <= 1 and 0 < self.place_rate <= 1 and self.place_temperature > 0):
+            raise UserError("mesa: debias_rate and place_rate must be in (0, 1] and place_temperature > 0")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise UserError(f"mesa: Adam's b1 and b2 must be in [0, 1), not {self.b1} and {self.b2}")
 
 
 def paper(**changes) -> Config:
@@ -81,6 +93,8 @@ class State(NamedTuple):
       critic: parameters of T.
       generator_opt, critic_opt: Adam states.
       log_mean_exp: [] moving average of E[exp T] over marginal pairs, as a logarithm.
+      place: [2] int32 (row, column) of the top-left corner, used when `place="fixed"`; `init` takes it from the
+        Config, and a driver may replace it to give every cell of a sweep a place of its own.
       place_logits: [P] unnormalised log-probabilities of the P places (P = 1 unless `place="searched"`).
     """
 
@@ -90,6 +104,7 @@ class State(NamedTuple):
     generator_opt: optax.OptState
     critic_opt: optax.OptState
     log_mean_exp: Array
+    place: Array
     place_logits: Array
 
 
@@ -128,9 +143,10 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         variables = generator.init(generator_key, noise, train=True)
         variables = {name: variables[name] for name in ("params", "batch_stats")}
         params = critic.init(critic_key, noise, trigger)["params"]
+        place = jnp.array([config.row, config.column], jnp.int32)
         logits = jnp.zeros((rows * columns if searched else 1,))
         opts = optimiser.init(variables["params"]), optimiser.init(params)
-        return State(jnp.zeros((), jnp.int32), variables, params, *opts, jnp.zeros(()), logits)
+        return State(jnp.zeros((), jnp.int32), variables, params, *opts, jnp.zeros(()), place, logits)
 
     def draw_places(key: Key, state: State, count: int) -> tuple[Array, Array]:
         """Places [count, 2] and, when searched, the index of each in `place_logits` [count]."""
@@ -138,7 +154,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
             index = jax.random.categorical(key, state.place_logits, shape=(count,))
             return jnp.stack([index // columns, index % columns], -1), index
         if config.place == "fixed":
-            places = jnp.broadcast_to(jnp.array([config.row, config.column]), (count, 2))
+            places = jnp.broadcast_to(state.place, (count, 2))
         elif config.place == "batch":
             places = jnp.broadcast_to(image_ops.random_places(key, 1, image_shape, (side, side)), (count, 2))
         else:
@@ -199,13 +215,12 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
         place_logits = state.place_logits
         if searched:
-            # score-function gradient of E_places[F]: a place gains what its confidence exceeds the batch mean by
-            place_logits = place_logits.at[index].add(config.place_rate * (confidence - confidence.mean()))
+            place_logits = _follow_places(place_logits, index, jnp.minimum(confidence, cell.level), config)
         counted = (batch.labels != cell.target).astype(jnp.float32)
         success = (hit * counted).sum() / jnp.maximum(counted.sum(), 1)
         variables = {"params": params, "batch_stats": stats}
         state = State(
-            state.step + 1, variables, critic_params, generator_opt, critic_opt, average, place_logits
+            state.step + 1, variables, critic_params, generator_opt, critic_opt, average, state.place, place_logits
         )
         return state, Info(success, confidence.mean(), entropy, loss, critic_value)
 
@@ -220,3 +235,16 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         return jax.vmap(image_ops.paste)(images, sample(sample_key, state, images.shape[0]), places)
 
     return Inversion(init, step, stamp, sample)
+
+
+def _follow_places(logits: Array, index: Array, reward: Array, config: Config) -> Array:
+    """Place distribution after a batch pasted at places `index` [B] earned `reward` [B]; logits [P].
+
+    The q that maximises E_q[V] + temperature * H(q) is softmax(V / temperature), with V the mean min(F, beta) of each
+    place: the level and the entropy do for places what eq. (4) does for triggers, so no place is given up early. V is
+    a moving average; places without an image in the batch keep theirs.
+    """
+    count = jnp.zeros_like(logits).at[index].add(1)
+    value = jnp.zeros_like(logits).at[index].add(reward) / jnp.maximum(count, 1)
+    moved = logits + config.place_rate * (value / config.place_temperature - logits)
+    return jnp.where(count > 0, moved, logits)

@@ -1,6 +1,7 @@
 """From an architecture's name to a `Net`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,23 @@ import jax.numpy as jnp
 
 from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
 from jaxbd.models.cnn import CNN
+from jaxbd.models.mobilenet import MobileNet
 from jaxbd.models.norm import NORMALISATIONS, normalise
+from jaxbd.models.resnet import RESNET18, RESNET34, PreActResNet, ResNet
+from jaxbd.models.vgg import VGG
+from jaxbd.models.wide_resnet import WideResNet
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
+    "mobilenet": MobileNet,
+    "preactresnet18": functools.partial(PreActResNet, blocks=RESNET18),
+    "resnet18": functools.partial(ResNet, blocks=RESNET18),
+    "resnet34": functools.partial(ResNet, blocks=RESNET34),
+    "vgg": VGG,
+    "wrn16-1": functools.partial(WideResNet, depth=16, factor=1),
+    "wrn28-10": functools.partial(WideResNet, depth=28, factor=10),
+    "wrn40-1": functools.partial(WideResNet, depth=40, factor=1),
+    "wrn40-2": functools.partial(WideResNet, depth=40, factor=2),
 }
 """Architecture name -> (classes, image_shape, dtype, **options) module factory."""
 

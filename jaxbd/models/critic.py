@@ -23,8 +23,6 @@ class StatisticsNetwork(nn.Module):
         x = nn.Dense(self.hidden, use_bias=False, kernel_init=TORCH_KERNEL)(noise)
         x = x + nn.Dense(self.hidden, kernel_init=TORCH_KERNEL)(flat)
         x = nn.leaky_relu(x, LEAK)
-        x = nn.leaky_relu(
-            nn.Dense(self.hidden, kernel_init=TORCH_KERNEL, bias_init=torch_bias(self.hidden))(x), LEAK
-        )
+        x = nn.leaky_relu(nn.Dense(self.hidden, kernel_init=TORCH_KERNEL, bias_init=torch_bias(self.hidden))(x), LEAK)
         x = nn.Dense(1, kernel_init=TORCH_KERNEL, bias_init=torch_bias(self.hidden))(x)
         return jnp.squeeze(nn.leaky_relu(x, LEAK) if self.leaky_output else x, -1)

@@ -21,7 +21,12 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
     """(images - mean) / std on [..., C] with per-channel (or single) constants."""
-    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+    return (images - _along_channels(mean, images)) / _along_channels(std, images)
+
+
+def _along_channels(values: Array | tuple[float, ...], x: Array) -> Array:
+    """`values` [C] or [1] as [1, …, 1, C] in the type of `x` [..., C], so that no rank is promoted silently."""
+    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class BatchNorm(nn.Module):
@@ -52,7 +57,7 @@ class BatchNorm(nn.Module):
             axes, count = tuple(range(x.ndim - 1)), x.size // channels
             x32 = x.astype(jnp.promote_types(jnp.float32, x.dtype))
             mu = x32.mean(axes)
-            variance = jnp.square(x32 - mu).mean(axes)
+            variance = jnp.square(x32 - _along_channels(mu, x32)).mean(axes)
             if not self.is_initializing():
                 keep = self.momentum
                 unbiased = variance * (count / max(count - 1, 1))
@@ -64,9 +69,9 @@ class BatchNorm(nn.Module):
             scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
             bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
             factor, shift = factor * scale, shift * scale + bias
-        out = x * factor.astype(x.dtype) + shift.astype(x.dtype)
+        out = x * _along_channels(factor, x) + _along_channels(shift, x)
         if self.has_variable("bounds", "upper"):
             lower, upper = self.get_variable("bounds", "lower"), self.get_variable("bounds", "upper")
-            out = jnp.clip(out, lower.astype(out.dtype), upper.astype(out.dtype))
+            out = jnp.clip(out, _along_channels(lower, out), _along_channels(upper, out))
         self.sow("intermediates", "output", out)
         return out

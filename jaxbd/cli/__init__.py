@@ -1,0 +1,1 @@
+"""The command line: one file a verb, each with `Args` (its flags) and `run(args) -> exit code`."""

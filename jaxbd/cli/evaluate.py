@@ -1,0 +1,117 @@
+"""`jaxbd evaluate`: clean accuracy, and what a trigger does."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from jaxbd import evaluate, record, results
+from jaxbd.attacks import given
+from jaxbd.base import Attack, UserError
+from jaxbd.cli import common, show
+from jaxbd.data import load
+from jaxbd.interop import preprocess, trigger
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trigger:
+    """A trigger you have.
+
+    Attributes:
+      trigger: a picture (its transparency is the mask), an .npz with `pattern` (as `jaxbd attack` writes it), or
+        white:HxW.
+      apply: overwrite the image's pixels, or add to them and clip. Default: what the .npz says, else overwrite.
+      place: ROW,COLUMN of the top-left corner, or "random". Default: what the .npz says; 0,0 for a trigger as large as
+        the images.
+      target: class the trigger leads to. Default: what the .npz says.
+    """
+
+    trigger: str | None = None
+    apply: Literal["overwrite", "add"] | None = None
+    place: str | None = None
+    target: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Measures a model's clean accuracy and, with a trigger, its attack success rate.
+
+    Attributes:
+      model: a PyTorch file, .safetensors, or a jaxbd model folder.
+      data: clean images with labels, see `jaxbd scan --help`.
+      out: write the result here as JSON (evaluate.json).
+      given: the trigger.
+      reading: how model and data are read.
+    """
+
+    model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    data: str
+    out: pathlib.Path | None = None
+    given: Annotated[Trigger, tyro.conf.arg(name="")] = Trigger()
+    reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading(limit=10_000)
+
+
+def run(args: Args) -> int:
+    """Measures, prints one line with both denominators, writes what was asked for."""
+    common.start()
+    common.check_output(args.out)
+    loaded = None if args.given.trigger is None else trigger.load(args.given.trigger)
+    show.note(f"reading {args.model} and {args.data} …")
+    opened = common.open_both(args.model, args.data, args.reading, must_classify=False)
+    show.preprocessing(opened.table)
+    model, data = opened.model, load.as_batch(opened.dataset)
+    attack, pixels = (None, None) if loaded is None else make_attack(opened, args.given, loaded)
+    found = evaluate.rates(jax.random.key(args.reading.seed), model.net, model.variables, data, attack, pixels)
+    rates = results.rates(found)
+    show.rates([(pathlib.Path(model.path).name, rates)])
+    if args.out is not None:
+        record.write_json(args.out, _as_record(opened, rates, args))
+    show.written(args.out)
+    return 0
+
+
+def make_attack(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> tuple[Attack, given.Trigger]:
+    """The attack of a loaded trigger; flags go before what the file says. Raises: UserError where neither says."""
+    spec = opened.model.spec
+    target = loaded.target if flags.target is None else flags.target
+    if target is None:
+        raise UserError("the trigger's target class is not known; give --target")
+    place = loaded.place if flags.place is None else parse_place(flags.place)
+    if place is None:
+        if loaded.pattern.shape[:2] != tuple(spec.image_shape[:2]):
+            raise UserError("the trigger is smaller than the images; give --place ROW,COLUMN or --place random")
+        place = (0, 0)
+    row, column = (0, 0) if place == "random" else place
+    config = given.Config(
+        target=target,
+        apply=flags.apply or loaded.apply or "overwrite",
+        place="random" if place == "random" else "fixed",
+        row=row,
+        column=column,
+    )
+    return given.make(tuple(spec.image_shape), spec.classes, config, loaded)
+
+
+def parse_place(text: str) -> tuple[int, int] | Literal["random"]:
+    """ "27,27" -> (27, 27). Raises: UserError on anything else but "random"."""
+    if text == "random":
+        return text
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"--place {text!r} is not understood; give ROW,COLUMN such as 27,27, or random")
+    return int(parts[0]), int(parts[1])
+
+
+def _as_record(opened: common.Opened, rates: dict[str, Any], args: Args) -> dict[str, Any]:
+    """The content of evaluate.json."""
+    return {
+        "schema": f"{results.SCHEMA}/evaluate",
+        **rates,
+        "trigger": dataclasses.asdict(args.given) if args.given.trigger else None,
+        "model": common.model_record(opened.model),
+        "data": common.data_record(opened.dataset, args.reading),
+        "preprocessing": preprocess.as_record(opened.table) if opened.table else None,
+        **results.provenance(args.reading.seed),
+    }

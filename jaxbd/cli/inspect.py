@@ -1,0 +1,69 @@
+"""`jaxbd inspect`: what is in a model file, without executing anything in it."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Annotated, Any
+
+import tyro
+
+from jaxbd import record
+from jaxbd.base import UserError
+from jaxbd.cli import show
+from jaxbd.interop.inspect import describe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Says what is in a model file: architecture, tensors, parameters, values that are not finite, SHA-256.
+
+    Nothing in the file is executed. A file that is refused gives exit code 2.
+
+    Attributes:
+      file: a PyTorch file, .safetensors, a jaxbd model folder or an Orbax folder.
+      arch: hold the file against this architecture.
+      json: print JSON instead of tables.
+    """
+
+    file: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    arch: str | None = None
+    json: bool = False
+
+
+def run(args: Args) -> int:
+    """Prints what `describe` finds. Raises: UserError when the file was refused."""
+    facts = describe(args.file, arch=args.arch)
+    if args.json:
+        print(json.dumps(record.plain(facts), indent=1))
+    else:
+        _print(facts)
+    if facts["refused"]:
+        raise UserError(f"refused: {facts['refused']}")
+    return 0
+
+
+def _print(facts: dict[str, Any]) -> None:
+    """Tensors first, the summary last, where it stays on screen."""
+    if facts["tensors"]:
+        rows = [(name, "x".join(map(str, shape)) or "scalar", dtype) for name, shape, dtype in facts["tensors"]]
+        show.table(("tensor", "shape", "type"), rows)
+    options = ", ".join(f"{name} {value}" for name, value in (facts["options"] or {}).items())
+    unfit = ", ".join(f"{name} ({count})" for name, count in facts["nonfinite"].items())
+    lines = {
+        "file": facts["path"],
+        "kind": facts["kind"],
+        "bytes": facts["bytes"] and f"{facts['bytes']:,}",
+        "sha256": facts["sha256"],
+        "architecture": facts["architecture"] or facts["not_recognised"],
+        "options": options,
+        "parameters": f"{facts['parameters']:,}" if facts["tensors"] else None,
+        "tensors": f"{len(facts['tensors']):,}" if facts["tensors"] else None,
+        "not finite": unfit or ("none" if facts["tensors"] else None),
+        "nesting": ".".join(facts["nesting"]),
+        "prefix": facts["prefix"],
+        "left out": ", ".join(facts["ignored"]),
+        "refused": facts["refused"],
+    }
+    for name, value in lines.items():
+        if value:
+            show.say(f"{name:<13} {value}")

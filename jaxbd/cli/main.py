@@ -1,0 +1,123 @@
+"""`jaxbd VERB …`: runs one verb, and turns what went wrong into one line on stderr and exit code 2.
+
+Only the module of the verb that was asked for is imported, so that the help is there at once.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "demo": "plant a backdoor in a small model, find it, remove it, and show all of it on one page",
+    "scan": "is there a backdoor in this model? Which class does it lead to?",
+    "repair": "unlearn the backdoor and write the repaired model",
+    "evaluate": "clean accuracy, and the attack success rate of a trigger you have",
+    "attack": "train a model with a backdoor (or a clean one) to try the other verbs on",
+    "inspect": "what is in this model file? Nothing in it is executed",
+    "convert": "write a model in another format",
+    "methods": "all methods, with links to their papers",
+}
+"""Verb -> what it does; the verb's module is `jaxbd.cli.<verb>`, with a dataclass `Args` and `run(args) -> int`."""
+
+HELP = """usage: jaxbd VERB [flags]
+
+Finds and removes backdoors in image classifiers.
+
+{verbs}
+
+`jaxbd VERB --help` explains a verb and its flags.
+Exit codes: 0 done (scan: clean), 1 scan found a backdoor, 3 scan cannot tell, 2 could not run.
+"""
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line on `argv` (without the program's name). Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text(), end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"jaxbd {importlib.import_module('importlib.metadata').version('jaxbd')}")
+        return 0
+    if argv[0] not in VERBS:
+        return _fail(f"unknown verb {argv[0]!r}; known: {', '.join(VERBS)}")
+    try:
+        return _run(argv[0], argv[1:])
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe went away; a second complaint at exit would help nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except Exception as error:
+        if os.environ.get("JAXBD_DEBUG") or not _expected(error):
+            raise
+        return _fail(str(error))
+
+
+def help_text() -> str:
+    """What `jaxbd --help` prints."""
+    width = max(map(len, VERBS))
+    return HELP.format(verbs="\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    """Parses the verb's flags and runs it."""
+    module = importlib.import_module(f"jaxbd.cli.{verb}")
+    args = parse(module.Args, argv, f"jaxbd {verb}")
+    if isinstance(args, str):
+        return _fail(args)
+    return module.run(args)
+
+
+def parse(kind: type, argv: list[str], program: str):
+    """An instance of the dataclass `kind` from flags, or what is wrong with them in one line.
+
+    Raises: SystemExit after printing the help; UserError where a value is refused by the dataclass itself.
+    """
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind, args=argv, prog=program, config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.DisallowNone)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        return f"{_condense(complaint.getvalue())}; see {program} --help"
+
+
+def _condense(box: str) -> str:
+    """The sentence inside tyro's framed complaint, of which the first line is a heading."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"^[\s│╭╰─╮╯|-]+(?=\s|$)|[\s│╭╰─╮╯|]+$", "", line).strip() for line in plain.splitlines()[1:]]
+    text = " ".join(line for line in lines if line)
+    text = re.split(r"Argument helptext|For full helptext", text)[0]
+    text = re.sub(r"\s+\.", ".", re.sub(r"\s+", " ", text)).strip(" .")
+    return text or "the flags cannot be understood"
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the error is the input's or the machine's fault, not the program's."""
+    from jaxbd.base import UserError
+
+    return isinstance(error, UserError | FloatingPointError | OSError)
+
+
+def _fail(message: str) -> int:
+    """Says it in one line; the exit code of everything that could not run."""
+    print("jaxbd: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Progress on stderr: a bar on a terminal, now and then a plain line elsewhere; visible before the first compile."""
+
+import sys
+import time
+from typing import TextIO
+
+PLAIN_INTERVAL = 2.0
+"""Least seconds between two plain lines of one stage."""
+
+
+class Progress:
+    """A context manager that is called as `progress(what is running, steps done, steps in all)`.
+
+    With nothing done yet the stage is compiling, and says so.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._bar, self._tasks = None, {}
+        self._label, self._told = "", 0.0
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        if self._stream.isatty():
+            self._bar = _bar(self._stream)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._advance(label, done, total)
+        else:
+            self._tell(label, done, total)
+
+    def _advance(self, label: str, done: int, total: int) -> None:
+        """Moves the stage's bar; a stage begins with its first call."""
+        if label not in self._tasks:
+            self._tasks[label] = self._bar.add_task(label, total=total, note="")
+        self._bar.update(self._tasks[label], completed=done, total=total, note="" if done else "compiling …")
+
+    def _tell(self, label: str, done: int, total: int) -> None:
+        """A line for the first and last step of a stage, and about every `PLAIN_INTERVAL` seconds between."""
+        now = time.perf_counter()
+        fresh = label != self._label
+        if fresh or done >= total or now - self._told >= PLAIN_INTERVAL:
+            what = f"step {done} of {total}" if done else "compiling …"
+            print(f"[{now - self._started:6.1f} s] {label}: {what}", file=self._stream, flush=True)
+            self._label, self._told = label, now
+
+
+def _bar(stream: TextIO):
+    """rich's bar with what is running, steps and remaining time."""
+    from rich import console, progress
+
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}"),
+    )
+    return progress.Progress(*columns, console=console.Console(file=stream))

@@ -1,0 +1,270 @@
+"""`jaxbd repair`: finds the trigger, unlearns it, writes the repaired model."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jaxbd import evaluate, record, results, workflow
+from jaxbd.base import Array, Attack, Batch, UserError
+from jaxbd.cli import common, convert, show
+from jaxbd.cli import evaluate as measuring
+from jaxbd.cli import scan as scanning
+from jaxbd.cli.progress import Progress
+from jaxbd.interop import preprocess, trigger
+from jaxbd.repair import unlearn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Removes a backdoor: recovers its triggers with a scan, unlearns them, and writes the repaired model.
+
+    Attributes:
+      model: a PyTorch file, .safetensors, or a jaxbd model folder.
+      data: clean images with labels, see `jaxbd scan --help`.
+      out: the repaired model: .pth or .safetensors in the source's own keys and layout, or a model folder. The
+        figures go beside it, as <name>.repair.json, or into the folder as repair.json.
+      method: how to repair.
+      evidence: what is unlearned. "mixture": all recovered distributions that reached their level, in equal shares;
+        "level": the one of --level; "pixel": a single reversed trigger.
+      level: of --evidence level.
+      scan: scan.json of an earlier scan, whose classes are then the only ones searched.
+      batch_size: images per unlearning step.
+      given: the trigger, where you have it: it is unlearned instead of what a scan recovers.
+      unlearning: length and rule of unlearning.
+      search: what is searched, and how long.
+      reading: how model and data are read.
+    """
+
+    model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    data: str
+    out: pathlib.Path
+    method: Annotated[Literal["unlearn"], tyro.conf.arg(name="method")] = "unlearn"
+    evidence: Literal["mixture", "level", "pixel"] = "mixture"
+    level: float | None = None
+    scan: pathlib.Path | None = None
+    batch_size: int = 64
+    given: Annotated[measuring.Trigger, tyro.conf.arg(name="")] = measuring.Trigger()
+    unlearning: Annotated[unlearn.Config, tyro.conf.arg(name="")] = unlearn.Config(
+        stamp_rate=0.2, learning_rate=5e-3, num_steps=300
+    )
+    search: workflow.ScanConfig = workflow.ScanConfig()
+    reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
+
+    def __post_init__(self):
+        if (self.evidence == "level") != (self.level is not None):
+            raise UserError("--evidence level and --level belong together; give both or neither")
+        if self.level is not None and self.level not in self.search.levels:
+            known = ", ".join(map(str, self.search.levels))
+            raise UserError(f"--level {self.level} is not searched; choose from {known} or change --search.levels")
+        if self.batch_size < 1:
+            raise UserError(f"batch size of the repair is {self.batch_size}; give at least 1")
+
+
+class Evidence(NamedTuple):
+    """What is unlearned: `stamp(key, model, images)` with the mixture `evidence`, leading to `target`."""
+
+    target: int
+    stamp: Callable[..., Array]
+    evidence: unlearn.Evidence
+
+
+def run(args: Args) -> int:
+    """Finds, unlearns, measures before and after on held-out images, writes."""
+    common.start()
+    in_folder = convert.is_folder(args.out)
+    beside = args.out.with_name(f"{args.out.stem}.repair.json")
+    common.check_output(args.out, folder=in_folder)
+    common.check_output(None if in_folder else beside)
+    loaded = None if args.given.trigger is None else trigger.load(args.given.trigger)
+    wanted = _wanted(args)
+    show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
+    opened = common.open_both(args.model, args.data, args.reading)
+    if in_folder and opened.table and opened.table.used.channels == "bgr":
+        raise UserError("this model takes BGR images, which a model folder cannot say; write .pth or .safetensors")
+    least = max(args.batch_size, args.search.batch_size)
+    search, held_out = common.search_and_held_out(opened.dataset, args.reading.seed, least)
+    show.preprocessing(opened.table)
+    with Progress() as progress:
+        if loaded is not None:
+            attack, pixels = measuring.make_attack(opened, args.given, loaded)
+            target = int(attack.relabel(jnp.zeros((1,), jnp.int32))[0])
+            found, evidence = None, [Evidence(target, attack.stamp, unlearn.single(pixels))]
+        else:
+            found, evidence = _recover(opened, search, held_out, wanted, args, progress)
+        if not evidence:
+            show.say("The scan found no backdoor: nothing to repair, nothing is written.", _why(found, opened, args))
+            return 0
+        repaired, seconds = _unlearn_all(opened, evidence, search, args, progress)
+    rows = _measure(opened, evidence, repaired, held_out, args.reading.seed)
+    content = _as_record(opened, found, evidence, rows, seconds, len(search.labels), len(held_out.labels), args)
+    _save(args.out, beside, opened, repaired, content)
+    _show(opened, rows, content)
+    show.written(args.out, args.out / "repair.json" if in_folder else beside)
+    return 0
+
+
+def _wanted(args: Args) -> tuple[int, ...]:
+    """Classes to search: `--target`, or those of an earlier scan; none stands for all."""
+    if args.given.target is not None:
+        return (args.given.target,)
+    if args.scan is None:
+        return args.search.targets
+    earlier = record.read_json(args.scan)
+    targets = earlier.get("targets") if isinstance(earlier, dict) else None
+    if not isinstance(targets, list) or not all(type(target) is int for target in targets):
+        raise UserError(f"{args.scan} is not the result of a scan; give what `jaxbd scan --out` wrote")
+    if not targets:
+        raise UserError(f"{args.scan} names no target class, so there is nothing to repair; leave --scan out to search")
+    return tuple(targets)
+
+
+def _recover(opened: common.Opened, search: Batch, held_out: Batch, wanted: tuple[int, ...], args: Args, progress):
+    """The scan, and the evidence for each class it calls attacked (or that was named)."""
+    config = dataclasses.replace(args.search, targets=wanted)
+    found = scanning.scan(opened, search, held_out, config, args.reading.seed, progress)
+    named = wanted if args.given.target is not None else ()
+    targets = sorted({*found.decision.targets, *named})
+    if args.evidence == "pixel":
+        return found, [
+            _reversed_pixels(opened, found, target, search, held_out, config, progress) for target in targets
+        ]
+    return found, [_distributions(found, target, args) for target in targets]
+
+
+def _distributions(found: workflow.Scan, target: int, args: Args) -> Evidence:
+    """The recovered distributions of one class: those that reached their level, or the one asked for."""
+    states = workflow.cells_of(found, target)
+    if args.level is not None:
+        if len(jax.tree.leaves(states)[0]) != len(args.search.levels):
+            raise UserError(f"scan method {args.search.method} has no levels; use --evidence mixture")
+        chosen = [args.search.levels.index(args.level)]
+    else:
+        chosen = np.flatnonzero(workflow.reached(found, target))
+    return Evidence(target, found.inversion.stamp, unlearn.uniform(jax.tree.map(lambda leaf: leaf[chosen], states)))
+
+
+def _reversed_pixels(opened, found: workflow.Scan, target: int, search, held_out, config, progress) -> Evidence:
+    """A single reversed trigger of one class, where the scan located one or as configured."""
+    settings = config.pixel
+    if found.located is not None:
+        row, column = map(int, found.located.places[target])
+        height, width, _ = opened.model.spec.image_shape
+        row, column = min(row, height - settings.patch), min(column, width - settings.patch)
+        settings = dataclasses.replace(settings, place="fixed", row=row, column=column)
+    config = dataclasses.replace(config, method="pixel", targets=(target,), pixel=settings)
+    single = scanning.scan(opened, search, held_out, config, 0, progress)
+    return Evidence(target, single.inversion.stamp, unlearn.uniform(workflow.cells_of(single, target)))
+
+
+def _unlearn_all(opened: common.Opened, evidence: list[Evidence], search: Batch, args: Args, progress):
+    """Unlearns one class after the other: (model with repaired variables, seconds)."""
+    model, seconds = opened.model, []
+    for number, (target, stamp, mixture) in enumerate(evidence):
+        result = workflow.unlearn_trigger(
+            jax.random.fold_in(jax.random.key(args.reading.seed), 10 + number), model.net, model.variables, stamp,
+            mixture, search, args.unlearning, batch_size=args.batch_size, progress=progress,
+            label=f"unlearn: class {target}",
+        )  # fmt: skip
+        model = model._replace(variables=result.variables)
+        seconds.append(result.seconds)
+    return model, type(seconds[0])(*map(sum, zip(*seconds, strict=True)))
+
+
+def _measure(opened: common.Opened, evidence: list[Evidence], repaired, held_out: Batch, seed: int):
+    """(target, rates before, rates after) on held-out images under each class's triggers, highest rate first."""
+    key, rows = jax.random.key(seed), []
+    for target, stamp, mixture in evidence:
+        attack = _as_attack(target, stamp)
+        rates = [
+            evaluate.rates(key, opened.model.net, variables, held_out, attack, mixture)
+            for variables in (opened.model.variables, repaired.variables)
+        ]
+        rows.append((target, *rates))
+    return sorted(rows, key=lambda row: -row[1].attack_success_rate)
+
+
+def _as_attack(target: int, stamp: Callable[..., Array]) -> Attack:
+    """Every image stamped by a trigger model of its own, drawn from the mixture."""
+
+    def stamp_mixture(key, mixture: unlearn.Evidence, images: Array) -> Array:
+        stamp_key, choose_key = jax.random.split(key)
+        count = mixture.weights.shape[0]
+        every = jax.vmap(stamp, (0, 0, None))(jax.random.split(stamp_key, count), mixture.models, images)
+        choice = jax.random.categorical(choose_key, jnp.log(mixture.weights), shape=images.shape[:1])
+        return every[choice, jnp.arange(images.shape[0])]
+
+    relabel = lambda labels: jnp.full_like(labels, target)
+    return Attack(lambda key: (), stamp_mixture, lambda key, trigger, batch: batch, relabel)
+
+
+def _save(path: pathlib.Path, beside: pathlib.Path, opened: common.Opened, repaired, content: dict[str, Any]) -> None:
+    """Writes the model, then its figures."""
+    if convert.is_folder(path):
+
+        def fill(new: pathlib.Path) -> None:
+            convert.load.save_model(new, opened.model, repaired.variables)
+            record.write_json(new / "repair.json", content)
+
+        common.write_folder(path, fill)
+        return
+    note = convert.write(path, opened.model, repaired.variables)
+    show.say(*convert.notes(path, opened.model, note))
+    record.write_json(beside, content)
+
+
+def _as_record(
+    opened: common.Opened, found: workflow.Scan | None, evidence: list[Evidence], rows, seconds, searched, judged, args
+) -> dict[str, Any]:
+    """The content of repair.json; `before` and `after` are of the class whose triggers worked best."""
+    target, before, after = rows[0]
+    content = results.repair(
+        args.method, before, after, args.unlearning, seconds,
+        model=common.model_record(opened.model),
+        data=common.data_record(opened.dataset, args.reading, search=searched, held_out=judged),
+        seed=args.reading.seed,
+    )  # fmt: skip
+    given = args.given.trigger
+    content["target"] = target
+    content["trigger"] = dataclasses.asdict(args.given) if given else "recovered"
+    content["evidence"] = "given trigger" if given else args.evidence
+    content["trigger_models"] = {row.target: len(row.evidence.weights) for row in evidence}
+    content["classes"] = [
+        {"class": each, "before": results.rates(was), "after": results.rates(now)} for each, was, now in rows
+    ]
+    content["preprocessing"] = preprocess.as_record(opened.table) if opened.table else None
+    if found is not None:
+        content["scan"] = {
+            "verdict": found.decision.verdict, "targets": found.decision.targets, "decided_by": found.decided_by,
+            "searched": show.searched(args.search), "config": dataclasses.asdict(args.search), "steps": found.steps,
+            "seconds": results.seconds(found.seconds),
+        }  # fmt: skip
+    return record.plain(content)
+
+
+def _show(opened: common.Opened, rows, content: dict[str, Any]) -> None:
+    """Before and after, and what the figures are figures of."""
+    names = common.class_names(opened)
+    table = []
+    for target, before, after in rows:
+        label = common.class_label(target, names)
+        table += [(f"class {label}, before", results.rates(before)), (f"class {label}, after", results.rates(after))]
+    show.rates(table)
+    whose = "the given trigger" if content["trigger"] != "recovered" else "the recovered triggers"
+    show.say(f"Attack success rates are those of {whose}, on {content['data']['held_out']} held-out images.")
+    show.say(f"Unlearning took {show.seconds(content['seconds'])}. Scan the repaired model before you use it.")
+
+
+def _why(found: workflow.Scan, opened: common.Opened, args: Args) -> str:
+    """What a clean or inconclusive scan means for a repair."""
+    best = int(np.nanargmax(found.rates))
+    label = common.class_label(best, common.class_names(opened))
+    reach = (
+        f"verdict {found.decision.verdict}, the strongest triggers lead {show.percent(found.rates[best])} to {label}"
+    )
+    return f"({reach}; --target {best} repairs that class all the same. Searched: {show.searched(args.search)}.)"

@@ -1,0 +1,95 @@
+"""`jaxbd scan`: clean, backdoored or inconclusive, and which class a backdoor leads to."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from jaxbd import record, results, workflow
+from jaxbd.base import Batch
+from jaxbd.cli import common, show
+from jaxbd.cli.progress import Progress
+from jaxbd.interop import preprocess
+
+EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Looks for a backdoor in a model of which nothing is known but its weights.
+
+    Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run.
+
+    Attributes:
+      model: the model: a PyTorch file (.pth, .pt, .tar), .safetensors, or a jaxbd model folder. Nothing is executed.
+      data: a few hundred or more clean images with labels: digits, a .npz or .parquet file, a folder of class
+        sub-folders or parquet files, CIFAR batches, or tfds:NAME.
+      out: write the result here as JSON (scan.json).
+      report: write one self-contained HTML page here.
+      search: what is searched, and how long.
+      reading: how model and data are read.
+    """
+
+    model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    data: str
+    out: pathlib.Path | None = None
+    report: pathlib.Path | None = None
+    search: Annotated[workflow.ScanConfig, tyro.conf.arg(name="")] = workflow.ScanConfig()
+    reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
+
+
+def run(args: Args) -> int:
+    """Scans, says what was found, writes what was asked for."""
+    common.start()
+    common.check_output(args.out)
+    common.check_output(args.report)
+    show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
+    opened = common.open_both(args.model, args.data, args.reading)
+    search, held_out = common.search_and_held_out(opened.dataset, args.reading.seed, args.search.batch_size)
+    show.preprocessing(opened.table)
+    with Progress() as progress:
+        found = scan(opened, search, held_out, args.search, args.reading.seed, progress)
+    content = as_record(opened, found, search, held_out, args)
+    show.scan(content, args.search)
+    if args.report is not None:
+        from jaxbd.cli import report
+
+        report.write(args.report, content, found, opened, held_out, args.search)
+    if args.out is not None:
+        record.write_json(args.out, content)
+    show.written(args.out, args.report)
+    return EXIT[found.decision.verdict]
+
+
+def scan(
+    opened: common.Opened,
+    search: Batch,
+    held_out: Batch,
+    config: workflow.ScanConfig,
+    seed: int,
+    progress: workflow.Progress,
+) -> workflow.Scan:
+    """`workflow.scan` on an opened model."""
+    model = opened.model
+    return workflow.scan(
+        jax.random.key(seed), model.net, model.variables, tuple(model.spec.image_shape), model.spec.classes,
+        search, held_out, config, progress,
+    )  # fmt: skip
+
+
+def as_record(opened: common.Opened, found: workflow.Scan, search: Batch, held_out: Batch, args: Any) -> dict[str, Any]:
+    """The content of scan.json; `args` has `search` and `reading`."""
+    counts = {"search": len(search.labels), "held_out": len(held_out.labels)}
+    content = results.scan(
+        found,
+        args.search,
+        model=common.model_record(opened.model),
+        data=common.data_record(opened.dataset, args.reading, **counts),
+        class_names=common.class_names(opened),
+        seed=args.reading.seed,
+    )
+    content["searched"] = show.searched(args.search)
+    content["preprocessing"] = preprocess.as_record(opened.table) if opened.table else None
+    return record.plain(content)

@@ -1,0 +1,1 @@
+"""Data sources, one file each with one `load`; `load.load` picks the one a person's words mean."""

@@ -1,0 +1,168 @@
+"""CIFAR-10 and CIFAR-100 as their author publishes them: binary or Python batches, in a folder or a .tar.gz.
+
+Python batches are pickles; `cifar_pickle` reads them without executing anything.
+"""
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxbd.base import Dataset, UserError
+from jaxbd.data import cifar_pickle, pack
+
+MAX_FILE = 256 * 2**20
+"""Largest batch file, in bytes, that is read (CIFAR-100's training file has 155 million)."""
+MAX_ARCHIVE = 512 * 2**20
+"""Most bytes an archive may unpack to; a small one can unpack to anything."""
+FOLDERS = ("cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "cifar-100-python")
+
+
+class Layout(NamedTuple):
+    """One published form: the files of each split, the file of class names, bytes before an image, key of labels."""
+
+    classes: int
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    names: str
+    head: int
+    labels: str
+
+
+_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+LAYOUTS = (
+    Layout(10, tuple(f"{name}.bin" for name in _BATCHES), ("test_batch.bin",), "batches.meta.txt", 1, ""),
+    Layout(100, ("train.bin",), ("test.bin",), "fine_label_names.txt", 2, ""),
+    Layout(10, _BATCHES, ("test_batch",), "batches.meta", 0, "labels"),
+    Layout(100, ("train",), ("test",), "meta", 0, "fine_labels"),
+)
+
+Files = Mapping[str, Callable[[], bytes]]
+
+
+def load(path: str | Path, *, split: str = "test") -> Dataset:
+    """Reads `split` ("train" or "test") of the archive at `path` as uint8 [N, 32, 32, 3] with its (fine) labels.
+
+    Raises: UserError when batches are missing, of a wrong size, or name anything in their pickle beyond plain arrays.
+    """
+    path = Path(path)
+    if split not in ("train", "test"):
+        raise UserError(f"data {path} has no split {split!r}; it has train, test")
+    files = _archive(path) if path.is_file() else _folder(path)
+    layout = next((each for each in LAYOUTS if _present(files, each.train + each.test)), None)
+    if layout is None:
+        raise UserError(f"data {path} has no CIFAR batches; give a folder or .tar.gz with data_batch_* or train/test")
+    batches = _present(files, getattr(layout, split))
+    if not batches:
+        raise UserError(f"data {path} has no {split} batches; add {', '.join(getattr(layout, split))}")
+    read = _binary if layout.head else _python
+    parts = [read(files[name](), layout, f"{path}: {name}") for name in batches]
+    images, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return pack.dataset(images, labels, _class_names(files, layout, path), str(path))
+
+
+def found(path: Path) -> bool:
+    """Whether the folder `path` holds CIFAR batches."""
+    files = _folder(path)
+    return any(_present(files, layout.train + layout.test) for layout in LAYOUTS)
+
+
+def _present(files: Files, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name in files]
+
+
+def _folder(path: Path) -> Files:
+    """Readers of the files in `path`, or in the one published sub-folder it holds."""
+    if not path.is_dir():
+        raise UserError(f"data {path} does not exist; check the path")
+    for folder in (path, *(path / name for name in FOLDERS)):
+        wanted = [folder / name for layout in LAYOUTS for name in (*layout.train, *layout.test, layout.names)]
+        files = {file.name: (lambda file=file: _read_file(file)) for file in wanted if file.is_file()}
+        if files:
+            return files
+    return {}
+
+
+def _read_file(file: Path) -> bytes:
+    try:
+        if file.stat().st_size > MAX_FILE:
+            raise UserError(f"data {file} is larger than any CIFAR batch; fetch it again")
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"data {file} cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _archive(path: Path) -> Files:
+    """The batches of a tar archive, unpacked in memory; nothing is written, links are passed over."""
+    wanted = {name for layout in LAYOUTS for name in (*layout.train, *layout.test, layout.names)}
+    contents = {}
+    try:
+        with path.open("rb") as file:
+            zipped = file.peek(2)[:2] == b"\x1f\x8b"
+            unpacked = (gzip.GzipFile(fileobj=file) if zipped else file).read(MAX_ARCHIVE + 1)
+        if len(unpacked) > MAX_ARCHIVE:
+            raise UserError(f"data {path} unpacks to more than {MAX_ARCHIVE >> 20} MiB; no CIFAR does, fetch it again")
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
+            for member in archive:
+                name = member.name.rsplit("/", 1)[-1]
+                if member.size < 0:  # would send the reader back to where it was
+                    raise tarfile.ReadError("negative size")
+                if name in wanted and member.isreg() and member.size <= MAX_FILE:
+                    contents[name] = archive.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError):
+        raise UserError(f"data {path} is not a readable .tar.gz archive; fetch it again") from None
+    return {name: (lambda content=content: content) for name, content in contents.items()}
+
+
+def _binary(content: bytes, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, 3072] and labels [N] of records of `layout.head` label bytes (the last is meant) and an image."""
+    record = layout.head + 3072
+    if not content or len(content) % record:
+        raise UserError(f"data {where} has {len(content)} bytes, no multiple of {record}; fetch it again")
+    rows = np.frombuffer(content, np.uint8).reshape(-1, record)
+    return rows[:, layout.head :], _in_range(rows[:, layout.head - 1], layout, where)
+
+
+def _python(content: bytes, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, 3072] and labels [N] of a pickled batch."""
+    batch = cifar_pickle.read(content, where)
+    pixels, labels = batch.get("data"), batch.get(layout.labels)
+    flat = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2
+    if not flat or pixels.shape[1] != 3072:
+        raise UserError(f"data {where} has no uint8 array 'data' [N, 3072]; fetch it again")
+    whole = isinstance(labels, np.ndarray) or (isinstance(labels, list) and all(type(label) is int for label in labels))
+    if not whole or np.shape(labels) != (len(pixels),):
+        raise UserError(f"data {where} has no list {layout.labels!r} of {len(pixels)} numbers; fetch it again")
+    return pixels, _in_range(labels, layout, where)
+
+
+def _in_range(labels: Any, layout: Layout, where: str) -> np.ndarray:
+    """Labels [N] as int64; raises UserError where one is no class number."""
+    wrong = [label for label in labels if not 0 <= label < layout.classes]
+    if wrong:
+        raise UserError(f"data {where} has label {wrong[0]}, not in 0..{layout.classes - 1}; fetch it again")
+    return np.asarray(labels, np.int64)
+
+
+def _class_names(files: Files, layout: Layout, path: Path) -> list[str] | None:
+    """The K names of the classes, None where the archive does not tell them."""
+    if layout.names not in files:
+        return None
+    content = files[layout.names]()
+    if layout.head:
+        names = content.decode("latin1").split()
+    else:
+        meta = cifar_pickle.read(content, f"{path}: {layout.names}")
+        names = meta.get("label_names" if layout.classes == 10 else "fine_label_names")
+    told = isinstance(names, list) and len(names) == layout.classes
+    if not told or not all(isinstance(name, str | bytes) for name in names):
+        raise UserError(
+            f"data {path}: {layout.names} does not name {layout.classes} classes; fetch it again or remove it"
+        )
+    return [name.decode("latin1") if isinstance(name, bytes) else name for name in names]

@@ -1,0 +1,100 @@
+"""What each of our arrays is called in a PyTorch state_dict, by architecture and naming."""
+
+import re
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+
+from jaxbd.models import build
+
+NAMINGS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "torchvision": (
+        (r"^layer(\d)_(\d+)", r"layer\1.\2"),
+        (r"/shortcut_conv$", "/downsample.0"),
+        (r"/shortcut_norm$", "/downsample.1"),
+        (r"^head$", "fc"),
+    ),
+    "kuangliu": (
+        (r"^layer(s|\d)_(\d+)", r"layer\1.\2"),
+        (r"/shortcut_conv$", "/shortcut.0"),
+        (r"/shortcut_norm$", "/shortcut.1"),
+        (r"^head$", "linear"),
+    ),
+    "wide": ((r"^block(\d)_(\d+)", r"block\1.layer.\2"), (r"/shortcut_conv$", "/convShortcut"), (r"^head$", "fc")),
+    # a stage of the sequence: conv, norm, ELU, conv, norm, ELU, pooling, dropout
+    "sequence": (
+        (r"^conv(\d)_(\d)$", lambda found: f"features.{8 * int(found[1]) + 3 * int(found[2])}"),
+        (r"^bn(\d)_(\d)$", lambda found: f"features.{8 * int(found[1]) + 3 * int(found[2]) + 1}"),
+        (r"^head$", "classifier"),
+    ),
+    "plain": (),
+}
+"""Naming -> (pattern, replacement) pairs that turn the path of one of our modules into a PyTorch module's name."""
+
+ARCH_NAMINGS: dict[str, tuple[str, ...]] = {
+    "mobilenet": ("kuangliu",),
+    "preactresnet18": ("kuangliu",),
+    "resnet18": ("torchvision", "kuangliu"),
+    "resnet34": ("torchvision", "kuangliu"),
+    "vgg": ("sequence",),
+    "wrn16-1": ("wide",),
+    "wrn28-10": ("wide",),
+    "wrn40-1": ("wide",),
+    "wrn40-2": ("wide",),
+}
+"""The namings an architecture is met in, the one we write first; "plain" for every other architecture."""
+
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+COUNTER = "num_batches_tracked"
+
+
+class Layout(NamedTuple):
+    """How one state_dict and one net correspond.
+
+    Attributes:
+      spec: the net, input normalisation left at its default.
+      naming: a key of `NAMINGS`.
+      names: path of each of our arrays ("params/conv1/kernel") -> name of the tensor ("conv1.weight").
+      shapes: the same paths -> the shape of our array.
+    """
+
+    spec: build.Spec
+    naming: str
+    names: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def lay_out(spec: build.Spec, naming: str) -> Layout:
+    """Traces the net of `spec` without computing anything and names its arrays."""
+    net = build.net(spec)
+    abstract = jax.eval_shape(lambda: net.init(jax.random.key(0)))
+    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(abstract, sep="/").items()}
+    names = {}
+    for path in shapes:
+        _, *modules, leaf = path.split("/")
+        names[path] = f"{translate('/'.join(modules), naming)}.{LEAVES[leaf]}"
+    return Layout(spec, naming, names, shapes)
+
+
+def export_names(spec: build.Spec) -> Layout:
+    """The layout in which a net of ours, which no file dictates the names of, is written as a state_dict."""
+    return lay_out(spec, namings(spec.arch)[0])
+
+
+def namings(arch: str) -> tuple[str, ...]:
+    """The namings of `arch`, the one we write first."""
+    return ARCH_NAMINGS.get(arch, ("plain",))
+
+
+def translate(module: str, naming: str) -> str:
+    """Name of the PyTorch module for the path of one of ours: "layer1_0/conv1" -> "layer1.0.conv1"."""
+    for pattern, replacement in NAMINGS[naming]:
+        module = re.sub(pattern, replacement, module)
+    return module.replace("/", ".")
+
+
+def counters(layout: Layout) -> set[str]:
+    """Names of the scalars in which PyTorch's BatchNorm counts batches."""
+    norms = [name for path, name in layout.names.items() if path.endswith("/mean")]
+    return {f"{name.rpartition('.')[0]}.{COUNTER}" for name in norms}

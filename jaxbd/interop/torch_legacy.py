@@ -1,0 +1,76 @@
+"""PyTorch's stream format (before 1.6): five pickles one after the other, then the storages.
+
+The pickles are a magic number, the protocol version, facts on the writer's machine, the value, and the list of storage
+keys; then follows each storage in that order as its element count (int64) and its elements.
+"""
+
+import tarfile
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from jaxbd.interop.files import Limits, Refusal, quote, read_exactly
+from jaxbd.interop.unpickle import Machine, Storage
+
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+MAGIC = b"\x80\x02\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little") + b"."
+PROTOCOL = 1001
+
+
+class Loader(NamedTuple):
+    """Loads storages of one stream by key; `places` gives the offset of each in the file."""
+
+    file: BinaryIO
+    places: dict[str, int]
+
+    def __call__(self, key: str, size: int) -> np.ndarray:
+        """The storage `key` as uint8 [size]; sizes were checked when the stream was opened."""
+        return np.frombuffer(bytearray(read_exactly(self.file, self.places[key], size, "a storage")), np.uint8)
+
+
+def read(file: BinaryIO, file_size: int, limits: Limits) -> tuple[Any, Loader]:
+    """The pickled value with `Tensor`s in it, and what loads their storages."""
+    window = read_exactly(file, 0, min(file_size, limits.pickle_bytes), "the stream")
+    if _is_tar(window):
+        raise Refusal("it is a stream and a tar archive at once; readers differ in which of the two they see")
+    values, position, left, storages = [], 0, limits.instructions, {}
+    for _ in range(5):
+        machine = Machine(window, position, limits)
+        machine.left = left
+        values.append(machine.run())
+        position, left, storages = machine.position, machine.left, storages | machine.storages
+    magic, protocol, system, value, keys = values
+    if magic != MAGIC_NUMBER or protocol != PROTOCOL or type(system) is not dict:
+        raise Refusal("it is not a stream that torch.save wrote")
+    if system.get("little_endian") is not True:
+        raise Refusal("it was written in big-endian byte order, which is not read")
+    if type(keys) is not list or any(type(key) is not str for key in keys):
+        raise Refusal("its list of storages is damaged")
+    if len(set(keys)) != len(keys) or set(keys) != set(storages):
+        raise Refusal("the storages listed are not those that the tensors use")
+    return value, Loader(file, _places(file, file_size, position, [storages[key] for key in keys]))
+
+
+def _is_tar(window: bytes) -> bool:
+    """Whether the first block has a tar header's checksum: PyTorch tries tar before the stream."""
+    try:
+        tarfile.TarInfo.frombuf(window[:512], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _places(file: BinaryIO, file_size: int, position: int, storages: list[Storage]) -> dict[str, int]:
+    """Offset of each storage's elements. They must fill the rest of the file exactly."""
+    places = {}
+    for storage in storages:
+        stated = int.from_bytes(read_exactly(file, position, 8, "a storage"), "little", signed=True)
+        if stated != storage.numel:
+            raise Refusal(f"storage {quote(storage.key)} has {stated} elements where {storage.numel} are described")
+        places[storage.key] = position + 8
+        position += 8 + storage.numel * storage.dtype.itemsize
+        if position > file_size:
+            raise Refusal(f"it ends in the middle of storage {quote(storage.key)}")
+    if position != file_size:
+        raise Refusal(f"{file_size - position:,} bytes follow the last storage")
+    return places

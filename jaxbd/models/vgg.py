@@ -1,0 +1,48 @@
+"""A small VGG for CIFAR-sized images: pairs of [3x3 convolution, BatchNorm, ELU], max-pooling, linear."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxbd.base import Array, UserError
+from jaxbd.models.generators import TORCH_KERNEL, torch_bias
+from jaxbd.models.norm import BatchNorm
+
+STAGES = 3
+
+
+class VGG(nn.Module):
+    """Images [B, H, W, C], already normalised -> logits [B, classes].
+
+    Stage i (from 0) is two convolutions with bias of `width * 2**i` channels and a 2x2 max-pooling. The linear layer
+    reads the activations flattened channel first, as PyTorch nets do, so the net knows where a feature was seen.
+    Dropout, which the published nets train with, is left out.
+
+    Raises: UserError for images with a side below 8 pixels, of which the pooling leaves nothing.
+    """
+
+    classes: int
+    width: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        if min(x.shape[1:3]) < 2**STAGES:
+            raise UserError(f"the small VGG needs images of at least 8x8 pixels, not {x.shape[1]}x{x.shape[2]}")
+        for stage in range(STAGES):
+            for index in range(2):
+                x = nn.Conv(
+                    self.width * 2**stage,
+                    (3, 3),
+                    padding=1,
+                    kernel_init=TORCH_KERNEL,
+                    bias_init=torch_bias(9 * x.shape[-1]),
+                    dtype=self.dtype,
+                    name=f"conv{stage}_{index}",
+                )(x)
+                x = nn.elu(BatchNorm(not train, dtype=self.dtype, name=f"bn{stage}_{index}")(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        bias_init = torch_bias(x.shape[-1])
+        return nn.Dense(self.classes, kernel_init=TORCH_KERNEL, bias_init=bias_init, dtype=self.dtype, name="head")(x)

@@ -1,0 +1,1 @@
+"""Run records as one self-contained HTML page."""

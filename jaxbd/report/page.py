@@ -1,0 +1,223 @@
+"""One self-contained HTML page from what a demo, scan or repair found; it loads nothing and runs no script."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbd import record
+from jaxbd.base import UserError
+from jaxbd.report import maps, plots
+from jaxbd.report.content import Content, Scan, Triggers
+
+PCA_LIMIT = 2000
+"""Samples a PCA map is fitted on at most (Qiao et al. 2019, Fig. 3 uses 2,000)."""
+THUMBNAIL_DISTANCE = 0.085
+"""Least distance of two thumbnails, in sides of the map: about one thumbnail (the release: 0.022, on a larger plot)."""
+LIMITS = (
+    "A detector only rules in the trigger families it searches. “Clean” means that the search found no trigger of "
+    "its kind that works on this model; it does not prove that there is no backdoor of another kind.",
+    "Rates are measured on a finite set of images that the search did not see. A model meant for other images, or "
+    "for other preprocessing, needs a scan on those.",
+    "Repair lowers the success of the triggers that were found and measured here. Scan the repaired model again "
+    "before it is used.",
+)
+
+
+def write(path: str | os.PathLike, content: Content) -> None:
+    """Writes the page under a temporary name beside `path`, then renames.
+
+    Raises: UserError when the folder cannot be written.
+    """
+    path, text = pathlib.Path(path), render(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(text.encode(errors="replace"))  # names from files may hold lone surrogates
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder with space") from None
+
+
+def render(content: Content) -> str:
+    """The page as text. All strings of `content` are escaped; only this package's own SVG goes in as mark-up."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(percent=percent, seconds=duration)
+    template = environment.from_string(pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    triggers = content.triggers or Triggers()
+    return template.render(
+        content=content,
+        headline=headline(content),
+        limits=LIMITS,
+        scans=[_scan_view(scan) for scan in content.scans],
+        panel=_panel_view(triggers),
+        maps=_map_views(triggers),
+        curves=[_curve_view(name, one) for name, one in content.curves.items()],
+        settings=_tables(content.settings),
+        versions=record.versions() if content.versions is None else content.versions,
+        device=record.device() if content.device is None else content.device,
+    )
+
+
+def headline(content: Content) -> str:
+    """The page's first sentence."""
+    scans, found = content.scans, sum(scan.verdict == "backdoored" for scan in content.scans)
+    if not scans:
+        return content.title
+    models = "this model" if len(scans) == 1 else f"{len(scans)} models"
+    if found:
+        return f"Backdoor found in {models if len(scans) == 1 else f'{found} of {models}'}"
+    if all(scan.verdict == "clean" for scan in scans):
+        return f"No backdoor found in {models}"
+    return f"No clear answer for {models}"
+
+
+def percent(rate: float | None) -> str:
+    """0.123 -> "12.3 %" with a space that does not break; a dash where there is no number."""
+    return "–" if rate is None or not np.isfinite(rate) else f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
+
+
+def duration(seconds: Mapping[str, float]) -> str:
+    """{"compile", "run", "total"} in words, compile time apart; a dash where nothing is known."""
+    known = {name: float(seconds[name]) for name in ("total", "run", "compile") if seconds.get(name) is not None}
+    parts = [f"{value:.1f} s {name}" for name, value in known.items()]
+    return f"{parts[0]} ({', '.join(parts[1:])})" if len(parts) > 1 else "".join(parts) or "–"
+
+
+def _scan_view(scan: Scan) -> dict[str, Any]:
+    """What the template shows of one scan."""
+    tones = {"backdoored": "bad", "clean": "good"}
+    levels = list(dict.fromkeys(level for row in scan.classes for level in row.get("levels") or ()))
+    sentence = _sentence(scan)
+    alt = f"Attack success rate per class of {scan.name}. {sentence} The table below has all numbers."
+    lines = dict(targets=scan.targets, threshold=scan.threshold, doubt=scan.doubt)
+    rows = [{"levels": {}, "score": None, "name": "", **row} for row in scan.classes]
+    return {
+        "scan": scan,
+        "tone": tones.get(scan.verdict, "unsure"),
+        "sentence": sentence,
+        "levels": levels,
+        "rows": rows,
+        "chart": _markup(plots.class_bars(rows, alt=alt, **lines)) if rows else None,
+        "hidden": max(0, len(rows) - plots.MOST_CLASSES),
+    }
+
+
+def _sentence(scan: Scan) -> str:
+    """The verdict's reason in one or two sentences."""
+    ranked = sorted(scan.classes, key=lambda row: -np.nan_to_num(row["attack_success_rate"] or 0))
+    if not ranked:
+        return ""
+    rate = lambda row: percent(row["attack_success_rate"])
+    hits = [row for row in ranked if row["class"] in scan.targets]
+    if scan.verdict == "backdoored" and hits:
+        found = "; ".join(f"{rate(row)} of images of other classes turn into {_class_name(row)}" for row in hits)
+        rest = next((row for row in ranked if row["class"] not in scan.targets), None)
+        text = f"With the recovered triggers, {found}."
+        return text + (f" The next highest class, {_class_name(rest)}, reaches {rate(rest)}." if rest else "")
+    line = "" if scan.threshold is None else f" The alarm is at {100 * scan.threshold:.0f} %."
+    opening = "No class stands out: the" if scan.verdict == "clean" else "The answer is not clear-cut: the"
+    return f"{opening} strongest triggers found, for {_class_name(ranked[0])}, reach {rate(ranked[0])}.{line}"
+
+
+def _class_name(row: Mapping[str, Any]) -> str:
+    name = str(row.get("name") or "")
+    return f"class {row['class']}" + (f" (“{name}”)" if name not in ("", str(row["class"])) else "")
+
+
+def _panel_view(triggers: Triggers) -> dict[str, Any]:
+    """Pictures of the trigger section; empty where there is nothing to show."""
+    both = triggers.clean is not None and triggers.stamped is not None
+    pairs = zip(triggers.clean, triggers.stamped, strict=True) if both else ()
+    return {
+        "original": None if triggers.original is None else plots.image(triggers.original, 120),
+        "samples": [
+            (level, len(samples), plots.grid(samples[:24], columns=6, side=36, gap=9))
+            for level, samples in triggers.samples.items()
+            if len(samples)
+        ],
+        "pairs": [plots.grid(pair, columns=1, side=112) for pair in pairs],
+    }
+
+
+def _map_views(triggers: Triggers) -> list[dict[str, Any]]:
+    """PCA and t-SNE of all levels' samples together, each with one picture a level; [] without samples."""
+    samples = {level: np.asarray(some) for level, some in triggers.samples.items() if len(some)}
+    if len({some.shape[1:] for some in samples.values()}) != 1:
+        return []  # nothing to map, or sizes that share no space
+    original = triggers.original
+    if original is not None and np.shape(original) != next(iter(samples.values())).shape[1:]:
+        original = None
+    recipes = ("PCA", maps.pca, PCA_LIMIT), ("t-SNE", maps.tsne, maps.TSNE_LIMIT - 1)
+    return [{"name": name, "pictures": _map(samples, original, place, most)} for name, place, most in recipes]
+
+
+def _map(samples: dict[Any, np.ndarray], original, place, most: int) -> list[tuple[Any, str, str]]:
+    """(level, colour, picture) per level of one map that `place` lays out from at most `most` samples."""
+    parts = {level: _unit(some[: max(1, most // len(samples))]) for level, some in samples.items()}
+    joined = np.concatenate(list(parts.values())).reshape(sum(map(len, parts.values())), -1)
+    points = maps.unit_square(place(joined, None if original is None else _unit(original).reshape(1, -1)))
+    mark = None if original is None else (points[-1], original)
+    pictures, start = [], 0
+    for number, (level, some) in enumerate(parts.items()):
+        here = points[start : start + len(some)]
+        colour = plots.PALETTE[number % (len(plots.PALETTE) - 1)]
+        kept = maps.spread_out(here, THUMBNAIL_DISTANCE)
+        pictures.append((level, colour, plots.trigger_map(here, some, kept, colour, mark)))
+        start += len(some)
+    return pictures
+
+
+def _unit(images: np.ndarray) -> np.ndarray:
+    """Images as float in [0, 1]."""
+    images = np.asarray(images)
+    return images / 255 if images.dtype == np.uint8 else images.astype(float)
+
+
+def _curve_view(name: str, curve: Mapping[str, Any]) -> dict[str, Any]:
+    """Chart and caption of one entry of `Content.curves`."""
+    ends = {
+        label: next((v for v in reversed(list(line)) if v is not None), None) for label, line in curve["values"].items()
+    }
+    last = ", ".join(f"{label}: {value:.3g}" for label, value in ends.items() if value is not None)
+    alt = f"{name} over {len(curve['step'])} recorded steps. Last values: {last or 'none'}."
+    return {
+        "name": name,
+        "last": last,
+        "chart": _markup(plots.curves(curve["step"], curve["values"], name=name, alt=alt)),
+    }
+
+
+def _tables(settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(heading, rows) per top-level entry that is a mapping; the single values come first, under "general"."""
+    plain = record.plain(dict(settings))
+    nested = {name: value for name, value in plain.items() if isinstance(value, dict)}
+    tables = {"general": {name: value for name, value in plain.items() if name not in nested}, **nested}
+    return [(name, list(_flat(value))) for name, value in tables.items() if value]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = ""):
+    """(dotted name, text) for every leaf."""
+    for name, entry in value.items():
+        if isinstance(entry, dict) and entry:
+            yield from _flat(entry, f"{prefix}{name}.")
+        else:
+            yield prefix + name, ", ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+
+
+def _markup(svg: str):
+    """Mark-up made by `plots`, which escapes what it was given."""
+    import markupsafe
+
+    return markupsafe.Markup(svg)

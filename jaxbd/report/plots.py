@@ -1,0 +1,227 @@
+"""Figures of the report: charts as inline SVG that follow the page's text colour, images as PNG data URIs."""
+
+import base64
+import html
+import io
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+"""Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies."""
+HIGHLIGHT = "#D55E00"
+"""Frame of the original trigger in maps."""
+MOST_CLASSES = 30
+"""Classes a bar chart shows; of more, those with the highest rates."""
+
+_INK = "#010203"  # drawn as `currentColor`, so that charts read on light and dark pages
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "svg.fonttype": "path",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    **{name: _INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+}
+
+
+def class_bars(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    targets: Sequence[int] = (),
+    threshold: float | None = None,
+    doubt: float | None = None,
+    alt: str = "",
+) -> str:
+    """Horizontal bars of attack success rate per class, one colour a level, with the threshold as a line.
+
+    Args:
+      rows: {"class", "name", "attack_success_rate", "levels": {level: rate}} per class, rates in [0, 1]; without levels
+        one bar shows "attack_success_rate". A class of `targets` gets a bold label.
+    """
+    rows = sorted(
+        sorted(rows, key=lambda row: -_rate(row["attack_success_rate"]))[:MOST_CLASSES],
+        key=operator.itemgetter("class"),
+    )
+    levels = list(dict.fromkeys(level for row in rows for level in row.get("levels") or ()))
+
+    def draw(figure):
+        axes, place = figure.subplots(), np.arange(len(rows))
+        depth = 0.8 / max(len(levels), 1)
+        for i, level in enumerate(levels or [None]):
+            rates = [_rate(row["attack_success_rate"] if level is None else row["levels"].get(level)) for row in rows]
+            offset = (i - (max(len(levels), 1) - 1) / 2) * depth
+            label = None if level is None else f"level {level}"
+            axes.barh(place + offset, 100 * np.array(rates), depth * 0.9, color=PALETTE[i % len(PALETTE)], label=label)
+        for value, dash, name in ((threshold, "--", "alarm"), (doubt, ":", "doubt")):
+            if value is not None:
+                axes.axvline(100 * value, color=_INK, linestyle=dash, linewidth=1)
+                axes.text(100 * value, -0.6, f"{name} {100 * value:.0f} %", ha="center", va="bottom", fontsize=7)
+        axes.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5), xlabel="attack success rate, %")
+        axes.set_yticks(place, [_label(row) for row in rows])
+        for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+            tick.set_fontweight("bold" if row["class"] in targets else "normal")
+        for y, row in zip(place, rows, strict=True):
+            text = f"{100 * _rate(row['attack_success_rate']):.1f}"
+            axes.text(101.5, y, text, va="center", fontsize=7, clip_on=False)
+        _legend(figure)
+
+    return _svg(draw, (4.3, 1.0 + len(rows) * (0.16 + 0.08 * max(len(levels), 1))), alt)
+
+
+def curves(step: Sequence[float], values: Mapping[str, Sequence[float]], *, name: str = "", alt: str = "") -> str:
+    """Lines over `step` [S], one per entry of `values` (each [S]; NaN or None leaves a gap); `name` labels the axis."""
+
+    def draw(figure):
+        axes = figure.subplots()
+        stride = max(1, len(step) // 400)
+        for i, (label, line) in enumerate(values.items()):
+            style = dict(color=PALETTE[i % len(PALETTE)], linestyle=("-", "--", "-.", ":")[i % 4], linewidth=1.6)
+            line = np.array([np.nan if v is None else v for v in line], float)
+            axes.plot(np.asarray(step)[::stride], line[::stride], label=_printable(label), **style)
+        axes.set_xlabel("step")
+        axes.set_ylabel(_printable(name))
+        axes.grid(alpha=0.15, color=_INK)
+        axes.margins(x=0.01)
+        if values:
+            _legend(figure)
+
+    return _svg(draw, (4.3, 2.5), alt)
+
+
+def image(pixels: np.ndarray, side: int) -> str:
+    """One image [h, w, C] as a framed PNG data URI, its longer side about `side` pixels."""
+    return _png(_framed(_enlarge(pixels, side), 1, "#808080"))
+
+
+def grid(images: Sequence[np.ndarray], *, columns: int, side: int, gap: int = 4) -> str:
+    """Images [h, w, C] of one size row by row in one PNG data URI, each about `side` pixels, with transparent gaps."""
+    tiles = [_framed(_enlarge(one, side), 1, "#808080") for one in images]
+    height, width = tiles[0].shape[:2]
+    lines = -(-len(tiles) // columns)
+    columns = min(columns, len(tiles))
+    canvas = np.zeros((lines * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
+    for i, tile in enumerate(tiles):
+        _put(canvas, tile, i // columns * (height + gap), i % columns * (width + gap))
+    return _png(canvas)
+
+
+def trigger_map(
+    points: np.ndarray, triggers: np.ndarray, kept: np.ndarray, colour: str, original=None, *, size: int = 720
+) -> str:
+    """Every point as a dot and the `kept` ones as thumbnails of their triggers, in one square PNG data URI.
+
+    Args:
+      points: [n, 2] in the unit square, the second axis upwards.
+      triggers: [n, h, w, C].
+      kept: index [m] of the points that get a thumbnail.
+      colour: "#rrggbb" of dots and frames.
+      original: None or (point [2], trigger [h, w, C]), drawn last with a heavy frame.
+      size: side of the picture in pixels; shown at half of it, so that it is sharp on dense screens.
+    """
+    canvas = np.zeros((size, size, 4), np.uint8)
+    dot = _framed(np.zeros((2, 2, 3), np.uint8), 4, colour)
+    dot[2:-2, 2:-2] = dot[0, 0]
+    thumbnails = [(points[i], _framed(_enlarge(triggers[i], 48), 3, colour)) for i in kept]
+    marks = [(point, dot) for point in points] + thumbnails
+    if original is not None:
+        marks.append((original[0], _framed(_framed(_enlarge(original[1], 60), 3, "#ffffff"), 8, HIGHLIGHT)))
+    margin = 44
+    for point, mark in marks:
+        column, row = margin + np.array([point[0], 1 - point[1]]) * (size - 2 * margin)
+        _put(canvas, mark, round(row - mark.shape[0] / 2), round(column - mark.shape[1] / 2))
+    return _png(canvas)
+
+
+def _svg(draw, size: tuple[float, float], alt: str) -> str:
+    """The chart that `draw(figure)` makes as an inline <svg>: no metadata, no comments, ids of its own."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
+        figure, file = Figure(size, layout="constrained"), io.StringIO()
+        draw(figure)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"| width="[\d.]+pt"', "", text, count=2)
+    text = text.replace(_INK, "currentColor")
+    opening = f'<svg role="img" aria-label="{html.escape(alt)}" style="max-width:{size[0] * 116:.0f}px"'
+    return opening + text[len("<svg") :]
+
+
+def _legend(figure) -> None:
+    """One legend above the axes; nothing where no line or bar has a label."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=2.2, columnspacing=1.2)
+
+
+def _rate(value: float | None) -> float:
+    """A rate to draw: absent and not finite count as 0."""
+    return float(value) if value is not None and np.isfinite(value) else 0.0
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """Class number and name, shortened."""
+    number, name = str(row["class"]), _printable(row.get("name") or "")
+    name = name if len(name) <= 16 else name[:15] + "…"
+    return number if name in ("", number) else f"{number}  {name}"
+
+
+def _printable(text: Any) -> str:
+    """`text` without what the chart's font cannot draw and without mathematical mark-up."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    kept = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in str(text))
+    return kept.replace("$", r"\$")
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """An image [h, w, C] in [0, 1] or uint8 as uint8 [h, w, 3]; channel counts other than 3 are averaged to grey."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8:
+        image = np.round(np.clip(np.nan_to_num(image.astype(float)), 0, 1) * 255).astype(np.uint8)
+    if image.shape[-1] != 3:
+        image = np.round(image.mean(-1, keepdims=True)).astype(np.uint8).repeat(3, -1)
+    return image
+
+
+def _enlarge(image: np.ndarray, side: int) -> np.ndarray:
+    """`_pixels(image)` with every pixel repeated so often that the longer side is at most `side`, or box-averaged."""
+    pixels = _pixels(image)
+    longest = max(pixels.shape[:2])
+    if longest > side:
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(pixels).reduce(-(-longest // side)))
+    factor = side // longest
+    return pixels.repeat(factor, 0).repeat(factor, 1)
+
+
+def _framed(pixels: np.ndarray, width: int, colour: str) -> np.ndarray:
+    """Pixels [h, w, 3 or 4] uint8 with an opaque frame, [h + 2 width, w + 2 width, 4]."""
+    height, breadth = pixels.shape[0] + 2 * width, pixels.shape[1] + 2 * width
+    framed = np.full((height, breadth, 4), 255, np.uint8)
+    framed[..., :3] = list(bytes.fromhex(colour[1:]))
+    framed[width:-width, width:-width, :3] = pixels[..., :3]
+    return framed
+
+
+def _put(canvas: np.ndarray, tile: np.ndarray, row: int, column: int) -> None:
+    """Writes `tile` [h, w, 4] into `canvas` [H, W, 4] at a place where it fits."""
+    canvas[row : row + tile.shape[0], column : column + tile.shape[1]] = tile
+
+
+def _png(pixels: np.ndarray) -> str:
+    """uint8 [H, W, 4] as a PNG data URI."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,102 @@
+"""What `scan.json`, `repair.json` and `evaluate.json` hold, as plain dictionaries; `record.write_json` writes them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxbd import record
+from jaxbd.evaluate import Rates
+from jaxbd.loop import Seconds
+from jaxbd.workflow import Scan, ScanConfig
+
+SCHEMA = "jaxbd/1"
+
+
+def seconds(times: Seconds) -> dict[str, float]:
+    """{"compile", "run", "total"} in seconds."""
+    return {"compile": times.compile, "run": times.run, "total": times.compile + times.run}
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Seed, device and versions: what every result carries."""
+    return {"seed": seed, "device": record.device(), "versions": record.versions()}
+
+
+def rates(found: Rates) -> dict[str, Any]:
+    """The content of `evaluate.json` but for provenance."""
+    return dataclasses.asdict(found)
+
+
+def scan(
+    found: Scan,
+    config: ScanConfig,
+    *,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    class_names: tuple[str, ...],
+    seed: int,
+) -> dict[str, Any]:
+    """The content of `scan.json`.
+
+    Args:
+      model: {"path", "sha256", "arch"} and what else is known of the file.
+      data: where the clean images came from and how many were used for what.
+      class_names: K names; class numbers stand in for missing ones.
+    """
+    levels = [float(level) for level in config.levels] if found.level_rates.shape[1] > 1 else []
+    classes = []
+    for number, rate in enumerate(found.rates):
+        row = {
+            "class": number,
+            "name": class_names[number] if number < len(class_names) else str(number),
+            "attack_success_rate": rate,
+            "score": found.decision.scores[number],
+        }
+        if levels:
+            row["levels"] = dict(zip(map(str, levels), found.level_rates[number], strict=True))
+        if found.located is not None:
+            row["mask_norm"] = found.located.norms[number]
+            row["place"] = found.located.places[number]
+        classes.append(row)
+    return {
+        "schema": f"{SCHEMA}/scan",
+        "verdict": found.decision.verdict,
+        "targets": found.decision.targets,
+        "decided_by": found.decided_by,
+        "classes": classes,
+        "method": config.method,
+        "config": dataclasses.asdict(config),
+        "model": model,
+        "data": data,
+        "cells": int(np.size(found.cells.target)),
+        "steps": found.steps,
+        "image_steps": found.image_steps,
+        "seconds": seconds(found.seconds),
+        **provenance(seed),
+    }
+
+
+def repair(
+    method: str,
+    before: Rates,
+    after: Rates,
+    config: Any,
+    times: Seconds,
+    *,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """The content of `repair.json`; `config` is the method's frozen Config."""
+    return {
+        "schema": f"{SCHEMA}/repair",
+        "method": method,
+        "before": rates(before),
+        "after": rates(after),
+        "config": dataclasses.asdict(config),
+        "model": model,
+        "data": data,
+        "seconds": seconds(times),
+        **provenance(seed),
+    }

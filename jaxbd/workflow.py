@@ -1,0 +1,364 @@
+"""What the command line, the demo and the experiments do with a model: scan it, repair it, tell what it does now.
+
+Everything here is composition: methods from `inversion` and `repair`, drivers from `loop` and `sweep`, the rule from
+`detect`. Nothing is printed and no file is opened.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import detect, loop, sweep
+from jaxbd.base import Array, Batch, Cell, Inversion, Key, Net, UserError, Variables
+from jaxbd.data import draw
+from jaxbd.inversion import mesa, neural_cleanse, pixel
+from jaxbd.repair import unlearn
+
+Progress = Callable[[str, int, int], None]
+"""(what is running, steps done, steps in all)"""
+
+make_mesa, make_pixel, make_neural_cleanse, make_unlearn = (
+    functools.lru_cache(32)(factory) for factory in (mesa.make, pixel.make, neural_cleanse.make, unlearn.make)
+)
+"""The factories, remembering what they made: the same net and settings give the same functions, so nothing is traced
+twice for another victim of the same shape."""
+
+MesaConfig, NeuralCleanseConfig, PixelConfig = mesa.Config, neural_cleanse.Config, pixel.Config
+"""Named apart, since fields of `ScanConfig` bear the modules' names."""
+METHODS = ("auto", "mesa", "neural-cleanse", "pixel")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """Settings of a scan.
+
+    Attributes:
+      method: "mesa": every class x level, triggers at random places (`mesa.place` says otherwise); "neural-cleanse":
+        mask and pattern per class, decided by the anomaly of the mask's size; "pixel": one reversed patch per class;
+        "auto": Neural Cleanse locates a trigger for every class, then MESA models the patches at that place for the
+        classes with the smallest masks, and the rate MESA reaches decides.
+      levels: beta of every MESA sub-model.
+      targets: classes to search; none stands for all.
+      steps: optimisation steps of the MESA or pixel sweep.
+      batch_size: images per cell and step.
+      locate_steps: optimisation steps of Neural Cleanse.
+      candidates: how many classes "auto" hands from Neural Cleanse to MESA, at least; outliers are added to them.
+      anomaly_threshold: MAD anomaly index of a mask's size from which "neural-cleanse" calls a class attacked.
+      mesa, neural_cleanse, pixel: settings of the methods.
+      detection: when a rate counts as an attack.
+    """
+
+    method: Literal["auto", "mesa", "neural-cleanse", "pixel"] = "auto"
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9)
+    targets: tuple[int, ...] = ()
+    steps: int = 200
+    batch_size: int = 32
+    locate_steps: int = 200
+    candidates: int = 2
+    anomaly_threshold: float = 2.0
+    mesa: MesaConfig = dataclasses.field(
+        default_factory=lambda: mesa.Config(place="image", hidden=128, learning_rate=1e-3)
+    )
+    neural_cleanse: NeuralCleanseConfig = dataclasses.field(default_factory=neural_cleanse.Config)
+    pixel: PixelConfig = dataclasses.field(default_factory=lambda: pixel.Config(place="image"))
+    detection: detect.Config = dataclasses.field(default_factory=detect.Config)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise UserError(f"unknown scan method {self.method!r}; known: {', '.join(METHODS)}")
+        if not self.levels or not all(0 < level < 1 for level in self.levels):
+            raise UserError(f"levels {self.levels} must lie between 0 and 1")
+        if min(self.steps, self.batch_size, self.locate_steps, self.candidates) < 1:
+            raise UserError("steps, locate_steps, batch_size and candidates must be at least 1")
+
+
+class Located(NamedTuple):
+    """What Neural Cleanse found per class.
+
+    Attributes:
+      norms: L1 norm [K] of the smallest mask that works; nan where none did, or the class was not searched.
+      scores: anomaly index [K], positive for masks smaller than the median.
+      places: [K, 2] row and column of the window that holds most of each mask; share [K] of the norm inside it.
+      states: the method's states [K, …].
+    """
+
+    norms: np.ndarray
+    scores: np.ndarray
+    places: np.ndarray
+    share: np.ndarray
+    states: Any
+
+
+class Scan(NamedTuple):
+    """What a scan found.
+
+    Attributes:
+      decision: verdict, targets, scores.
+      decided_by: the step whose numbers decided, in words.
+      rates: attack success rate [K] of each class's recovered triggers on held-out images; nan where not measured.
+      level_rates: the same per level [K, L].
+      inversion, cells, states, infos: the sweep behind it, for sampling triggers and plotting curves.
+      located: what Neural Cleanse found, where it ran.
+      steps: optimisation steps of every cell, all stages together; image_steps: images pushed through the victim.
+      seconds: compile and run.
+    """
+
+    decision: detect.Decision
+    decided_by: str
+    rates: np.ndarray
+    level_rates: np.ndarray
+    inversion: Inversion
+    cells: Cell
+    states: Any
+    infos: Any
+    located: Located | None
+    steps: int
+    image_steps: int
+    seconds: loop.Seconds
+
+
+def scan(
+    key: Key,
+    net: Net,
+    variables: Variables,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    search: Batch,
+    held_out: Batch,
+    config: ScanConfig,
+    progress: Progress | None = None,
+) -> Scan:
+    """Looks for a backdoor in a net of which nothing is known but its weights.
+
+    Args:
+      image_shape: (H, W, C); classes: K.
+      search: clean images the triggers are optimised on (uint8 or float); held_out: others, on which they are judged.
+    Raises: UserError when there are fewer images than a batch; FloatingPointError when a cell diverges.
+    """
+    if len(search.labels) < config.batch_size:
+        raise UserError(
+            f"{len(search.labels)} images to search with, fewer than a batch of {config.batch_size}; "
+            "bring more images or lower the batch size"
+        )
+    outside = [target for target in config.targets if not 0 <= target < classes]
+    if outside:
+        raise UserError(f"target {outside[0]} is out of range; the model has classes 0..{classes - 1}")
+    search = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
+    stages = {"mesa": _scan_patches, "pixel": _scan_patches, "neural-cleanse": _scan_masks, "auto": _scan_auto}
+    return stages[config.method](
+        key, net, variables, image_shape, classes, search, held_out, config, progress or _no_progress
+    )
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    pass
+
+
+def searched(classes: int, config: ScanConfig) -> list[int]:
+    """The classes a scan searches, ascending."""
+    return sorted(set(config.targets)) or list(range(classes))
+
+
+def _by_class(values: np.ndarray, rows: Sequence[int], classes: int, missing: float = np.nan) -> np.ndarray:
+    """`values` [n, …] of the classes `rows` as [K, …]; `missing` elsewhere."""
+    every = np.full((classes, *np.shape(values)[1:]), missing, np.asarray(values).dtype)
+    every[list(rows)] = values
+    return every
+
+
+def _scan_patches(key, net, variables, image_shape, classes, search, held_out, config, progress) -> Scan:
+    """Every class x level as one sweep, decided by the rate on held-out images."""
+    if config.method == "pixel":
+        inversion, levels = make_pixel(net, image_shape, config.pixel), config.levels[-1:]
+    else:
+        inversion, levels = make_mesa(net, image_shape, config.mesa), config.levels
+    rows = searched(classes, config)
+    cells = sweep.grid(rows, levels)
+    label = f"{config.method}: {sweep.size(cells)} cells"
+    states, infos, seconds = _sweep(key, label, inversion, net, variables, search, cells, None, config, progress)
+    rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, states, cells, variables, held_out)
+    level_rates = _by_class(rates.reshape(len(rows), len(levels)), rows, classes)
+    best = level_rates.max(1)
+    images = config.steps * config.batch_size * sweep.size(cells)
+    rule = f"{config.method}: attack success rate of the recovered triggers on held-out images"
+    decision = detect.decide(np.nan_to_num(best), config.detection)
+    return Scan(decision, rule, best, level_rates, inversion, cells, states, infos, None, config.steps, images, seconds)
+
+
+def _sweep(key, label, inversion, net, variables, search, cells, states, config, progress):
+    """`sweep.fit` with the scan's batch size and progress, for methods that work on patches."""
+    del net
+    progress(label, 0, config.steps)
+    return sweep.fit(
+        jax.random.fold_in(key, 2),
+        inversion,
+        draw.uniform(config.batch_size),
+        search,
+        cells,
+        variables,
+        num_steps=config.steps,
+        states=states,
+        on_chunk=lambda done, _, __: progress(label, done, config.steps),
+    )
+
+
+def locate(key, net, variables, image_shape, classes, search, config: ScanConfig, progress: Progress, side: int):
+    """Neural Cleanse on every class searched: (inversion, cells, Located, infos, seconds); windows are side x side."""
+    inversion = make_neural_cleanse(net, image_shape, config.neural_cleanse)
+    rows = searched(classes, config)
+    cells = sweep.grid(rows)
+    label = f"neural-cleanse: {len(rows)} classes"
+    progress(label, 0, config.locate_steps)
+    states, infos, seconds = sweep.fit(
+        jax.random.fold_in(key, 1),
+        inversion,
+        draw.uniform(config.batch_size),
+        search,
+        cells,
+        variables,
+        num_steps=config.locate_steps,
+        on_chunk=lambda done, _, __: progress(label, done, config.locate_steps),
+    )
+    norms = np.asarray(states.best_norm, float)
+    norms[~np.isfinite(norms)] = np.nan
+    places, share = neural_cleanse.locate(states.best_mask, side)
+    scores = -detect.mad_scores(norms)
+    spread = [_by_class(v, rows, classes) for v in (norms, scores, np.asarray(share))]
+    places = _by_class(np.asarray(places), rows, classes, missing=-1)
+    found = Located(spread[0], np.nan_to_num(spread[1]), places, spread[2], states)
+    return inversion, cells, found, infos, seconds
+
+
+def _scan_masks(key, net, variables, image_shape, classes, search, held_out, config, progress) -> Scan:
+    """Neural Cleanse alone, decided by the anomaly index of the mask sizes (Wang et al. 2019)."""
+    side = config.mesa.patch
+    inversion, cells, found, infos, seconds = locate(
+        key, net, variables, image_shape, classes, search, config, progress, side
+    )
+    rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, found.states, cells, variables, held_out)
+    rates = _by_class(rates, searched(classes, config), classes)
+    outliers = [int(k) for k in np.flatnonzero(found.scores > config.anomaly_threshold)]
+    working = [k for k in outliers if rates[k] >= config.detection.threshold]
+    verdict = "backdoored" if working else "inconclusive" if outliers or np.isnan(found.norms).all() else "clean"
+    decision = detect.Decision(verdict, working, found.scores.tolist())
+    rule = "neural-cleanse: anomaly index of the mask size"
+    images = config.locate_steps * config.batch_size * sweep.size(cells)
+    return Scan(
+        decision, rule, rates, rates[:, None], inversion, cells, found.states, infos, found, config.locate_steps,
+        images, seconds,
+    )  # fmt: skip
+
+
+def _scan_auto(key, net, variables, image_shape, classes, search, held_out, config, progress) -> Scan:
+    """Neural Cleanse says where to look and at which classes first; MESA's rate there decides."""
+    side = config.mesa.patch
+    *_, found, _, located_in = locate(key, net, variables, image_shape, classes, search, config, progress, side)
+    chosen = candidates(found, config)
+    inversion = make_mesa(net, image_shape, dataclasses.replace(config.mesa, place="fixed", row=0, column=0))
+    cells = sweep.grid(chosen, config.levels)
+    places = np.repeat(found.places[chosen], len(config.levels), axis=0)
+    states = sweep.init(jax.random.fold_in(key, 2), inversion, cells)._replace(place=jnp.asarray(places))
+    label = f"mesa: classes {', '.join(map(str, chosen))} at the located place"
+    states, infos, seconds = _sweep(key, label, inversion, net, variables, search, cells, states, config, progress)
+    measured = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, states, cells, variables, held_out)
+    level_rates = np.full((classes, len(config.levels)), np.nan)
+    level_rates[chosen] = measured.reshape(len(chosen), -1)
+    rates = np.nan_to_num(level_rates).max(1)
+    decision = detect.decide(rates, config.detection)
+    images = config.batch_size * (config.locate_steps * len(found.states.step) + config.steps * sweep.size(cells))
+    seconds = loop.Seconds(*(a + b for a, b in zip(seconds, located_in, strict=True)))
+    rule = "mesa at the place that neural-cleanse located: attack success rate on held-out images"
+    return Scan(
+        decision._replace(scores=found.scores.tolist()), rule, np.where(np.isnan(level_rates[:, 0]), np.nan, rates),
+        level_rates, inversion, cells, states, infos, found, config.locate_steps + config.steps, images, seconds,
+    )  # fmt: skip
+
+
+def candidates(found: Located, config: ScanConfig) -> list[int]:
+    """Classes worth modelling: the `config.candidates` smallest masks and every outlier, in class order."""
+    order = np.argsort(np.where(np.isnan(found.norms), np.inf, found.norms), kind="stable")
+    order = [k for k in order if k in searched(len(order), config)]
+    outliers = np.flatnonzero(found.scores > config.anomaly_threshold)
+    return sorted({int(k) for k in order[: config.candidates]} | {int(k) for k in outliers})
+
+
+def cells_of(result: Scan, target: int) -> Any:
+    """States [L, …] of the scan's cells that aim at `target`, levels ascending as configured."""
+    index = np.flatnonzero(np.asarray(result.cells.target) == target)
+    if not index.size:
+        raise UserError(f"the scan did not model triggers for class {target}")
+    return jax.tree.map(lambda leaf: leaf[index], result.states)
+
+
+def reached(result: Scan, target: int) -> np.ndarray:
+    """[L] bool: which sub-models of `target` reached their level; Algorithm 1 leaves the others out (gamma_i = 0).
+
+    When none did, the one with the highest rate counts as reached.
+    """
+    index = np.flatnonzero(np.asarray(result.cells.target) == target)
+    rates = result.level_rates[target]
+    good = rates >= np.asarray(result.cells.level)[index]
+    return good if good.any() else rates == rates.max()
+
+
+class Repaired(NamedTuple):
+    """variables of the repaired net, infos of the run, seconds."""
+
+    variables: Variables
+    infos: Any
+    seconds: loop.Seconds
+
+
+def unlearn_trigger(
+    key: Key,
+    net: Net,
+    variables: Variables,
+    stamp: Callable[[Key, Any, Array], Array],
+    evidence: unlearn.Evidence,
+    data: Batch,
+    config: unlearn.Config,
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    label: str = "unlearn",
+) -> Repaired:
+    """Unlearning on clean `data` (uint8 or float), see `repair.unlearn`."""
+    if len(data.labels) < batch_size:
+        raise UserError(f"{len(data.labels)} images to repair with, fewer than a batch of {batch_size}; bring more")
+    method = make_unlearn(net, stamp, config)
+    state = method.init(jax.random.fold_in(key, 0), variables, evidence)
+    report = progress or _no_progress
+    report(label, 0, config.num_steps)
+    state, infos, seconds = loop.fit(
+        jax.random.fold_in(key, 1),
+        method.step,
+        draw.uniform(batch_size),
+        Batch(jnp.asarray(data.images), jnp.asarray(data.labels)),
+        state,
+        num_steps=config.num_steps,
+        on_chunk=lambda done, _, __: report(label, done, config.num_steps),
+    )
+    return Repaired(method.extract(state), infos, seconds)
+
+
+def mixtures(result: Scan, target: int, levels: Sequence[float]) -> dict[str, unlearn.Evidence]:
+    """The evidence MESA offers for unlearning: each level alone, and the 1/N mixture of those reached."""
+    states, good = cells_of(result, target), reached(result, target)
+    named = {
+        f"level {level:g}": unlearn.single(jax.tree.map(lambda leaf, i=i: leaf[i], states))
+        for i, level in enumerate(levels)
+    }
+    return {**named, "mixture": unlearn.uniform(jax.tree.map(lambda leaf: leaf[np.flatnonzero(good)], states))}
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """The function's result and its wall seconds."""
+    started = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - started

@@ -1,0 +1,158 @@
+"""Every classifier computes what its PyTorch twin computes, in evaluation and in training mode."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_twins as twins
+
+from jaxbd.base import UserError
+from jaxbd.interop import layouts
+from jaxbd.models import build
+
+torch.set_num_threads(1)
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+CLASSES = 7
+
+
+def _resnet(arch: str, stem: str, naming: str):
+    return lambda width: twins.ResNet(BLOCKS[arch], CLASSES, width, stem, naming)
+
+
+CASES = {
+    f"{arch}-{stem}-{naming}": (arch, _resnet(arch, stem, naming), 8, 32 if stem == "imagenet" else 16)
+    for arch in BLOCKS
+    for stem in ("cifar", "imagenet")
+    for naming in ("torchvision", "kuangliu")
+} | {
+    "preactresnet18": ("preactresnet18", lambda width: twins.PreActResNet18(CLASSES, width), 8, 16),
+    "wrn16-1": ("wrn16-1", lambda width: twins.WideResNet(16, 1, CLASSES, width), 8, 16),
+    "wrn28-10": ("wrn28-10", lambda width: twins.WideResNet(28, 10, CLASSES, width), 2, 8),
+    "wrn40-1": ("wrn40-1", lambda width: twins.WideResNet(40, 1, CLASSES, width), 8, 16),
+    "wrn40-2": ("wrn40-2", lambda width: twins.WideResNet(40, 2, CLASSES, width), 4, 16),
+    "mobilenet": ("mobilenet", lambda width: twins.MobileNet(CLASSES, width), 8, 32),
+    "vgg": ("vgg", lambda width: twins.SmallVGG(CLASSES, width, side=16), 8, 16),
+    "cnn": ("cnn", lambda width: twins.SmallCNN(CLASSES, width), 8, 16),
+}
+"""Name -> (architecture, twin of a width, width, side of the images)."""
+
+
+def _images(side: int, count: int = 4) -> np.ndarray:
+    return np.random.default_rng(side).uniform(0, 1, (count, side, side, 3)).astype(np.float32)
+
+
+def _chw(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _both(case: str):
+    """The twin with random weights, our net and variables read from it by recognition, and images."""
+    arch, make, width, side = CASES[case]
+    twin = twins.randomise(make(width), seed=sum(map(ord, case)))
+    layout = layouts.recognise(twins.tensors(twin), image_shape=(side, side, 3))
+    assert layout.spec.arch == arch
+    return twin, build.net(layout.spec), layouts.to_variables(twins.tensors(twin), layout), _images(side), layout
+
+
+def assert_close(ours, theirs: torch.Tensor, relative: float = 1e-4):
+    """Largest difference, in units of the largest value."""
+    theirs = theirs.detach().numpy()
+    assert ours.shape == theirs.shape
+    assert np.abs(np.asarray(ours) - theirs).max() <= relative * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_pytorch_twin(case):
+    twin, net, variables, images, _ = _both(case)
+    logits, stats = jax.jit(net.apply)(variables, images)
+    with torch.no_grad():
+        expected = twin(_chw(images))
+    # the net must still tell the images apart, or equal logits would prove little
+    assert (expected[0] - expected[1]).abs().max() > 1e-2 * expected.abs().max()
+    assert_close(logits, expected)
+    assert all(map(np.array_equal, jax.tree.leaves(stats), jax.tree.leaves(variables["batch_stats"])))
+
+
+@pytest.mark.parametrize("case", ["resnet18-imagenet-torchvision", "wrn16-1", "vgg"])
+def test_training_mode_uses_and_updates_the_moments_as_pytorch_does(case):
+    twin, net, variables, images, layout = _both(case)
+    before = twins.tensors(twin)
+    logits, stats = jax.jit(lambda v, x: net.apply(v, x, train=True))(variables, images)
+    with torch.no_grad():
+        assert_close(logits, twin.train()(_chw(images)))
+    after = layouts.to_tensors({**variables, "batch_stats": stats}, layout, before)
+    for name, expected in twins.tensors(twin).items():
+        if name.endswith(("running_mean", "running_var")):
+            assert not np.array_equal(expected, before[name])
+            np.testing.assert_allclose(after[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["preactresnet18", "mobilenet"])
+def test_input_gradients_equal_those_of_the_pytorch_twin(case):
+    twin, net, variables, images, _ = _both(case)
+    gradient = jax.jit(jax.grad(lambda x: net.apply(variables, x)[0][:, 2].sum()))(images)
+    inputs = _chw(images).requires_grad_()
+    twin(inputs)[:, 2].sum().backward()
+    assert_close(gradient, inputs.grad.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("arch", sorted(build.MODULES))
+def test_bfloat16_keeps_parameters_and_statistics_in_float32(arch):
+    spec = build.Spec(arch=arch, classes=5, image_shape=(16, 16, 3), dtype="bfloat16", options={"width": 4})
+    variables, logits = jax.eval_shape(
+        lambda key, x: ((v := build.net(spec).init(key)), build.net(spec).apply(v, x)[0]),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32),
+    )
+    assert logits.dtype == jnp.bfloat16 and logits.shape == (2, 5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "message"),
+    [
+        ("resnet18", {"stem": "tiny"}, "stem 'tiny'"),
+        ("wrn16-1", {"depth": 18}, "depth 18"),
+        ("vgg", {"side": 3}, "side"),
+    ],
+)
+def test_options_that_make_no_net_are_refused(arch, options, message):
+    with pytest.raises(UserError, match=message):
+        build.module(build.Spec(arch=arch, classes=10, image_shape=(32, 32, 3), options=options))
+
+
+def test_images_too_small_for_the_vgg_are_refused():
+    net = build.net(build.Spec(arch="vgg", classes=10, image_shape=(7, 9, 3)))
+    with pytest.raises(UserError, match="at least 8x8"):
+        jax.eval_shape(net.init, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("file", "first_logits"),
+    [
+        ("badnets_8_02_ckpt.pth", (0.9306, 4.9086, -0.1523, -1.8751)),
+        ("l2_inv_0_02_ckpt.pth", (0.2757, 3.5017, -4.4305, -0.6872)),
+    ],
+)
+def test_published_models_give_their_published_logits(file, first_logits):
+    shared = pathlib.Path(__file__).resolve().parents[2] / "shared"
+    model, images = shared / "models" / "ibau" / file, shared / "data" / "cifar10" / "test.parquet"
+    if not (model.exists() and images.exists()):
+        pytest.skip(f"{file} or the CIFAR-10 test images are not on this machine")
+    import io
+
+    import pyarrow.parquet
+    from PIL import Image
+
+    state = torch.load(model, map_location="cpu", weights_only=True)["net"]
+    tensors = {name: tensor.numpy() for name, tensor in state.items()}
+    layout = layouts.recognise(tensors)
+    assert (layout.spec.arch, layout.spec.classes, layout.spec.image_shape) == ("vgg", 10, (32, 32, 3))
+    row = next(pyarrow.parquet.ParquetFile(images).iter_batches(batch_size=1)).to_pylist()[0]
+    encoded = next(value["bytes"] for value in row.values() if isinstance(value, dict))
+    image = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.float32) / 255
+    logits, _ = build.net(layout.spec).apply(layouts.to_variables(tensors, layout), image[None])
+    np.testing.assert_allclose(logits[0, :4], first_logits, atol=1e-3)

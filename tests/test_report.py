@@ -1,0 +1,306 @@
+"""The report page: complete, escaped, self-contained, and whole or absent; the maps behind its figures."""
+
+import base64
+import html.parser
+import io
+import itertools
+import re
+import time
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxbd.base import UserError
+from jaxbd.report import maps, page, plots
+from jaxbd.report.content import Content, Repaired, Scan, Triggers
+
+HOSTILE = "<script>alert('x')</script>"
+NAMES = ["zero", HOSTILE, "$\\frac{", "猫", "a\nb", '" onload="x', "--><b>", "\ud800", "x" * 300, ""]
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see: tags with attributes, and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def scan(names=NAMES, target=1, verdict="backdoored", **changes) -> Scan:
+    classes = []
+    for k, name in enumerate(names):
+        levels = {"0.5": 0.9, "0.9": 0.991} if k == target else {"0.5": 0.02 * (k % 7), "0.9": 0.01}
+        classes.append(
+            {"class": k, "name": name, "attack_success_rate": max(levels.values()), "score": 0.1, "levels": levels}
+        )
+    targets = [] if target is None else [target]
+    known = dict(name="victim", verdict=verdict, targets=targets, classes=classes, threshold=0.8, doubt=0.4)
+    return Scan(**{**known, **changes})
+
+
+def triggers(channels=3, count=40) -> Triggers:
+    random = np.random.default_rng(0)
+    samples = {level: random.random((count, 3, 3, channels)).astype(np.float32) for level in (0.5, 0.9)}
+    clean = random.integers(0, 256, (3, 16, 16, channels), np.uint8)
+    return Triggers(samples=samples, original=random.random((3, 3, channels)), clean=clean, stamped=255 - clean)
+
+
+def full() -> Content:
+    return Content(
+        title=f"Report {HOSTILE}",
+        scans=[
+            scan(sha256="ab" * 32, seconds={"compile": 1.5, "run": 2.0, "total": 3.5}, n_images=360, searched=HOSTILE),
+            scan(target=None, verdict="clean", name="clean twin"),
+        ],
+        repairs=[
+            Repaired(
+                method="mesa", clean_accuracy=(0.981, 0.972), attack_success_rate=(0.993, 0.0123), n_triggered=324
+            ),
+            Repaired(method=HOSTILE, note=HOSTILE),
+        ],
+        triggers=triggers(),
+        curves={HOSTILE: {"step": [0, 10, 20], "values": {"level 0.5": [1.0, None, 0.5], "$x": [1, float("nan"), 0]}}},
+        settings={"steps": 620, "mesa": {"patch": 3, "nested": {"deep": [1, HOSTILE]}}, "empty": {}},
+        seeds={"victim": 7},
+        versions={"jaxbd": "0.1.0", "jax": HOSTILE},
+        device=f"cpu {HOSTILE}",
+        notes=[HOSTILE],
+    )
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return page.render(full())
+
+
+def picture(uri: str) -> np.ndarray:
+    kind, data = uri.split(",", 1)
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def test_page_runs_no_script_and_loads_nothing(text):
+    seen = Page(text)
+    assert not seen.named("script") and not seen.named("b")
+    for tag, attributes in seen.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            value = attributes.get(name, "#")
+            assert value.startswith(("#", "data:image/png")) or tag == "a", (tag, value)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert not seen.named("link") and not seen.named("iframe") and not seen.named("base")
+    policies = [meta.get("content") for meta in seen.named("meta") if "http-equiv" in meta]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_hostile_names_are_shown_as_text(text):
+    seen = Page(text)
+    assert seen.text.count(HOSTILE) >= 9  # title, class, searched, method, note, curve, setting, version, device
+    assert "--><b>" in seen.text
+
+
+def test_page_says_what_was_found(text):
+    seen = Page(text)
+    assert "Backdoor found in 1 of 2 models" in seen.text
+    assert re.search(r"99\.1\s%\s+of images of other classes turn into class 1", seen.text)
+    assert "No class stands out" in seen.text
+    assert "A detector only rules in the trigger families it searches" in seen.text
+    for value in ("ab" * 32, "3.5 s total (2.0 s run, 1.5 s compile)", "360 images", "324 triggered images", "620"):
+        assert value in seen.text, value
+    for rate in ("99.3", "1.2", "98.1", "97.2"):
+        assert f"<td>{rate}\N{NO-BREAK SPACE}%<" in text, rate
+    assert "nested.deep" in seen.text and "victim" in seen.text
+
+
+def test_figures_have_text_alternatives_and_headings_are_ordered(text):
+    seen = Page(text)
+    assert len(seen.named("img")) == 1 + 2 + 3 + 2 * 2  # planted, samples per level, pairs, two maps per level
+    assert all(attributes.get("alt") for attributes in seen.named("img"))
+    charts = [svg for svg in seen.named("svg") if svg.get("role") == "img"]
+    assert len(charts) == 3 and all(svg["aria-label"] for svg in charts)
+    assert [tag for tag, _ in seen.tags].count("h1") == 1
+    depth = [int(tag[1]) for tag, _ in seen.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert all(after - before <= 1 for before, after in itertools.pairwise(depth))
+    identifiers = [attributes["id"] for tag, attributes in seen.tags if "id" in attributes and tag == "section"]
+    assert set(identifiers) >= {link["href"][1:] for link in seen.named("a") if link["href"].startswith("#")}
+
+
+def test_page_is_the_same_every_time(text):
+    assert page.render(full()) == text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Content(title="nothing"),
+        Content(title="bare scan", scans=[Scan(name="m", verdict="inconclusive")]),
+        Content(
+            title="no levels",
+            scans=[
+                Scan(
+                    name="m",
+                    verdict="backdoored",
+                    classes=[
+                        {"class": 0, "name": "a", "attack_success_rate": None},
+                        {"class": 1, "name": "b", "attack_success_rate": 0.5},
+                    ],
+                )
+            ],
+        ),
+        Content(title="grey", triggers=triggers(channels=1)),
+        Content(title="four channels", triggers=triggers(channels=4, count=1)),
+        Content(title="no samples", triggers=Triggers(samples={0.5: np.zeros((0, 3, 3, 3))})),
+        Content(title="only original", triggers=Triggers(original=np.full((3, 3, 1), np.nan))),
+        Content(title="other size", triggers=Triggers(samples=triggers().samples, original=np.ones((5, 5, 3)))),
+        Content(title="empty curve", curves={"loss": {"step": [], "values": {}}}),
+    ],
+    ids=lambda content: content.title,
+)
+def test_everything_is_optional(content):
+    seen = Page(page.render(content))
+    assert content.title in seen.text
+    assert "Limits of this report" in seen.text
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (["backdoored"], "Backdoor found in this model"),
+        (["clean"], "No backdoor found in this model"),
+        (["clean", "clean"], "No backdoor found in 2 models"),
+        (["clean", "inconclusive"], "No clear answer for 2 models"),
+        (["backdoored", "inconclusive"], "Backdoor found in 1 of 2 models"),
+    ],
+)
+def test_headline(verdicts, expected):
+    assert page.headline(Content(title="t", scans=[Scan(name="m", verdict=v) for v in verdicts])) == expected
+
+
+def test_many_classes_draw_the_highest_and_list_all():
+    content = Content(title="t", scans=[scan(names=[f"name{k}" for k in range(100)], target=77)])
+    seen = Page(page.render(content))
+    assert "70 classes with lower rates are not drawn" in seen.text
+    assert all(f"name{k}" in seen.text for k in range(100))
+
+
+def test_write_replaces_whole_files_only(tmp_path, monkeypatch):
+    path = tmp_path / "new folder" / "report.html"
+    page.write(path, full())
+    assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    before = path.read_bytes()
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page, "os", types.SimpleNamespace(**{**vars(page.os), "replace": refuse}))
+    with pytest.raises(UserError, match=r"cannot write .*report\.html: No space left on device"):
+        page.write(path, Content(title="second"))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_write_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        page.write(tmp_path / "file" / "report.html", Content(title="t"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        page.write(tmp_path / "folder", Content(title="t"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_repeated_not_blurred(channels):
+    trigger = np.random.default_rng(1).integers(0, 256, (3, 3, channels), np.uint8)
+    shown = picture(plots.image(trigger, 120))
+    assert shown.shape == (122, 122, 4)
+    expected = np.broadcast_to(trigger.repeat(40, 0).repeat(40, 1), (120, 120, 3))
+    np.testing.assert_array_equal(shown[1:-1, 1:-1, :3], expected)
+    np.testing.assert_array_equal(picture(plots.image(trigger / 255, 120)), shown)
+
+
+def test_a_grid_takes_stored_and_float_images_alike():
+    stored = np.random.default_rng(6).integers(0, 256, (4, 4, 3), np.uint8)
+    shown = picture(plots.grid((stored, stored / 255), columns=1, side=40))
+    np.testing.assert_array_equal(shown[:42], shown[46:])
+    assert (shown[42:46, :, 3] == 0).all()
+
+
+def test_large_images_shrink():
+    assert max(picture(plots.image(np.zeros((224, 200, 3)), 112)).shape) == 114
+
+
+def test_map_marks_the_original_and_its_place():
+    black = np.zeros((3, 3, 3))
+    points = np.array([[0.0, 0.0], [1.0, 1.0]])
+    args = points, np.stack([black, black]), np.array([0, 1]), "#0072B2"
+    plain, marked = picture(plots.trigger_map(*args)), picture(plots.trigger_map(*args, (np.array([1.0, 0.0]), black)))
+    orange = (marked[..., :3] == list(bytes.fromhex(plots.HIGHLIGHT[1:]))).all(-1) & (marked[..., 3] > 0)
+    rows, columns = np.nonzero(orange)
+    assert rows.mean() > 600 and columns.mean() > 600  # the second axis points upwards: bottom right
+    assert (plain[:360, 360:, 3] > 0).any() and not (plain[360:, 360:, 3] > 0).any()
+    np.testing.assert_array_equal(marked[:360], plain[:360])
+
+
+def test_pca_is_the_centred_one():
+    random = np.random.default_rng(2)
+    samples = random.normal(size=(50, 27)) * np.linspace(1, 3, 27) + 5
+    extra = random.normal(size=(1, 27))
+    mean = samples.mean(0)
+    axes = np.linalg.svd(samples - mean, full_matrices=False)[2][:2]
+    expected = (np.concatenate([samples, extra]) - mean) @ axes.T
+    np.testing.assert_allclose(np.abs(maps.pca(samples, extra)), np.abs(expected), atol=1e-9)
+    np.testing.assert_allclose(maps.pca(samples), maps.pca(samples, extra)[:50], atol=1e-9)
+
+
+def test_tsne_keeps_clusters_apart_is_repeatable_and_quick():
+    random = np.random.default_rng(3)
+    centres = np.repeat([0.0, 5.0, 10.0], 100)[:299, None]
+    samples = centres + 0.1 * random.normal(size=(299, 27))
+    started = time.process_time()
+    points = maps.tsne(samples)
+    assert time.process_time() - started < 20  # alone on a core about 2 s
+    assert points.shape == (299, 2) and np.isfinite(points).all()
+    nearest = np.square(points[:, None] - points).sum(-1) + np.diag(np.full(299, np.inf))
+    assert (centres[nearest.argmin(1), 0] == centres[:, 0]).all()
+    np.testing.assert_array_equal(points[:5], maps.tsne(samples)[:5])
+
+
+@pytest.mark.parametrize("place", [maps.pca, maps.tsne])
+@pytest.mark.parametrize("shape", [(1, 27), (2, 27), (3, 1), (5, 27), (40, 27), (6, 2)])
+def test_maps_of_few_or_equal_points(place, shape):
+    same = place(np.full(shape, 0.3))
+    np.testing.assert_allclose(same, np.broadcast_to(same[0], (shape[0], 2)), atol=1e-9)
+    varied = np.random.default_rng(4).random(shape)
+    varied[0, 0] = np.nan
+    assert np.isfinite(place(varied, varied[:1])).all()
+    assert place(varied, varied[:1]).shape == (shape[0] + 1, 2)
+
+
+def test_spread_out_keeps_a_maximal_set_in_order():
+    points = np.random.default_rng(5).random((300, 2))
+    kept = maps.spread_out(points, 0.1)
+    far = np.sqrt(np.square(points[:, None] - points[kept]).sum(-1))
+    np.testing.assert_array_equal(kept, np.sort(kept))
+    assert kept[0] == 0 and len(kept) > 20
+    assert (far[kept] + np.eye(len(kept)) >= 0.1).all()  # kept ones are apart,
+    assert (far.min(1) < 0.1).all()  # and every other one is too near to one of them
+    assert len(maps.spread_out(np.zeros((0, 2)), 0.1)) == 0
+
+
+def test_unit_square_keeps_proportions():
+    scaled = maps.unit_square(np.array([[0.0, 0.0], [4.0, 1.0], [2.0, 2.0]]))
+    np.testing.assert_allclose(scaled, [[0, 0.25], [1, 0.5], [0.5, 0.75]])
+    np.testing.assert_allclose(maps.unit_square(np.ones((3, 2))), 0.5)
