@@ -156,10 +156,7 @@ def run(seeds: int = 5, settings: Settings = Settings()) -> dict:
 def main(seeds: int = 5, smoke: bool = False) -> None:
     """Runs the experiment and prints its table."""
     units.use_cache()
-    if smoke:
-        found = summary([one_seed(0, SMOKE)])
-    else:
-        found = run(seeds)
+    found = summary([one_seed(0, SMOKE)]) if smoke else run(seeds)
     print(units.table(found.pop("rows")))
     print("\n".join(f"{name}: {value}" for name, value in found.items() if name not in ("seeds", "settings")))
 

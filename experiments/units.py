@@ -1,4 +1,4 @@
-"""Resumable units of work: each unit's result is a JSON file, and a unit whose settings have not changed is not rerun."""
+"""Resumable units of work: each result is a JSON file, and a unit whose settings have not changed is not rerun."""
 
 import dataclasses
 import json

@@ -128,7 +128,7 @@ def judge(case: Case, variables: Variables) -> evaluate.Rates:
 
 
 def reverse_pixels(key: Key, case: Case, config: pixel.Config, runs: int, num_steps: int, batch_size: int):
-    """The single reversed trigger, `runs` times from fresh starts as one sweep: (inversion, states [runs, …], seconds)."""
+    """The single reversed trigger, `runs` times from fresh starts as one sweep: inversion, states [runs, …], times."""
     inversion = workflow.make_pixel(case.net, case.image_shape, config)
     cells = Cell(
         jnp.full((runs,), case.target, jnp.int32), jnp.full((runs,), ANY_SOURCE, jnp.int32), jnp.full((runs,), 0.9)

@@ -10,8 +10,8 @@ QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = FLAGS + QUICK
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -103,7 +103,9 @@ def stream(value: bytes, keys=("0",), storages: bytes | None = None, system: byt
     system = table((text("little_endian"), b"\x88")) if system is None else system
     listed = b"](" + b"".join(map(text, keys)) + b"e"
     held = struct.pack("<q", 6) + WEIGHTS if storages is None else storages
-    return b"".join([program(b"\x8a\x0a" + MAGIC), program(number(1001)), program(system), value, program(listed), held])
+    return b"".join(
+        [program(b"\x8a\x0a" + MAGIC), program(number(1001)), program(system), value, program(listed), held]
+    )
 
 
 def safetensors(header, data: bytes = WEIGHTS, length: int | None = None) -> bytes:
@@ -194,7 +196,7 @@ def costs() -> dict[str, bytes]:
     collide = b"}(" + b"".join(number(i << 61) + b"N" for i in range(100_000)) + b"u"
     bodies = {
         "doubled_lists": doubled,
-        "hashed_tuples": b"}" + hashed + b"Ns",
+        "hashed_tuples": group(hashed, b"}h\x3cNs"),
         "colliding_keys": collide,
         "sparse_memo": b"Nr" + struct.pack("<I", 2**31 - 1),
         "deep_lists": b"]" * 200_000 + b"a" * 199_999,
@@ -202,7 +204,7 @@ def costs() -> dict[str, bytes]:
         "deep_tuples": b")" + b"\x85" * 200_000,
         "deep_dicts": b"}" + (text("a") + b"}") * 5_000 + b"s" * 5_000,
         "many_dicts": b"](" + b"}" * 3_000_000 + b"e",
-        "many_calls": b"](" + name("collections", "OrderedDict") + b"\x940" + b"h\x00)R" * 500_000 + b"e",
+        "many_calls": b"](" + name("collections", "OrderedDict") + b"\x94" + b"h\x00)R" * 500_000 + b"e",
         "repeated_pairs": many_pairs + b"](" + (name("collections", "OrderedDict") + b"h\x00\x85R") * 20_000 + b"e",
         "cyclic_list": b"]\x94h\x00a",
         "cyclic_dict": b"}\x94" + text("a") + b"h\x00s",
@@ -213,18 +215,18 @@ def costs() -> dict[str, bytes]:
         "claims_integer": b"\x8b" + struct.pack("<i", 2**31 - 1),
         "long_integer": b"\x8a\xff" + b"\x7f" * 255,
         "claims_frame_then_text": b"\x95" + struct.pack("<Q", 10 << 30) + b"X\xff\xff\xff\x7f",
-        "long_encode": (b"]" + call("_codecs", "encode", text("x" * 1_000_000), text("latin1")) + b"a") * 100,
+        "long_encode": (b"]" + call("_codecs", "encode", text("x" * 60_000), text("latin1")) + b"a") * 100,
         "duplicate_top": b"]" + b"2" * 1000,
         "dots": text("." * 4_000_000) + text("x") + b"\x93",
         "endless_line": b"c" + b"a" * 100_000,
     }
     files = {f"cost_{label}.pth": archive(with_weights(body)) for label, body in bodies.items()}
     files |= {f"cost_{label}_stream.pth": stream(with_weights(body)) for label, body in bodies.items()}
-    files["cost_zip_bomb_pickle.pth"] = archive(b"\0" * (300 << 20), deflate=True)
-    files["cost_zip_bomb_storage.pth"] = archive(plain_state(), {"0": b"\0" * (300 << 20)}, deflate=True)
+    files["cost_zip_bomb_pickle.pth"] = archive(b"\0" * (100 << 20), deflate=True)
+    files["cost_zip_bomb_storage.pth"] = archive(plain_state(), {"0": b"\0" * (100 << 20)}, deflate=True)
     wide = program(table(*[(text(f"w{i}"), tensor(held=storage(str(i), 1 << 22), shape=(1 << 22,), stride=(1,)))
-                           for i in range(8)]))  # fmt: skip
-    files["cost_zip_bomb_many.pth"] = archive(wide, {str(i): b"\0" * (16 << 20) for i in range(8)}, deflate=True)
+                           for i in range(5)]))  # fmt: skip
+    files["cost_zip_bomb_many.pth"] = archive(wide, {str(i): b"\0" * (16 << 20) for i in range(5)}, deflate=True)
     lie = bytearray(archive(plain_state(), {"0": b"\0" * (80 << 20)}, deflate=True))
     files["cost_zip_bomb_lying.pth"] = bytes(lie.replace(struct.pack("<I", 80 << 20), struct.pack("<I", 24)))
     files["cost_many_members.pth"] = archive(plain_state(), more=[(f"archive/x{i}", b"") for i in range(40_000)])
@@ -234,6 +236,7 @@ def costs() -> dict[str, bytes]:
 def views() -> dict[str, bytes]:
     """Tensors that reach for what is not theirs."""
     ten_gb = 10 << 30
+    parts = (text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(6))
     bodies = {
         "claims_10gb": tensor(shape=(ten_gb // 4,), stride=(1,)),
         "claims_10gb_storage": tensor(shape=(ten_gb // 4,), stride=(1,), held=storage(numel=ten_gb // 4)),
@@ -250,7 +253,9 @@ def views() -> dict[str, bytes]:
         "shape_negative": tensor(shape=(-1,), stride=(1,)),
         "stride_short": tensor(shape=(2, 3), stride=(1,)),
         "rank": tensor(shape=(1,) * 60, stride=(1,) * 60),
-        "shape_of_text": call("torch._utils", "_rebuild_tensor_v2", storage(), number(0), group(text("2")), b")", b"\x89}"),
+        "shape_of_text": call(
+            "torch._utils", "_rebuild_tensor_v2", storage(), number(0), group(text("2")), b")", b"\x89}"
+        ),
         "hooks": tensor(hooks=table((text("a"), b"N"))),
         "negated": tensor(more=table((text("neg"), b"\x88"))),
         "no_storage": tensor(held=text("storage")),
@@ -265,9 +270,7 @@ def views() -> dict[str, bytes]:
         "type_is_dtype": tensor(held=storage(kind=call("numpy", "dtype", text("f4"), b"\x89", b"\x88"))),
         "short_reference": tensor(held=group(text("storage")) + b"Q"),
         "module_reference": group(text("module"), b"N", text("source"), text("import os")) + b"Q",
-        "view_reference": tensor(
-            held=group(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(6),
-                       group(text("1"), number(0), number(6))) + b"Q"),  # fmt: skip
+        "view_reference": tensor(held=group(*parts, group(text("1"), number(0), number(6))) + b"Q"),
         "name_is_number": table((number(1), tensor())),
         "name_with_escape": table((text("w\x1b[2J"), tensor())),
         "name_reversed": table((text("w\u202e"), tensor())),
@@ -291,7 +294,6 @@ def archives() -> dict[str, bytes]:
     good, old = archive(plain_state()), stream(plain_state())
     encrypted = bytearray(good)
     encrypted[good.index(b"PK\x01\x02") + 8] |= 1
-    elsewhere = good.replace(b"archive/data/0PK\x01\x02", b"archive/data/9PK\x01\x02")
     swapped = archive(
         program(table((text("a"), tensor()), (text("b"), tensor(shape=(1,), stride=(1,), held=storage("1", 1))))),
         {"0": WEIGHTS[:4], "1": WEIGHTS},
@@ -324,14 +326,12 @@ def archives() -> dict[str, bytes]:
         "zip_backslash.pth": good.replace(b"archive/version", b"archive\\version"),
         "zip_drive.pth": good.replace(b"archive/version", b"archive:version"),
         "zip_case_twins.pth": archive(plain_state(), more=[("archive/DATA/0", WEIGHTS[::-1])]),
-        "zip_twins.pth": good.replace(b"archive/version", b"archive/data/0\0")[:0]
-        or archive(plain_state(), more=[("archive/data/1", WEIGHTS[::-1])]).replace(b"data/1", b"data/0"),
+        "zip_twins.pth": archive(plain_state(), more=[("archive/data/1", WEIGHTS[::-1])]).replace(b"data/1", b"data/0"),
         "zip_encrypted.pth": bytes(encrypted),
         "zip_trailing.pth": good + b"x",
         "zip_leading.pth": b"PK\x03\x04" + good,
         "zip_comment.pth": good[:-2] + b"\x04\x00abcd",
         "zip_header_differs.pth": good.replace(b"archive/data/0", b"archive/data/7", 1),
-        "zip_elsewhere.pth": elsewhere if elsewhere != good else good[:-1],
         "zip_contradicting_ends.pth": good[:end] + record + good[end:],
         "zip_flipped_weight.pth": good.replace(WEIGHTS, WEIGHTS[:-1] + b"\x7f"),
         "zip_swapped_sizes.pth": swapped,
@@ -468,11 +468,15 @@ def build(root: pathlib.Path) -> list[str]:
 
 # the runner
 
-WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect",
-           "os.remove", "os.rename", "os.mkdir", "shutil.rmtree", "ctypes.dlopen", "code.__new__")  # fmt: skip
+WATCHED = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "os.remove"}
+WATCHED |= {"os.rename", "os.mkdir", "shutil.rmtree", "ctypes.dlopen", "socket.connect", "code.__new__"}
+TOGETHER = 24
+"""Cheap files that share a process; those that aim at time or memory get one each."""
 
 
 def _watch(events: list[str]) -> None:
+    """Notes every process started, every unpickler's look-up, and every file opened for writing."""
+
     def hook(event, arguments):
         if event in WATCHED or (event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             events.append(f"{event} {arguments!r}"[:200])
@@ -480,13 +484,13 @@ def _watch(events: list[str]) -> None:
     sys.addaudithook(hook)
 
 
-def _read(path: pathlib.Path) -> dict:
-    """Reads one file the way a person would; what came of it."""
+def _read(path: pathlib.Path, events: list[str]) -> dict:
+    """Reads one file the way a person would: what came of it, processor seconds, peak megabytes beyond the start."""
     from jaxbd.base import UserError
     from jaxbd.interop import container, folder
 
-    events: list[str] = []
-    _watch(events)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before, started, first = _memory("VmRSS"), time.process_time(), len(events)
     try:
         folder.load(path) if folder.is_model(path) else container.read(path)
         outcome, message = "accepted", ""
@@ -494,44 +498,43 @@ def _read(path: pathlib.Path) -> dict:
         outcome, message = "refused", str(error)
     except BaseException as error:
         outcome, message = "crashed", f"{type(error).__name__}: {error}"[:500]
-    return {"outcome": outcome, "message": message, "events": events}
+    report = {"name": path.name, "outcome": outcome, "message": message, "events": events[first:]}
+    return {**report, "seconds": time.process_time() - started, "megabytes": _memory("VmHWM") - before}
 
 
-def _measure(path: pathlib.Path) -> dict:
-    """`_read` in a forked child: its processor seconds, wall seconds, and megabytes beyond what it began with."""
-    import resource
+def _memory(field: str) -> float:
+    """Megabytes that Linux states for this process."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
-    receive, send = os.pipe()
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def _in_child(paths: list[pathlib.Path]) -> None:
+    """Reads `paths` in a forked process and prints a line for each."""
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        os.close(receive)
-        os.write(send, json.dumps(_read(path)).encode())
+        events: list[str] = []
+        _watch(events)
+        for path in paths:
+            print(json.dumps(_read(path, events)), flush=True)
         os._exit(0)
-    os.close(send)
-    with os.fdopen(receive, "rb") as pipe:
-        data = pipe.read()
-    _, _, usage = os.wait4(child, 0)
-    report = json.loads(data) if data else {"outcome": "crashed", "message": "the process died", "events": []}
-    cost = {"seconds": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - started}
-    return {**report, **cost, "megabytes": (usage.ru_maxrss - before) / 1024}
+    os.waitpid(child, 0)
 
 
 def main(root: pathlib.Path) -> None:
-    # everything that reading needs is imported before the children are forked, so that only reading is measured
-    import jax
+    # what reading needs is imported before processes are forked, so that only reading is measured
     import tensorstore  # noqa: F401
 
     from jaxbd.interop import folder
     from jaxbd.models import build as nets
 
     folder.expected_shapes(nets.Spec(arch="cnn", classes=2, image_shape=(8, 8, 3)))
-    del jax
-    for path in sorted(root.iterdir()):
-        print(json.dumps({"name": path.name, **_measure(path)}), flush=True)
+    paths = sorted(root.iterdir())
+    alone = [path for path in paths if path.name.startswith(("cost_", "sparse", "orbax_", "folder_", "st_"))]
+    rest = [path for path in paths if path not in alone]
+    for group in [*([path] for path in alone), *(rest[i : i + TOGETHER] for i in range(0, len(rest), TOGETHER))]:
+        _in_child(group)
 
 
 if __name__ == "__main__":
     main(pathlib.Path(sys.argv[1]))
-
-

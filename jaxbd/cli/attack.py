@@ -75,6 +75,7 @@ def run(args: Args) -> int:
     """Trains, measures, writes the folder."""
     common.start()
     common.check_output(args.out, folder=True)
+    show.note(f"reading {args.data} …")
     train, test = _data(args)
     spec = _spec(args, train)
     net, key = build.net(spec), jax.random.key(args.seed)
@@ -85,6 +86,7 @@ def run(args: Args) -> int:
         rows = poison.static(jax.random.fold_in(key, 1), attack, planted, clean, args.poison_count)
         clean = Batch(*map(jax.numpy.asarray, rows))
     with Progress() as progress:
+        progress("train", 0, args.training.num_steps)
         variables, infos, seconds = study.train(
             jax.random.fold_in(key, 2), net, clean, args.training,
             attack=attack if dynamic else None, trigger=planted if dynamic else None,
@@ -150,13 +152,14 @@ def _write(path: pathlib.Path, spec, variables, planted, content: dict[str, Any]
 
 def _as_record(args: Args, spec, train, test, found, infos, seconds: loop.Seconds) -> dict[str, Any]:
     """The content of attack.json."""
-    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("planting", "training")}
+    settings = dataclasses.asdict(args)
+    nested = {"badnets": settings.pop("planting"), "training": settings.pop("training")}
     return {
         "schema": f"{results.SCHEMA}/attack",
         "method": "badnets" if args.attack else None,
         **results.rates(found),
         "train_accuracy": float(np.mean(infos.accuracy[-20:])),
-        "config": {"badnets": args.planting, "training": args.training, **settings},
+        "config": {**nested, **settings},
         "model": dataclasses.asdict(spec),
         "data": {"source": train.name, "train": len(train.labels), "test": len(test.labels), "test_source": test.name},
         "seconds": results.seconds(seconds),

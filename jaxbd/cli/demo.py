@@ -55,7 +55,7 @@ class Args:
 def run(args: Args) -> int:
     """Runs the demo; 0 when both verdicts are right, 1 otherwise."""
     common.check_output(args.out / "report.html")
-    common.use_compile_cache()
+    common.start()
     started = time.perf_counter()
     spec = build.Spec(arch="cnn", classes=10, image_shape=SHAPE, class_names=tuple(str(k) for k in range(10)))
     parts = study.divide(digits.load(SHAPE[0]), TRAIN, DEFENCE, seed=args.seed)
@@ -255,7 +255,7 @@ def _tell(args, found, before, rows, target, seconds) -> int:
     table.add_row("clean twin", f"{twin.clean_accuracy:.3f}", f"{twin.attack_success_rate:.3f}", "", "")
     console.print(table)
     console.print(
-        f"rates over {twin.n_clean} clean and {twin.n_triggered} triggered test images (target class left out)"
+        f"over {twin.n_clean} clean and {twin.n_triggered} triggered test images (target class left out)"
     )
     console.print(f"written to {args.out}: suspect, twin, repaired, scan.json, repair.json, report.html")
     console.print(f"{seconds:.0f} s in all")

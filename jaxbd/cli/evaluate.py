@@ -62,18 +62,19 @@ def run(args: Args) -> int:
     opened = common.open_both(args.model, args.data, args.reading, must_classify=False)
     show.preprocessing(opened.table)
     model, data = opened.model, load.as_batch(opened.dataset)
-    attack, pixels = (None, None) if loaded is None else make_attack(opened, args.given, loaded)
+    config = None if loaded is None else settle(opened, args.given, loaded)
+    attack, pixels = (None, None) if config is None else make_attack(opened, config, loaded)
     found = evaluate.rates(jax.random.key(args.reading.seed), model.net, model.variables, data, attack, pixels)
     rates = results.rates(found)
     show.rates([(pathlib.Path(model.path).name, rates)])
     if args.out is not None:
-        record.write_json(args.out, _as_record(opened, rates, args))
+        record.write_json(args.out, _as_record(opened, rates, config, args))
     show.written(args.out)
     return 0
 
 
-def make_attack(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> tuple[Attack, given.Trigger]:
-    """The attack of a loaded trigger; flags go before what the file says. Raises: UserError where neither says."""
+def settle(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> given.Config:
+    """How a loaded trigger is applied; flags go before what the file says. Raises: UserError where neither says."""
     spec = opened.model.spec
     target = loaded.target if flags.target is None else flags.target
     if target is None:
@@ -84,14 +85,18 @@ def make_attack(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> 
             raise UserError("the trigger is smaller than the images; give --place ROW,COLUMN or --place random")
         place = (0, 0)
     row, column = (0, 0) if place == "random" else place
-    config = given.Config(
+    return given.Config(
         target=target,
         apply=flags.apply or loaded.apply or "overwrite",
         place="random" if place == "random" else "fixed",
         row=row,
         column=column,
     )
-    return given.make(tuple(spec.image_shape), spec.classes, config, loaded)
+
+
+def make_attack(opened: common.Opened, config: given.Config, loaded: given.Loaded) -> tuple[Attack, given.Trigger]:
+    """The attack of a loaded trigger on the images of the opened model."""
+    return given.make(tuple(opened.model.spec.image_shape), opened.model.spec.classes, config, loaded)
 
 
 def parse_place(text: str) -> tuple[int, int] | Literal["random"]:
@@ -104,12 +109,20 @@ def parse_place(text: str) -> tuple[int, int] | Literal["random"]:
     return int(parts[0]), int(parts[1])
 
 
-def _as_record(opened: common.Opened, rates: dict[str, Any], args: Args) -> dict[str, Any]:
+def describe(flags: Trigger, config: given.Config) -> dict[str, Any]:
+    """What results say about the trigger."""
+    place = "random" if config.place == "random" else [config.row, config.column]
+    return {"source": flags.trigger, "target": config.target, "apply": config.apply, "place": place}
+
+
+def _as_record(
+    opened: common.Opened, rates: dict[str, Any], config: given.Config | None, args: Args
+) -> dict[str, Any]:
     """The content of evaluate.json."""
     return {
         "schema": f"{results.SCHEMA}/evaluate",
         **rates,
-        "trigger": dataclasses.asdict(args.given) if args.given.trigger else None,
+        "trigger": None if config is None else describe(args.given, config),
         "model": common.model_record(opened.model),
         "data": common.data_record(opened.dataset, args.reading),
         "preprocessing": preprocess.as_record(opened.table) if opened.table else None,

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 VERBS = {
@@ -57,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except Exception as error:
-        if os.environ.get("JAXBD_DEBUG") or not _expected(error):
-            raise
-        return _fail(str(error))
+        if os.environ.get("JAXBD_DEBUG"):
+            traceback.print_exc()
+        if _expected(error):
+            return _fail(str(error))
+        # Python's own exit code for a crash is 1, which says "backdoored" here
+        return _fail(f"internal error, {type(error).__name__}: {error}; JAXBD_DEBUG=1 shows where, please report it")
 
 
 def help_text() -> str:

@@ -24,6 +24,6 @@ def run(args: Args) -> int:
     if args.json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1))
         return 0
-    show.table(columns, rows, left=4)
+    show.table(columns, rows, left=4, whole=("paper",))
     show.say("`jaxbd scan --method auto` combines neural-cleanse (where to look) with mesa (what is there).")
     return 0

@@ -92,9 +92,9 @@ def run(args: Args) -> int:
     show.preprocessing(opened.table)
     with Progress() as progress:
         if loaded is not None:
-            attack, pixels = measuring.make_attack(opened, args.given, loaded)
-            target = int(attack.relabel(jnp.zeros((1,), jnp.int32))[0])
-            found, evidence = None, [Evidence(target, attack.stamp, unlearn.single(pixels))]
+            known = measuring.settle(opened, args.given, loaded)
+            attack, pixels = measuring.make_attack(opened, known, loaded)
+            found, evidence = None, [Evidence(known.target, attack.stamp, unlearn.single(pixels))]
         else:
             found, evidence = _recover(opened, search, held_out, wanted, args, progress)
         if not evidence:
@@ -143,7 +143,7 @@ def _distributions(found: workflow.Scan, target: int, args: Args) -> Evidence:
     if args.level is not None:
         if len(jax.tree.leaves(states)[0]) != len(args.search.levels):
             raise UserError(f"scan method {args.search.method} has no levels; use --evidence mixture")
-        chosen = [args.search.levels.index(args.level)]
+        chosen = np.array([args.search.levels.index(args.level)])
     else:
         chosen = np.flatnonzero(workflow.reached(found, target))
     return Evidence(target, found.inversion.stamp, unlearn.uniform(jax.tree.map(lambda leaf: leaf[chosen], states)))

@@ -29,11 +29,18 @@ def note(line: str) -> None:
     console.Console(stderr=True, highlight=False).print(markup.escape(line), soft_wrap=True, style="dim")
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]], *, title: str | None = None, left: int = 1) -> None:
-    """A table whose first `left` columns are text and the others numbers."""
+def table(
+    columns: tuple[str, ...],
+    rows: list[tuple[str, ...]],
+    *,
+    title: str | None = None,
+    left: int = 1,
+    whole: tuple[str, ...] = (),
+) -> None:
+    """A table whose first `left` columns are text and the others numbers; cells of the columns `whole` never break."""
     grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for number, name in enumerate(columns):
-        grid.add_column(name, justify="left" if number < left else "right")
+        grid.add_column(name, justify="left" if number < left else "right", no_wrap=name in whole)
     for row in rows:
         grid.add_row(*map(markup.escape, row))
     out().print(grid)
@@ -66,7 +73,7 @@ def preprocessing(found) -> None:
         title = f"Preprocessing check on {found.images} images"
         table(("normalisation", "channels", "clean accuracy"), rows, title=title, left=2)
     used = found.used
-    why = "as stated" if found.stated else "the best"
+    why = "stated" if found.stated else "the best"
     order = "; the images look BGR to this model, so it gets them that way" if used.channels == "bgr" else ""
     say(f"Preprocessing: {used.normalisation} ({why}), clean accuracy {percent(used.accuracy)}{order}.")
 
@@ -79,7 +86,7 @@ def scan(content: dict[str, Any], config: ScanConfig) -> None:
     columns, body = ["class", "name", "attack success rate", "score"], []
     masks = any("mask_norm" in row for row in rows)
     for row in listed:
-        score = "–" if row["score"] is None else f"{row['score']:.2f}"
+        score = "–" if row["score"] is None else f"{row['score']:z.2f}"
         cells = [str(row["class"]), row["name"], percent(row["attack_success_rate"]), score]
         if masks:
             cells.append("–" if row["mask_norm"] is None else f"{row['mask_norm']:.1f}")

@@ -160,7 +160,9 @@ _CHECKS = {
     "std": lambda value: _are_numbers(value) and min(value) > 0,
     "options": _are_options,
     "dtype": lambda value: value in ("float32", "bfloat16"),
-    "class_names": lambda value: type(value) is list and all(type(name) is str for name in value),
+    "class_names": lambda value: (
+        type(value) is list and all(type(name) is str and len(name) <= 100 and name.isprintable() for name in value)
+    ),
 }
 """Field of `config.json` -> whether a value is one."""
 

@@ -45,7 +45,9 @@ def read(file: BinaryIO, file_size: int, limits: Limits) -> tuple[dict[str, np.n
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or any(type(note) is not str for note in notes.values()):
         raise Refusal("its __metadata__ is not a table of texts")
-    if not 0 < len(header) <= limits.tensors:
+    if not header:
+        raise Refusal("it holds no tensors")
+    if len(header) > limits.tensors:
         raise Refusal(f"it holds {len(header):,} tensors; the limit is {limits.tensors:,}")
     spans = {name: _span(name, entry) for name, entry in header.items()}
     _check_tiling(spans, file_size - 8 - length)

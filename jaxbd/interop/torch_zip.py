@@ -88,7 +88,7 @@ def directory(file: BinaryIO, file_size: int, limits: Limits) -> dict[str, Membe
     """Members by name. Raises Refusal on anything that two readers could understand differently."""
     count, size, start = _end_record(file, file_size)
     if size > limits.header_bytes or count > limits.entries:
-        raise Refusal(f"the archive has {count:,} members; the limit is {limits.entries:,}")
+        raise Refusal(f"the archive's directory has {count:,} members in {size:,} bytes, more than is read")
     table, position = read_exactly(file, start, size, "the archive's directory"), 0
     members: dict[str, Member] = {}
     spans = []

@@ -104,7 +104,8 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         pattern = jax.random.uniform(pattern_key, image_shape)
         parameters = Parameters(*(jnp.arctanh((2 * value - 1) * limit) for value in (mask, pattern)))
         zero = jnp.zeros((), jnp.int32)
-        cost, norm = jnp.zeros(()), jnp.full((), jnp.inf)
+        cost = jnp.zeros(())
+        norm = jnp.full_like(cost, jnp.inf)
         return State(zero, parameters, optimiser.init(parameters), cost, zero, zero, mask, pattern, norm)
 
     def loss(parameters: Parameters, cost: Array, batch: Batch, cell: Cell, victim: Variables):

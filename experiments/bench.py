@@ -1,0 +1,182 @@
+"""What the experiments on more than digits share: the data, the clean base net, and victims made from it.
+
+Sizes: "digits" (16x16 grey), "cpu" (CIFAR-10 images with a small CNN, for two cores) and "full" (CIFAR-10 with
+ResNet-18 and 50,000 images, for an accelerator). "cpu" and "full" need CIFAR-10: `--data` names any source that
+`jaxbd` reads with its two splits; by default the folder `shared/data/cifar10` beside the repository, if there is one.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import units
+from jaxbd import loop, study, supervised, workflow
+from jaxbd.attacks import badnets
+from jaxbd.base import Batch, Key, Net, UserError, Variables
+from jaxbd.data import digits, load
+from jaxbd.interop import folder
+from jaxbd.inversion import mesa
+from jaxbd.models import build
+from jaxbd.models.norm import NORMALISATIONS
+from jaxbd.repair import unlearn
+
+SizeName = Literal["digits", "cpu", "full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """Everything an experiment's figures depend on besides its own sweep.
+
+    Attributes:
+      spec: the victim's architecture.
+      base: training of the clean net; attack: fine-tuning with the trigger, as in the paper (1 % poison rate).
+      train_images: of the attacker; defence_images: of the defender (the paper: 8,000 of the test images).
+      batch_size: of all training; crop_padding, flip: augmentation of the base training.
+      scan: of MESA; scan.steps for three levels of one class.
+      repair: of unlearning.
+    """
+
+    spec: build.Spec
+    base: supervised.Config
+    attack: supervised.Config
+    poison_rate: float
+    train_images: int
+    defence_images: int
+    batch_size: int
+    crop_padding: int
+    flip: bool
+    scan: workflow.ScanConfig
+    repair: unlearn.Config
+
+
+_RGB = dict(classes=10, image_shape=(32, 32, 3), mean=NORMALISATIONS["cifar10"][0], std=NORMALISATIONS["cifar10"][1])
+SIZES: dict[str, Size] = {
+    "digits": Size(
+        spec=build.Spec(arch="cnn", classes=10, image_shape=(16, 16, 1)),
+        base=supervised.Config(num_steps=600, learning_rate=0.05),
+        attack=supervised.Config(num_steps=500, learning_rate=0.02),
+        poison_rate=0.1,
+        train_images=997,
+        defence_images=400,
+        batch_size=64,
+        crop_padding=0,
+        flip=False,
+        scan=workflow.ScanConfig(
+            method="mesa", steps=200, mesa=mesa.Config(place="image", hidden=64, learning_rate=1e-3)
+        ),
+        repair=unlearn.Config(stamp_rate=0.2, learning_rate=5e-3, num_steps=300),
+    ),
+    "cpu": Size(
+        spec=build.Spec(arch="cnn", options={"width": 16, "stages": 4}, **_RGB),
+        base=supervised.Config(num_steps=4000, learning_rate=0.1),
+        attack=supervised.Config(num_steps=600, learning_rate=0.02),
+        poison_rate=0.05,
+        train_images=50_000,
+        defence_images=8_000,
+        batch_size=128,
+        crop_padding=4,
+        flip=True,
+        scan=workflow.ScanConfig(
+            method="mesa", steps=200, batch_size=64, mesa=mesa.Config(place="image", hidden=128, learning_rate=1e-3)
+        ),
+        repair=unlearn.Config(stamp_rate=0.1, learning_rate=5e-3, num_steps=200),
+    ),
+    "full": Size(
+        spec=build.Spec(arch="resnet18", **_RGB),
+        base=supervised.Config(num_steps=200 * 390, learning_rate=0.1, schedule="steps"),
+        attack=supervised.Config(num_steps=3900, learning_rate=1e-3, schedule="constant", weight_decay=0.0),
+        poison_rate=0.01,
+        train_images=50_000,
+        defence_images=8_000,
+        batch_size=128,
+        crop_padding=4,
+        flip=True,
+        scan=workflow.ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.Config()),
+        repair=unlearn.Config(),
+    ),
+}
+
+
+class Bench(NamedTuple):
+    """net and clean base variables, the attacker's images, the defender's, the judge's."""
+
+    size: Size
+    net: Net
+    base: Variables
+    train: Batch
+    defence: Batch
+    test: Batch
+
+
+def data_source(size: str, data: str | None) -> str:
+    """The source of CIFAR-10, or a UserError that says how to give one."""
+    if size == "digits":
+        return "digits"
+    default = units.SHARED / "data" / "cifar10"
+    if data is None and not default.is_dir():
+        raise UserError(f"size {size} needs CIFAR-10; give it with --data (parquet, binary or python archives)")
+    return data or str(default)
+
+
+def make(size_name: SizeName, data: str | None = None, seed: int = 0) -> Bench:
+    """Loads the data and the clean base net (trained once, then kept under `runs/`)."""
+    size = SIZES[size_name]
+    source = data_source(size_name, data)
+    net = build.net(size.spec)
+    if size_name == "digits":
+        train, defence, test = study.divide(
+            digits.load(size.spec.image_shape[0]), size.train_images, size.defence_images, seed=seed
+        )
+    else:
+        full = load.load(source, split="train", limit=size.train_images)
+        train = load.as_batch(full)
+        held = load.load(source, split="test", image_shape=size.spec.image_shape)
+        defence, test = (load.as_batch(part) for part in load.split(held, size.defence_images, seed))
+    path = units.RUNS / "base" / f"{size_name}-{seed}"
+    if folder.is_model(path):
+        variables = folder.load(path)[1]
+    else:
+        units.say(f"training the clean {size.spec.arch} ({size.base.num_steps} steps)")
+        variables, _, seconds = study.train(
+            jax.random.key(seed), net, train, size.base, batch_size=size.batch_size,
+            crop_padding=size.crop_padding, flip=size.flip, progress=units.progress("base"),
+        )  # fmt: skip
+        folder.save(path, size.spec, variables, {"seed": seed, "seconds": seconds.run})
+    return Bench(size, net, variables, train, defence, test)
+
+
+def victim(bench: Bench, key: Key, config: badnets.Config) -> tuple[study.Case, loop.Seconds]:
+    """Fine-tunes the base net with a trigger, as the paper plants its backdoors; random places."""
+    shape = bench.size.spec.image_shape
+    config = dataclasses.replace(config, poison_rate=bench.size.poison_rate)
+    attack = badnets.make(shape, bench.size.spec.classes, config)
+    trigger = attack.init(jax.random.fold_in(key, 1))
+    variables, _, seconds = study.train(
+        jax.random.fold_in(key, 2), bench.net, bench.train, bench.size.attack,
+        attack=attack, trigger=trigger, variables=bench.base, batch_size=bench.size.batch_size,
+    )  # fmt: skip
+    case = study.Case(bench.net, variables, shape, attack, trigger, config.target, bench.defence, bench.test)
+    return case, seconds
+
+
+def sub_models(bench: Bench, key: Key, case: study.Case, config: workflow.ScanConfig) -> workflow.Scan:
+    """MESA at every level of `config`, on the true target alone unless `config.targets` says otherwise."""
+    config = config if config.targets else dataclasses.replace(config, targets=(case.target,))
+    return workflow.scan(
+        key, case.net, case.variables, case.image_shape, bench.size.spec.classes, case.defence, case.test, config,
+        units.progress("mesa"),
+    )  # fmt: skip
+
+
+def quantiles(values: Any) -> dict[str, float]:
+    """mean, lowest and highest."""
+    values = np.asarray(values, float)
+    return {"mean": float(values.mean()), "lowest": float(values.min()), "highest": float(values.max())}
+
+
+def stack(states: list[Any]) -> Any:
+    """Trigger models stacked on a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

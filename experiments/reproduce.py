@@ -1,0 +1,80 @@
+"""`./scripts/reproduce SECTION`: runs a section's experiments, prints tables, checks figures, writes the record.
+
+Every unit of work is kept under `runs/`: an interrupted run goes on where it stopped. The record is
+`experiments/results/SECTION.json` (`SECTION-quick.json` with `--quick`); exit code 1 names missed figures.
+"""
+
+import importlib
+import sys
+import time
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+from experiments import units
+from jaxbd import record, results
+from jaxbd.base import UserError
+
+SECTIONS = {"mesa": "experiments.reproduce_mesa", "import": "experiments.reproduce_import"}
+
+
+class Check(NamedTuple):
+    """A stated figure: name, what was measured, the limit, and whether it has to stay at most or at least there."""
+
+    name: str
+    value: float
+    limit: float
+    kind: Literal["at most", "at least", "exactly"]
+
+    def met(self) -> bool:
+        """Whether the figure was reached."""
+        if self.kind == "exactly":
+            return self.value == self.limit
+        return self.value <= self.limit if self.kind == "at most" else self.value >= self.limit
+
+
+def main(section: Literal["mesa", "import"], /, quick: bool = False) -> int:
+    """Reproduces one section.
+
+    Args:
+      section: mesa (detection, unlearning and maps) or import (foreign model files).
+      quick: a smaller honest version, in under 5 minutes.
+    """
+    units.use_cache()
+    module = importlib.import_module(SECTIONS[section])
+    units.say(module.QUICK_TIME if quick else module.TIME)
+    started = time.perf_counter()
+    tables, checks, details = module.run(quick)
+    for title, rows in tables.items():
+        print(f"\n{title}\n\n{units.table(rows)}")
+    print("\nStated figures\n")
+    print(units.table([{**check._asdict(), "met": "yes" if check.met() else "NO"} for check in checks]))
+    path = units.RESULTS / f"{section}{'-quick' if quick else ''}.json"
+    record.write_json(path, _record(section, quick, tables, checks, details, time.perf_counter() - started))
+    print(f"\nwritten to {path.relative_to(units.RESULTS.parents[1])}")
+    missed = [check.name for check in checks if not check.met()]
+    if missed:
+        units.say("missed: " + "; ".join(missed))
+    return 1 if missed else 0
+
+
+def _record(section, quick, tables, checks, details, seconds) -> dict[str, Any]:
+    """What is kept of a run: tables, checks, details, and what they were measured on."""
+    return {
+        "schema": f"{results.SCHEMA}/reproduce",
+        "section": section,
+        "command": f"./scripts/reproduce {section}{' --quick' if quick else ''}",
+        "tables": tables,
+        "checks": [{**check._asdict(), "met": check.met()} for check in checks],
+        "details": details,
+        "seconds_this_run": seconds,
+        **{k: v for k, v in results.provenance(0).items() if k != "seed"},
+    }
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main, prog="./scripts/reproduce"))
+    except UserError as error:
+        units.say(f"reproduce: {error}")
+        sys.exit(2)

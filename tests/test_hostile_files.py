@@ -1,0 +1,156 @@
+"""Every file of the hostile corpus is refused, quickly, cheaply, and without anything having happened."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import hostile
+import numpy as np
+import pytest
+
+from jaxbd.base import UserError
+from jaxbd.interop import container, inspect, load
+from jaxbd.interop.files import Limits, Refusal
+from jaxbd.interop.unpickle import Machine
+
+MOST_SECONDS, MOST_MEGABYTES = 2.0, 200.0
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """What became of every file: its reports by name, and the folder."""
+    root = tmp_path_factory.mktemp("hostile")
+    names = hostile.build(root)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "hostile.py"), str(root)],
+        cwd=root, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    reports = {report["name"]: report for report in map(json.loads, ran.stdout.splitlines())}
+    return names, reports, root
+
+
+def test_every_file_is_read_to_an_answer(corpus):
+    names, reports, _ = corpus
+    assert sorted(reports) == names and len(names) > 250
+
+
+def test_every_file_is_refused_with_one_line_that_names_it(corpus):
+    _, reports, _ = corpus
+    wrong = [(r["name"], r["outcome"], r["message"]) for r in reports.values() if r["outcome"] != "refused"]
+    assert not wrong
+    for report in reports.values():
+        message = report["message"]
+        assert message.startswith(f"{report['name']}: refused, ") and message.isprintable() and len(message) < 600
+
+
+def test_every_file_is_refused_in_time_and_memory(corpus):
+    _, reports, _ = corpus
+    dear = [
+        (r["name"], r["seconds"], r["megabytes"])
+        for r in reports.values()
+        if r["seconds"] > MOST_SECONDS or r["megabytes"] > MOST_MEGABYTES
+    ]
+    assert not dear
+
+
+def test_nothing_was_executed_and_nothing_written(corpus):
+    names, reports, root = corpus
+    assert [r for r in reports.values() if r["events"]] == []
+    assert sorted(entry.name for entry in root.iterdir()) == names
+    assert not list(root.rglob(f"*{hostile.CANARY}*")) and not pathlib.Path(f"/tmp/{hostile.CANARY}").exists()
+
+
+def test_the_canary_works(tmp_path):
+    """An ordinary unpickler on the same payload does create the file: the corpus is armed."""
+    payload = hostile.pickle.dumps(hostile.Call(os.system, f"touch {hostile.CANARY}"))
+    subprocess.run([sys.executable, "-c", f"import pickle; pickle.loads({payload!r})"], cwd=tmp_path, check=True)
+    assert (tmp_path / hostile.CANARY).exists()
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("call_os_system_2.pth", "'posix.system'"),
+        ("call_eval_4.pth", "'builtins.eval'"),
+        ("call_nested_reduce_2.pth", "'__builtin__.eval'"),
+        ("trick_stack_global.pth", "'os.system'"),
+        ("trick_dotted.pth", "'collections.OrderedDict.__init__.__globals__'"),
+        ("trick_whole_model.pth", "save model.state_dict() instead"),
+        ("trick_ext1.pth", "EXT1"),
+        ("cost_claims_bytearray8.pth", "BYTEARRAY8"),
+        ("zip_traversal.pth", "'../../canary'"),
+        ("view_two_models.pth", "'left', 'right'"),
+        ("view_path_key.pth", "'../../../../etc/passwd'"),
+        ("stream_and_tar.pth", "tar archive at once"),
+        ("st_claims_10gb.safetensors", "10,737,418,240"),
+        ("folder_other_tensors", "params/w"),
+    ],
+)
+def test_the_message_names_the_offence(corpus, name, said):
+    assert said in corpus[1][name]["message"]
+
+
+def test_inspect_reports_a_refusal_and_the_hash(corpus):
+    facts = inspect.describe(corpus[2] / "call_os_system_2.pth")
+    assert "posix.system" in facts["refused"] and len(facts["sha256"]) == 64 and facts["tensors"] == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    path = tmp_path / "model.pth"
+    body, storages = [], {}
+    for number, (name, shape) in enumerate(_cnn_shapes().items()):
+        array = np.ones(shape, np.float32)
+        if name == "norm1.running_var":
+            array[3] = value
+        stride = tuple(step // 4 for step in array.strides)
+        held = hostile.storage(str(number), array.size)
+        body.append((hostile.text(name), hostile.tensor(shape=shape, stride=stride, held=held)))
+        storages[str(number)] = array.tobytes()
+    path.write_bytes(hostile.archive(hostile.program(hostile.table(*body)), storages))
+    with pytest.raises(UserError, match=r"'norm1\.running_var' holds 1 values"):
+        load.open_model(path)
+    assert load.open_model(path, allow_nonfinite=True).spec.arch == "cnn"
+    assert inspect.describe(path)["nonfinite"] == {"norm1.running_var": 1}
+
+
+def _cnn_shapes():
+    from jaxbd.interop import layouts
+    from jaxbd.models import build
+
+    spec = build.Spec(arch="cnn", classes=2, image_shape=(8, 8, 3), options={"width": 4, "stages": 2})
+    layout = layouts.export_names(spec)
+    turned = lambda shape: tuple(shape[i] for i in (3, 2, 0, 1)) if len(shape) == 4 else shape[::-1]
+    return {name: turned(layout.shapes[path]) for path, name in layout.names.items()}
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path):
+    for reader in (container.read, inspect.describe, load.open_model):
+        with pytest.raises(UserError, match="no such file"):
+            reader(tmp_path / "nowhere.pth")
+
+
+def test_limits_can_be_tightened(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(hostile.archive(hostile.plain_state()))
+    assert container.read(path).tensors["w"].shape == (2, 3)
+    for limits in (Limits(file_bytes=10), Limits(pickle_bytes=10), Limits(instructions=5), Limits(tensors=0)):
+        with pytest.raises(UserError, match="refused"):
+            container.read(path, limits)
+
+
+def test_the_extension_registry_is_never_asked():
+    """EXT instructions name a registered class by number; the registry is the caller's process, not the file's."""
+    import copyreg
+
+    copyreg.add_extension("os", "system", 0x7F)
+    try:
+        with pytest.raises(Refusal, match="EXT1"):
+            Machine(hostile.program(b"\x82\x7f"), 0, Limits()).run()
+    finally:
+        copyreg.remove_extension("os", "system", 0x7F)
