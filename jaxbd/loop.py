@@ -25,7 +25,7 @@ class Seconds(NamedTuple):
     run: float
 
 
-class NotFinite(Exception):
+class NotFinite(FloatingPointError):
     """A step produced NaN or infinity.
 
     Attributes:
@@ -78,7 +78,7 @@ class Program:
 
 
 def default_time() -> Time:
-    """ "host" on CPU, "scan" elsewhere."""
+    """The default way over time: "host" on CPU, "scan" elsewhere."""
     return "host" if jax.default_backend() == "cpu" else "scan"
 
 

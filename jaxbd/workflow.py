@@ -188,7 +188,11 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     images = config.steps * config.batch_size * sweep.size(cells)
     rule = f"{config.method}: attack success rate of the recovered triggers on held-out images"
     decision = detect.decide(np.nan_to_num(best), config.detection)
-    return Scan(decision, rule, best, level_rates, inversion, cells, states, infos, None, config.steps, images, seconds)
+    scores = [float("nan") if np.isnan(rate) else score for rate, score in zip(best, decision.scores, strict=True)]
+    return Scan(
+        decision._replace(scores=scores), rule, best, level_rates, inversion, cells, states, infos, None,
+        config.steps, images, seconds,
+    )  # fmt: skip
 
 
 def _sweep(key, label, inversion, net, variables, search, cells, states, config, progress):

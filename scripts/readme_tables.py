@@ -1,7 +1,7 @@
-"""Writes the README's tables from the records in `experiments/results/`: no figure there is typed by hand.
+"""Writes the tables of README.md and docs/results.md from the records in `experiments/results/`: no figure there is typed by hand.
 
-    python scripts/readme_tables.py           # rewrites README.md
-    python scripts/readme_tables.py --check   # exit code 1 when README.md differs from the records
+    python scripts/readme_tables.py           # rewrites the pages
+    python scripts/readme_tables.py --check   # exit code 1 when a page differs from the records
 
 A table stands between `<!-- table: RECORD / TITLE -->` and `<!-- end -->`, RECORD being the record's name without
 `.json` and TITLE the table's title in it.
@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 from experiments import units  # noqa: E402
 from jaxbd import record  # noqa: E402
 
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+HERE = "python scripts/readme_tables.py"
 BLOCK = re.compile(r"(<!-- table: (\S+) / (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
@@ -33,15 +35,18 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrites or checks README.md."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    wanted = filled(text)
-    if "--check" in sys.argv[1:]:
+    """Rewrites or checks the pages."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        wanted = filled(text)
         if wanted != text:
-            print("README.md differs from experiments/results; run python scripts/readme_tables.py", file=sys.stderr)
-        return int(wanted != text)
-    path.write_text(wanted)
+            stale.append(page.name)
+            if "--check" not in sys.argv[1:]:
+                page.write_text(wanted)
+    if stale and "--check" in sys.argv[1:]:
+        print(f"{', '.join(stale)}: differs from experiments/results; run {HERE}", file=sys.stderr)
+        return 1
     return 0
 
 

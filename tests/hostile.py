@@ -298,12 +298,17 @@ def archives() -> dict[str, bytes]:
         program(table((text("a"), tensor()), (text("b"), tensor(shape=(1,), stride=(1,), held=storage("1", 1))))),
         {"0": WEIGHTS[:4], "1": WEIGHTS},
     )
+    inside = good[good.index(b"PK\x03\x04", 1) :][: 30 + len("archive/data/0") + len(WEIGHTS)]
+    hidden = archive(plain_state(), {"1": b"....." + inside, "0": WEIGHTS})
+    overlapping = bytearray(hidden)
+    listed = hidden.rindex(b"archive/data/0") - 46
+    overlapping[listed + 42 : listed + 46] = struct.pack("<I", hidden.index(b".....") + 5)
     end = good.rindex(b"PK\x05\x06")
     count, size, start = struct.unpack_from("<H2I", good, end + 10)
     record = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start - 1)
     record += struct.pack("<4sIQI", b"PK\x06\x07", 0, end, 1)
     polyglot = bytearray(stream(plain_state(), system=table(
-        (text("little_endian"), b"\x88"), (text("p" * 400), b"N"))))  # fmt: skip
+        (text("little_endian"), b"\x88"), (text("p" * 600), b"N"))))  # fmt: skip
     header = tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)
     polyglot[100:512] = header[100:512]
     polyglot[148:156] = b"%06o\0 " % (sum(polyglot[:148]) + 8 * 32 + sum(polyglot[156:512]))
@@ -328,6 +333,7 @@ def archives() -> dict[str, bytes]:
         "zip_case_twins.pth": archive(plain_state(), more=[("archive/DATA/0", WEIGHTS[::-1])]),
         "zip_twins.pth": archive(plain_state(), more=[("archive/data/1", WEIGHTS[::-1])]).replace(b"data/1", b"data/0"),
         "zip_encrypted.pth": bytes(encrypted),
+        "zip_overlapping.pth": bytes(overlapping),
         "zip_trailing.pth": good + b"x",
         "zip_leading.pth": b"PK\x03\x04" + good,
         "zip_comment.pth": good[:-2] + b"\x04\x00abcd",

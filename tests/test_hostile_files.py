@@ -129,6 +129,16 @@ def _cnn_shapes():
     return {name: turned(layout.shapes[path]) for path, name in layout.names.items()}
 
 
+@pytest.mark.parametrize("shape", [(1 << 22, 3, 1, 1), (1 << 11, 1 << 11, 1, 1), (4, 3, 1 << 9, 1 << 9), (4, 3, 0, 3)])
+def test_shapes_that_no_net_has_are_refused_by_name(tmp_path, shape):
+    """Views that repeat one stored number: a small file whose first layer claims to be enormous."""
+    shapes = _cnn_shapes() | {"conv0.weight": shape}
+    body = [(hostile.text(n), hostile.tensor(shape=s, stride=(0,) * len(s))) for n, s in shapes.items()]
+    (tmp_path / "m.pth").write_bytes(hostile.archive(hostile.program(hostile.table(*body))))
+    with pytest.raises(UserError, match=r"m\.pth: .*(conv0\.weight|norm0\.running_mean)"):
+        load.open_model(tmp_path / "m.pth")
+
+
 def test_a_missing_file_is_said_to_be_missing(tmp_path):
     for reader in (container.read, inspect.describe, load.open_model):
         with pytest.raises(UserError, match="no such file"):

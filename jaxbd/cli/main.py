@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("JAXBD_DEBUG"):
             traceback.print_exc()
+        if isinstance(error, FloatingPointError) and ";" not in str(error):
+            return _fail(f"{error}; lower the learning rate, or check the model's weights")
         if _expected(error):
             return _fail(str(error))
         # Python's own exit code for a crash is 1, which says "backdoored" here

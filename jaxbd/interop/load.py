@@ -83,7 +83,7 @@ def lay_out(
 ) -> tuple[layouts.Layout, Variables]:
     """Recognises a file's tensors, in PyTorch's names or in ours."""
     tensors, bounds = container.tensors, {}
-    if all(name.startswith(tuple(f"{collection}/" for collection in folder.COLLECTIONS)) for name in tensors):
+    if _named_as_ours(tensors):
         if arch is None:
             raise UserError(f"arrays in jaxbd's own names do not say what net they are of; give --arch, one of "
                             f"{', '.join(sorted(build.MODULES))}")  # fmt: skip
@@ -96,6 +96,10 @@ def lay_out(
             folder.check_fit(container.tensors, layout.spec)
         variables = {**variables, "bounds": folder.unflatten(bounds)["bounds"]}
     return layout, variables
+
+
+def _named_as_ours(tensors: Mapping[str, np.ndarray]) -> bool:
+    return all(name.startswith(tuple(f"{collection}/" for collection in folder.COLLECTIONS)) for name in tensors)
 
 
 def _in_torch_names(tensors: Mapping[str, np.ndarray], arch: str) -> dict[str, np.ndarray]:
@@ -150,8 +154,8 @@ def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> s
         folder.save(path, model.spec, variables, {"source_sha256": model.sha256})
         return None
     container = model.container
-    # an Orbax folder has no state_dict whose form could be kept
-    source = container if container and container.kind in ("torch-zip", "torch-legacy", "safetensors") else None
+    # an Orbax folder, or a jaxbd folder's weights on their own, have no state_dict whose form could be kept
+    source = container if container and not _named_as_ours(container.tensors) else None
     layout = model.layout or layouts.export_names(model.spec)
     original = None if source is None else source.tensors
     tensors = layouts.to_tensors(variables, layout, original)

@@ -65,10 +65,15 @@ def check(model: Model, data: Batch, given: Constants | None = None, *, only_giv
 
     Args:
       only_given: try the others only to explain why the given one fails (a model that states its own).
-    Raises: UserError when the one taken is not above chance, see `needed`.
+    Raises: UserError when the one taken is not above chance, see `needed`, or the images are too few to tell.
     """
     chance = float(np.bincount(data.labels).max()) / len(data.labels)
     least = needed(chance, len(data.labels))
+    if least >= 1:
+        raise UserError(
+            f"{len(data.labels)} images, {100 * chance:.0f} % of them with the same label, cannot tell whether the model "
+            "works on them; give more images, of several classes"
+        )
     rows = [] if given is None else [_measure(model, data, "given", given, "rgb")]
     if not (only_given and rows and rows[0].accuracy >= least):
         colour = ("rgb", "bgr") if model.spec.image_shape[2] == 3 else ("rgb",)
@@ -138,8 +143,6 @@ def _reversed(net: Net) -> Net:
 
 def _complaint(table: Table, best: Row) -> str:
     """Why no verdict can be given, and what would help."""
-    if table.chance == 1:
-        return "all images have the same label, which tells nothing about the model; give images of several classes"
     what = (
         f"this is not the preprocessing (or not the data) of this model: clean accuracy {table.used.accuracy:.3f} on "
         f"{table.images} images is near chance ({table.chance:.3f}, needed {table.needed:.3f})"

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxbd.interop.allowed import Storage, Symbol, Tensor
 from jaxbd.interop.files import Limits, Refusal, quote
-from jaxbd.interop.unpickle import Storage, Symbol, Tensor
 
 KNOWN_NAMES = ("state_dict", "model_state_dict", "model_state", "net", "model", "network", "classifier", "weights")
 PREFIXES = ("module.", "_orig_mod.")

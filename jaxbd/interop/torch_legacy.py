@@ -9,8 +9,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxbd.interop.allowed import Storage
 from jaxbd.interop.files import Limits, Refusal, quote, read_exactly
-from jaxbd.interop.unpickle import Machine, Storage
+from jaxbd.interop.unpickle import Machine
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 MAGIC = b"\x80\x02\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little") + b"."

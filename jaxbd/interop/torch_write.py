@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxbd.interop.allowed import STORAGE_TYPES
 from jaxbd.interop.files import replacing
-from jaxbd.interop.unpickle import STORAGE_TYPES
 
 ROOT = "archive"
 ALIGNMENT = 64

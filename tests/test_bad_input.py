@@ -1,0 +1,261 @@
+"""Bad input at the command line: one line naming the thing and the fix, exit code 2, nothing left on disk."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxbd.cli.main import main
+
+TINY = ["--num-steps", "60", "--width", "4", "--image-shape", "8", "8", "1"]
+FAST = ["--method", "mesa", "--levels", "0.9", "--steps", "2", "--mesa.hidden", "16"]
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    """A tiny model of 8x8 digits."""
+    path = tmp_path_factory.mktemp("bad") / "victim"
+    assert main(["attack", "--data", "digits", "--out", str(path), *TINY, "--no-attack"]) == 0
+    return path
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Runs a command that must fail: returns its one line (progress apart); nothing may have changed below `tmp_path`."""
+
+    def run(*command):
+        contents = lambda: {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+        before = contents()
+        capsys.readouterr()
+        assert main([str(word) for word in command]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("reading ", "["))]
+        assert len(lines) == 1 and lines[0].startswith("jaxbd: "), lines
+        assert contents() == before
+        return lines[0]
+
+    return run
+
+
+def images(path, shape=(8, 8, 1), count=64, labels=None):
+    """A data set file of noise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % 10 if labels is None else labels
+    np.savez(path, images=rng.integers(0, 256, (count, *shape), np.uint8), labels=np.asarray(labels, np.int32))
+    return path
+
+
+def test_missing_data_is_named(refused, victim, tmp_path):
+    line = refused("scan", victim, "--data", tmp_path / "absent", "--out", tmp_path / "scan.json")
+    assert "absent" in line and "does not exist" in line
+
+
+def test_empty_folder_is_named(refused, victim, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    assert "nothing is an empty folder" in refused("scan", victim, "--data", tmp_path / "nothing")
+
+
+def test_images_of_another_size_are_refused(refused, victim, tmp_path):
+    line = refused("scan", victim, "--data", images(tmp_path / "d.npz", (12, 12, 1)))
+    assert "12x12" in line and "8x8" in line
+
+
+def test_images_with_other_channels_are_refused(refused, victim, tmp_path):
+    assert "3 channel" in refused("evaluate", victim, "--data", images(tmp_path / "d.npz", (8, 8, 3)))
+
+
+def test_labels_outside_the_classes_are_refused(refused, victim, tmp_path):
+    line = refused("scan", victim, "--data", images(tmp_path / "d.npz", labels=np.arange(64) % 11))
+    assert "label 10" in line and "0..9" in line
+
+
+@pytest.mark.parametrize("verb", ["scan", "evaluate", "repair", "convert"])
+def test_nan_weights_are_named(refused, victim, tmp_path, verb):
+    from safetensors.numpy import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(victim, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["params/conv0/kernel"][0, 0, 0, 0] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    data = [] if verb == "convert" else ["--data", "digits"]
+    out = [] if verb in ("scan", "evaluate") else ["--out", tmp_path / "out"]
+    line = refused(verb, broken, *data, *out)
+    assert "params/conv0/kernel" in line and "NaN" in line
+
+
+def test_fewer_images_than_a_batch(refused, victim):
+    line = refused("scan", victim, "--data", "digits", "--limit", "40", *FAST)
+    assert "40 images" in line and "batch of 32" in line and "--batch-size" in line
+
+
+def test_fewer_images_than_a_batch_to_train_on(refused, tmp_path):
+    line = refused("attack", "--data", images(tmp_path / "d.npz", count=20), "--out", tmp_path / "out", *TINY[:4])
+    assert "15 images" in line and "--batch-size" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "thing"),
+    [
+        (["scan", "m", "--data", "digits", "--method", "magic"], "'magic'"),
+        (["repair", "m", "--data", "digits", "--out", "o", "--method", "magic"], "'magic'"),
+        (["scan", "m", "--data", "digits", "--levels", "1.5"], "1.5"),
+        (["scan", "m", "--data", "digits", "--levels", "high"], "high"),
+        (["scan", "m", "--data", "digits", "--colour", "red"], "--colour"),
+        (["scan", "m"], "--data"),
+        (["scan"], "MODEL"),
+        (["heal", "m"], "'heal'"),
+        (["repair", "m", "--data", "digits", "--out", "o", "--evidence", "level"], "--level"),
+    ],
+)
+def test_flags_that_make_no_sense(refused, command, thing):
+    assert thing in refused(*command)
+
+
+@pytest.mark.parametrize("verb", ["scan", "evaluate", "attack", "repair", "convert"])
+def test_an_output_that_cannot_be_written_is_found_before_any_work(refused, victim, tmp_path, verb):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "below" / "out"
+    model = [] if verb == "attack" else [victim]
+    data = [] if verb == "convert" else ["--data", tmp_path / "never-looked-at"]
+    line = refused(verb, *model, *data, "--out", out)
+    assert str(out) in line and "writable" in line
+
+
+def test_an_output_that_is_a_folder(refused, victim, tmp_path):
+    (tmp_path / "scan.json").mkdir()
+    assert "is a folder" in refused("scan", victim, "--data", "digits", "--out", tmp_path / "scan.json")
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_an_output_that_would_overwrite_something_else(refused, victim, tmp_path, folder):
+    precious = tmp_path / "precious"
+    if folder:
+        precious.mkdir()
+    (precious / "data.csv" if folder else precious).write_text("1,2,3")
+    assert "precious" in refused("convert", victim, "--out", precious)
+    assert "precious" in refused("attack", "--data", "digits", "--out", precious, *TINY)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["attack", "--data", "digits", "--target", "10", *TINY, "--out"],
+        ["repair", "MODEL", "--data", "digits", "--target", "10", "--out"],
+        [
+            "evaluate",
+            "MODEL",
+            "--data",
+            "digits",
+            "--trigger",
+            "white:2x2",
+            "--place",
+            "0,0",
+            "--target",
+            "10",
+            "--out",
+        ],
+    ],
+)
+def test_a_target_out_of_range(refused, victim, tmp_path, command):
+    command = [victim if word == "MODEL" else word for word in command]
+    line = refused(*command, tmp_path / "out")
+    assert "target 10 is out of range" in line and "0..9" in line
+
+
+def test_scanning_a_class_out_of_range(refused, victim):
+    assert "target -2 is out of range" in refused("scan", victim, "--data", "digits", *FAST, "--targets", "-2")
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a" * 40, b"\x80\x04\x95cos\nsystem\n(S'touch owned'\ntR."])
+@pytest.mark.parametrize("verb", ["scan", "inspect"])
+def test_a_file_that_is_no_model(refused, tmp_path, verb, content):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    line = refused(verb, path, *(["--data", "digits"] if verb == "scan" else []))
+    assert "model.pth" in line
+    assert not pathlib.Path("owned").exists()
+
+
+def test_a_folder_that_is_no_model(refused, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "model" in refused("scan", tmp_path / "model", "--data", "digits")
+
+
+def test_a_model_folder_with_an_unknown_architecture(refused, victim, tmp_path):
+    shutil.copytree(victim, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "arch": "transformer"}))
+    assert "transformer" in refused("scan", tmp_path / "odd", "--data", "digits")
+
+
+def test_unknown_architecture_to_train(refused, tmp_path):
+    line = refused("attack", "--data", "digits", "--out", tmp_path / "out", "--arch", "transformer")
+    assert "'transformer'" in line and "resnet18" in line
+
+
+def test_images_that_are_not_the_models_get_no_verdict(refused, victim, tmp_path):
+    line = refused("scan", victim, "--data", images(tmp_path / "noise.npz", count=300), "--out", tmp_path / "scan.json")
+    assert "this is not the preprocessing (or not the data) of this model" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "thing"),
+    [
+        (["absent.png"], "absent.png"),
+        (["white:2x2", "--target", "1"], "--place"),
+        (["white:2x2", "--place", "0,0"], "--target"),
+        (["white:2x2", "--place", "7,0", "--target", "1"], "(6, 6)"),
+        (["white:9x2", "--place", "0,0", "--target", "1"], "9x2"),
+        (["white:2x2", "--place", "middle", "--target", "1"], "'middle'"),
+        (["white:0x2", "--place", "0,0", "--target", "1"], "at least 1"),
+    ],
+)
+def test_triggers_that_cannot_be_applied(refused, victim, flags, thing):
+    assert thing in refused("evaluate", victim, "--data", "digits", "--trigger", *flags)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "thing"),
+    [
+        ({"mask": np.ones((2, 2))}, "'pattern'"),
+        ({"pattern": np.full((2, 2, 1), np.nan)}, "not finite"),
+        ({"pattern": np.ones((2, 2, 4))}, "[2, 2, 4]"),
+        ({"pattern": np.ones((2, 2, 1)), "mask": np.ones((3, 3))}, "mask"),
+        ({"pattern": np.array([{}], object)}, "plain .npz"),
+        ({"pattern": np.random.default_rng(0).random((2, 2, 3))}, "3 channels"),
+    ],
+)
+def test_trigger_files_that_hold_no_trigger(refused, victim, tmp_path, arrays, thing):
+    np.savez(tmp_path / "t.npz", **arrays)
+    flags = ["--trigger", tmp_path / "t.npz", "--place", "0,0", "--target", "1"]
+    assert thing in refused("evaluate", victim, "--data", "digits", *flags)
+
+
+@pytest.mark.parametrize("name", ["t.npz", "t.png"])
+def test_trigger_files_that_are_damaged(refused, victim, tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04 not really")
+    flags = ["--trigger", tmp_path / name, "--place", "0,0", "--target", "1"]
+    assert name in refused("evaluate", victim, "--data", "digits", *flags)
+
+
+def test_a_scan_file_that_is_none(refused, victim, tmp_path):
+    for content, thing in (("{}", "not the result of a scan"), ("nonsense", "JSON"), ('{"targets": []}', "no target")):
+        (tmp_path / "scan.json").write_text(content)
+        flags = ["--scan", tmp_path / "scan.json", "--out", tmp_path / "out"]
+        assert thing in refused("repair", victim, "--data", "digits", *flags)
+
+
+def test_a_diverging_training_names_what_to_change(refused, tmp_path):
+    line = refused("attack", "--data", "digits", "--out", tmp_path / "out", *TINY, "--learning-rate", "1e30")
+    assert "finite" in line and "learning rate" in line
+
+
+def test_normalisation_flags_that_contradict(refused, victim):
+    for flags in (
+        ["--mean", "0.5"],
+        ["--mean", "0.5", "--std", "0"],
+        ["--mean", "0", "--std", "1", "--normalisation", "half"],
+    ):
+        assert "--std" in refused("scan", victim, "--data", "digits", *flags)

@@ -1,0 +1,83 @@
+"""Every experiment runs at its smoke size; the records, the README and the scripts belong together."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments import (  # noqa: E402
+    alpha_beta,
+    defence_triggers,
+    detect_targets,
+    digits_five_seeds,
+    distribution_maps,
+    reproduce,
+    units,
+)
+from jaxbd.base import UserError  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps],
+    ids=lambda module: module.__name__,
+)
+def test_smoke(experiment, capsys, monkeypatch, tmp_path):
+    """The smoke run prints a table with numbers in it."""
+    monkeypatch.setattr(units, "RUNS", tmp_path)
+    monkeypatch.setattr(units, "use_cache", lambda: None)
+    experiment.main(smoke=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) >= 3
+    assert any(char.isdigit() for char in lines[2])
+
+
+def test_units_resume(tmp_path, monkeypatch):
+    """A finished unit is kept, one with other settings is run again."""
+    monkeypatch.setattr(units, "RUNS", tmp_path)
+    ran = []
+
+    def work():
+        ran.append(1)
+        return {"value": len(ran)}
+
+    assert units.unit("part", "a", {"steps": 1}, work) == {"value": 1}
+    assert units.unit("part", "a", {"steps": 1}, work) == {"value": 1}
+    assert units.unit("part", "a", {"steps": 2}, work) == {"value": 2}
+
+
+def test_checks_can_fail():
+    """A missed figure is a missed figure."""
+    assert reproduce.Check("x", 0.04, 0.05, "at most").met()
+    assert not reproduce.Check("x", 0.06, 0.05, "at most").met()
+    assert not reproduce.Check("x", 4, 5, "exactly").met()
+    assert not reproduce.Check("x", 0.9, 0.95, "at least").met()
+
+
+def test_missing_cifar_is_said(monkeypatch, tmp_path):
+    """Sizes that need CIFAR-10 say so in one line when it is not there."""
+    from experiments import bench
+
+    monkeypatch.setattr(units, "SHARED", tmp_path)
+    with pytest.raises(UserError, match="--data"):
+        bench.data_source("cpu", None)
+
+
+def test_pages_agree_with_records():
+    """Every table of README.md and docs/results.md is the record's."""
+    done = subprocess.run(
+        [sys.executable, "scripts/readme_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["demo", "test", "reproduce", "environment.sh", "../.ci/run"])
+def test_scripts_parse(script):
+    """The shell scripts are valid, and executable where they are called."""
+    path = ROOT / "scripts" / script
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    assert script.endswith(".sh") or path.stat().st_mode & 0o111

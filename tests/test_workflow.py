@@ -1,0 +1,132 @@
+"""Scans as a whole: nets of one's own, every method, and the candidates that are handed from one to the next."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbd import study, supervised, workflow
+from jaxbd.attacks import badnets
+from jaxbd.base import Batch, UserError
+from jaxbd.data import digits
+from jaxbd.inversion import mesa, neural_cleanse
+from jaxbd.models import build
+
+SHAPE = (16, 16, 1)
+QUICK = workflow.ScanConfig(
+    method="mesa",
+    levels=(0.9,),
+    steps=60,
+    batch_size=32,
+    locate_steps=60,
+    mesa=mesa.Config(place="image", hidden=16, learning_rate=3e-3),
+)
+
+
+class Foreign(nn.Module):
+    """A net that jaxbd does not know; without BatchNorm."""
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x = nn.relu(nn.GroupNorm(4)(nn.Conv(16, (3, 3))(x)))
+        x = nn.relu(nn.GroupNorm(4)(nn.Conv(32, (3, 3), 2)(x)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return study.divide(digits.load(16), 997, 400)
+
+
+@pytest.fixture(scope="module")
+def planted(parts):
+    """A backdoored foreign net: net, variables, target."""
+    net = build.from_flax(Foreign(), SHAPE)
+    attack = badnets.make(SHAPE, 10, badnets.Config(target=3, poison_rate=0.15, pattern="checkerboard"))
+    trigger = attack.init(jax.random.key(1))
+    config = supervised.Config(num_steps=400, optimiser="adam", learning_rate=1e-2, weight_decay=0.0)
+    variables, _, _ = study.train(jax.random.key(0), net, parts.train, config, attack=attack, trigger=trigger)
+    case = study.Case(net, variables, SHAPE, attack, trigger, 3, parts.defence, parts.test)
+    assert study.judge(case, variables).attack_success_rate > 0.9
+    return case
+
+
+def scan(case, parts, **changes):
+    config = dataclasses.replace(QUICK, **changes)
+    return workflow.scan(jax.random.key(2), case.net, case.variables, SHAPE, 10, parts.defence, parts.test, config)
+
+
+def test_mesa_scans_a_foreign_flax_module(planted, parts):
+    """One line makes anyone's net a Net; the scan names the planted class and no other."""
+    found = scan(planted, parts)
+    assert found.decision.targets == [3]
+    assert found.decision.verdict == "backdoored"
+    assert found.rates.shape == (10,) and found.steps == 60
+
+
+def test_pixel_scans_too(planted, parts):
+    assert scan(planted, parts, method="pixel").decision.targets == [3]
+
+
+def test_pure_apply_is_a_net(planted, parts):
+    """A bare apply function scans to the same rates as the module it wraps."""
+    bare = build.from_apply(lambda variables, images: planted.net.apply(variables, images)[0])
+    found = scan(planted._replace(net=bare), parts, method="pixel", targets=(3, 4), steps=10)
+    same = scan(planted, parts, method="pixel", targets=(3, 4), steps=10)
+    np.testing.assert_allclose(found.rates, same.rates, atol=1e-6)
+
+
+def test_targets_restrict_the_scan(planted, parts):
+    found = scan(planted, parts, targets=(5,), steps=5)
+    assert np.isnan(found.rates[[0, 1, 2, 3]]).all() and not np.isnan(found.rates[5])
+    assert found.cells.target.tolist() == [5]
+
+
+def test_too_few_images(planted, parts):
+    few = Batch(parts.defence.images[:10], parts.defence.labels[:10])
+    with pytest.raises(UserError, match="10 images"):
+        scan(planted, parts._replace(defence=few))
+
+
+def test_candidates_are_smallest_masks_and_outliers():
+    found = workflow.Located(
+        norms=np.array([30.0, 4.0, 28.0, np.nan, 29.0]),
+        scores=np.array([0.0, 4.0, 0.5, 0.0, 0.2]),
+        places=np.zeros((5, 2), int),
+        share=np.ones(5),
+        states=None,
+    )
+    assert workflow.candidates(found, dataclasses.replace(QUICK, candidates=1)) == [1]
+    assert workflow.candidates(found, dataclasses.replace(QUICK, candidates=2)) == [1, 2]
+
+
+def test_locate_finds_the_window():
+    """The place is the window with most of the mask in it, the share what lies inside."""
+    masks = jnp.zeros((1, 8, 8, 1)).at[0, 4:6, 2:5, 0].set(1.0).at[0, 0, 0, 0].set(0.5)
+    places, share = neural_cleanse.locate(masks, 3)
+    assert places.tolist()[0][1] == 2 and places.tolist()[0][0] in (3, 4)
+    assert float(share[0]) == pytest.approx(6 / 6.5)
+
+
+def test_auto_finds_a_trigger_at_one_place(parts):
+    """A net that knows its trigger at one place only: the place is located, MESA confirms, nothing else is named."""
+    attack = badnets.make(SHAPE, 10, badnets.Config(target=4, poison_rate=0.1, pattern="white", place="fixed"))
+    trigger = attack.init(jax.random.key(1))
+
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train: bool):
+            x = nn.relu(nn.Conv(8, (3, 3), 2)(x)).reshape(x.shape[0], -1)
+            return nn.Dense(10)(nn.relu(nn.Dense(64)(x)))
+
+    net = build.from_flax(Flat(), SHAPE)
+    config = supervised.Config(num_steps=400, optimiser="adam", learning_rate=3e-3, weight_decay=0.0)
+    variables, _, _ = study.train(jax.random.key(0), net, parts.train, config, attack=attack, trigger=trigger)
+    case = study.Case(net, variables, SHAPE, attack, trigger, 4, parts.defence, parts.test)
+    found = scan(case, parts, method="auto", locate_steps=150)
+    assert found.decision.targets == [4]
+    row, column = found.located.places[4]
+    assert row >= 12 and column >= 12
