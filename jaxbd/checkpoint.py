@@ -1,10 +1,10 @@
 """Save, restore and resume a run with Orbax, so that a killed run continues bit for bit.
 
-A checkpoint folder holds `config.json`, what the run depends on, and beside it one Orbax folder per saved step, named
-by the step; the newest two are kept. A step's folder holds flat, named arrays: the state's, the infos' of all steps so
-far, and a SHA-256 over both, because the storage format does not notice every damaged byte. Orbax writes under a
-temporary name and renames, so a run killed while writing leaves the older checkpoints as they were. Nothing read from
-the folder is executed: it is JSON, and arrays through TensorStore.
+A checkpoint folder holds `config.json`, what the run depends on, and beside it one folder per saved step, named by the
+step; the newest two are kept. In a step's folder lie named arrays as Orbax writes them, those of the state and of the
+infos of all steps so far, and the SHA-256 of each file, because the format does not notice every damaged byte. It is
+written under a temporary name and renamed, so a run killed while writing leaves the older checkpoints as they were.
+Nothing read from the folder is executed: it is JSON, and arrays through TensorStore.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jaxbd.base import ArrayTree, UserError
 
 KEEP = 2
 SCHEMA = "jaxbd/1/checkpoint"
-CONFIG, DIGEST, TEMPORARY = "config.json", "sha256", "*.orbax-checkpoint-tmp*"
+CONFIG, ARRAYS, HASHES, TEMPORARY = "config.json", "arrays", "sha256.json", "[0-9]*.tmp"
 OTHERS, CHOOSE = "belongs to another run", "choose another folder or delete it"
 
 OnChunk = Callable[[int, ArrayTree, ArrayTree], None]
@@ -244,16 +244,6 @@ def _joined(chunks: list[ArrayTree]) -> ArrayTree:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """SHA-256 [32] uint8 over names, shapes, types and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {arrays[name].shape} {value.dtype}\n".encode())
-        digest.update(value.tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
-
-
 @contextlib.contextmanager
 def _checkpointer():
     """Orbax's synchronous checkpointer, its logger silent: what goes wrong is raised."""
@@ -273,30 +263,41 @@ def _write(folder: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) -> No
 
     Before it, what killed runs left goes, and checkpoints that are not older: `restore` refused them.
     """
-    arrays = {name: value for name, value in arrays.items() if value.size}
+    temporary = folder / f"{step}.tmp"
     try:
         refused = [folder / str(other) for other in _steps(folder) if other >= step]
         for left in (*folder.glob(TEMPORARY), *refused):
             shutil.rmtree(left)
         with _checkpointer() as checkpointer:
-            checkpointer.save(folder / str(step), {**arrays, DIGEST: _digest(arrays)})
+            checkpointer.save(temporary / ARRAYS, {name: value for name, value in arrays.items() if value.size})
+        record.write_json(temporary / HASHES, _hashes(temporary / ARRAYS))
+        temporary.rename(folder / str(step))
         for old in _steps(folder)[:-KEEP]:
             shutil.rmtree(folder / str(old))
     except (OSError, ValueError, RuntimeError) as error:  # TensorStore's for a full disk is a ValueError
-        for left in folder.glob(TEMPORARY):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"cannot save a checkpoint in {folder}: {_reason(error)}; choose a writable folder with space"
         ) from None
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of one checkpoint. Raises: whatever damaged files lead to; ValueError when the SHA-256 differs."""
+    """The arrays of one checkpoint. Raises: ValueError when a file is not as it was written, and what Orbax raises."""
+    written, found = json.loads((path / HASHES).read_text()), _hashes(path / ARRAYS)
+    for name in sorted(written.keys() | found.keys()):
+        if written.get(name) != found.get(name):
+            raise ValueError(f"{ARRAYS}/{name} is not as it was written")
     with _checkpointer() as checkpointer:
-        arrays = {name: np.asarray(value) for name, value in checkpointer.restore(path).items()}
-    if not np.array_equal(arrays.pop(DIGEST), _digest(arrays)):
-        raise ValueError("its SHA-256 is not that of its arrays")
-    return arrays
+        return {name: np.asarray(value) for name, value in checkpointer.restore(path / ARRAYS).items()}
+
+
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file under `folder` by its path in it."""
+    hashes = {}
+    for path in filter(pathlib.Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _reason(error: Exception) -> str:

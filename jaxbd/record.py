@@ -1,11 +1,12 @@
 """Run records: what was measured, on what, with which versions; written whole or not at all."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,26 +52,34 @@ def plain(value: Any) -> Any:
     return plain(np.asarray(value).tolist())
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as JSON under a temporary name beside `path`, then renames.
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary sibling of `path` that takes its place when the block ends, or vanishes when it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        yield sibling
+        os.replace(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, whole or not at all; characters that UTF-8 cannot hold become "?".
 
     Raises: UserError when the folder cannot be written.
     """
     path = pathlib.Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(plain(value), file, indent=1, allow_nan=False)
-                file.write("\n")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as sibling:
+            sibling.write_bytes(text.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder with space") from None
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as JSON, whole or not at all. Raises: UserError when the folder cannot be written."""
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:

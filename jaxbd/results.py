@@ -58,6 +58,8 @@ def scan(
         if found.located is not None:
             row["mask_norm"] = found.located.norms[number]
             row["place"] = found.located.places[number]
+        if found.anywhere is not None:
+            row["rate_at_random_places"] = found.anywhere[number]
         classes.append(row)
     return {
         "schema": f"{SCHEMA}/scan",

@@ -107,6 +107,8 @@ class Scan(NamedTuple):
       located: what Neural Cleanse found, where it ran.
       steps: optimisation steps of every cell, all stages together; image_steps: images pushed through the victim.
       seconds: compile and run.
+      anywhere: "auto" only: rate [K] of the same triggers pasted at random places; where it is high for every target,
+        `inversion` stamps at random places, otherwise at the located one.
     """
 
     decision: detect.Decision
@@ -121,6 +123,7 @@ class Scan(NamedTuple):
     steps: int
     image_steps: int
     seconds: loop.Seconds
+    anywhere: np.ndarray | None = None
 
 
 def scan(
@@ -264,23 +267,37 @@ def _scan_auto(key, net, variables, image_shape, classes, search, held_out, conf
     side = config.mesa.patch
     *_, found, _, located_in = locate(key, net, variables, image_shape, classes, search, config, progress, side)
     chosen = candidates(found, config)
-    inversion = make_mesa(net, image_shape, dataclasses.replace(config.mesa, place="fixed", row=0, column=0))
+    inversion, everywhere = (
+        make_mesa(net, image_shape, dataclasses.replace(config.mesa, place=place, row=0, column=0))
+        for place in ("fixed", "image")
+    )
     cells = sweep.grid(chosen, config.levels)
     places = np.repeat(found.places[chosen], len(config.levels), axis=0)
     states = sweep.init(jax.random.fold_in(key, 2), inversion, cells)._replace(place=jnp.asarray(places))
     label = f"mesa: classes {', '.join(map(str, chosen))} at the located place"
     states, infos, seconds = _sweep(key, label, inversion, net, variables, search, cells, states, config, progress)
-    measured = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, states, cells, variables, held_out)
-    level_rates = np.full((classes, len(config.levels)), np.nan)
-    level_rates[chosen] = measured.reshape(len(chosen), -1)
-    rates = np.nan_to_num(level_rates).max(1)
+    level_rates, anywhere = (
+        _by_class(
+            sweep.attack_success(jax.random.fold_in(key, 3), net, at, states, cells, variables, held_out).reshape(
+                len(chosen), -1
+            ),
+            chosen,
+            classes,
+        )
+        for at in (inversion, everywhere)
+    )
+    rates, anywhere = np.nan_to_num(level_rates).max(1), anywhere.max(1)
     decision = detect.decide(rates, config.detection)
+    # a trigger that works wherever it is pasted has to be unlearned wherever it may be pasted
+    if decision.targets and (anywhere[decision.targets] >= config.detection.threshold).all():
+        inversion = everywhere
     images = config.batch_size * (config.locate_steps * len(found.states.step) + config.steps * sweep.size(cells))
     seconds = loop.Seconds(*(a + b for a, b in zip(seconds, located_in, strict=True)))
     rule = "mesa at the place that neural-cleanse located: attack success rate on held-out images"
     return Scan(
         decision._replace(scores=found.scores.tolist()), rule, np.where(np.isnan(level_rates[:, 0]), np.nan, rates),
         level_rates, inversion, cells, states, infos, found, config.locate_steps + config.steps, images, seconds,
+        anywhere,
     )  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from jaxbd.base import Batch
 from jaxbd.cli import main as entry
 from jaxbd.cli.main import main
 from jaxbd.cli.progress import Progress
@@ -279,3 +281,53 @@ def test_a_crash_is_no_verdict(monkeypatch, capsys):
     monkeypatch.setattr(entry, "_run", crash)
     assert main(["scan"]) == 2
     assert capsys.readouterr().err.startswith("jaxbd: internal error, ZeroDivisionError: division by zero;")
+
+
+def test_a_given_trigger_changes_its_own_pixels_only(tmp_path):
+    import jax
+    from PIL import Image
+
+    from jaxbd.attacks import given
+    from jaxbd.interop import trigger
+
+    pixels = np.array([[[255, 0, 0, 255], [0, 255, 0, 0]], [[0, 0, 255, 51], [9, 9, 9, 0]]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "trigger.png")
+    loaded = trigger.load(str(tmp_path / "trigger.png"))
+    images = jax.random.uniform(jax.random.key(0), (2, 5, 5, 3))
+    attack, planted = given.make((5, 5, 3), 10, given.Config(row=1, column=3), loaded)
+    stamped, before = np.array(attack.stamp(jax.random.key(1), planted, images)), np.asarray(images)
+    np.testing.assert_array_equal(stamped[:, 1, 3], [[1, 0, 0]] * 2)  # opaque
+    np.testing.assert_allclose(stamped[:, 2, 3], 0.8 * before[:, 2, 3] + [0, 0, 0.2], rtol=1e-6)  # one fifth
+    stamped[:, 1:3, 3] = before[:, 1:3, 3]
+    np.testing.assert_array_equal(stamped, before)  # the transparent pixels and all others, bit for bit
+
+
+def test_an_added_trigger_is_clipped_and_a_random_place_varies(tmp_path):
+    import jax
+
+    from jaxbd.attacks import given
+    from jaxbd.interop import trigger
+
+    np.savez(tmp_path / "t.npz", pattern=np.full((5, 5, 1), -0.25, np.float32), application=np.asarray("add"))
+    loaded = trigger.load(str(tmp_path / "t.npz"))
+    images = jax.numpy.linspace(0, 1, 75).reshape(1, 5, 5, 3)
+    attack, planted = given.make((5, 5, 3), 10, given.Config(apply=loaded.apply), loaded)
+    stamped = attack.stamp(jax.random.key(0), planted, images)
+    np.testing.assert_allclose(stamped, np.clip(np.asarray(images) - 0.25, 0, 1), atol=1e-6)
+    config = given.Config(place="random", target=2, poison_rate=1.0)
+    attack, planted = given.make((5, 5, 3), 10, config, trigger.load("white:1x1"))
+    black = attack.poison(jax.random.key(0), planted, Batch(jax.numpy.zeros((30, 5, 5, 3)), jax.numpy.arange(30) % 10))
+    assert (np.asarray(black.images).sum((1, 2, 3)) == 3).all() and (np.asarray(black.labels) == 2).all()
+    assert len({int(where) for where in np.asarray(black.images)[..., 0].reshape(30, -1).argmax(1)}) > 5
+
+
+def test_the_compile_cache_has_a_home_of_its_own_unless_told(tmp_path):
+    code = "import jax; from jaxbd.cli import common; common.start(); print(jax.config.jax_compilation_cache_dir)"
+    known = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    for extra, wanted in (
+        ({}, tmp_path / "jaxbd" / "xla"),
+        ({"JAX_COMPILATION_CACHE_DIR": "/dev/null/x"}, "/dev/null/x"),
+    ):
+        environment = {**known, "XDG_CACHE_HOME": str(tmp_path), **extra}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.strip() == str(wanted)

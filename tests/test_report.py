@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxbd import record
 from jaxbd.base import UserError
 from jaxbd.report import maps, page, plots
 from jaxbd.report.content import Content, Repaired, Scan, Triggers
@@ -204,7 +205,7 @@ def test_write_replaces_whole_files_only(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page, "os", types.SimpleNamespace(**{**vars(page.os), "replace": refuse}))
+    monkeypatch.setattr(record, "os", types.SimpleNamespace(**{**vars(record.os), "replace": refuse}))
     with pytest.raises(UserError, match=r"cannot write .*report\.html: No space left on device"):
         page.write(path, Content(title="second"))
     assert path.read_bytes() == before

@@ -130,3 +130,7 @@ def test_auto_finds_a_trigger_at_one_place(parts):
     assert found.decision.targets == [4]
     row, column = found.located.places[4]
     assert row >= 12 and column >= 12
+    assert found.anywhere[4] < 0.5 < found.rates[4]  # and so it is unlearned at its place
+    model = jax.tree.map(lambda leaf: leaf[0], workflow.cells_of(found, 4))
+    again = found.inversion.stamp(jax.random.key(0), model, parts.test.images[:1] / 255)
+    assert (np.asarray(again)[:, :10] == np.asarray(parts.test.images[:1, :10] / 255)).all()

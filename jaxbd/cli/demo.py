@@ -254,9 +254,7 @@ def _tell(args, found, before, rows, target, seconds) -> int:
     twin = before["twin"]
     table.add_row("clean twin", f"{twin.clean_accuracy:.3f}", f"{twin.attack_success_rate:.3f}", "", "")
     console.print(table)
-    console.print(
-        f"over {twin.n_clean} clean and {twin.n_triggered} triggered test images (target class left out)"
-    )
+    console.print(f"over {twin.n_clean} clean and {twin.n_triggered} triggered test images (target class left out)")
     console.print(f"written to {args.out}: suspect, twin, repaired, scan.json, repair.json, report.html")
     console.print(f"{seconds:.0f} s in all")
     right = found["suspect"]["targets"] == [target] and found["twin"]["verdict"] == "clean"

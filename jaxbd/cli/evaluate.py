@@ -25,7 +25,8 @@ class Trigger:
       apply: overwrite the image's pixels, or add to them and clip. Default: what the .npz says, else overwrite.
       place: ROW,COLUMN of the top-left corner, or "random". Default: what the .npz says; 0,0 for a trigger as large as
         the images.
-      target: class the trigger leads to. Default: what the .npz says.
+      target: class the trigger leads to; without a trigger, `repair` repairs this class whatever the scan says.
+        Default: what the .npz says.
     """
 
     trigger: str | None = None
@@ -115,9 +116,7 @@ def describe(flags: Trigger, config: given.Config) -> dict[str, Any]:
     return {"source": flags.trigger, "target": config.target, "apply": config.apply, "place": place}
 
 
-def _as_record(
-    opened: common.Opened, rates: dict[str, Any], config: given.Config | None, args: Args
-) -> dict[str, Any]:
+def _as_record(opened: common.Opened, rates: dict[str, Any], config: given.Config | None, args: Args) -> dict[str, Any]:
     """The content of evaluate.json."""
     return {
         "schema": f"{results.SCHEMA}/evaluate",

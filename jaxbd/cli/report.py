@@ -10,6 +10,7 @@ from jaxbd import workflow
 from jaxbd.base import Batch
 from jaxbd.cli import common, show
 from jaxbd.images import to_float
+from jaxbd.report import content as parts
 from jaxbd.report import page
 
 SAMPLES, SHOWN = 400, 6
@@ -26,7 +27,7 @@ def write(
 ) -> None:
     """Writes the page of one scan; `content` is its scan.json."""
     name = pathlib.Path(content["model"]["path"]).name
-    summary = page.Scan(
+    summary = parts.Scan(
         name=name,
         verdict=content["verdict"],
         targets=content["targets"],
@@ -38,7 +39,7 @@ def write(
         n_images=len(held_out.labels),
         searched=show.searched(config),
     )
-    text = page.Content(
+    text = parts.Content(
         title=f"Backdoor scan of {name}",
         scans=[summary],
         triggers=_triggers(found, held_out),
@@ -57,7 +58,7 @@ def _strongest(found: workflow.Scan) -> tuple[int, np.ndarray]:
     return target, np.flatnonzero(np.asarray(found.cells.target) == target)
 
 
-def _triggers(found: workflow.Scan, held_out: Batch) -> page.Triggers:
+def _triggers(found: workflow.Scan, held_out: Batch) -> parts.Triggers:
     """Samples per level of the class whose triggers work best, and a few images with and without them."""
     target, rows = _strongest(found)
     key, samples = jax.random.key(0), {}
@@ -67,7 +68,7 @@ def _triggers(found: workflow.Scan, held_out: Batch) -> page.Triggers:
     others = np.flatnonzero(np.asarray(held_out.labels) != target)[:SHOWN]
     clean = to_float(held_out.images[others])
     stamped = found.inversion.stamp(key, state, clean)
-    return page.Triggers(samples=samples, clean=np.asarray(clean), stamped=np.asarray(stamped))
+    return parts.Triggers(samples=samples, clean=np.asarray(clean), stamped=np.asarray(stamped))
 
 
 def _curves(found: workflow.Scan) -> dict[str, Any]:

@@ -98,15 +98,3 @@ def sha256(file: BinaryIO) -> str:
     while piece := file.read(1 << 20):
         digest.update(piece)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling of `path` that takes its place when the block ends, or vanishes when it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        yield sibling
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)

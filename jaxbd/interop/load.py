@@ -128,7 +128,10 @@ def _check_finite(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
         # a bound of infinity does not clip; only NaN is wrong there
         bad = int(np.isnan(tensor).sum()) if name.startswith("bounds/") else nonfinite(tensor)
         if bad:
-            raise UserError(f"{path.name}: tensor {quote(name)} holds {bad:,} values that are NaN or infinite")
+            raise UserError(
+                f"{path.name}: tensor {quote(name)} holds {bad:,} values that are NaN or infinite; "
+                "ask for the file again"
+            )
 
 
 def nonfinite(tensor: np.ndarray) -> int:

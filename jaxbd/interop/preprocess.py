@@ -71,8 +71,8 @@ def check(model: Model, data: Batch, given: Constants | None = None, *, only_giv
     least = needed(chance, len(data.labels))
     if least >= 1:
         raise UserError(
-            f"{len(data.labels)} images, {100 * chance:.0f} % of them with the same label, cannot tell whether the model "
-            "works on them; give more images, of several classes"
+            f"{len(data.labels)} images, {100 * chance:.0f} % of them with the same label, cannot tell whether this is "
+            "the model's preprocessing; give more images, of several classes"
         )
     rows = [] if given is None else [_measure(model, data, "given", given, "rgb")]
     if not (only_given and rows and rows[0].accuracy >= least):

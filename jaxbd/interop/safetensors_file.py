@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jaxbd.interop.files import Limits, Refusal, quote, read_exactly, replacing
+from jaxbd.interop.files import Limits, Refusal, quote, read_exactly
+from jaxbd.record import replacing
 
 DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
@@ -118,3 +119,4 @@ def write(path: pathlib.Path, tensors: dict[str, np.ndarray], notes: dict[str, s
     dense = {name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()}
     with replacing(path) as sibling:
         safetensors.numpy.save_file(dense, sibling, metadata=notes or None)
+        sibling.chmod(0o644)  # the library makes it readable for its owner only

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxbd.interop.allowed import STORAGE_TYPES
-from jaxbd.interop.files import replacing
+from jaxbd.record import replacing
 
 ROOT = "archive"
 ALIGNMENT = 64

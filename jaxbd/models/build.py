@@ -67,7 +67,7 @@ def module(spec: Spec) -> nn.Module:
 
 def net(spec: Spec) -> Net:
     """The net of `spec`, its first operation being the input normalisation."""
-    return from_flax(module(spec), spec.image_shape, mean=spec.mean, std=spec.std)
+    return _kept(module(spec), tuple(spec.image_shape), tuple(spec.mean), tuple(spec.std))
 
 
 def from_flax(
@@ -91,6 +91,14 @@ def from_flax(
         return logits, updates.get("batch_stats", {})
 
     return Net(init, apply)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(
+    flax_module: nn.Module, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Net:
+    """`from_flax`, the same functions for the same settings: what was compiled for one file serves the next."""
+    return from_flax(flax_module, image_shape, mean=mean, std=std)
 
 
 def from_apply(apply: Callable[[Variables, Array], Array]) -> Net:

@@ -2,14 +2,12 @@
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxbd import record
-from jaxbd.base import UserError
 from jaxbd.report import maps, plots
 from jaxbd.report.content import Content, Scan, Triggers
 
@@ -32,20 +30,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
 
     Raises: UserError when the folder cannot be written.
     """
-    path, text = pathlib.Path(path), render(content)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(text.encode(errors="replace"))  # names from files may hold lone surrogates
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder with space") from None
+    record.write_text(path, render(content))  # names from files may hold lone surrogates
 
 
 def render(content: Content) -> str:
