@@ -8,6 +8,7 @@ Nothing read from the folder is executed: it is JSON, and arrays through TensorS
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -54,7 +55,7 @@ def resume(
     state: ArrayTree,
     fit: Callable[[ArrayTree, int, OnChunk], tuple[ArrayTree, ArrayTree, Any]],
     *,
-    info: Callable[..., ArrayTree],
+    info: type,
     num_steps: int,
     every: int,
     warn: Callable[[str], None] = warnings.warn,
@@ -62,7 +63,7 @@ def resume(
     """Runs `fit` from the newest checkpoint in `folder`, or from `state` where there is none, and saves on the way.
 
     State and infos equal those of a run that was never interrupted, bit for bit, as long as chunks are of one size
-    and the machine is the same. A run that had finished comes back without a step.
+    and the machine is the same. A run that had finished repeats only what came after its last checkpoint.
 
     Args:
       folder: of this run alone; made when absent.
@@ -71,7 +72,7 @@ def resume(
       state: fresh; may be donated by `fit`.
       fit: (state, steps left, on_chunk) -> (state, infos, seconds), such as
         `lambda state, left, on_chunk: loop.fit(key, step, draw, data, state, num_steps=left, on_chunk=on_chunk)`.
-      info: the method's `Info`.
+      info: the method's `Info`, a NamedTuple class.
       num_steps: of the whole run.
       every: saves at the first end of a chunk at which so many steps were done since the last save.
       warn: told in one line of each checkpoint that was damaged and not used.
@@ -79,11 +80,11 @@ def resume(
     Raises: UserError as `restore` and `make` do.
     """
     saved = restore(folder, config, state, info, warn)
+    if saved and saved.step > num_steps:
+        raise UserError(f"{folder} is at step {saved.step}, past the {num_steps} asked for; choose another folder")
     on_chunk = make(folder, config, every, state, saved)
     if saved is None:
         return fit(state, num_steps, on_chunk)
-    if saved.step > num_steps:
-        raise UserError(f"{folder} is at step {saved.step}, past the {num_steps} asked for; choose another folder")
     state, infos, seconds = fit(saved.state, num_steps - saved.step, on_chunk)
     return state, saved.infos if infos is None else _joined([saved.infos, infos]), seconds
 
@@ -127,7 +128,7 @@ def restore(
     folder: str | pathlib.Path,
     config: dict[str, Any],
     like: ArrayTree,
-    info: Callable[..., ArrayTree],
+    info: type,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Saved | None:
     """The newest checkpoint in `folder` that is whole; None when the folder is absent or has none yet.
@@ -135,7 +136,7 @@ def restore(
     Args:
       config: of the run, see `resume`.
       like: a state or its shapes (`jax.eval_shape`): gives structure, shapes, types and placement.
-      info: the method's `Info`, called with its fields by name.
+      info: the method's `Info`, a NamedTuple class.
       warn: told in one line of each checkpoint that was damaged and not used.
     Raises: UserError when the folder belongs to another run or is no checkpoint folder, naming what differs, and when
       every checkpoint in it is damaged.
@@ -268,6 +269,9 @@ def _write(folder: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) -> No
         refused = [folder / str(other) for other in _steps(folder) if other >= step]
         for left in (*folder.glob(TEMPORARY), *refused):
             shutil.rmtree(left)
+        # asked beforehand, because a write that fails half-way leaves Orbax's other writes complaining on stderr
+        if shutil.disk_usage(folder).free < 2 * sum(value.nbytes for value in arrays.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with _checkpointer() as checkpointer:
             checkpointer.save(temporary / ARRAYS, {name: value for name, value in arrays.items() if value.size})
         record.write_json(temporary / HASHES, _hashes(temporary / ARRAYS))

@@ -78,6 +78,15 @@ class ScanConfig:
             raise UserError("steps, locate_steps, batch_size and candidates must be at least 1")
 
 
+PRESETS = {
+    "quick": ScanConfig(),
+    "released": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.Config()),
+    "paper": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.paper()),
+}
+"""Settings by name: this project's; those of the released MESA code; the paper's wording with what it leaves open as
+released (Qiao et al. 2019). The last two model triggers of every class and level at random places."""
+
+
 class Located(NamedTuple):
     """What Neural Cleanse found per class.
 

@@ -40,7 +40,8 @@ class Settings:
 
     Attributes:
       side: of the square colour images, in pixels.
-      width: channels of the CNN's first stage; the second and third have twice and four times as many.
+      width: channels of the CNN's first stage; each further one has twice as many.
+      stages: of the CNN.
       batch: images in a batch.
       cells: cells of the MESA sweep, and students.
       chunk: steps in a chunk, which is what is timed.
@@ -48,17 +49,21 @@ class Settings:
       least, most: but so many times at least and at most, the first, which warms up, apart.
     """
 
-    side: int = 16
-    width: int = 32
-    batch: int = 32
-    cells: int = 3
-    chunk: int = 4
-    seconds: float = 2.0
-    least: int = 3
-    most: int = 20
+    side: int
+    width: int
+    stages: int
+    batch: int
+    cells: int
+    chunk: int
+    seconds: float
+    least: int
+    most: int
 
 
-QUICK = Settings(side=8, width=4, batch=4, cells=2, chunk=2, seconds=0.0, least=1, most=1)
+LAPTOP = Settings(side=16, width=32, stages=3, batch=32, cells=3, chunk=4, seconds=2.0, least=3, most=20)
+"""Small, and yet wide enough for the trap to show."""
+ACCELERATOR = Settings(side=32, width=64, stages=3, batch=128, cells=10, chunk=20, seconds=3.0, least=3, most=50)
+QUICK = Settings(side=8, width=4, stages=1, batch=4, cells=2, chunk=2, seconds=0.0, least=1, most=1)
 
 
 class Task(NamedTuple):
@@ -71,7 +76,8 @@ class Task(NamedTuple):
 def tasks(settings: Settings) -> dict[str, Task]:
     """Both tasks by name."""
     shape = (settings.side, settings.side, 3)
-    net = build.net(build.Spec(arch="cnn", classes=CLASSES, image_shape=shape, options={"width": settings.width}))
+    options = {"width": settings.width, "stages": settings.stages}
+    net = build.net(build.Spec(arch="cnn", classes=CLASSES, image_shape=shape, options=options))
     trainer = supervised.make(net, supervised.Config(learning_rate=1e-3))
     students = Inversion(
         init=lambda key: trainer.init(net.init(key)),
@@ -175,15 +181,14 @@ def sentence(verdict: dict) -> str:
     return f"{where}: {others}; the default, {verdict['default']}, is {right}"
 
 
-def main(settings: Settings = Settings(), quick: bool = False, out: pathlib.Path | None = None) -> None:
-    """Runs the benchmark, prints its table and writes its JSON.
+def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
+    """Runs the benchmark at sizes that suit the backend, prints its table and writes its JSON.
 
     Args:
-      settings: sizes.
       quick: smallest sizes instead; writes only where --out says.
       out: the JSON file; experiments/results/bench_time_loops.json by default.
     """
-    settings = QUICK if quick else settings
+    settings = QUICK if quick else LAPTOP if jax.default_backend() == "cpu" else ACCELERATOR
     out = out or (None if quick else RESULT)
     rows = bench(settings, lambda text: print(text, file=sys.stderr, flush=True))
     found = verdicts(rows)

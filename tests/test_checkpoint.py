@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -317,20 +318,33 @@ def test_unusable_places_are_one_line(tmp_path):
         resumed(tmp_path / "new", TRAIN, every=0)
 
 
-def test_no_space_is_one_line_and_leaves_nothing_half_written(saved, tmp_path, capfd):
+def test_no_space_is_one_line_and_changes_nothing(saved, tmp_path, capfd, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(saved[0], folder)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
         with pytest.raises(
-            UserError, match=f"^cannot save a checkpoint in {folder}: File too large; choose a writable folder"
+            UserError, match=f"^cannot save a checkpoint in {folder}: No space left on device; choose a "
         ):
             resumed(folder, TRAIN)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capfd.readouterr() == ("", "") and contents(folder) == ["3", "6", "config.json"]
     assert_same_bits(resumed(folder, TRAIN), TRAIN.fit(TRAIN.start(), 14, None)[:2])
+
+
+def test_a_failed_write_is_one_line_and_leaves_nothing_half_written(saved, tmp_path):
+    """In a child process whose files may not grow beyond 600 bytes."""
+    folder = tmp_path / "run"
+    shutil.copytree(saved[0], folder)
+    run = in_child(f"resumed_in_little_space({str(folder)!r})", tmp_path / "cache")
+    assert run.returncode == 1
+    assert f"UserError: cannot save a checkpoint in {folder}: File too large; choose a writable folder" in run.stderr
+    assert contents(folder) == ["3", "6", "config.json"]
+    assert_same_bits(checkpoint.restore(folder, CONFIG, TRAIN.start(), TRAIN.info), saved[1])
+
+
+def resumed_in_little_space(folder: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+    resumed(folder, TRAIN)
 
 
 def test_one_cell_at_a_time_is_refused(tmp_path):

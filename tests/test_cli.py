@@ -9,10 +9,12 @@ import sys
 import numpy as np
 import pytest
 
+from jaxbd import workflow
 from jaxbd.base import Batch
 from jaxbd.cli import main as entry
 from jaxbd.cli.main import main
 from jaxbd.cli.progress import Progress
+from jaxbd.inversion import mesa
 
 DATA = ["--data", "digits", "--limit", "300"]
 TINY = ["--search.levels", "0.9", "--search.steps", "20", "--search.mesa.hidden", "16", "--search.method", "mesa"]
@@ -66,6 +68,26 @@ def test_module_runs_as_a_program(victim, tmp_path):
     )
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("jaxbd: ")] and "Traceback" not in done.stderr
+
+
+def test_presets_are_where_the_flags_start_from():
+    """`--preset` changes the defaults, a flag beside it still wins, and the record says what ran."""
+    from jaxbd.cli import scan
+
+    def parsed(*flags):
+        argv = ["model", "--data", "digits", *flags]
+        return entry.parse(scan.Args, argv, "jaxbd scan", scan.defaults(argv)).search
+
+    assert parsed() == workflow.ScanConfig()
+    paper = parsed("--preset", "paper", "--steps", "7")
+    assert (paper.method, paper.steps, paper.batch_size) == ("mesa", 7, 128)
+    assert (paper.mesa.noise, paper.mesa.generator, paper.mesa.trigger_noise) == ("normal", "paper", 0.0)
+    assert parsed("--preset=released").mesa == mesa.Config()
+
+
+def test_missing_arguments_are_named(capsys):
+    assert main(["scan"]) == 2
+    assert capsys.readouterr().err == "jaxbd: missing: MODEL, --data; see jaxbd scan --help\n"
 
 
 def test_attack_writes_model_trigger_and_figures(victim):

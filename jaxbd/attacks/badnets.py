@@ -25,7 +25,8 @@ class Config:
         channels; "checkerboard"; "white"; or a number: bit pattern of a black-and-white square, most significant bit
         top left, row by row (Qiao et al. 2019, section 4.3; see `binary_patterns`).
       place: "random" for a new place on every image, "fixed" at (`row`, `column`).
-      row, column: fixed place of the top-left corner; negative numbers count from the last place that fits.
+      row: of the top-left corner of a fixed place; negative numbers count from the last row that fits.
+      column: likewise.
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 

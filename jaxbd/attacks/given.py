@@ -20,7 +20,8 @@ class Config:
       apply: "overwrite": pixels are replaced where the mask is 1, blended where it is between 0 and 1; "add": the
         pattern is added and the sum clipped to [0, 1].
       place: "fixed" at (`row`, `column`), or "random" for a new place on every image.
-      row, column: fixed place of the top-left corner.
+      row: of the top-left corner of a fixed place.
+      column: of the top-left corner of a fixed place.
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from jaxbd import workflow
 from jaxbd.base import Batch, Dataset, UserError
 from jaxbd.data import load
 from jaxbd.interop import load as models
@@ -70,6 +71,13 @@ class Opened(NamedTuple):
     model: models.Model
     dataset: Dataset
     table: preprocess.Table | None
+
+
+def preset(argv: list[str]) -> workflow.ScanConfig:
+    """The settings that `--preset` in `argv` names; the usual ones when there is none, or none of that name."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    named = words[words.index("--preset") + 1 :][:1] if "--preset" in words else []
+    return workflow.PRESETS.get(named[0] if named else "quick", workflow.PRESETS["quick"])
 
 
 def start() -> None:

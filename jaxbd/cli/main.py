@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 VERBS = {
     "demo": "plant a backdoor in a small model, find it, remove it, and show all of it on one page",
@@ -77,14 +78,17 @@ def help_text() -> str:
 def _run(verb: str, argv: list[str]) -> int:
     """Parses the verb's flags and runs it."""
     module = importlib.import_module(f"jaxbd.cli.{verb}")
-    args = parse(module.Args, argv, f"jaxbd {verb}")
+    defaults = getattr(module, "defaults", None)
+    args = parse(module.Args, argv, f"jaxbd {verb}", None if defaults is None else defaults(argv))
     if isinstance(args, str):
         return _fail(args)
     return module.run(args)
 
 
-def parse(kind: type, argv: list[str], program: str):
+def parse(kind: type, argv: list[str], program: str, default: Any = None):
     """An instance of the dataclass `kind` from flags, or what is wrong with them in one line.
+
+    `default` is an instance whose values stand where there is no flag; the class's own when None.
 
     Raises: SystemExit after printing the help; UserError where a value is refused by the dataclass itself.
     """
@@ -94,7 +98,11 @@ def parse(kind: type, argv: list[str], program: str):
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                kind, args=argv, prog=program, config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.DisallowNone)
+                kind,
+                args=argv,
+                prog=program,
+                default=tyro.MISSING if default is None else default,
+                config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.DisallowNone),
             )
     except SystemExit as stop:
         if not stop.code:
@@ -106,6 +114,9 @@ def _condense(box: str) -> str:
     """The sentence inside tyro's framed complaint, of which the first line is a heading."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [re.sub(r"^[\s│╭╰─╮╯|-]+(?=\s|$)|[\s│╭╰─╮╯|]+$", "", line).strip() for line in plain.splitlines()[1:]]
+    if any(line.startswith("Missing from") for line in lines):
+        missing = [line.split()[0] for line in lines if re.match(r"(--[\w.-]+( \S+)?|[A-Z]+)$", line)]
+        return f"missing: {', '.join(missing)}"
     text = " ".join(line for line in lines if line)
     text = re.split(r"Argument helptext|For full helptext", text)[0]
     text = re.sub(r"\s+\.", ".", re.sub(r"\s+", " ", text)).strip(" .")

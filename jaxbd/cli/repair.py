@@ -37,6 +37,7 @@ class Args:
       batch_size: images per unlearning step.
       given: the trigger, where you have it: it is unlearned instead of what a scan recovers.
       unlearning: length and rule of unlearning.
+      preset: settings that the --search flags start from, see `jaxbd scan --help`.
       search: what is searched, and how long.
       reading: how model and data are read.
     """
@@ -53,6 +54,7 @@ class Args:
     unlearning: Annotated[unlearn.Config, tyro.conf.arg(name="")] = unlearn.Config(
         stamp_rate=0.2, learning_rate=5e-3, num_steps=300
     )
+    preset: Literal["quick", "released", "paper"] = "quick"
     search: workflow.ScanConfig = workflow.ScanConfig()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
@@ -64,6 +66,11 @@ class Args:
             raise UserError(f"--level {self.level} is not searched; choose from {known} or change --search.levels")
         if self.batch_size < 1:
             raise UserError(f"batch size of the repair is {self.batch_size}; give at least 1")
+
+
+def defaults(argv: list[str]) -> Args:
+    """The values where there is no flag."""
+    return Args(model=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, search=common.preset(argv))
 
 
 class Evidence(NamedTuple):

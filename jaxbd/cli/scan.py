@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -28,6 +28,8 @@ class Args:
         sub-folders or parquet files, CIFAR batches, or tfds:NAME.
       out: write the result here as JSON (scan.json).
       report: write one self-contained HTML page here.
+      preset: settings that the flags below start from: "quick", or MESA as in the "released" code or the "paper"
+        (every class at random places; hours on a CPU).
       search: what is searched, and how long.
       reading: how model and data are read.
     """
@@ -36,8 +38,14 @@ class Args:
     data: str
     out: pathlib.Path | None = None
     report: pathlib.Path | None = None
+    preset: Literal["quick", "released", "paper"] = "quick"
     search: Annotated[workflow.ScanConfig, tyro.conf.arg(name="")] = workflow.ScanConfig()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
+
+
+def defaults(argv: list[str]) -> Args:
+    """The values where there is no flag."""
+    return Args(model=tyro.MISSING, data=tyro.MISSING, search=common.preset(argv))
 
 
 def run(args: Args) -> int:

@@ -28,11 +28,14 @@ class Config:
       noise: "uniform" U[0, 1) (released) or "normal" N(0, I) (paper).
       generator: "released", "paper", or "conv" (large triggers).
       hidden: width H of generator and statistics network.
-      learning_rate, b1, b2: Adam of both networks.
+      learning_rate: Adam of both networks.
+      b1: Adam's decay of the mean gradient.
+      b2: Adam's decay of the mean squared gradient.
       trigger_noise: std of Gaussian noise added to the trigger on the victim's branch only; 0 turns it off (paper).
       place: where the trigger is pasted. "batch": one random place per batch (released); "image": one per image;
         "fixed": at (`row`, `column`); "searched": a distribution over places is learnt beside the triggers.
-      row, column: the fixed place of the top-left corner.
+      row: of the top-left corner of a fixed place.
+      column: of the top-left corner of a fixed place.
       place_rate: rate of the moving average of each place's value when the place is searched.
       place_temperature: weight of the place distribution's entropy when the place is searched; small values commit to
         one place.

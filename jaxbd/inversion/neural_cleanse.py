@@ -20,20 +20,21 @@ COST_DOWN = 1.5
 class Config:
     """Settings of Neural Cleanse; defaults follow the released code's example script.
 
-    # Differs from released code: one step is one mini-batch, not 31 of them, so `attack_threshold` is 0.97, not 0.99.
-
     Attributes:
-      learning_rate, b1, b2: Adam on pattern and mask.
+      learning_rate: Adam on pattern and mask.
+      b1: Adam's decay of the mean gradient.
+      b2: Adam's decay of the mean squared gradient.
       attack_threshold: batch ASR at which the mask counts as working.
       first_cost: weight of the mask's L1 norm once the mask works; 0 before.
-      cost_multiplier: the weight grows by it after `patience` working steps in a row, and shrinks by its power
-        1.5 after as many that do not work.
-      patience: see above.
+      cost_multiplier: the weight grows by it after `patience` working steps in a row, and shrinks by its power 1.5
+        after as many that do not work.
+      patience: steps in a row after which the weight changes.
     """
 
     learning_rate: float = 0.1
     b1: float = 0.5
     b2: float = 0.9
+    # Differs from released code: one step is one mini-batch, not 31 of them, so the threshold is 0.97, not 0.99.
     attack_threshold: float = 0.97
     first_cost: float = 1e-3
     cost_multiplier: float = 2.0

@@ -17,18 +17,19 @@ PAPER = "https://arxiv.org/abs/1910.04749"
 class Config:
     """Settings of the baseline; defaults follow the released notebook.
 
-    # Differs from released code: the variable is the pixels in [0, 1], not the normalised ones; the same learning rate
-    # moves a pixel 1 / std^2 as far.
-
     Attributes:
       patch: side of the square trigger.
-      learning_rate, momentum: of SGD on the pixels.
+      learning_rate: SGD on the pixels.
+      momentum: of that SGD.
       clip_every: the pixels are clipped to [0, 1] after every so many steps (released: once per epoch of 11).
       place: "batch": one random place per batch (released), "image": one per image, "fixed": at (`row`, `column`).
-      row, column: the fixed place of the top-left corner.
+      row: of the top-left corner of a fixed place.
+      column: of the top-left corner of a fixed place.
     """
 
     patch: int = 3
+    # Differs from released code: the variable is the pixels in [0, 1], not the normalised ones, so the same learning
+    # rate moves a pixel 1 / std^2 as far.
     learning_rate: float = 0.1
     momentum: float = 0.9
     clip_every: int = 11

@@ -21,7 +21,9 @@ class Config:
     Attributes:
       stamp_rate: r in eq. (5), probability with which an image of the batch is stamped. 0.01 in the paper; small data
         sets see too few stamped images at that rate.
-      learning_rate, momentum, weight_decay: of SGD, constant.
+      learning_rate: of SGD, constant.
+      momentum: of SGD.
+      weight_decay: of SGD, added to the gradient.
       num_steps: length of the run (the released code: 10 epochs of 62 batches).
       mixing: how several trigger models take turns. "sampled": each stamped image draws its model from the weights
         (the paper's mixture); "epoch": one model for `epoch_steps` steps, then the next (released).
