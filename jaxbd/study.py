@@ -59,6 +59,7 @@ def train(
     if attack is not None:
         drawn, source = poison.dynamic(attack, drawn), (data, trigger)
     report = progress or (lambda *_: None)
+    report(label, 0, config.num_steps)
     state, infos, seconds = loop.fit(
         jax.random.fold_in(key, 1),
         trainer.step,

@@ -377,14 +377,38 @@ def unlearn_trigger(
     return Repaired(method.extract(state), infos, seconds)
 
 
+def equal_mixture(result: Scan, target: int) -> unlearn.Evidence:
+    """gamma_i = 1/N over the sub-models of `target` that reached their level (Qiao et al. 2019, section 3.3)."""
+    chosen = np.flatnonzero(reached(result, target))
+    return unlearn.uniform(jax.tree.map(lambda leaf: leaf[chosen], cells_of(result, target)))
+
+
+def entropy_mixture(result: Scan, target: int) -> unlearn.Evidence:
+    """gamma_i proportional to exp(h_i) / g'(g^-1(beta_i)) over the same sub-models (Algorithm 1), for a linear g.
+
+    h_i is the bound on the entropy of sub-model i, averaged over the last 20 steps of its search.
+
+    Raises: UserError for a scan method that models no distributions.
+    """
+    if not hasattr(result.infos, "entropy"):
+        raise UserError(
+            "this scan method models no distributions, so there is no entropy to weight by; use mesa or auto"
+        )
+    chosen = np.flatnonzero(reached(result, target))
+    index = np.flatnonzero(np.asarray(result.cells.target) == target)[chosen]
+    entropy = jnp.asarray(result.infos.entropy[-20:, index].mean(0))
+    models = jax.tree.map(lambda leaf: leaf[chosen], cells_of(result, target))
+    return unlearn.entropy_weighted(models, entropy, jnp.ones_like(entropy))
+
+
 def mixtures(result: Scan, target: int, levels: Sequence[float]) -> dict[str, unlearn.Evidence]:
     """The evidence MESA offers for unlearning: each level alone, and the 1/N mixture of those reached."""
-    states, good = cells_of(result, target), reached(result, target)
+    states = cells_of(result, target)
     named = {
         f"level {level:g}": unlearn.single(jax.tree.map(lambda leaf, i=i: leaf[i], states))
         for i, level in enumerate(levels)
     }
-    return {**named, "mixture": unlearn.uniform(jax.tree.map(lambda leaf: leaf[np.flatnonzero(good)], states))}
+    return {**named, "mixture": equal_mixture(result, target)}
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -106,6 +106,20 @@ def test_every_step_has_a_key_of_its_own(data):
     np.testing.assert_array_equal(run(), keys)
 
 
+@pytest.mark.parametrize("how", ["vmap", "map", "loop"])
+def test_every_cell_and_step_has_a_key_and_a_batch_of_its_own(how, data):
+    """The same ones however the cells are run."""
+
+    def step(key, state, batch, cell, victim):
+        return Walk(state.step + 1, state.total), (jax.random.key_data(key)[0], batch.images.sum())
+
+    inversion, cells = counting_inversion()._replace(step=step), sweep.grid(range(3))
+    fit = lambda how: sweep.fit(jax.random.key(0), inversion, DRAW, data, cells, (), num_steps=4, how=how)[1]
+    keys, sums = fit(how)
+    assert keys.shape == (4, 3) and len(np.unique(keys)) == len(np.unique(sums)) == 12
+    np.testing.assert_array_equal(keys, fit("vmap")[0])
+
+
 def test_the_state_is_donated_and_arguments_are_not():
     program = loop.Program(lambda state, x: (state + x, x), donate=(0,))
     state, x = jnp.zeros(1000), jnp.ones(1000)

@@ -85,6 +85,21 @@ def test_targets_restrict_the_scan(planted, parts):
     assert found.cells.target.tolist() == [5]
 
 
+def test_mixtures_weigh_sub_models_as_the_paper_says(planted, parts):
+    """1/N over the levels that were reached; Algorithm 1 weights them by exp(entropy); the others have weight 0."""
+    found = scan(planted, parts, targets=(3,), levels=(0.5, 0.8, 0.9), steps=1)
+    entropy = np.broadcast_to([0.1, 0.7, 0.3], (30, 3))
+    rates = np.full((10, 3), np.nan)
+    rates[3] = [0.6, 0.7, 0.95]
+    found = found._replace(level_rates=rates, infos=found.infos._replace(entropy=entropy))
+    assert workflow.reached(found, 3).tolist() == [True, False, True]
+    np.testing.assert_allclose(workflow.equal_mixture(found, 3).weights, [0.5, 0.5])
+    expected = np.exp([0.1, 0.3]) / np.exp([0.1, 0.3]).sum()
+    np.testing.assert_allclose(workflow.entropy_mixture(found, 3).weights, expected, rtol=1e-6)
+    np.testing.assert_array_equal(jax.tree.leaves(workflow.entropy_mixture(found, 3).models)[0].shape[0], 2)
+    assert set(workflow.mixtures(found, 3, (0.5, 0.8, 0.9))) == {"level 0.5", "level 0.8", "level 0.9", "mixture"}
+
+
 def test_too_few_images(planted, parts):
     few = Batch(parts.defence.images[:10], parts.defence.labels[:10])
     with pytest.raises(UserError, match="10 images"):

@@ -31,7 +31,8 @@ class Args:
         figures go beside it, as <name>.repair.json, or into the folder as repair.json.
       method: how to repair.
       evidence: what is unlearned. "mixture": all recovered distributions that reached their level, in equal shares;
-        "level": the one of --level; "pixel": a single reversed trigger.
+        "entropy": the same, weighted by the exponential of their entropy; "level": the one of --level; "pixel": a
+        single reversed trigger.
       level: of --evidence level.
       scan: scan.json of an earlier scan, whose classes are then the only ones searched.
       batch_size: images per unlearning step.
@@ -46,7 +47,7 @@ class Args:
     data: str
     out: pathlib.Path
     method: Annotated[Literal["unlearn"], tyro.conf.arg(name="method")] = "unlearn"
-    evidence: Literal["mixture", "level", "pixel"] = "mixture"
+    evidence: Literal["mixture", "entropy", "level", "pixel"] = "mixture"
     level: float | None = None
     scan: pathlib.Path | None = None
     batch_size: int = 64
@@ -146,14 +147,15 @@ def _recover(opened: common.Opened, search: Batch, held_out: Batch, wanted: tupl
 
 def _distributions(found: workflow.Scan, target: int, args: Args) -> Evidence:
     """The recovered distributions of one class: those that reached their level, or the one asked for."""
+    if args.level is None:
+        mixture = workflow.entropy_mixture if args.evidence == "entropy" else workflow.equal_mixture
+        return Evidence(target, found.inversion.stamp, mixture(found, target))
     states = workflow.cells_of(found, target)
-    if args.level is not None:
-        if len(jax.tree.leaves(states)[0]) != len(args.search.levels):
-            raise UserError(f"scan method {args.search.method} has no levels; use --evidence mixture")
-        chosen = np.array([args.search.levels.index(args.level)])
-    else:
-        chosen = np.flatnonzero(workflow.reached(found, target))
-    return Evidence(target, found.inversion.stamp, unlearn.uniform(jax.tree.map(lambda leaf: leaf[chosen], states)))
+    if len(jax.tree.leaves(states)[0]) != len(args.search.levels):
+        raise UserError(f"scan method {args.search.method} has no levels; use --evidence mixture")
+    chosen = args.search.levels.index(args.level)
+    evidence = unlearn.single(jax.tree.map(lambda leaf: leaf[chosen], states))
+    return Evidence(target, found.inversion.stamp, evidence)
 
 
 def _reversed_pixels(opened, found: workflow.Scan, target: int, search, held_out, config, progress) -> Evidence:
@@ -198,16 +200,8 @@ def _measure(opened: common.Opened, evidence: list[Evidence], repaired, held_out
 
 def _as_attack(target: int, stamp: Callable[..., Array]) -> Attack:
     """Every image stamped by a trigger model of its own, drawn from the mixture."""
-
-    def stamp_mixture(key, mixture: unlearn.Evidence, images: Array) -> Array:
-        stamp_key, choose_key = jax.random.split(key)
-        count = mixture.weights.shape[0]
-        every = jax.vmap(stamp, (0, 0, None))(jax.random.split(stamp_key, count), mixture.models, images)
-        choice = jax.random.categorical(choose_key, jnp.log(mixture.weights), shape=images.shape[:1])
-        return every[choice, jnp.arange(images.shape[0])]
-
     relabel = lambda labels: jnp.full_like(labels, target)
-    return Attack(lambda key: (), stamp_mixture, lambda key, trigger, batch: batch, relabel)
+    return Attack(lambda key: (), unlearn.mixed(stamp), lambda key, trigger, batch: batch, relabel)
 
 
 def _save(path: pathlib.Path, beside: pathlib.Path, opened: common.Opened, repaired, content: dict[str, Any]) -> None:

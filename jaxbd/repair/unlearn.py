@@ -98,6 +98,27 @@ def entropy_weighted(models: ArrayTree, entropy: Array, slope: Array) -> Evidenc
     return Evidence(models, jax.nn.softmax(logits))
 
 
+def mixed(stamp: Callable[[Key, Any, Array], Array]) -> Callable[[Key, Evidence, Array], Array]:
+    """`stamp` for a mixture: each image's trigger comes from a model drawn by the weights, G_Y with Y ~ Categorical.
+
+    The paper's mixture (Qiao et al. 2019, section 3.1).
+    """
+
+    def stamp_mixture(key: Key, evidence: Evidence, images: Array) -> Array:
+        stamp_key, choose_key = jax.random.split(key)
+        every = _stamp_each(stamp, stamp_key, evidence, images)
+        choice = jax.random.categorical(choose_key, jnp.log(evidence.weights), shape=images.shape[:1])
+        return every[choice, jnp.arange(images.shape[0])]
+
+    return stamp_mixture
+
+
+def _stamp_each(stamp: Callable[..., Array], key: Key, evidence: Evidence, images: Array) -> Array:
+    """[L, B, H, W, C]: every image of [B, H, W, C] stamped by each of the L models."""
+    keys = jax.random.split(key, evidence.weights.shape[0])
+    return jax.vmap(stamp, (0, 0, None))(keys, evidence.models, images)
+
+
 def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) -> Repair:
     """Unlearning for `net`; `stamp(key, model, images)` is that of the inversion (or attack) behind the evidence.
 
@@ -118,16 +139,14 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
         variables = copy({"batch_stats": {}, **variables})
         return State(jnp.zeros((), jnp.int32), variables, rule.init(variables["params"]), copy(evidence))
 
+    stamp_mixture = mixed(stamp)
+
     def stamped_images(key: Key, state: State, images: Array) -> Array:
-        """Every image of [B, H, W, C] with a trigger of the mixture."""
-        stamp_key, choose_key = jax.random.split(key)
-        models, weights = state.evidence
-        count = weights.shape[0]
-        every = jax.vmap(stamp, (0, 0, None))(jax.random.split(stamp_key, count), models, images)
-        if config.mixing == "epoch":
-            return every[(state.step // config.epoch_steps) % count]
-        choice = jax.random.categorical(choose_key, jnp.log(weights), shape=images.shape[:1])
-        return every[choice, jnp.arange(images.shape[0])]
+        """Every image of [B, H, W, C] with a trigger of the mixture, or of the model whose turn it is."""
+        if config.mixing == "sampled":
+            return stamp_mixture(key, state.evidence, images)
+        turn = (state.step // config.epoch_steps) % state.evidence.weights.shape[0]
+        return _stamp_each(stamp, jax.random.split(key)[0], state.evidence, images)[turn]
 
     def loss(params: ArrayTree, variables: Variables, images: Array, labels: Array):
         logits, stats = net.apply({**variables, "params": params}, images, train=True)
