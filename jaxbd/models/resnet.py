@@ -46,11 +46,7 @@ class ResNet(nn.Module):
         x = nn.relu(BatchNorm(not train, dtype=self.dtype, name="bn1")(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        for stage, count in enumerate(self.blocks):
-            for index in range(count):
-                stride = 2 if stage and not index else 1
-                block = BasicBlock(self.width * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{index}")
-                x = block(x, train=train)
+        x = stages(BasicBlock, x, self.blocks, self.width, self.dtype, train)
         return head(x, self.classes, self.dtype)
 
 
@@ -91,11 +87,7 @@ class PreActResNet(nn.Module):
         x = nn.Conv(
             self.width, (3, 3), padding=1, use_bias=False, kernel_init=TORCH_KERNEL, dtype=self.dtype, name="conv1"
         )(x)
-        for stage, count in enumerate(self.blocks):
-            for index in range(count):
-                stride = 2 if stage and not index else 1
-                block = PreActBlock(self.width * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{index}")
-                x = block(x, train=train)
+        x = stages(PreActBlock, x, self.blocks, self.width, self.dtype, train)
         return head(x, self.classes, self.dtype)
 
 
@@ -116,6 +108,18 @@ class PreActBlock(nn.Module):
         y = conv((3, 3), self.stride, padding=1, name="conv1")(y)
         y = nn.relu(norm(name="bn2")(y))
         return x + conv((3, 3), padding=1, name="conv2")(y)
+
+
+def stages(block: Any, x: Array, blocks: tuple[int, ...], width: int, dtype: Any, train: bool) -> Array:
+    """`blocks[i]` blocks of `width * 2**i` channels, named "layer<i+1>_<j>"; each stage but the first halves the image.
+
+    Called inside a compact module.
+    """
+    for stage, count in enumerate(blocks):
+        for index in range(count):
+            stride = 2 if stage and not index else 1
+            x = block(width * 2**stage, stride, dtype, name=f"layer{stage + 1}_{index}")(x, train=train)
+    return x
 
 
 def head(x: Array, classes: int, dtype: Any) -> Array:
