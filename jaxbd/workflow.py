@@ -259,9 +259,9 @@ def _scan_masks(key, net, variables, image_shape, classes, search, held_out, con
     )
     rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, found.states, cells, variables, held_out)
     rates = _by_class(rates, searched(classes, config), classes)
-    outliers = [int(k) for k in np.flatnonzero(found.scores > config.anomaly_threshold)]
-    working = [k for k in outliers if rates[k] >= config.detection.threshold]
-    verdict = "backdoored" if working else "inconclusive" if outliers or np.isnan(found.norms).all() else "clean"
+    small = outliers(found, config)
+    working = [k for k in small if rates[k] >= config.detection.threshold]
+    verdict = "backdoored" if working else "inconclusive" if small or np.isnan(found.norms).all() else "clean"
     decision = detect.Decision(verdict, working, found.scores.tolist())
     rule = "neural-cleanse: anomaly index of the mask size"
     images = config.locate_steps * config.batch_size * sweep.size(cells)
@@ -303,6 +303,11 @@ def _scan_auto(key, net, variables, image_shape, classes, search, held_out, conf
     images = config.batch_size * (config.locate_steps * len(found.states.step) + config.steps * sweep.size(cells))
     seconds = loop.Seconds(*(a + b for a, b in zip(seconds, located_in, strict=True)))
     rule = "mesa at the place that neural-cleanse located: attack success rate on held-out images"
+    unconfirmed = sorted({*outliers(found, config)} - {*decision.targets})
+    if decision.verdict == "clean" and unconfirmed:
+        decision = decision._replace(verdict="inconclusive")
+        classes_named = ", ".join(map(str, unconfirmed))
+        rule += f"; no patch there works for class {classes_named}, whose smallest mask is unusually small all the same"
     return Scan(
         decision._replace(scores=found.scores.tolist()), rule, np.where(np.isnan(level_rates[:, 0]), np.nan, rates),
         level_rates, inversion, cells, states, infos, found, config.locate_steps + config.steps, images, seconds,
@@ -314,8 +319,12 @@ def candidates(found: Located, config: ScanConfig) -> list[int]:
     """Classes worth modelling: the `config.candidates` smallest masks and every outlier, in class order."""
     order = np.argsort(np.where(np.isnan(found.norms), np.inf, found.norms), kind="stable")
     order = [k for k in order if k in searched(len(order), config)]
-    outliers = np.flatnonzero(found.scores > config.anomaly_threshold)
-    return sorted({int(k) for k in order[: config.candidates]} | {int(k) for k in outliers})
+    return sorted({int(k) for k in order[: config.candidates]} | {*outliers(found, config)})
+
+
+def outliers(found: Located, config: ScanConfig) -> list[int]:
+    """Classes whose mask is smaller than the others' by the anomaly threshold."""
+    return [int(k) for k in np.flatnonzero(found.scores > config.anomaly_threshold)]
 
 
 def cells_of(result: Scan, target: int) -> Any:

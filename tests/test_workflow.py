@@ -118,6 +118,21 @@ def test_candidates_are_smallest_masks_and_outliers():
     assert workflow.candidates(found, dataclasses.replace(QUICK, candidates=2)) == [1, 2]
 
 
+def test_auto_does_not_call_an_unexplained_small_mask_clean(planted, parts, monkeypatch):
+    """A mask far smaller than the others, where no patch works, is no clean verdict."""
+    real = workflow.locate
+
+    def shrunk(*arguments):
+        inversion, cells, found, infos, seconds = real(*arguments)
+        norms = np.where(np.arange(10) == 7, 1.0, 30.0 + np.arange(10))
+        return inversion, cells, found._replace(norms=norms, scores=-workflow.detect.mad_scores(norms)), infos, seconds
+
+    monkeypatch.setattr(workflow, "locate", shrunk)
+    found = scan(planted, parts, method="auto", targets=(5, 7), locate_steps=1, steps=1)
+    assert found.decision.verdict == "inconclusive" and not found.decision.targets
+    assert "class 7" in found.decided_by
+
+
 def test_locate_finds_the_window():
     """The place is the window with most of the mask in it, the share what lies inside."""
     masks = jnp.zeros((1, 8, 8, 1)).at[0, 4:6, 2:5, 0].set(1.0).at[0, 0, 0, 0].set(0.5)
