@@ -55,24 +55,30 @@ def _published(quick: bool, tables: dict, checks: list[Check], details: dict) ->
                 off = abs(found[figure] - stated)
                 checks.append(Check(f"{name} {figure}: distance from stated", off, expected["tolerance"], "at most"))
     tables["Published models: measured and stated"] = rows
-    found = scan("badnets_8_02")
-    tables["Published models: scan with --method auto"] = [
-        {
-            "model": "badnets_8_02",
-            "verdict": found["verdict"],
-            "named": " ".join(map(str, found["targets"])),
-            "rate of class 8": found["classes"][8]["attack_success_rate"],
-            "mask L1 of class 8": found["classes"][8]["mask_norm"],
-            "place of class 8": " ".join(map(str, found["classes"][8]["place"])),
-            "steps": found["steps"],
-            "image-steps": found["image_steps"],
-            "seconds": found["seconds"]["total"],
-            "of them compiling": found["seconds"]["compile"],
-        }
-    ]
+    scans = {name: scan(name) for name in names}
+    tables["Published models: scan with --method auto"] = [_scan_row(name, one) for name, one in scans.items()]
+    found = scans["badnets_8_02"]
     checks.append(Check("scan names class 8 and no other", float(found["targets"] == [8]), 1.0, "exactly"))
     checks.append(Check("scan seconds on 2 cores", found["seconds"]["total"], 240.0, "at most"))
-    details |= {"evaluate": measured, "scan": found}
+    details |= {"evaluate": measured, "scan": scans}
+
+
+def _scan_row(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """One line of the scan table; the class shown is the one with the highest rate."""
+    best = max(found["classes"], key=lambda row: row["attack_success_rate"] or 0)
+    return {
+        "model": name,
+        "verdict": found["verdict"],
+        "named": " ".join(map(str, found["targets"])) or "none",
+        "strongest class": best["class"],
+        "its rate": best["attack_success_rate"],
+        "its mask L1": best["mask_norm"],
+        "place": " ".join(map(str, best["place"])),
+        "steps": found["steps"],
+        "image-steps": found["image_steps"],
+        "seconds": found["seconds"]["total"],
+        "of them compiling": found["seconds"]["compile"],
+    }
 
 
 def _command(arguments: list[str], allowed: tuple[int, ...]) -> dict[str, Any]:
@@ -131,7 +137,12 @@ def hostile() -> dict[str, Any]:
 SUITES = (
     ("mutated files read or refused cleanly", "tests/test_fuzz_reader.py", "many_mutated", "mutated_files"),
     ("file round trips through PyTorch", "tests/test_container.py", "", ""),
-    ("logits and round trips per architecture against PyTorch", "tests/test_layouts.py tests/test_models.py tests/test_round_trip.py", "", ""),
+    (
+        "logits and round trips per architecture against PyTorch",
+        "tests/test_layouts.py tests/test_models.py tests/test_round_trip.py",
+        "",
+        "",
+    ),
 )
 """(what, files, tests of a full run, tests of a quick one): chosen by pytest's -k."""
 
