@@ -14,7 +14,7 @@ from experiments.reproduce import Check
 from jaxbd import record
 from jaxbd.cli.main import main as jaxbd
 
-TIME = "about 15 minutes on 2 cores, 7 of them for mutated files; finished parts are kept"
+TIME = "about 20 minutes on 2 cores, 5 of them for mutated files; finished parts are kept"
 QUICK_TIME = "about 4 minutes on 2 cores: one published model on 2,000 images, a scan of it, fewer mutated files"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXPECTED = pathlib.Path(__file__).parent / "expected" / "import.json"
@@ -61,6 +61,13 @@ def _published(quick: bool, tables: dict, checks: list[Check], details: dict) ->
     checks.append(Check("scan names class 8 and no other", float(found["targets"] == [8]), 1.0, "exactly"))
     checks.append(Check("scan seconds on 2 cores", found["seconds"]["total"], 240.0, "at most"))
     details |= {"evaluate": measured, "scan": scans}
+    if not quick:
+        after = repair("badnets_8_02", found)
+        tables["Published models: repaired with what the scan recovered, judged by the true trigger"] = [
+            {"badnets_8_02": when, **{figure: rates[figure] for figure in expected["badnets_8_02"]}}
+            for when, rates in (("before", measured["badnets_8_02"]), ("after", after))
+        ]
+        details["repair"] = after
 
 
 def _scan_row(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +113,24 @@ def scan(name: str) -> dict[str, Any]:
     return units.unit(NAME, f"scan-{name}", [2000, "auto"], lambda: _command(arguments, (0, 1, 3)))
 
 
+def repair(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """`jaxbd repair` for the classes a scan named, into a .pth; `jaxbd evaluate` on that file with the true trigger."""
+    models, data = units.SHARED / "models" / "ibau", units.SHARED / "data" / "cifar10"
+
+    def work() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            earlier, out = pathlib.Path(folder) / "scan.json", pathlib.Path(folder) / "repaired.pth"
+            record.write_json(earlier, found)
+            source = [str(models / f"{name}_ckpt.pth"), "--data", str(data), "--limit", "2000"]
+            code = jaxbd(["repair", *source, "--scan", str(earlier), "--out", str(out)])
+            if code != 0:
+                raise RuntimeError(f"jaxbd repair: exit code {code}")
+            trigger = [word.format(models=models) for word in TRIGGERS[name]]
+            return _command(["evaluate", str(out), "--data", str(data), "--limit", "10000", *trigger], (0,))
+
+    return units.unit(NAME, f"repair-{name}", [TRIGGERS[name], found["targets"]], work)
+
+
 def hostile() -> dict[str, Any]:
     """Every file of the hostile corpus read in a watched process: what became of it, at what cost."""
 
@@ -134,12 +159,13 @@ def hostile() -> dict[str, Any]:
     return units.unit(NAME, "hostile", "corpus", work)
 
 
+PARITY = "tests/test_layouts.py tests/test_models.py tests/test_round_trip.py"
 SUITES = (
     ("mutated files read or refused cleanly", "tests/test_fuzz_reader.py", "many_mutated", "mutated_files"),
     ("file round trips through PyTorch", "tests/test_container.py", "", ""),
     (
         "logits and round trips per architecture against PyTorch",
-        "tests/test_layouts.py tests/test_models.py tests/test_round_trip.py",
+        PARITY,
         "",
         "",
     ),
