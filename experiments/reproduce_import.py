@@ -121,7 +121,8 @@ def repair(name: str, found: dict[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             earlier, out = pathlib.Path(folder) / "scan.json", pathlib.Path(folder) / "repaired.pth"
             record.write_json(earlier, found)
-            source = [str(models / f"{name}_ckpt.pth"), "--data", str(data), "--limit", "2000"]
+            # training images, so that all test images can judge
+            source = [str(models / f"{name}_ckpt.pth"), "--data", str(data), "--limit", "2000", "--split", "train"]
             code = jaxbd(["repair", *source, "--scan", str(earlier), "--out", str(out)])
             if code != 0:
                 raise RuntimeError(f"jaxbd repair: exit code {code}")
