@@ -101,7 +101,7 @@ def parse(kind: type, argv: list[str], program: str, default: Any = None):
                 kind,
                 args=argv,
                 prog=program,
-                default=tyro.MISSING if default is None else default,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.DisallowNone),
             )
     except SystemExit as stop:
