@@ -81,3 +81,21 @@ def test_scripts_parse(script):
     path = ROOT / "scripts" / script
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     assert script.endswith(".sh") or path.stat().st_mode & 0o111
+
+
+def test_the_readme_s_python_runs(tmp_path, capsys):
+    """The ten lines of the README, with a toy net for `my_apply` and fewer steps."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "photos.npz", images=rng.integers(0, 256, (80, 32, 32, 3), np.uint8), labels=np.arange(80) % 10)
+    for stated, tried in (('"photos/"', repr(str(tmp_path / "photos.npz"))), ("1500", "40"), ("=200", "=2")):
+        assert stated in code
+        code = code.replace(stated, tried)
+    weights = jnp.asarray(rng.normal(size=(32 * 32 * 3, 10)), jnp.float32)
+    apply = lambda variables, images: images.reshape(len(images), -1) @ variables["params"]
+    exec(compile(code, "README.md", "exec"), {"my_apply": apply, "my_variables": {"params": weights}})
+    assert "Decision(verdict=" in capsys.readouterr().out
