@@ -6,7 +6,6 @@ Everything here is composition: methods from `inversion` and `repair`, drivers f
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +31,8 @@ twice for another victim of the same shape."""
 MesaConfig, NeuralCleanseConfig, PixelConfig = mesa.Config, neural_cleanse.Config, pixel.Config
 """Named apart, since fields of `ScanConfig` bear the modules' names."""
 METHODS = ("auto", "mesa", "neural-cleanse", "pixel")
+LEAST_MASKS = 3
+"""Masks without which none can be called unusually small: of two, either is as far from their median."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,8 @@ class ScanConfig:
             raise UserError(f"levels {self.levels} must lie between 0 and 1")
         if min(self.steps, self.batch_size, self.locate_steps, self.candidates) < 1:
             raise UserError("steps, locate_steps, batch_size and candidates must be at least 1")
+        if self.method == "auto" and self.mesa.place in ("fixed", "searched"):
+            raise UserError(f"method auto locates the place itself; a {self.mesa.place} one needs method mesa")
 
 
 PRESETS = {
@@ -193,7 +196,7 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     rows = searched(classes, config)
     cells = sweep.grid(rows, levels)
     label = f"{config.method}: {sweep.size(cells)} cells"
-    states, infos, seconds = _sweep(key, label, inversion, net, variables, search, cells, None, config, progress)
+    states, infos, seconds = _sweep(key, label, inversion, variables, search, cells, None, config, progress)
     rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, states, cells, variables, held_out)
     level_rates = _by_class(rates.reshape(len(rows), len(levels)), rows, classes)
     best = level_rates.max(1)
@@ -207,9 +210,8 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     )  # fmt: skip
 
 
-def _sweep(key, label, inversion, net, variables, search, cells, states, config, progress):
+def _sweep(key, label, inversion, variables, search, cells, states, config, progress):
     """`sweep.fit` with the scan's batch size and progress, for methods that work on patches."""
-    del net
     progress(label, 0, config.steps)
     return sweep.fit(
         jax.random.fold_in(key, 2),
@@ -261,9 +263,13 @@ def _scan_masks(key, net, variables, image_shape, classes, search, held_out, con
     rates = _by_class(rates, searched(classes, config), classes)
     small = outliers(found, config)
     working = [k for k in small if rates[k] >= config.detection.threshold]
-    verdict = "backdoored" if working else "inconclusive" if small or np.isnan(found.norms).all() else "clean"
+    few = np.isfinite(found.norms).sum() < LEAST_MASKS
+    verdict = "backdoored" if working else "inconclusive" if small or few else "clean"
     decision = detect.Decision(verdict, working, found.scores.tolist())
     rule = "neural-cleanse: anomaly index of the mask size"
+    if verdict == "inconclusive":
+        why = f"working masks for fewer than {LEAST_MASKS} classes, too few to compare"
+        rule += f"; {why if few else 'a small mask that does not work on held-out images'}"
     images = config.locate_steps * config.batch_size * sweep.size(cells)
     return Scan(
         decision, rule, rates, rates[:, None], inversion, cells, found.states, infos, found, config.locate_steps,
@@ -284,7 +290,7 @@ def _scan_auto(key, net, variables, image_shape, classes, search, held_out, conf
     places = np.repeat(found.places[chosen], len(config.levels), axis=0)
     states = sweep.init(jax.random.fold_in(key, 2), inversion, cells)._replace(place=jnp.asarray(places))
     label = f"mesa: classes {', '.join(map(str, chosen))} at the located place"
-    states, infos, seconds = _sweep(key, label, inversion, net, variables, search, cells, states, config, progress)
+    states, infos, seconds = _sweep(key, label, inversion, variables, search, cells, states, config, progress)
     level_rates, anywhere = (
         _by_class(
             sweep.attack_success(jax.random.fold_in(key, 3), net, at, states, cells, variables, held_out).reshape(
@@ -419,9 +425,3 @@ def mixtures(result: Scan, target: int, levels: Sequence[float]) -> dict[str, un
     }
     return {**named, "mixture": equal_mixture(result, target)}
 
-
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """The function's result and its wall seconds."""
-    started = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - started

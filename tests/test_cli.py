@@ -292,7 +292,7 @@ def test_interrupting_says_so_in_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(entry, "_run", interrupted)
     assert main(["methods"]) == 130
-    assert capsys.readouterr().err == "jaxbd: interrupted; nothing was written\n"
+    assert capsys.readouterr().err == "jaxbd: interrupted; what was being written is not there\n"
 
 
 def test_a_crash_is_no_verdict(monkeypatch, capsys):

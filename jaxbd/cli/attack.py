@@ -65,6 +65,7 @@ class Args:
     training: Annotated[supervised.Config, tyro.conf.arg(name="")] = supervised.Config(num_steps=800)
 
     def __post_init__(self):
+        common.check_seed(self.seed)
         if self.poison_count < 1 or self.batch_size < 2 or self.crop_padding < 0:
             raise UserError("attack: need poison_count >= 1, batch_size >= 2, crop_padding >= 0")
         if self.width is not None and self.width < 1:

@@ -52,6 +52,9 @@ class Reading:
     limit: int = 2000
     seed: int = 0
 
+    def __post_init__(self):
+        check_seed(self.seed)
+
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """The (mean, std) that the flags state; None for "auto". Raises: UserError on contradictory flags."""
         if bool(self.mean) != bool(self.std):
@@ -71,6 +74,12 @@ class Opened(NamedTuple):
     model: models.Model
     dataset: Dataset
     table: preprocess.Table | None
+
+
+def check_seed(seed: int) -> None:
+    """Raises: UserError unless both NumPy and JAX take `seed`."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed} is out of range; give 0..{2**32 - 1}")
 
 
 def preset(argv: list[str]) -> workflow.ScanConfig:

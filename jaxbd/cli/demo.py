@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxbd import evaluate, loop, record, results, study, supervised, workflow
 from jaxbd.attacks import badnets
+from jaxbd.base import UserError
 from jaxbd.cli import common
 from jaxbd.cli.progress import Progress
 from jaxbd.data import digits
@@ -51,10 +52,17 @@ class Args:
     train_steps: int = 800
     baseline_runs: int = 3
 
+    def __post_init__(self):
+        common.check_seed(self.seed)
+        if min(self.repair_steps, self.train_steps, self.baseline_runs) < 1:
+            raise UserError("demo: repair_steps, train_steps and baseline_runs must be at least 1")
+
 
 def run(args: Args) -> int:
     """Runs the demo; 0 when both verdicts are right, 1 otherwise."""
     common.check_output(args.out / "report.html")
+    for name in ("suspect", "twin", "repaired"):
+        common.check_output(args.out / name, folder=True)
     common.start()
     started = time.perf_counter()
     spec = build.Spec(arch="cnn", classes=10, image_shape=SHAPE, class_names=tuple(str(k) for k in range(10)))
@@ -87,7 +95,7 @@ def run(args: Args) -> int:
             scan,
             config,
             model={"path": str(args.out / name), "sha256": shas[name], "arch": spec.arch},
-            data={"source": "digits", "n_search": DEFENCE, "n_held_out": len(parts.test.labels)},
+            data={"source": "digits", "search": DEFENCE, "held_out": len(parts.test.labels)},
             class_names=spec.class_names,
             seed=args.seed,
         )
@@ -153,7 +161,7 @@ def _repair_json(args, case, before, rows, repaired, shas) -> dict[str, Any]:
         **results.repair(
             "unlearn: MESA mixture", before["suspect"], after, config, mixture.seconds,
             model={"path": str(args.out / "suspect"), "sha256": shas["suspect"], "arch": "cnn"},
-            data={"source": "digits", "n_defence": DEFENCE}, seed=args.seed,
+            data={"source": "digits", "search": DEFENCE, "held_out": len(case.test.labels)}, seed=args.seed,
         ),
         "repaired_sha256": shas["repaired"],
         "table": [dataclasses.asdict(row) for row in rows],
@@ -255,7 +263,8 @@ def _tell(args, found, before, rows, target, seconds) -> int:
     table.add_row("clean twin", f"{twin.clean_accuracy:.3f}", f"{twin.attack_success_rate:.3f}", "", "")
     console.print(table)
     console.print(f"over {twin.n_clean} clean and {twin.n_triggered} triggered test images (target class left out)")
-    console.print(f"written to {args.out}: suspect, twin, repaired, scan.json, repair.json, report.html")
+    kept = "suspect, twin, repaired" if rows else "suspect, twin"
+    console.print(f"written to {args.out}: {kept}, scan.json, scan-twin.json, repair.json, report.html", markup=False)
     console.print(f"{seconds:.0f} s in all")
     right = found["suspect"]["targets"] == [target] and found["twin"]["verdict"] == "clean"
     if not right:

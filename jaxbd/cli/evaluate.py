@@ -53,6 +53,10 @@ class Args:
     given: Annotated[Trigger, tyro.conf.arg(name="")] = Trigger()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading(limit=10_000)
 
+    def __post_init__(self):
+        if self.given.trigger is None and self.given != Trigger():
+            raise UserError("--apply, --place and --target describe a trigger; give it with --trigger")
+
 
 def run(args: Args) -> int:
     """Measures, prints one line with both denominators, writes what was asked for."""
@@ -83,7 +87,7 @@ def settle(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> given
     place = loaded.place if flags.place is None else parse_place(flags.place)
     if place is None:
         if loaded.pattern.shape[:2] != tuple(spec.image_shape[:2]):
-            raise UserError("the trigger is smaller than the images; give --place ROW,COLUMN or --place random")
+            raise UserError("the trigger is not as large as the images; give --place ROW,COLUMN or --place random")
         place = (0, 0)
     row, column = (0, 0) if place == "random" else place
     return given.Config(

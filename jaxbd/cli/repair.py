@@ -65,6 +65,12 @@ class Args:
         if self.level is not None and self.level not in self.search.levels:
             known = ", ".join(map(str, self.search.levels))
             raise UserError(f"--level {self.level} is not searched; choose from {known} or change --search.levels")
+        if self.evidence in ("level", "entropy") and self.search.method in ("pixel", "neural-cleanse"):
+            raise UserError(f"scan method {self.search.method} models no levels; use --evidence mixture or pixel")
+        if self.given.trigger is None and (self.given.apply, self.given.place) != (None, None):
+            raise UserError("--apply and --place describe a trigger; give it with --trigger")
+        if self.given.trigger is not None and self.scan is not None:
+            raise UserError("a given trigger is unlearned without a scan; leave --trigger or --scan out")
         if self.batch_size < 1:
             raise UserError(f"batch size of the repair is {self.batch_size}; give at least 1")
 
@@ -86,11 +92,11 @@ def run(args: Args) -> int:
     """Finds, unlearns, measures before and after on held-out images, writes."""
     common.start()
     in_folder = convert.is_folder(args.out)
-    beside = args.out.with_name(f"{args.out.stem}.repair.json")
     common.check_output(args.out, folder=in_folder)
+    beside = args.out / "repair.json" if in_folder else args.out.with_name(f"{args.out.stem}.repair.json")
     common.check_output(None if in_folder else beside)
     loaded = None if args.given.trigger is None else trigger.load(args.given.trigger)
-    wanted = _wanted(args)
+    args = dataclasses.replace(args, search=dataclasses.replace(args.search, targets=_wanted(args)))
     show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
     opened = common.open_both(args.model, args.data, args.reading)
     if in_folder and opened.table and opened.table.used.channels == "bgr":
@@ -104,7 +110,7 @@ def run(args: Args) -> int:
             attack, pixels = measuring.make_attack(opened, known, loaded)
             found, evidence = None, [Evidence(known.target, attack.stamp, unlearn.single(pixels))]
         else:
-            found, evidence = _recover(opened, search, held_out, wanted, args, progress)
+            found, evidence = _recover(opened, search, held_out, args, progress)
         if not evidence:
             show.say("The scan found no backdoor: nothing to repair, nothing is written.", _why(found, opened, args))
             return 0
@@ -113,7 +119,7 @@ def run(args: Args) -> int:
     content = _as_record(opened, found, evidence, rows, seconds, len(search.labels), len(held_out.labels), args)
     _save(args.out, beside, opened, repaired, content)
     _show(opened, rows, content)
-    show.written(args.out, args.out / "repair.json" if in_folder else beside)
+    show.written(args.out, beside)
     return 0
 
 
@@ -132,16 +138,13 @@ def _wanted(args: Args) -> tuple[int, ...]:
     return tuple(targets)
 
 
-def _recover(opened: common.Opened, search: Batch, held_out: Batch, wanted: tuple[int, ...], args: Args, progress):
+def _recover(opened: common.Opened, search: Batch, held_out: Batch, args: Args, progress):
     """The scan, and the evidence for each class it calls attacked (or that was named)."""
-    config = dataclasses.replace(args.search, targets=wanted)
-    found = scanning.scan(opened, search, held_out, config, args.reading.seed, progress)
-    named = wanted if args.given.target is not None else ()
+    found = scanning.scan(opened, search, held_out, args.search, args.reading.seed, progress)
+    named = args.search.targets if args.given.target is not None else ()
     targets = sorted({*found.decision.targets, *named})
     if args.evidence == "pixel":
-        return found, [
-            _reversed_pixels(opened, found, target, search, held_out, config, progress) for target in targets
-        ]
+        return found, [_reversed_pixels(opened, found, target, search, held_out, args, progress) for target in targets]
     return found, [_distributions(found, target, args) for target in targets]
 
 
@@ -151,23 +154,21 @@ def _distributions(found: workflow.Scan, target: int, args: Args) -> Evidence:
         mixture = workflow.entropy_mixture if args.evidence == "entropy" else workflow.equal_mixture
         return Evidence(target, found.inversion.stamp, mixture(found, target))
     states = workflow.cells_of(found, target)
-    if len(jax.tree.leaves(states)[0]) != len(args.search.levels):
-        raise UserError(f"scan method {args.search.method} has no levels; use --evidence mixture")
     chosen = args.search.levels.index(args.level)
     evidence = unlearn.single(jax.tree.map(lambda leaf: leaf[chosen], states))
     return Evidence(target, found.inversion.stamp, evidence)
 
 
-def _reversed_pixels(opened, found: workflow.Scan, target: int, search, held_out, config, progress) -> Evidence:
+def _reversed_pixels(opened, found: workflow.Scan, target: int, search, held_out, args: Args, progress) -> Evidence:
     """A single reversed trigger of one class, where the scan located one or as configured."""
-    settings = config.pixel
+    settings = args.search.pixel
     if found.located is not None:
         row, column = map(int, found.located.places[target])
         height, width, _ = opened.model.spec.image_shape
         row, column = min(row, height - settings.patch), min(column, width - settings.patch)
         settings = dataclasses.replace(settings, place="fixed", row=row, column=column)
-    config = dataclasses.replace(config, method="pixel", targets=(target,), pixel=settings)
-    single = scanning.scan(opened, search, held_out, config, 0, progress)
+    config = dataclasses.replace(args.search, method="pixel", targets=(target,), pixel=settings)
+    single = scanning.scan(opened, search, held_out, config, args.reading.seed, progress)
     return Evidence(target, single.inversion.stamp, unlearn.uniform(workflow.cells_of(single, target)))
 
 

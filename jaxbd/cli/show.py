@@ -112,6 +112,8 @@ def verdict(content: dict[str, Any]) -> str:
     reach = f"the strongest triggers found lead {percent(best['attack_success_rate'])} to class {label(best)}"
     if content["verdict"] == "clean":
         return f"CLEAN: no class stands out; {reach}."
+    if content["method"] == "neural-cleanse":
+        return "INCONCLUSIVE: the sizes of the masks do not tell; try --method auto, other --targets or --locate-steps."
     if (best["attack_success_rate"] or 0) < content["config"]["detection"]["doubt"]:
         return f"INCONCLUSIVE: {reach}, but a mask smaller than the others' works; try other --mesa.patch sizes."
     return f"INCONCLUSIVE: {reach}, too much for clean and too little for an alarm; try more images and --steps."

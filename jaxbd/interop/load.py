@@ -54,7 +54,8 @@ def open_model(
 
     Args:
       arch: the architecture, where it cannot be recognised; an Orbax folder needs it.
-      mean, std: input normalisation; a jaxbd folder's own, otherwise none, when not given.
+      mean, std: input normalisation, one number or one per channel; a jaxbd folder's own, otherwise none, when not
+        given.
       image_shape: (H, W, C) where the tensors leave it open.
       allow_nonfinite: take weights that are NaN or infinite, which are refused otherwise.
     Raises: UserError naming the file and what is wrong: refused, not recognised, not fitting, not finite.
@@ -75,6 +76,11 @@ def open_model(
     if not allow_nonfinite:
         _check_finite(path, tensors)
     spec = dataclasses.replace(spec, mean=mean or spec.mean, std=std or spec.std)
+    if {len(spec.mean), len(spec.std)} - {1, spec.image_shape[2]}:
+        raise UserError(
+            f"{path.name}: a normalisation of {len(spec.mean)} channels does not fit a model of "
+            f"{spec.image_shape[2]}; give one number for each channel, or one for all"
+        )
     return Model(spec, build.net(spec), variables, digest, str(path), container, layout)
 
 
