@@ -6,7 +6,7 @@ between; a lower beta gives a wider distribution that covers that of a higher on
     python -m experiments.alpha_beta --size digits      # about 3 minutes on 2 cores
     python -m experiments.alpha_beta --smoke
 
-Spread is the mean standard deviation of a trigger pixel over 2,000 samples; the PCA maps go to `--maps`.
+Spread is the mean standard deviation of a trigger pixel over 2,000 samples; the PCA maps lie beside the results.
 """
 
 import dataclasses

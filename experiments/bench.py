@@ -168,4 +168,3 @@ def sub_models(bench: Bench, key: Key, case: study.Case, config: workflow.ScanCo
         key, case.net, case.variables, case.image_shape, bench.size.spec.classes, case.defence, case.test, config,
         units.progress("mesa"),
     )  # fmt: skip
-

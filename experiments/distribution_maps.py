@@ -7,7 +7,7 @@ triggers attack better than the planted one.
     python -m experiments.distribution_maps --smoke
 
 Prints, per planted pattern, the share of recovered triggers whose own ASR exceeds the planted trigger's, and writes a
-map to `experiments/results/`.
+page with the maps to `runs/`.
 """
 
 import dataclasses

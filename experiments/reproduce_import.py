@@ -160,7 +160,7 @@ def hostile() -> dict[str, Any]:
             "largest MB": max(r["megabytes"] for r in reports),
         }
 
-    return units.unit(NAME, "hostile", "corpus", work)
+    return units.unit(NAME, "hostile", "corpus", work, keep=lambda result: not result["failed"])
 
 
 MUTATED = 20_000
@@ -195,7 +195,7 @@ def suite(what: str, files: str, full: str, fast: str, quick: bool) -> dict[str,
         return {"what": what, "cases": ran * _each(files, quick), "failed": failed}
 
     name = f"suite-{pathlib.Path(files.split()[0]).stem}{'-quick' if quick else ''}"
-    return units.unit(NAME, name, [files, chosen, quick], work)
+    return units.unit(NAME, name, [files, chosen, quick], work, keep=lambda result: not result["failed"])
 
 
 def _least(row: dict[str, Any], quick: bool) -> int:

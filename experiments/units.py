@@ -16,8 +16,18 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 """Where optional real data (CIFAR-10 as parquet, published models) may lie; nothing needs it."""
 
 
-def unit(folder: str, name: str, settings: Any, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The stored result of this unit, or the function's, stored with its settings, versions and wall seconds."""
+def unit(
+    folder: str,
+    name: str,
+    settings: Any,
+    function: Callable[[], dict[str, Any]],
+    keep: Callable[[dict[str, Any]], bool] = lambda result: True,
+) -> dict[str, Any]:
+    """The stored result of this unit, or the function's, stored with its settings, versions and wall seconds.
+
+    A result that `keep` rejects (a failure) is not stored. Results are kept by settings: after a change to the code
+    that they depend on, delete the unit's file under `runs/`.
+    """
     path = RUNS / folder / f"{name}.json"
     wanted = json.loads(json.dumps(record.plain(settings)))
     if path.exists():
@@ -29,7 +39,10 @@ def unit(folder: str, name: str, settings: Any, function: Callable[[], dict[str,
     started = time.perf_counter()
     result = record.plain(function())
     seconds = time.perf_counter() - started
-    record.write_json(path, {"settings": wanted, "result": result, "seconds": seconds, "versions": record.versions()})
+    if keep(result):
+        record.write_json(
+            path, {"settings": wanted, "result": result, "seconds": seconds, "versions": record.versions()}
+        )
     say(f"{folder}/{name}: {seconds:.0f} s")
     return json.loads(json.dumps(result))
 

@@ -417,11 +417,10 @@ def entropy_mixture(result: Scan, target: int) -> unlearn.Evidence:
 
 
 def mixtures(result: Scan, target: int, levels: Sequence[float]) -> dict[str, unlearn.Evidence]:
-    """The evidence MESA offers for unlearning: each level alone, and the 1/N mixture of those reached."""
+    """The evidence MESA offers for unlearning: each level alone, and the 1/N mixture of all, nothing being selected."""
     states = cells_of(result, target)
     named = {
         f"level {level:g}": unlearn.single(jax.tree.map(lambda leaf, i=i: leaf[i], states))
         for i, level in enumerate(levels)
     }
-    return {**named, "mixture": equal_mixture(result, target)}
-
+    return {**named, "mixture": unlearn.uniform(states)}

@@ -1,4 +1,6 @@
-"""Writes the tables of README.md and docs/results.md from the records in `experiments/results/`: no figure there is typed by hand.
+"""Writes the tables of README.md and docs/results.md from the records in `experiments/results/`.
+
+No figure there is typed by hand.
 
     python scripts/readme_tables.py           # rewrites the pages
     python scripts/readme_tables.py --check   # exit code 1 when a page differs from the records
@@ -16,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import units  # noqa: E402
 from jaxbd import record  # noqa: E402
+from jaxbd.base import UserError  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 HERE = "python scripts/readme_tables.py"
@@ -27,6 +30,8 @@ def filled(text: str) -> str:
 
     def block(match: re.Match) -> str:
         kept = record.read_json(units.RESULTS / f"{match[2]}.json")
+        if match[3] not in kept["tables"]:
+            raise UserError(f"{match[2]}.json has no table {match[3]!r}; run {kept['command']} where its data is")
         table = units.table(kept["tables"][match[3]])
         source = f"`{kept['command']}`, {kept['device']}, jax {kept['versions']['jax']}"
         return f"{match[1]}{table}\n\n<sub>{source}</sub>\n{match[5]}"
@@ -51,4 +56,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"readme_tables: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -23,7 +23,7 @@ def victim(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """Runs a command that must fail: returns its one line (progress apart); nothing may have changed below `tmp_path`."""
+    """Runs a command that must fail: returns its one line (progress apart); nothing may change below `tmp_path`."""
 
     def run(*command):
         contents = lambda: {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
@@ -259,3 +259,38 @@ def test_normalisation_flags_that_contradict(refused, victim):
         ["--mean", "0", "--std", "1", "--normalisation", "half"],
     ):
         assert "--std" in refused("scan", victim, "--data", "digits", *flags)
+
+
+@pytest.mark.parametrize("flags", [["--normalisation", "cifar10"], ["--mean", "0.5", "0.5", "--std", "1", "1"]])
+def test_a_normalisation_for_other_channels_is_refused(refused, victim, flags):
+    assert "does not fit a model of 1" in refused("evaluate", victim, "--data", "digits", *flags)
+
+
+@pytest.mark.parametrize("verb", ["scan", "evaluate"])
+def test_a_seed_out_of_range_is_refused(refused, victim, verb):
+    assert "--seed" in refused(verb, victim, "--data", "digits", "--seed", "-1")
+    assert "--seed" in refused(verb, victim, "--data", "digits", "--seed", str(2**32))
+
+
+def test_what_describes_a_trigger_needs_one(refused, victim, tmp_path):
+    assert "--trigger" in refused("evaluate", victim, "--data", "digits", "--target", "3")
+    out = tmp_path / "repaired"
+    assert "--trigger" in refused("repair", victim, "--data", "digits", "--out", out, "--place", "0,0")
+    given = ["--trigger", "white:2x2", "--target", "3", "--scan", tmp_path / "scan.json"]
+    assert "without a scan" in refused("repair", victim, "--data", "digits", "--out", out, *given)
+
+
+def test_the_current_folder_is_no_output(refused, victim, tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    assert "thesis.txt" in refused("repair", victim, "--data", "digits", "--out", ".")
+
+
+def test_evidence_that_a_method_cannot_give_is_refused_at_once(refused, victim, tmp_path):
+    flags = ["--evidence", "entropy", "--search.method", "pixel", "--out", tmp_path / "repaired"]
+    assert "models no levels" in refused("repair", victim, "--data", "digits", *flags)
+
+
+@pytest.mark.parametrize("flag", ["--baseline-runs", "--train-steps"])
+def test_a_demo_of_nothing_is_refused(refused, tmp_path, flag):
+    assert "at least 1" in refused("demo", flag, "0", "--out", tmp_path / "demo")

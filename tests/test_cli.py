@@ -215,6 +215,7 @@ def test_repair_takes_the_targets_of_an_earlier_scan(victim, tmp_path):
     assert main([*command, "--evidence", "level", "--level", "0.9", "--out", str(out)]) == 0
     content = read(out / "repair.json")
     assert [row["class"] for row in content["classes"]] == [3] and content["trigger_models"] == {"3": 1}
+    assert content["scan"]["config"]["targets"] == [3] and "only classes 3" in content["scan"]["searched"]
 
 
 def test_repair_with_one_reversed_trigger(victim, tmp_path):
@@ -292,7 +293,7 @@ def test_interrupting_says_so_in_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(entry, "_run", interrupted)
     assert main(["methods"]) == 130
-    assert capsys.readouterr().err == "jaxbd: interrupted; what was being written is not there\n"
+    assert capsys.readouterr().err == "jaxbd: interrupted; no file was left half-written\n"
 
 
 def test_a_crash_is_no_verdict(monkeypatch, capsys):
@@ -353,3 +354,19 @@ def test_the_compile_cache_has_a_home_of_its_own_unless_told(tmp_path):
         environment = {**known, "XDG_CACHE_HOME": str(tmp_path), **extra}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
         assert done.stdout.strip() == str(wanted)
+
+
+def test_the_demo_writes_all_it_names(tmp_path, monkeypatch, capsys):
+    """So few steps find nothing, so the verdict is given; exit code 1, since the twin is accused too."""
+    from jaxbd import detect
+
+    accused = detect.Decision("backdoored", [7], [0.0] * 10)
+    monkeypatch.setattr(detect, "decide", lambda rates, config: accused)
+    steps = ["--train-steps", "2", "--scan-steps", "2", "--repair-steps", "2", "--baseline-runs", "1"]
+    assert main(["demo", *steps, "--levels", "0.9", "--out", str(tmp_path / "demo")]) == 1
+    assert "verdicts are not what was planted" in capsys.readouterr().out
+    written = "repair.json repaired report.html scan-twin.json scan.json suspect twin"
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == written.split()
+    table = [row["method"] for row in read(tmp_path / "demo" / "repair.json")["table"]]
+    assert table[0] == "before" and {"MESA level 0.9", "MESA mixture", "ideal (true trigger)"} < set(table)
+    assert {"search", "held_out"} < read(tmp_path / "demo" / "scan.json")["data"].keys()

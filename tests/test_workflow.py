@@ -133,6 +133,17 @@ def test_auto_does_not_call_an_unexplained_small_mask_clean(planted, parts, monk
     assert "class 7" in found.decided_by
 
 
+def test_masks_that_cannot_be_compared_give_no_clean_verdict(planted, parts):
+    """An anomaly index needs peers: with fewer than three working masks Neural Cleanse leaves the verdict open."""
+    found = scan(planted, parts, method="neural-cleanse", targets=(3, 5), locate_steps=30)
+    assert found.decision.verdict == "inconclusive" and "fewer than 3" in found.decided_by
+
+
+def test_auto_takes_no_place():
+    with pytest.raises(UserError, match="method mesa"):
+        dataclasses.replace(QUICK, method="auto", mesa=mesa.Config(place="fixed"))
+
+
 def test_locate_finds_the_window():
     """The place is the window with most of the mask in it, the share what lies inside."""
     masks = jnp.zeros((1, 8, 8, 1)).at[0, 4:6, 2:5, 0].set(1.0).at[0, 0, 0, 0].set(0.5)

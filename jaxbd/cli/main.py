@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        _fail("interrupted; what was being written is not there")
+        _fail("interrupted; no file was left half-written")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe went away; a second complaint at exit would help nobody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
