@@ -90,7 +90,15 @@ def run(size: bench.SizeName, data: str | None = None, seed: int = 0, pattern: i
     found = units.unit(
         f"{NAME}-{size}", f"trigger{pattern}", settings, lambda: one_trigger(setting, pattern, seed, steps, out)
     )
-    return {"size": size, "pattern": pattern, "steps": steps, "rows": found["alpha_rows"] + found["beta_rows"], **found}
+    return {
+        "size": size,
+        "seed": seed,
+        "settings": settings[0],
+        "pattern": pattern,
+        "steps": steps,
+        "rows": found["alpha_rows"] + found["beta_rows"],
+        **found,
+    }
 
 
 def main(

@@ -73,7 +73,14 @@ def run(size: bench.SizeName, count: int = 51, data: str | None = None, seed: in
         )
         for pattern in chosen
     ]
-    return {"size": size, "patterns": chosen, "rows": summary(results), "results": results}
+    return {
+        "size": size,
+        "seed": seed,
+        "settings": settings[0],
+        "patterns": chosen,
+        "rows": summary(results),
+        "results": results,
+    }
 
 
 def main(

@@ -62,6 +62,8 @@ def run(
     ]
     return {
         "size": size,
+        "seed": seed,
+        "settings": settings[0],
         "rows": rows,
         "lowest_target_rate": min(row["rate of target"] for row in rows),
         "highest_other_rate": max(row["highest other"] for row in rows),

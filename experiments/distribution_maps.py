@@ -94,7 +94,7 @@ def run(
         )
         for pattern in patterns
     ]
-    return {"size": size, "steps": steps, "rows": rows}
+    return {"size": size, "seed": seed, "settings": settings[0], "steps": steps, "rows": rows}
 
 
 def main(size: bench.SizeName = "digits", data: str | None = None, seed: int = 0, smoke: bool = False) -> None:

@@ -5,8 +5,8 @@ Every unit of work is kept under `runs/`: an interrupted run goes on where it st
 """
 
 import importlib
+import json
 import sys
-import time
 from typing import Any, Literal, NamedTuple
 
 import tyro
@@ -43,14 +43,13 @@ def main(section: Literal["mesa", "import"], /, quick: bool = False) -> int:
     units.use_cache()
     module = importlib.import_module(SECTIONS[section])
     units.say(module.QUICK_TIME if quick else module.TIME)
-    started = time.perf_counter()
     tables, checks, details = module.run(quick)
     for title, rows in tables.items():
         print(f"\n{title}\n\n{units.table(rows)}")
     print("\nStated figures\n")
     print(units.table([{**check._asdict(), "met": "yes" if check.met() else "NO"} for check in checks]))
     path = units.RESULTS / f"{section}{'-quick' if quick else ''}.json"
-    record.write_json(path, _record(section, quick, tables, checks, details, time.perf_counter() - started))
+    record.write_json(path, _record(section, quick, tables, checks, details))
     print(f"\nwritten to {path.relative_to(units.RESULTS.parents[1])}")
     missed = [check.name for check in checks if not check.met()]
     if missed:
@@ -58,18 +57,20 @@ def main(section: Literal["mesa", "import"], /, quick: bool = False) -> int:
     return 1 if missed else 0
 
 
-def _record(section, quick, tables, checks, details, seconds) -> dict[str, Any]:
+def _record(section, quick, tables, checks, details) -> dict[str, Any]:
     """What is kept of a run: tables, checks, details, and what they were measured on."""
-    return {
+    whole = {
         "schema": f"{results.SCHEMA}/reproduce",
         "section": section,
         "command": f"./scripts/reproduce {section}{' --quick' if quick else ''}",
         "tables": tables,
         "checks": [{**check._asdict(), "met": check.met()} for check in checks],
         "details": details,
-        "seconds_this_run": seconds,
+        "unit_seconds": units.SECONDS,
         **{k: v for k, v in results.provenance(0).items() if k != "seed"},
     }
+    # where the optional data lies on this machine is nobody's business
+    return json.loads(json.dumps(record.plain(whole)).replace(f"{units.SHARED}/", "shared/"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 """Where optional real data (CIFAR-10 as parquet, published models) may lie; nothing needs it."""
 
+SECONDS: dict[str, float] = {}
+"""Wall seconds of every unit asked for by this process, also of those that were kept from an earlier run."""
+
 
 def unit(
     folder: str,
@@ -34,11 +37,13 @@ def unit(
         stored = record.read_json(path)
         if stored.get("settings") == wanted:
             say(f"{folder}/{name}: kept from an earlier run")
+            SECONDS[f"{folder}/{name}"] = stored["seconds"]
             return stored["result"]
     say(f"{folder}/{name}: running")
     started = time.perf_counter()
     result = record.plain(function())
     seconds = time.perf_counter() - started
+    SECONDS[f"{folder}/{name}"] = seconds
     if keep(result):
         record.write_json(
             path, {"settings": wanted, "result": result, "seconds": seconds, "versions": record.versions()}

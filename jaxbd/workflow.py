@@ -82,7 +82,7 @@ class ScanConfig:
 
 
 PRESETS = {
-    "quick": ScanConfig(),
+    "quick": ScanConfig(steps=150, locate_steps=150),
     "released": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.Config()),
     "paper": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.paper()),
 }

@@ -78,7 +78,7 @@ def test_presets_are_where_the_flags_start_from():
         argv = ["model", "--data", "digits", *flags]
         return entry.parse(scan.Args, argv, "jaxbd scan", scan.defaults(argv)).search
 
-    assert parsed() == workflow.ScanConfig()
+    assert parsed() == workflow.PRESETS["quick"]
     paper = parsed("--preset", "paper", "--steps", "7")
     assert (paper.method, paper.steps, paper.batch_size) == ("mesa", 7, 128)
     assert (paper.mesa.noise, paper.mesa.generator, paper.mesa.trigger_noise) == ("normal", "paper", 0.0)

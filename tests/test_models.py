@@ -90,7 +90,7 @@ def test_training_mode_uses_and_updates_the_moments_as_pytorch_does(case):
             np.testing.assert_allclose(after[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["preactresnet18", "mobilenet"])
+@pytest.mark.parametrize("case", ["preactresnet18", "mobilenet", "vgg"])
 def test_input_gradients_equal_those_of_the_pytorch_twin(case):
     twin, net, variables, images, _ = _both(case)
     gradient = jax.jit(jax.grad(lambda x: net.apply(variables, x)[0][:, 2].sum()))(images)

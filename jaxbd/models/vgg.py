@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxbd.base import Array, UserError
@@ -41,8 +42,36 @@ class VGG(nn.Module):
                     dtype=self.dtype,
                     name=f"conv{stage}_{index}",
                 )(x)
-                x = nn.elu(BatchNorm(not train, dtype=self.dtype, name=f"bn{stage}_{index}")(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))
+                x = elu(BatchNorm(not train, dtype=self.dtype, name=f"bn{stage}_{index}")(x))
+            x = halve(x)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         bias_init = torch_bias(x.shape[-1])
         return nn.Dense(self.classes, kernel_init=TORCH_KERNEL, bias_init=bias_init, dtype=self.dtype, name="head")(x)
+
+
+@jax.custom_jvp
+def elu(x: Array) -> Array:
+    """x where x > 0, exp(x) - 1 elsewhere; its derivative is read off the result, without a second exponential."""
+    return jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
+
+
+@elu.defjvp
+def _elu_jvp(primals, tangents):
+    y = elu(primals[0])
+    return y, tangents[0] * jnp.where(y > 0, 1, y + 1)
+
+
+def halve(x: Array) -> Array:
+    """2x2 max-pooling [B, H, W, C] -> [B, H/2, W/2, C]; an odd last row or column is left out, as in PyTorch.
+
+    Two selections: on CPU their gradient is cheaper than a pooling window's. A `max` would not do: its gradient looks
+    for entries equal to the maximum, which a recomputed operand need not be, bit for bit.
+    """
+    rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    x = _larger(x[:, 0:rows:2], x[:, 1:rows:2])
+    return _larger(x[:, :, 0:columns:2], x[:, :, 1:columns:2])
+
+
+def _larger(a: Array, b: Array) -> Array:
+    """The larger of each pair; the gradient goes to exactly one of them, the first where they are equal."""
+    return jnp.where(b > a, b, a)
