@@ -66,6 +66,7 @@ def _published(quick: bool, tables: dict, checks: list[Check], details: dict) ->
     details |= {"evaluate": measured, "scan": scans}
     if not quick:
         after = repair("badnets_8_02", found)
+        after["model"]["path"] = pathlib.Path(after["model"]["path"]).name  # it lay in a temporary folder
         tables["Published models: repaired with what the scan recovered, judged by the true trigger"] = [
             {"badnets_8_02": when, **{figure: rates[figure] for figure in expected["badnets_8_02"]}}
             for when, rates in (("before", measured["badnets_8_02"]), ("after", after))
