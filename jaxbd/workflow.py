@@ -196,7 +196,10 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     rows = searched(classes, config)
     cells = sweep.grid(rows, levels)
     label = f"{config.method}: {sweep.size(cells)} cells"
-    states, infos, seconds = _sweep(key, label, inversion, variables, search, cells, None, config, progress)
+    states, infos, seconds = _sweep(
+        jax.random.fold_in(key, 2), label, inversion, variables, search, cells, None,
+        config.batch_size, config.steps, progress,
+    )  # fmt: skip
     rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, states, cells, variables, held_out)
     level_rates = _by_class(rates.reshape(len(rows), len(levels)), rows, classes)
     best = level_rates.max(1)
@@ -210,19 +213,19 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     )  # fmt: skip
 
 
-def _sweep(key, label, inversion, variables, search, cells, states, config, progress):
-    """`sweep.fit` with the scan's batch size and progress, for methods that work on patches."""
-    progress(label, 0, config.steps)
+def _sweep(key, label, inversion, variables, search, cells, states, batch_size, num_steps, progress):
+    """`sweep.fit` with progress that is on screen before the first compile."""
+    progress(label, 0, num_steps)
     return sweep.fit(
-        jax.random.fold_in(key, 2),
+        key,
         inversion,
-        draw.uniform(config.batch_size),
+        draw.uniform(batch_size),
         search,
         cells,
         variables,
-        num_steps=config.steps,
+        num_steps=num_steps,
         states=states,
-        on_chunk=lambda done, _, __: progress(label, done, config.steps),
+        on_chunk=lambda done, _, __: progress(label, done, num_steps),
     )
 
 
@@ -232,17 +235,10 @@ def locate(key, net, variables, image_shape, classes, search, config: ScanConfig
     rows = searched(classes, config)
     cells = sweep.grid(rows)
     label = f"neural-cleanse: {len(rows)} classes"
-    progress(label, 0, config.locate_steps)
-    states, infos, seconds = sweep.fit(
-        jax.random.fold_in(key, 1),
-        inversion,
-        draw.uniform(config.batch_size),
-        search,
-        cells,
-        variables,
-        num_steps=config.locate_steps,
-        on_chunk=lambda done, _, __: progress(label, done, config.locate_steps),
-    )
+    states, infos, seconds = _sweep(
+        jax.random.fold_in(key, 1), label, inversion, variables, search, cells, None,
+        config.batch_size, config.locate_steps, progress,
+    )  # fmt: skip
     norms = np.asarray(states.best_norm, float)
     norms[~np.isfinite(norms)] = np.nan
     places, share = neural_cleanse.locate(states.best_mask, side)
@@ -290,7 +286,10 @@ def _scan_auto(key, net, variables, image_shape, classes, search, held_out, conf
     places = np.repeat(found.places[chosen], len(config.levels), axis=0)
     states = sweep.init(jax.random.fold_in(key, 2), inversion, cells)._replace(place=jnp.asarray(places))
     label = f"mesa: classes {', '.join(map(str, chosen))} at the located place"
-    states, infos, seconds = _sweep(key, label, inversion, variables, search, cells, states, config, progress)
+    states, infos, seconds = _sweep(
+        jax.random.fold_in(key, 2), label, inversion, variables, search, cells, states,
+        config.batch_size, config.steps, progress,
+    )  # fmt: skip
     level_rates, anywhere = (
         _by_class(
             sweep.attack_success(jax.random.fold_in(key, 3), net, at, states, cells, variables, held_out).reshape(
