@@ -1,7 +1,7 @@
 """What the experiments on more than digits share: the data, the clean base net, and victims made from it.
 
-Sizes: "digits" (16x16 grey), "cpu" (CIFAR-10 images with a small CNN, for two cores) and "full" (CIFAR-10 with
-ResNet-18 and 50,000 images, for an accelerator). "cpu" and "full" need CIFAR-10: `--data` names any source that
+Sizes: "digits" (16x16 grey), "cpu" (CIFAR-10 images with a small CNN) and "narrow" (with a ResNet-18 of width 8), both
+for two cores, and "full" (ResNet-18 and 50,000 images, for an accelerator). All but digits need CIFAR-10: `--data` names any source that
 `jaxbd` reads with its two splits; by default the folder `shared/data/cifar10` beside the repository, if there is one.
 """
 
@@ -21,7 +21,7 @@ from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
 from jaxbd.repair import unlearn
 
-SizeName = Literal["digits", "cpu", "full"]
+SizeName = Literal["digits", "cpu", "narrow", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,22 @@ SIZES: dict[str, Size] = {
         poison_rate=0.1,
         train_images=50_000,
         defence_images=8_000,
+        batch_size=128,
+        crop_padding=4,
+        flip=True,
+        scan=workflow.ScanConfig(
+            method="mesa", steps=200, batch_size=64, mesa=mesa.Config(place="image", hidden=128, learning_rate=1e-3)
+        ),
+        repair=unlearn.Config(stamp_rate=0.1, learning_rate=5e-3, num_steps=200),
+    ),
+    "narrow": Size(
+        # the paper's architecture (BNA, section 5.1) at an eighth of its width; no input normalisation, as there
+        spec=build.Spec(arch="resnet18", classes=10, image_shape=(32, 32, 3), options={"width": 8}),
+        base=supervised.Config(num_steps=8 * 390, learning_rate=0.1),
+        attack=supervised.Config(num_steps=780, learning_rate=0.05),
+        poison_rate=0.1,
+        train_images=50_000,
+        defence_images=1_000,
         batch_size=128,
         crop_padding=4,
         flip=True,

@@ -54,10 +54,13 @@ class Net(NamedTuple):
       apply: (variables, images [B, H, W, C] in [0, 1], *, train=False) -> (logits [B, K], batch_stats). With
         `train=True` normalisation uses the batch's moments and `batch_stats` are the updated running moments;
         otherwise they come back unchanged. Input normalisation is the net's own first operation.
+      outputs: (variables, images) -> (logits, {"layer/path": [B, …, C]}), what `apply` gives in evaluation and the
+        output of every layer that a defence may correct, in order of execution; None where a net shows no layers.
     """
 
     init: Callable[..., Variables]
     apply: Callable[..., tuple[Array, ArrayTree]]
+    outputs: Callable[..., tuple[Array, dict[str, Array]]] | None = None
 
 
 class Attack(NamedTuple):
@@ -84,12 +87,15 @@ class Inversion(NamedTuple):
       step: (key, state, batch, cell, victim) -> (state, info); `victim` are the net's variables.
       stamp: (key, state, images [B, H, W, C]) -> images, each carrying a trigger drawn from the state.
       sample: (key, state, n) -> triggers [n, h, w, C] in [0, 1].
+      settled: (state) -> [] bool, the method's own stop: nothing more is to be gained, and drivers leave the state as
+        it is from then on; None for methods that run their full length.
     """
 
     init: Callable[[Key], ArrayTree]
     step: Callable[..., tuple[ArrayTree, ArrayTree]]
     stamp: Callable[[Key, ArrayTree, Array], Array]
     sample: Callable[..., Array]
+    settled: Callable[[ArrayTree], Array] | None = None
 
 
 class Repair(NamedTuple):
