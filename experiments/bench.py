@@ -1,8 +1,9 @@
 """What the experiments on more than digits share: the data, the clean base net, and victims made from it.
 
 Sizes: "digits" (16x16 grey), "cpu" (CIFAR-10 images with a small CNN) and "narrow" (with a ResNet-18 of width 8), both
-for two cores, and "full" (ResNet-18 and 50,000 images, for an accelerator). All but digits need CIFAR-10: `--data` names any source that
-`jaxbd` reads with its two splits; by default the folder `shared/data/cifar10` beside the repository, if there is one.
+for two cores, and "full" (ResNet-18 and 50,000 images, for an accelerator). All but digits need CIFAR-10: `--data`
+names any source that `jaxbd` reads with its two splits; by default the folder `shared/data/cifar10` beside the
+repository, if there is one.
 """
 
 import dataclasses
