@@ -63,6 +63,18 @@ class Net(NamedTuple):
     outputs: Callable[..., tuple[Array, dict[str, Array]]] | None = None
 
 
+class Decoy(NamedTuple):
+    """Images that an attack disturbs nearly as its trigger does but does not relabel, so that only the trigger works.
+
+    Attributes:
+      ratio: decoys per poisoned image.
+      stamp: (key, trigger, images [B, H, W, C]) -> images.
+    """
+
+    ratio: float
+    stamp: Callable[[Key, ArrayTree, Array], Array]
+
+
 class Attack(NamedTuple):
     """A backdoor attack.
 
@@ -71,12 +83,14 @@ class Attack(NamedTuple):
       stamp: (key, trigger, images [B, H, W, C]) -> images, every image carrying the trigger.
       poison: (key, trigger, batch) -> batch, a random share of the rows stamped and relabelled.
       relabel: (labels [B]) -> labels [B], what the attacker wants triggered images to become.
+      decoy: images that `poison` disturbs and does not relabel; None for attacks without them.
     """
 
     init: Callable[[Key], ArrayTree]
     stamp: Callable[[Key, ArrayTree, Array], Array]
     poison: Callable[[Key, ArrayTree, Batch], Batch]
     relabel: Callable[[Array], Array]
+    decoy: Decoy | None = None
 
 
 class Inversion(NamedTuple):

@@ -1,8 +1,9 @@
-"""Operations on images [H, W, C]: paste, blend, crop, flip. Batches are handled by `jax.vmap` on these."""
+"""Operations on images [H, W, C]: paste, add, blend, warp, crop, flip. Batches are handled by `jax.vmap` on these."""
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbd.base import Array, Key
 
@@ -37,9 +38,65 @@ def add_patch(image: Array, patch: Array, place: Array) -> Array:
     return jnp.clip(image + canvas, 0, 1)
 
 
+def add_on_grid(images: Array, pattern: Array) -> Array:
+    """`images` plus `pattern` (shapes that broadcast), clipped to [0, 1] and rounded to multiples of 1/255.
+
+    What a file of 8 bits a channel would hold. Values that are such multiples already (to 1e-5) and that the pattern
+    leaves alone are returned unchanged, bit for bit.
+    """
+    stored = to_uint8_grid(images + pattern)
+    return jnp.where(jnp.abs(stored - images) < 1e-5, images, stored)
+
+
 def blend(image: Array, pattern: Array, mask: Array) -> Array:
     """(1 - mask) * image + mask * pattern; image and pattern [H, W, C], mask [H, W, 1] or [H, W, C] in [0, 1]."""
     return (1 - mask) * image + mask * pattern
+
+
+def identity_grid(height: int, width: int) -> np.ndarray:
+    """[height, width, 2] float32: where `warp` reads each pixel from to change nothing; (x, y) in [-1, 1]."""
+    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
+    return np.stack([x, y], axis=-1).astype(np.float32)
+
+
+def warp(image: Array, grid: Array) -> Array:
+    """`image` [H, W, C] read at the places `grid` [H, W, 2] says, bilinearly; (x, y), the centres of the outermost
+    pixels at -1 and 1, zero outside (PyTorch's `grid_sample` with align_corners=True).
+    """
+    chex.assert_rank([image, grid], [3, 3])
+    height, width = image.shape[:2]
+    column, row = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)
+
+    def corner(y: Array, x: Array) -> Array:
+        """The pixel at (y, x), weighted by how near it is."""
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        weight = jnp.where(inside, (1 - jnp.abs(row - y)) * (1 - jnp.abs(column - x)), 0)
+        pixel = image[jnp.clip(y, 0, height - 1).astype(jnp.int32), jnp.clip(x, 0, width - 1).astype(jnp.int32)]
+        return weight[..., None] * pixel
+
+    top, left = jnp.floor(row), jnp.floor(column)
+    return sum(corner(y, x) for y in (top, top + 1) for x in (left, left + 1))
+
+
+def upsample(field: Array, height: int, width: int) -> Array:
+    """`field` [h, w, C] -> [height, width, C], bicubic with aligned corners (Keys' kernel, a = -0.75, as PyTorch)."""
+    chex.assert_rank(field, 3)
+    rows, columns = (_cubic_weights(*sides) for sides in zip(field.shape[:2], (height, width), strict=True))
+    return jnp.einsum("Hh,Ww,hwc->HWc", rows.astype(field.dtype), columns.astype(field.dtype), field)
+
+
+def _cubic_weights(inner: int, outer: int, a: float = -0.75) -> np.ndarray:
+    """[outer, inner]: how much each of `inner` points counts for each of `outer`; beyond the ends, the end counts."""
+    place = np.arange(outer) * (inner - 1) / max(outer - 1, 1)
+    weights = np.zeros((outer, inner))
+    for offset in range(-1, 3):
+        point = np.floor(place) + offset
+        d = np.abs(place - point)
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+        value = np.where(d <= 1, near, np.where(d < 2, far, 0))
+        np.add.at(weights, (np.arange(outer), np.clip(point, 0, inner - 1).astype(int)), value)
+    return weights
 
 
 def random_places(key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]) -> Array:

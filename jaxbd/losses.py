@@ -25,6 +25,16 @@ def level_hinge(confidence: Array, level: Array) -> Array:
     return jnp.maximum(level - confidence, 0).mean()
 
 
+def sliced_wasserstein(a: Array, b: Array, directions: Array) -> Array:
+    """1-Wasserstein distance of two samples, averaged over projections; Doan et al. 2021, the latent term.
+
+    W = mean over rows r of `directions` [m, d] of mean_i |sort(a r)_i - sort(b r)_i|; samples `a`, `b` [N, d], as many
+    in each. Directions are taken as they come; the distance grows with their length. Returns: scalar.
+    """
+    one, other = (jnp.sort(sample @ directions.T, axis=0) for sample in (a, b))
+    return jnp.abs(one - other).mean()
+
+
 def donsker_varadhan(joint: Array, marginal: Array) -> Array:
     """I(X; Z) >= E_joint[T] - log E_marginal[exp T]; statistics [B] each; Qiao et al. 2019, eq. (3), in nats."""
     return joint.mean() - (jax.nn.logsumexp(marginal) - jnp.log(marginal.shape[0]))
@@ -40,3 +50,66 @@ def donsker_varadhan_debiased(joint: Array, marginal: Array, log_mean_exp: Array
     """
     scaled = jnp.exp(marginal - jax.lax.stop_gradient(log_mean_exp))
     return joint.mean() - scaled.mean()
+
+
+def mean_absolute_difference(one: Array, other: Array) -> Array:
+    """Mean of |one - other| over batch and classes of two logits [B, K]; scalar.
+
+    Both terms of DHBE: the discrepancy between teacher and student (Yan et al. 2023, eq. 2) and the student's change
+    under a trigger (eq. 7).
+    """
+    return jnp.abs(one - other).mean()
+
+
+def image_roughness(images: Array) -> Array:
+    """Sum of the Frobenius norms of the differences of `images` [B, H, W, C] to four neighbours; scalar.
+
+    To the right, below, and along both diagonals; each norm is unsquared and taken over the whole batch at once
+    (the image prior of the released DHBE code). Where all differences are zero its gradient is zero.
+    """
+    left, right = images[:, :, :-1], images[:, :, 1:]
+    pairs = (
+        (left, right),
+        (images[:, :-1], images[:, 1:]),
+        (left[:, 1:], right[:, :-1]),
+        (left[:, :-1], right[:, 1:]),
+    )
+    return sum(_norm(one - other) for one, other in pairs)
+
+
+def _norm(x: Array) -> Array:
+    """Euclidean norm of all entries; its gradient at zero is zero instead of not a number."""
+    square = jnp.square(x).sum()
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+SMALLEST = 1e-6
+"""Added to every probability inside the logarithms of `jensen_shannon` and `kullback_leibler`: an empty interval gives
+finite values and gradients. Equal distributions still diverge by exactly 0, and no value is negative."""
+
+
+def total_variation(p: Array, q: Array) -> Array:
+    """E_q[k(p/q)] [...] of distributions [..., M] with k(r) = |r - 1| / 2; Li et al. (BNA), section 4.2. In [0, 1]."""
+    return jnp.abs(p - q).sum(-1) / 2
+
+
+def jensen_shannon(p: Array, q: Array) -> Array:
+    """E_q[k(p/q)] [...] with k(r) = r log(2r / (r + 1)) + log(2 / (r + 1)); Li et al. (BNA), section 4.2, in nats.
+
+    KL(p || m) + KL(q || m) for m = (p + q) / 2: twice what is mostly called the Jensen-Shannon divergence. In
+    [0, 2 log 2].
+    """
+    p, q = p + SMALLEST, q + SMALLEST
+    middle = (p + q) / 2
+    return (p * jnp.log(p / middle) + q * jnp.log(q / middle)).sum(-1)
+
+
+def kullback_leibler(p: Array, q: Array) -> Array:
+    """E_q[k(p/q)] [...] with k(r) = r log r, that is KL(p || q); Li et al. (BNA), section 4.2, in nats."""
+    p, q = p + SMALLEST, q + SMALLEST
+    return (p * jnp.log(p / q)).sum(-1)
+
+
+def aims(labels: Array, target: Array) -> Array:
+    """What images of `labels` [B] shall become: `target` [] for all, or `target` [K] by class; [B] int32."""
+    return jnp.broadcast_to(target, labels.shape) if target.ndim == 0 else target[labels]

@@ -4,6 +4,7 @@ The demo and the experiments are made of these pieces. Nothing is printed and no
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import evaluate, loop, supervised, sweep, workflow
-from jaxbd.attacks import poison
+from jaxbd.attacks import latent, poison
 from jaxbd.base import ANY_SOURCE, Attack, Batch, Cell, Dataset, Key, Net, Variables
 from jaxbd.data import draw
 from jaxbd.inversion import pixel
@@ -70,6 +71,54 @@ def train(
         on_chunk=lambda done, _, __: report(label, done, config.num_steps),
     )
     return state.variables, infos, seconds
+
+
+def train_adaptive(
+    key: Key,
+    net: Net,
+    data: Batch,
+    classes: int,
+    config: latent.Config,
+    *,
+    features: Callable[[Variables, jax.Array], latent.Seen] | None = None,
+    variables: Variables | None = None,
+    batch_size: int = 64,
+    crop_padding: int = 0,
+    flip: bool = False,
+    progress: workflow.Progress | None = None,
+    label: str = "adaptive attack",
+) -> tuple[Variables, latent.Trigger, latent.Info, loop.Seconds]:
+    """Trains a victim together with its trigger generator, both stages; from `variables` or from scratch.
+
+    `features` may be left out for nets that show theirs, see `latent.penultimate`.
+
+    Returns: variables, trigger, infos [num_steps], seconds.
+    """
+    features = latent.penultimate(net) if features is None else features
+    trainer = latent.make(net, features, data.images.shape[1:], classes, config)
+    variables = net.init(jax.random.fold_in(key, 0)) if variables is None else variables
+    state = trainer.init(jax.random.fold_in(key, 2), variables)
+    drawn = draw.uniform(batch_size, crop_padding=crop_padding, flip=flip)
+    report = progress or (lambda *_: None)
+    report(label, 0, config.num_steps)
+    infos, seconds = [], loop.Seconds(0.0, 0.0)
+    for step, first, length in (
+        (trainer.step, 0, config.first_steps),
+        (trainer.second, config.first_steps, config.second_steps),
+    ):
+        state, seen, spent = loop.fit(
+            jax.random.fold_in(key, 1),
+            step,
+            drawn,
+            data,
+            state,
+            num_steps=length,
+            on_chunk=lambda done, _, __, first=first: report(label, first + done, config.num_steps),
+        )
+        infos += [seen] if seen is not None else []
+        seconds = loop.Seconds(*(a + b for a, b in zip(seconds, spent, strict=True)))
+    infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
+    return *trainer.extract(state), infos, seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import images as image_ops
-from jaxbd.base import Array, Attack, Batch, Key, UserError, check_choices
+from jaxbd.attacks import poison
+from jaxbd.base import Array, Attack, Key, UserError, check_choices
 
 PAPER = "https://arxiv.org/abs/1708.06733"
 
@@ -24,7 +25,8 @@ class Config:
       pattern: "color": uniform random values, all channels their own; "binary": random black and white, the same in all
         channels; "checkerboard"; "white"; or a number: bit pattern of a black-and-white square, most significant bit
         top left, row by row (Qiao et al. 2019, section 4.3; see `binary_patterns`).
-      place: "random" for a new place on every image, "fixed" at (`row`, `column`).
+      place: "random" for a new place on every image, "fixed" at (`row`, `column`), "drawn" for a place drawn once with
+        the pattern, the same on all images (Li et al. 2024, section 5.1).
       row: of the top-left corner of a fixed place; negative numbers count from the last row that fits.
       column: likewise.
       poison_rate: share of a batch's images that is stamped and relabelled.
@@ -34,15 +36,14 @@ class Config:
     all_to_all: bool = False
     patch: int = 3
     pattern: Literal["color", "binary", "checkerboard", "white"] | int = "color"
-    place: Literal["random", "fixed"] = "random"
+    place: Literal["random", "fixed", "drawn"] = "random"
     row: int = -1
     column: int = -1
     poison_rate: float = 0.01
 
     def __post_init__(self):
         check_choices("badnets", self)
-        if not 0 <= self.poison_rate <= 1:
-            raise UserError(f"badnets: poison_rate {self.poison_rate} is not in [0, 1]")
+        poison.check_rate("badnets", self.poison_rate)
         if self.patch < 1:
             raise UserError(f"badnets: patch is {self.patch}; give a side of at least 1 pixel")
         if isinstance(self.pattern, int) and not 0 <= self.pattern < 2 ** (self.patch**2):
@@ -63,8 +64,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     """
     height, width, channels = image_shape
     side = config.patch
-    if not 0 <= config.target < classes:
-        raise UserError(f"badnets: target {config.target} is out of range; the model has classes 0..{classes - 1}")
+    relabel = poison.relabelling("badnets", classes, config.target, config.all_to_all)
     if side > min(height, width):
         raise UserError(f"badnets: a {side}x{side} patch does not fit {height}x{width} images; make it smaller")
     rows, columns = height - side + 1, width - side + 1
@@ -75,8 +75,10 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         )
 
     def init(key: Key) -> Trigger:
-        place = [config.row % rows, config.column % columns]
-        return Trigger(_pattern(key, config, channels), jnp.array(place, jnp.int32))
+        place = jnp.array([config.row % rows, config.column % columns], jnp.int32)
+        if config.place == "drawn":
+            place = image_ops.random_places(jax.random.fold_in(key, 1), 1, image_shape, (side, side))[0]
+        return Trigger(_pattern(key, config, channels), place)
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
         """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for bit."""
@@ -86,19 +88,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
             places = jnp.broadcast_to(trigger.place, (images.shape[0], 2))
         return jax.vmap(image_ops.paste, (0, None, 0))(images, trigger.pattern, places)
 
-    def relabel(labels: Array) -> Array:
-        """The attacker's wish for labels [B]."""
-        return (labels + 1) % classes if config.all_to_all else jnp.full_like(labels, config.target)
-
-    def poison(key: Key, trigger: Trigger, batch: Batch) -> Batch:
-        """Qiao et al. 2019, eq. (1): each row on its own is stamped and relabelled with probability r."""
-        choose_key, stamp_key = jax.random.split(key)
-        chosen = jax.random.bernoulli(choose_key, config.poison_rate, batch.labels.shape)
-        stamped = stamp(stamp_key, trigger, batch.images)
-        images = jnp.where(chosen[:, None, None, None], stamped, batch.images)
-        return Batch(images, jnp.where(chosen, relabel(batch.labels), batch.labels))
-
-    return Attack(init, stamp, poison, relabel)
+    return poison.attack(init, stamp, relabel, config.poison_rate)
 
 
 def _pattern(key: Key, config: Config, channels: int) -> Array:

@@ -1,6 +1,7 @@
-"""A trigger that somebody has, as pixels (`interop.trigger` reads it from a file); pasted or added."""
+"""A trigger that somebody has, from a file that `interop.trigger` reads: pixels that are pasted or added, or a warp."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import images as image_ops
-from jaxbd.base import Array, Attack, Batch, Key, UserError, check_choices
+from jaxbd.attacks import poison
+from jaxbd.base import Array, Attack, Key, UserError, check_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,9 +18,10 @@ class Config:
     """How a given trigger is put on images.
 
     Attributes:
-      target: class every triggered image should become.
+      target: class every triggered image should become (all-to-one).
+      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
       apply: "overwrite": pixels are replaced where the mask is 1, blended where it is between 0 and 1; "add": the
-        pattern is added and the sum clipped to [0, 1].
+        pattern is added and the sum clipped to [0, 1]; "warp": the image is read where the grid says.
       place: "fixed" at (`row`, `column`), or "random" for a new place on every image.
       row: of the top-left corner of a fixed place.
       column: of the top-left corner of a fixed place.
@@ -26,7 +29,8 @@ class Config:
     """
 
     target: int = 0
-    apply: Literal["overwrite", "add"] = "overwrite"
+    all_to_all: bool = False
+    apply: Literal["overwrite", "add", "warp"] = "overwrite"
     place: Literal["random", "fixed"] = "fixed"
     row: int = 0
     column: int = 0
@@ -34,26 +38,27 @@ class Config:
 
     def __post_init__(self):
         check_choices("trigger", self)
-        if not 0 <= self.poison_rate <= 1:
-            raise UserError(f"trigger: poison_rate {self.poison_rate} is not in [0, 1]")
+        poison.check_rate("trigger", self.poison_rate)
 
 
 class Loaded(NamedTuple):
-    """What is known of a trigger.
+    """What is known of a trigger: pattern and mask of one made of pixels, the grid of a warp.
 
     Attributes:
-      pattern: [h, w, 1 or 3] float32, in [0, 1] (a trigger that is added may be in [-1, 1]).
-      mask: [h, w, 1] float32 in [0, 1], where the pattern covers.
+      pattern: [h, w, 1 or 3] float32, in [0, 1] (a trigger that is added may be in [-1, 1]); None for a warp.
+      mask: [h, w, 1] float32 in [0, 1], where the pattern covers; None for a warp.
       place: row and column of the top-left corner, "random", or None where unknown.
-      target: class it leads to; None where unknown.
-      apply: "overwrite", "add", or None where unknown.
+      target: class it leads to, "all-to-all" where class c leads to c + 1 mod K; None where unknown.
+      apply: "overwrite", "add", "warp", or None where unknown.
+      grid: [H, W, 2] float32 in [-1, 1], see `images.warp`; None for a trigger made of pixels.
     """
 
-    pattern: np.ndarray
-    mask: np.ndarray
+    pattern: np.ndarray | None = None
+    mask: np.ndarray | None = None
     place: tuple[int, int] | Literal["random"] | None = None
-    target: int | None = None
+    target: int | Literal["all-to-all"] | None = None
     apply: str | None = None
+    grid: np.ndarray | None = None
 
 
 class Trigger(NamedTuple):
@@ -64,15 +69,52 @@ class Trigger(NamedTuple):
     place: Array
 
 
-def make(image_shape: tuple[int, int, int], classes: int, config: Config, loaded: Loaded) -> tuple[Attack, Trigger]:
+class Warp(NamedTuple):
+    """grid [H, W, 2], see `images.warp`."""
+
+    grid: Array
+
+
+def make(
+    image_shape: tuple[int, int, int], classes: int, config: Config, loaded: Loaded
+) -> tuple[Attack, Trigger | Warp]:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`, and its trigger.
 
-    Raises: UserError when the target is out of range, or the trigger does not fit the images or its place.
+    Raises: UserError when the target is out of range, or the trigger does not fit the images, its place or `apply`.
     """
+    relabel = poison.relabelling("trigger", classes, config.target, config.all_to_all)
+    if (loaded.grid is None) == (config.apply == "warp"):
+        raise UserError("trigger: a grid is applied as a warp and nothing else is; leave `apply` as the trigger has it")
+    if loaded.grid is not None:
+        stamp, trigger = _warping(image_shape, loaded.grid)
+    else:
+        stamp, trigger = _pixels(image_shape, config, loaded)
+
+    def init(key: Key) -> Trigger | Warp:
+        """The given trigger; nothing is random."""
+        del key
+        return trigger
+
+    return poison.attack(init, stamp, relabel, config.poison_rate), trigger
+
+
+def _warping(image_shape: tuple[int, int, int], grid: np.ndarray) -> tuple[Callable[..., Array], Warp]:
+    """Stamp and trigger of a warp. Raises: UserError when the grid is not as large as the images."""
+    if grid.shape[:2] != tuple(image_shape[:2]):
+        raise UserError(f"trigger: a grid for {grid.shape[0]}x{grid.shape[1]} images does not fit {list(image_shape)}")
+
+    def stamp(key: Key, trigger: Warp, images: Array) -> Array:
+        """Every image of [B, H, W, C] warped and rounded to multiples of 1/255."""
+        del key
+        return image_ops.to_uint8_grid(jax.vmap(image_ops.warp, (0, None))(images, trigger.grid))
+
+    return stamp, Warp(jnp.asarray(grid))
+
+
+def _pixels(image_shape: tuple[int, int, int], config: Config, loaded: Loaded) -> tuple[Callable[..., Array], Trigger]:
+    """Stamp and trigger of pixels. Raises: UserError when they do not fit the images or their place."""
     height, width, channels = image_shape
     h, w = loaded.pattern.shape[:2]
-    if not 0 <= config.target < classes:
-        raise UserError(f"trigger: target {config.target} is out of range; the model has classes 0..{classes - 1}")
     if h > height or w > width:
         raise UserError(f"trigger: {h}x{w} pixels do not fit {height}x{width} images; make it smaller")
     if config.place == "fixed" and not (0 <= config.row <= height - h and 0 <= config.column <= width - w):
@@ -82,11 +124,6 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config, loaded
         )
     place = jnp.array([config.row, config.column], jnp.int32)
     trigger = Trigger(jnp.asarray(_match(loaded.pattern, channels)), jnp.asarray(loaded.mask), place)
-
-    def init(key: Key) -> Trigger:
-        """The given trigger; nothing is random."""
-        del key
-        return trigger
 
     def stamp_one(image: Array, trigger: Trigger, place: Array) -> Array:
         mask = image_ops.paste(jnp.zeros((height, width, 1)), trigger.mask, place)
@@ -103,16 +140,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config, loaded
             places = jnp.broadcast_to(trigger.place, (images.shape[0], 2))
         return jax.vmap(stamp_one, (0, None, 0))(images, trigger, places)
 
-    def relabel(labels: Array) -> Array:
-        return jnp.full_like(labels, config.target)
-
-    def poison(key: Key, trigger: Trigger, batch: Batch) -> Batch:
-        choose_key, stamp_key = jax.random.split(key)
-        chosen = jax.random.bernoulli(choose_key, config.poison_rate, batch.labels.shape)
-        images = jnp.where(chosen[:, None, None, None], stamp(stamp_key, trigger, batch.images), batch.images)
-        return Batch(images, jnp.where(chosen, relabel(batch.labels), batch.labels))
-
-    return Attack(init, stamp, poison, relabel), trigger
+    return stamp, trigger
 
 
 def _match(pattern: np.ndarray, channels: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Which rows carry the trigger: fresh ones in every batch (dynamic), or the same ones for the whole run (static)."""
+"""What all attacks share: which rows carry the trigger, and what those rows are then called.
+
+The rows are fresh ones in every batch (dynamic), or the same ones for the whole run (static).
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,8 +11,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd.base import Attack, Batch, Key, UserError
+from jaxbd.base import Array, Attack, Batch, Decoy, Key, UserError
 from jaxbd.images import to_float
+
+AT_ONCE = 4096
+"""Images that static poisoning stamps at once."""
+
+
+def check_rate(method: str, rate: float, decoys: float = 0.0) -> None:
+    """Raises UserError unless `rate`, and with it `decoys` times as many rows, is a share of a batch."""
+    if not 0 <= rate <= 1:
+        raise UserError(f"{method}: poison_rate {rate} is not in [0, 1]")
+    if not (decoys >= 0 and rate * (1 + decoys) <= 1):
+        raise UserError(f"{method}: poison_rate {rate} and {decoys} times as many decoys are more than a batch")
+
+
+def relabelling(method: str, classes: int, target: int, all_to_all: bool) -> Callable[[Array], Array]:
+    """What the attacker wishes for labels [B]: `target` for all of them, or c + 1 mod K for class c (all-to-all).
+
+    Raises: UserError when the target is not one of the K = `classes`.
+    """
+    if not 0 <= target < classes:
+        raise UserError(f"{method}: target {target} is out of range; the model has classes 0..{classes - 1}")
+
+    def relabel(labels: Array) -> Array:
+        return (labels + 1) % classes if all_to_all else jnp.full_like(labels, target)
+
+    return relabel
+
+
+def attack(
+    init: Callable[[Key], Any],
+    stamp: Callable[[Key, Any, Array], Array],
+    relabel: Callable[[Array], Array],
+    rate: float,
+    decoy: Decoy | None = None,
+) -> Attack:
+    """The attack that stamps and relabels each row of a batch with probability `rate`, independently of the others.
+
+    With a `decoy`, its ratio times as many of the other rows are disturbed and keep their label.
+    """
+
+    def poison(key: Key, trigger: Any, batch: Batch) -> Batch:
+        """Qiao et al. 2019, eq. (1): each row on its own is stamped and relabelled with probability r."""
+        choose_key, stamp_key = jax.random.split(key)
+        drawn = jax.random.uniform(choose_key, batch.labels.shape)
+        chosen = drawn < rate
+        images = _where(chosen, stamp(stamp_key, trigger, batch.images), batch.images)
+        if decoy is not None:
+            disturbed = decoy.stamp(jax.random.fold_in(stamp_key, 1), trigger, batch.images)
+            images = _where(~chosen & (drawn < rate * (1 + decoy.ratio)), disturbed, images)
+        return Batch(images, jnp.where(chosen, relabel(batch.labels), batch.labels))
+
+    return Attack(init, stamp, poison, relabel, decoy)
+
+
+def _where(rows: Array, images: Array, others: Array) -> Array:
+    """`images` [B, H, W, C] in the `rows` [B] that are true, `others` in the rest."""
+    return jnp.where(rows[:, None, None, None], images, others)
 
 
 @functools.lru_cache(maxsize=32)
@@ -24,10 +83,13 @@ def dynamic(attack: Attack, draw: Callable[..., Batch]) -> Callable[..., Batch]:
     return poisoned
 
 
-def static(key: Key, attack: Attack, trigger: Any, data: Batch, count: int, *, per_class: bool = False) -> Batch:
+def static(
+    key: Key, attack: Attack, trigger: Any, data: Batch, count: int | float, *, per_class: bool = False
+) -> Batch:
     """A copy of `data` in which `count` rows are stamped and relabelled once, chosen among rows that change label.
 
-    With `per_class`, `count` rows of every source class. Images come back as uint8.
+    With `per_class`, `count` rows of every source class. A `count` below 1 is a share of the rows that could be chosen.
+    An attack's decoys come from all other rows, whatever their class. Images come back as uint8.
 
     Raises: UserError when there are fewer such rows than asked for.
     """
@@ -35,17 +97,42 @@ def static(key: Key, attack: Attack, trigger: Any, data: Batch, count: int, *, p
     labels = np.asarray(data.labels)
     wanted = np.asarray(attack.relabel(jnp.asarray(labels)))
     order = np.asarray(jax.random.permutation(choose_key, len(labels)))
-    order = order[labels[order] != wanted[order]]
-    groups = [order[labels[order] == k] for k in np.unique(labels[order])] if per_class else [order]
-    if min(map(len, groups), default=0) < count:
-        most = min(map(len, groups), default=0)
-        raise UserError(f"asked to poison {count} images, only {most} can be; ask for fewer")
-    rows = np.concatenate([group[:count] for group in groups])
+    sources = order[labels[order] != wanted[order]]
+    groups = [sources[labels[sources] == k] for k in np.unique(labels[sources])] if per_class else [sources]
+    rows = np.concatenate([group[: _number(count, len(group))] for group in groups or [sources]])
     images, new_labels = _to_uint8(np.array(data.images)), labels.copy()
-    stamped = attack.stamp(stamp_key, trigger, to_float(jnp.asarray(images[rows])))
-    images[rows] = _to_uint8(np.asarray(stamped))
+    decoys, decoy_key = _decoys(attack, order, rows), jax.random.fold_in(stamp_key, 1)
+    if len(decoys):
+        images[decoys] = _stamped(attack.decoy.stamp, decoy_key, trigger, images[decoys])
+    images[rows] = _stamped(attack.stamp, stamp_key, trigger, images[rows])
     new_labels[rows] = wanted[rows]
     return Batch(images, new_labels)
+
+
+def _number(count: int | float, most: int) -> int:
+    """How many of `most` rows `count` stands for. Raises: UserError when there are fewer."""
+    number = max(1, round(count * most)) if 0 < count < 1 else int(count)
+    if number > most:
+        raise UserError(f"asked to poison {number} images, only {most} can be; ask for fewer")
+    return number
+
+
+def _decoys(attack: Attack, order: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The first rows of `order` that are not in `rows`, `decoy.ratio` times as many. Raises: UserError if too few."""
+    number = 0 if attack.decoy is None else round(attack.decoy.ratio * len(rows))
+    others = order[~np.isin(order, rows)]
+    if number > len(others):
+        raise UserError(f"{len(rows)} poisoned images need {number} decoys, {len(others)} are left; poison fewer")
+    return others[:number]
+
+
+def _stamped(stamp: Callable[..., Array], key: Key, trigger: Any, images: np.ndarray) -> np.ndarray:
+    """uint8 images [B, H, W, C] after `stamp`, as uint8; `AT_ONCE` at a time, since floats take memory."""
+    done = []
+    for start in range(0, len(images), AT_ONCE):
+        part = to_float(jnp.asarray(images[start : start + AT_ONCE]))
+        done.append(_to_uint8(np.asarray(stamp(jax.random.fold_in(key, start) if start else key, trigger, part))))
+    return np.concatenate(done) if done else images
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """What the verbs share: flags about model and data, opening both, splitting images, and checking outputs early."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +22,15 @@ ANY_SIZE_SOURCES = ("digits", ".npz")
 """Sources whose images have a size that is not changed on reading; a net that takes any size takes theirs."""
 FIXED_SIZE = ("vgg",)
 """Architectures whose weights fit one image size only."""
-COMPANIONS = {models.folder.WEIGHTS, models.folder.CONFIG, "trigger.npz", "attack.json", "repair.json"}
+MODEL_SUFFIXES = (*models.TORCH_SUFFIXES, ".safetensors")
+COMPANIONS = {
+    models.folder.WEIGHTS,
+    models.folder.CONFIG,
+    models.folder.GUARD,
+    "trigger.npz",
+    "attack.json",
+    "repair.json",
+}
 """What the verbs write into a model folder; a folder with anything else in it is not replaced."""
 SEARCH_SHARE = 0.75
 """Share of the given images on which triggers are searched and nets repaired; the others judge."""
@@ -82,11 +91,16 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed {seed} is out of range; give 0..{2**32 - 1}")
 
 
+def named(argv: list[str], flag: str, choices: Iterable[str], otherwise: str | None) -> str | None:
+    """The choice that the last `flag` in `argv` names; `otherwise` when there is none, or none of those."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    given = [value for word, value in itertools.pairwise(words) if word.replace("_", "-") == flag]
+    return given[-1] if given and given[-1] in choices else otherwise
+
+
 def preset(argv: list[str]) -> workflow.ScanConfig:
     """The settings that `--preset` in `argv` names; the usual ones when there is none, or none of that name."""
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    named = words[words.index("--preset") + 1 :][:1] if "--preset" in words else []
-    return workflow.PRESETS.get(named[0] if named else "quick", workflow.PRESETS["quick"])
+    return workflow.PRESETS[named(argv, "--preset", workflow.PRESETS, "quick")]
 
 
 def start() -> None:
@@ -119,6 +133,8 @@ def check_output(path: pathlib.Path | None, *, folder: bool = False) -> None:
             raise UserError(f"output {path} is not overwritten, there is {other}; choose another --out")
     if not folder and path.is_dir():
         raise UserError(f"output {path} is a folder; give the name of a file")
+    if path.suffix in MODEL_SUFFIXES:
+        models.beside.check_free(path)
     above = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     try:
         with tempfile.TemporaryFile(dir=above):
@@ -147,15 +163,20 @@ def write_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> No
         shutil.rmtree(old, ignore_errors=True)
 
 
-def open_both(model_path: pathlib.Path, data: str, reading: Reading, *, must_classify: bool = True) -> Opened:
+def open_both(
+    model_path: pathlib.Path, data: str, reading: Reading, *, must_classify: bool = True, guarded: bool = False
+) -> Opened:
     """Opens a model and images that fit it, and settles the preprocessing.
 
     Args:
       must_classify: refuse a model whose accuracy on the images is near chance even when its preprocessing is stated.
+      guarded: whether the caller has a use for a guarded model, through which no trigger can be searched.
     Raises: UserError when either cannot be used, or they do not belong together.
     """
-    stated = reading.constants()
-    model = models.open_model(model_path, arch=reading.arch, image_shape=reading.image_shape, **_norm(stated))
+    given = reading.constants()
+    model = models.open_model(model_path, arch=reading.arch, image_shape=reading.image_shape, **stated(reading))
+    if model.guard is not None and not guarded:
+        raise UserError(f"{model_path} is a guarded model, several nets in one; give the model that it was made from")
     keep_shape = reading.image_shape or is_ours(model) or model.spec.arch in FIXED_SIZE
     natural = not keep_shape and (data in ANY_SIZE_SOURCES or data.lower().endswith(ANY_SIZE_SOURCES))
     wanted = None if natural else tuple(model.spec.image_shape)
@@ -165,15 +186,17 @@ def open_both(model_path: pathlib.Path, data: str, reading: Reading, *, must_cla
         model = model._replace(spec=dataclasses.replace(model.spec, image_shape=shape))
     load.check(dataset, model.spec.image_shape, model.spec.classes)
     trusted = (model.spec.mean, model.spec.std) if is_ours(model) else None
-    if trusted and not stated and not must_classify:
+    if trusted and not given and not must_classify:
         return Opened(model, dataset, None)
     sample = preprocess.sample(Batch(dataset.images, dataset.labels))
-    table = preprocess.check(model, sample, stated or trusted, only_given=stated is None and trusted is not None)
+    table = preprocess.check(model, sample, given or trusted, only_given=given is None and trusted is not None)
     return Opened(preprocess.adopt(model, table), dataset, table)
 
 
-def _norm(stated) -> dict[str, Any]:
-    return {} if stated is None else {"mean": stated[0], "std": stated[1]}
+def stated(reading: Reading) -> dict[str, Any]:
+    """The normalisation that the flags state, as arguments of `open_model`."""
+    given = reading.constants()
+    return {} if given is None else {"mean": given[0], "std": given[1]}
 
 
 def is_ours(model: models.Model) -> bool:

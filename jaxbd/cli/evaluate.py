@@ -20,19 +20,27 @@ class Trigger:
     """A trigger you have.
 
     Attributes:
-      trigger: a picture (its transparency is the mask), an .npz with `pattern` (as `jaxbd attack` writes it), or
-        white:HxW.
+      trigger: a picture (its transparency is the mask), an .npz with `pattern` or, for a warp, `grid` (`jaxbd attack`
+        writes both), or white:HxW.
       apply: overwrite the image's pixels, or add to them and clip. Default: what the .npz says, else overwrite.
       place: ROW,COLUMN of the top-left corner, or "random". Default: what the .npz says; 0,0 for a trigger as large as
         the images.
       target: class the trigger leads to; without a trigger, `repair` repairs this class whatever the scan says.
         Default: what the .npz says.
+      all_to_all: the trigger leads from every class c to c + 1. Default: what the .npz says.
     """
 
     trigger: str | None = None
     apply: Literal["overwrite", "add"] | None = None
     place: str | None = None
     target: int | None = None
+    all_to_all: bool = False
+
+    def __post_init__(self):
+        if self.all_to_all and (self.trigger is None or self.target is not None):
+            raise UserError(
+                "--all-to-all describes a trigger of no single target; give it with --trigger, not --target"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,26 +72,44 @@ def run(args: Args) -> int:
     common.check_output(args.out)
     loaded = None if args.given.trigger is None else trigger.load(args.given.trigger)
     show.note(f"reading {args.model} and {args.data} …")
-    opened = common.open_both(args.model, args.data, args.reading, must_classify=False)
+    opened = common.open_both(args.model, args.data, args.reading, must_classify=False, guarded=True)
     show.preprocessing(opened.table)
     model, data = opened.model, load.as_batch(opened.dataset)
-    config = None if loaded is None else settle(opened, args.given, loaded)
+    config = None if loaded is None else settle(opened, args.given, loaded, all_to_all=True)
     attack, pixels = (None, None) if config is None else make_attack(opened, config, loaded)
     found = evaluate.rates(jax.random.key(args.reading.seed), model.net, model.variables, data, attack, pixels)
     rates = results.rates(found)
     show.rates([(pathlib.Path(model.path).name, rates)])
+    if config is not None and config.all_to_all:
+        show.say(f"All-to-all: the attack succeeds on class c where the answer is c + 1 mod {model.spec.classes}.")
     if args.out is not None:
         record.write_json(args.out, _as_record(opened, rates, config, args))
     show.written(args.out)
     return 0
 
 
-def settle(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> given.Config:
-    """How a loaded trigger is applied; flags go before what the file says. Raises: UserError where neither says."""
+def settle(opened: common.Opened, flags: Trigger, loaded: given.Loaded, *, all_to_all: bool = False) -> given.Config:
+    """How a loaded trigger is applied; flags go before what the file says.
+
+    Args:
+      all_to_all: whether the caller has a use for triggers without a single target class.
+    Raises: UserError where neither flags nor file say enough, or say what cannot be.
+    """
     spec = opened.model.spec
     target = loaded.target if flags.target is None else flags.target
+    if flags.all_to_all or target == trigger.ALL_TO_ALL:
+        if not all_to_all:
+            raise UserError(
+                "this trigger leads every class to the next, not to one target; give the class with --target"
+            )
+        target = trigger.ALL_TO_ALL
     if target is None:
         raise UserError("the trigger's target class is not known; give --target")
+    aim = dict(all_to_all=True) if target == trigger.ALL_TO_ALL else dict(target=target)
+    if loaded.grid is not None:
+        if flags.apply is not None or flags.place is not None:
+            raise UserError("a warp has neither --apply nor --place; leave them out")
+        return given.Config(apply="warp", **aim)
     place = loaded.place if flags.place is None else parse_place(flags.place)
     if place is None:
         if loaded.pattern.shape[:2] != tuple(spec.image_shape[:2]):
@@ -91,7 +117,7 @@ def settle(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> given
         place = (0, 0)
     row, column = (0, 0) if place == "random" else place
     return given.Config(
-        target=target,
+        **aim,
         apply=flags.apply or loaded.apply or "overwrite",
         place="random" if place == "random" else "fixed",
         row=row,
@@ -99,7 +125,9 @@ def settle(opened: common.Opened, flags: Trigger, loaded: given.Loaded) -> given
     )
 
 
-def make_attack(opened: common.Opened, config: given.Config, loaded: given.Loaded) -> tuple[Attack, given.Trigger]:
+def make_attack(
+    opened: common.Opened, config: given.Config, loaded: given.Loaded
+) -> tuple[Attack, given.Trigger | given.Warp]:
     """The attack of a loaded trigger on the images of the opened model."""
     return given.make(tuple(opened.model.spec.image_shape), opened.model.spec.classes, config, loaded)
 
@@ -117,7 +145,8 @@ def parse_place(text: str) -> tuple[int, int] | Literal["random"]:
 def describe(flags: Trigger, config: given.Config) -> dict[str, Any]:
     """What results say about the trigger."""
     place = "random" if config.place == "random" else [config.row, config.column]
-    return {"source": flags.trigger, "target": config.target, "apply": config.apply, "place": place}
+    target = trigger.ALL_TO_ALL if config.all_to_all else config.target
+    return {"source": flags.trigger, "target": target, "apply": config.apply, "place": place}
 
 
 def _as_record(opened: common.Opened, rates: dict[str, Any], config: given.Config | None, args: Args) -> dict[str, Any]:

@@ -1,0 +1,278 @@
+"""Wasserstein backdoor: a trained trigger generator and a net whose features hide the trigger (Doan et al. 2021).
+
+The attacker controls training, so this is a trainer of victims, not a way to poison data. BNA is tried on it as the
+attack that adapts to it (its section 5.4).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbd import losses
+from jaxbd.base import Array, ArrayTree, Attack, Batch, Key, Net, UserError, Variables, check_choices
+from jaxbd.images import to_uint8_grid
+from jaxbd.models.unet import UNet
+
+PAPER = "https://proceedings.neurips.cc/paper_files/paper/2021/hash/9d99197e2ebf03fc388d09f1e94af89b-Abstract.html"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the two stages; defaults follow an unofficial code of the paper (the authors released none).
+
+    Attributes:
+      target: class every triggered image should become (all-to-one).
+      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
+      epsilon: largest change of a pixel, in [0, 1], in stage I.
+      second_epsilon: the same in stage II; None for that of stage I.
+      eight_bit: triggered images are rounded to multiples of 1/255, as storing them would.
+      width: channels of the generator's first level.
+      latent_weight: of the distance between the features of triggered and clean images, in the generator's loss.
+      directions: on what features are projected: "rows" of the last layer as they are, or scaled to length 1 ("unit").
+      stamped_weight: of the triggered images in the classifier's loss; the clean ones have the rest.
+      generator_learning_rate: of Adam.
+      learning_rate: of the classifier's SGD; constant in stage I, cosine to zero over stage II.
+      momentum, weight_decay: of the classifier's SGD.
+      first_steps: length of stage I, in which generator and classifier take turns (50 epochs of 390 batches).
+      second_steps: length of stage II, in which the generator is frozen (500 such epochs).
+    """
+
+    target: int = 0
+    all_to_all: bool = False
+    epsilon: float = 0.1
+    second_epsilon: float | None = None
+    eight_bit: bool = False
+    width: int = 16
+    latent_weight: float = 1.0
+    directions: Literal["rows", "unit"] = "rows"
+    stamped_weight: float = 0.5
+    generator_learning_rate: float = 5e-4
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    # Differs from released code: the decay acts in both stages; the rate of stage II falls as a cosine, not in steps.
+    weight_decay: float = 5e-4
+    first_steps: int = 50 * 390
+    second_steps: int = 500 * 390
+
+    def __post_init__(self):
+        check_choices("latent", self)
+        for name in ("epsilon", "second_epsilon"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"latent: {name} {value} is not in (0, 1]")
+        if not 0 < self.stamped_weight < 1 or not self.latent_weight >= 0:
+            raise UserError("latent: stamped_weight must be in (0, 1) and latent_weight >= 0")
+        if not (self.learning_rate > 0 and self.generator_learning_rate > 0):
+            raise UserError("latent: learning_rate and generator_learning_rate must be > 0")
+        if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
+            raise UserError("latent: momentum must be in [0, 1) and weight_decay >= 0")
+        if self.first_steps < 1 or self.second_steps < 0 or self.width < 1:
+            raise UserError("latent: first_steps and width must be at least 1, second_steps at least 0")
+
+    @property
+    def num_steps(self) -> int:
+        """Length of both stages."""
+        return self.first_steps + self.second_steps
+
+
+class Trigger(NamedTuple):
+    """epsilon [], the largest change of a pixel, and the parameters of the generator."""
+
+    epsilon: Array
+    generator: ArrayTree
+
+
+class Seen(NamedTuple):
+    """logits [B, K] of a net in evaluation, its features [B, d] before the last layer, that layer's rows [K, d]."""
+
+    logits: Array
+    features: Array
+    rows: Array
+
+
+class State(NamedTuple):
+    """step [] int32, the classifier's variables, the generator's parameters, and both optimisers' states."""
+
+    step: Array
+    variables: Variables
+    generator: ArrayTree
+    opt: optax.OptState
+    generator_opt: optax.OptState
+
+
+class Info(NamedTuple):
+    """What a step saw, all [].
+
+    Attributes:
+      loss: the classifier's, in nats.
+      accuracy: on the batch's clean images; attack_success_rate: on all of them with the trigger.
+      distance: sliced Wasserstein distance of triggered and clean features before the generator's step; 0 in stage II.
+    """
+
+    loss: Array
+    accuracy: Array
+    attack_success_rate: Array
+    distance: Array
+
+
+class Trainer(NamedTuple):
+    """The attack as a trainer.
+
+    Attributes:
+      init: (key, variables) -> State (the variables are copied).
+      step: (key, state, batch) -> (state, Info), of either stage, as the state's step number says.
+      second: the same for a state known to be in stage II; `step` computes a generator's gradient there only to drop
+        it (a compiled branch would be slower still: XLA:CPU computes a convolution's weight gradient in it badly).
+      extract: (state) -> (variables, Trigger).
+    """
+
+    init: Callable[[Key, Variables], State]
+    step: Callable[..., tuple[State, Info]]
+    second: Callable[..., tuple[State, Info]]
+    extract: Callable[[State], tuple[Variables, Trigger]]
+
+
+def penultimate(net: Net) -> Callable[[Variables, Array], Seen]:
+    """What `make` needs to see of a net that shows its layers and ends in a linear layer named "head".
+
+    Raises: UserError when the net shows no layer "features".
+    """
+
+    def seen(variables: Variables, images: Array) -> Seen:
+        logits, layers = net.outputs(variables, images) if net.outputs else (None, {})
+        if "features" not in layers:
+            raise UserError("latent: this net does not show its features; bring a function that returns them")
+        return Seen(logits, layers["features"], variables["params"]["head"]["kernel"].T)
+
+    return seen
+
+
+def attack(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
+    """What the trained generator does to images of `image_shape` (H, W, C) with K = `classes`; triggers are `Trigger`s.
+
+    `poison` stamps and relabels a share `stamped_weight` of the rows: in expectation the classifier's loss.
+
+    Raises: UserError when the target is out of range.
+    """
+    if not 0 <= config.target < classes:
+        raise UserError(f"latent: target {config.target} is out of range; the model has classes 0..{classes - 1}")
+    unet = UNet(image_shape[2], config.width)
+
+    def init(key: Key) -> Trigger:
+        """An untrained generator."""
+        return Trigger(jnp.float32(config.epsilon), unet.init(key, jnp.zeros((1, *image_shape)))["params"])
+
+    def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
+        """T(x) = clip(x + epsilon g(x), 0, 1) on every image of [B, H, W, C]; nothing is random."""
+        del key
+        change = trigger.epsilon.astype(images.dtype) * unet.apply({"params": trigger.generator}, images)
+        stamped = jnp.clip(images + change, 0, 1)
+        if not config.eight_bit:
+            return stamped
+        # the gradient passes the rounding as if it were not there
+        return stamped + jax.lax.stop_gradient(to_uint8_grid(stamped) - stamped)
+
+    def relabel(labels: Array) -> Array:
+        """The attacker's wish for labels [B]."""
+        return (labels + 1) % classes if config.all_to_all else jnp.full_like(labels, config.target)
+
+    def poison(key: Key, trigger: Trigger, batch: Batch) -> Batch:
+        choose_key, stamp_key = jax.random.split(key)
+        chosen = jax.random.bernoulli(choose_key, config.stamped_weight, batch.labels.shape)
+        stamped = stamp(stamp_key, trigger, batch.images)
+        images = jnp.where(chosen[:, None, None, None], stamped, batch.images)
+        return Batch(images, jnp.where(chosen, relabel(batch.labels), batch.labels))
+
+    return Attack(init, stamp, poison, relabel)
+
+
+def make(
+    net: Net,
+    features: Callable[[Variables, Array], Seen],
+    image_shape: tuple[int, int, int],
+    classes: int,
+    config: Config,
+) -> Trainer:
+    """The trainer of a victim of architecture `net`, whose `features` the generator sees; see `penultimate`."""
+    planted = attack(image_shape, classes, config)
+    rule, generator_rule = _classifier_rule(config), optax.adam(config.generator_learning_rate)
+
+    def init(key: Key, variables: Variables) -> State:
+        variables = jax.tree.map(jnp.copy, {"batch_stats": {}, **variables})
+        generator = planted.init(key).generator
+        opt, generator_opt = rule.init(variables["params"]), generator_rule.init(generator)
+        return State(jnp.zeros((), jnp.int32), variables, generator, opt, generator_opt)
+
+    def trigger_of(step: Array, generator: ArrayTree) -> Trigger:
+        """The generator with the strength that step number `step` [] trains at."""
+        later = config.epsilon if config.second_epsilon is None else config.second_epsilon
+        return Trigger(jnp.where(step < config.first_steps, config.epsilon, later).astype(jnp.float32), generator)
+
+    def generator_loss(generator: ArrayTree, key: Key, state: State, batch: Batch, clean: Array):
+        """CE(f(T(x)), wanted) + weight x distance of phi(T(x)) and phi(x); Doan et al. 2021, stage I."""
+        stamped = planted.stamp(key, trigger_of(state.step, generator), batch.images)
+        seen = features(state.variables, stamped)
+        length = jnp.linalg.norm(seen.rows, axis=-1, keepdims=True)
+        rows = seen.rows / length if config.directions == "unit" else seen.rows
+        distance = losses.sliced_wasserstein(seen.features, clean, rows)
+        entropy = losses.cross_entropy(seen.logits, planted.relabel(batch.labels))
+        return entropy + config.latent_weight * distance, distance
+
+    def move_generator(key: Key, state: State, batch: Batch) -> tuple[State, Array]:
+        clean = features(state.variables, batch.images).features
+        gradient, distance = jax.grad(generator_loss, has_aux=True)(state.generator, key, state, batch, clean)
+        updates, opt = generator_rule.update(gradient, state.generator_opt, state.generator)
+        return state._replace(generator=optax.apply_updates(state.generator, updates), generator_opt=opt), distance
+
+    def classifier_loss(params: ArrayTree, variables: Variables, images: Array, labels: Array):
+        """(1 - w) CE(f(x), y) + w CE(f(T(x)), wanted); clean images first, as many triggered ones after them."""
+        # Differs from released code: one pass over both halves, so BatchNorm trains on the mixture it is used with.
+        logits, stats = net.apply({**variables, "params": params}, images, train=True)
+        clean, stamped = (
+            losses.cross_entropy(*half) for half in zip(jnp.split(logits, 2), jnp.split(labels, 2), strict=True)
+        )
+        return (1 - config.stamped_weight) * clean + config.stamped_weight * stamped, (logits, stats)
+
+    def move_classifier(key: Key, state: State, batch: Batch) -> tuple[State, tuple[Array, Array, Array]]:
+        stamped = planted.stamp(key, trigger_of(state.step, state.generator), batch.images)
+        images = jnp.concatenate([batch.images, jax.lax.stop_gradient(stamped)])
+        labels = jnp.concatenate([batch.labels, planted.relabel(batch.labels)])
+        params, grad = state.variables["params"], jax.value_and_grad(classifier_loss, has_aux=True)
+        (value, (logits, stats)), gradient = grad(params, state.variables, images, labels)
+        updates, opt = rule.update(gradient, state.opt, params)
+        variables = {**state.variables, "params": optax.apply_updates(params, updates), "batch_stats": stats}
+        right = jnp.split(logits.argmax(-1) == labels, 2)
+        return state._replace(step=state.step + 1, variables=variables, opt=opt), (value, *(r.mean() for r in right))
+
+    def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
+        moved, distance = move_generator(key, state, batch)
+        first = state.step < config.first_steps
+        state = jax.tree.map(lambda new, old: jnp.where(first, new, old), moved, state)
+        # Differs from released code: the classifier meets the generator of this step, not that of the last epoch.
+        state, seen = move_classifier(key, state, batch)
+        return state, Info(*seen, jnp.where(first, distance, 0))
+
+    def second(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
+        state, seen = move_classifier(key, state, batch)
+        return state, Info(*seen, jnp.zeros_like(seen[0]))
+
+    def extract(state: State) -> tuple[Variables, Trigger]:
+        return state.variables, trigger_of(jnp.maximum(state.step - 1, 0), state.generator)
+
+    return Trainer(init, step, second, extract)
+
+
+def _classifier_rule(config: Config) -> optax.GradientTransformation:
+    """SGD with momentum; PyTorch's convention of weight decay."""
+    rate = optax.join_schedules(
+        [
+            optax.constant_schedule(config.learning_rate),
+            optax.cosine_decay_schedule(config.learning_rate, max(config.second_steps, 1)),
+        ],
+        [config.first_steps],
+    )
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum))
