@@ -1,5 +1,6 @@
 """Over cells: one method on a whole grid of targets, sources and levels. One of three places that call `jax.jit`."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import loop
+from jaxbd import slots as over_slots
 from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables
 from jaxbd.images import to_float
 
@@ -107,10 +109,17 @@ def fit(
     cell_keys = keys(jax.random.fold_in(key, 1), size(cells))
     advance = _advance(inversion.step, draw, how, own_victims)
     settings = dict(num_steps=num_steps, over_time=over_time, chunk=chunk)
-    try:
+    with _naming(cells):
         if how != "loop":
             return loop.run(advance, states, cell_keys, cells, victim, data, **settings, on_chunk=on_chunk)
         return _fit_one_by_one(advance, states, cell_keys, cells, victim, data, own_victims, settings, on_chunk)
+
+
+@contextlib.contextmanager
+def _naming(cells: Cell):
+    """Turns NotFinite into a FloatingPointError that names the cells."""
+    try:
+        yield
     except loop.NotFinite as error:
         names = ", ".join(describe(cells, index) for index in error.index)
         raise FloatingPointError(f"{names}: {error}; lower the learning rate or check the victim's weights") from None
@@ -136,9 +145,50 @@ def _fit_one_by_one(advance, states, cell_keys, cells, victim, data, own_victims
     return states, infos, loop.Seconds(sum(s.compile for s in seconds), sum(s.run for s in seconds))
 
 
+def search(
+    key: Key,
+    inversion: Inversion,
+    draw: Callable[..., Batch],
+    data: Any,
+    cells: Cell,
+    victim: Variables,
+    *,
+    num_steps: int,
+    slots: int | None = None,
+    memory_budget: int | None = None,
+    over_time: loop.Time = "auto",
+    chunk: int = 20,
+    on_chunk: Callable[[over_slots.Progress], None] | None = None,
+    on_shrink: Callable[[int], None] | None = None,
+) -> over_slots.Found:
+    """Runs `inversion` for a long list of cells, `slots` of them at a time; all share the victim.
+
+    A cell is done when `inversion.settled` says so or it has made `num_steps` steps; the next one takes its slot when
+    the host looks, after every `chunk` steps. Starts, batches and keys are those of `fit`, so a cell ends the same, up
+    to float rounding, whatever `slots` and `chunk` are, and as `fit` leaves it when nothing settles.
+
+    Args:
+      slots: at most so many cells at a time; None for 32 (CPU: 16), or fewer where the memory budget asks for it.
+      memory_budget: bytes that the compiled program may take for its arguments, results and what is between; slots are
+        halved until it does. None for a share of what the device has, see `memory.available`; where `slots` is given,
+        for no check.
+      on_chunk: called after each chunk with how far all cells are; it may print or raise.
+      on_shrink: called with the new number of slots after the device ran out of memory; the cells that were in the
+        slots start again.
+    Returns: states and last infos [N] of every cell as NumPy arrays, see `slots.Found`.
+    Raises: FloatingPointError naming the cell whose values stopped being finite; UserError when the budget is too small
+      for one cell.
+    """
+    settings = dict(num_steps=num_steps, slots=slots, memory_budget=memory_budget, over_time=over_time, chunk=chunk)
+    with _naming(cells):
+        return over_slots.run(
+            key, inversion, draw, data, cells, victim, **settings, on_chunk=on_chunk, on_shrink=on_shrink
+        )
+
+
 @functools.lru_cache(maxsize=32)
-def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any]) -> loop.Program:
-    """Hits and counted images of every cell on one batch."""
+def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any], own_images: bool = False) -> loop.Program:
+    """Hits and counted images of every cell on one batch, or on a batch of its own."""
 
     def one(key, state, cell, victim, images, labels, real):
         logits, _ = net_apply(victim, stamp(key, state, to_float(images)), train=False)
@@ -146,7 +196,8 @@ def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any]) -> loop.P
         counted = real & (labels != cell.target) & from_source
         return (counted & (logits.argmax(-1) == cell.target)).sum(), counted.sum()
 
-    return loop.Program(jax.vmap(one, (0, 0, 0, None, None, None, None)))
+    batch_axis = 0 if own_images else None
+    return loop.Program(jax.vmap(one, (0, 0, 0, None, batch_axis, batch_axis, batch_axis)))
 
 
 def attack_success(
@@ -172,6 +223,58 @@ def attack_success(
         good, total = program(cell_keys, states, cells, victim, images, labels, real)
         hits, counted = hits + np.asarray(good), counted + np.asarray(total)
     return hits / np.maximum(counted, 1)
+
+
+def pair_success(
+    key: Key,
+    net: Net,
+    inversion: Inversion,
+    states: ArrayTree,
+    cells: Cell,
+    victim: Variables,
+    data: Batch,
+    *,
+    batch_size: int = 128,
+    slots: int = 8,
+) -> np.ndarray:
+    """What `attack_success` gives, for cells that each have a source class: only its images are pushed.
+
+    Args:
+      states: [N, …], may lie in host memory; `slots` of them are on the device at a time.
+      batch_size: images per cell and push, at most; fewer when no source has as many.
+    Returns: [N]; 0 where `data` has no image of a cell's source.
+    """
+    total, labels = size(cells), np.asarray(data.labels)
+    images, cells = np.asarray(data.images), jax.tree.map(np.asarray, cells)
+    rows = [np.flatnonzero(_counts(labels, cells, index)) for index in range(total)]
+    batch_size = max(min(batch_size, max(map(len, rows))), 1)
+    program, hits = _counter(net.apply, inversion.stamp, True), np.zeros(total)
+    width = over_slots.even(total, slots)
+    for start in range(0, total, width):
+        chosen = range(start, min(start + width, total))
+        group = np.minimum(np.arange(start, start + width), total - 1)  # the last group repeats the last cell
+        part, own_cells = jax.tree.map(lambda leaf, group=group: np.asarray(leaf)[group], (states, cells))
+        for number in range(-(-max(len(rows[i]) for i in chosen) // batch_size)):
+            index, real = _padded([rows[i] for i in group], number, batch_size)
+            group_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), jnp.asarray(group))
+            good, _ = program(group_keys, part, own_cells, victim, images[index], labels[index], real)
+            hits[chosen] += np.asarray(good)[: len(chosen)]
+    return hits / np.maximum([len(own) for own in rows], 1)
+
+
+def _counts(labels: np.ndarray, cells: Cell, index: int) -> np.ndarray:
+    """[B] bool: the images on which a cell is judged."""
+    source = cells.source[index]
+    return (labels != cells.target[index]) & ((source == ANY_SOURCE) | (labels == source))
+
+
+def _padded(rows: Sequence[np.ndarray], number: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batch `number` of each list of rows as [S, batch_size], and which are real; the others are row 0."""
+    index, real = np.zeros((2, len(rows), batch_size), int)
+    for into, told, own in zip(index, real, rows, strict=True):
+        part = own[number * batch_size : (number + 1) * batch_size]
+        into[: len(part)], told[: len(part)] = part, 1
+    return index, real.astype(bool)
 
 
 def batches(data: Batch, batch_size: int):

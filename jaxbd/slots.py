@@ -1,0 +1,334 @@
+"""Over slots: a long list of cells through a fixed number of places of one compiled program.
+
+Cells wait in a list and S of them advance together. A cell that is done leaves for the host's memory, and the next one
+takes its slot; when none is left to take it, the batch narrows to a power of two. What a cell becomes depends on its
+number in the list alone: a cell that is done stays as it is until the host looks.
+"""
+
+import collections
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import loop, memory
+from jaxbd.base import Array, ArrayTree, Cell, Inversion, Key, UserError, Variables
+
+DEFAULT, CPU_DEFAULT = 32, 16
+"""Slots where none are asked for and memory allows. On two cores a small net costs twice the time per image from 30
+slots on, when a step's arrays outgrow the caches, and gains nothing below 16."""
+BLANK = np.iinfo(np.int32).max
+"""Steps made by a slot without a cell: more than any run asks for, so that it never advances."""
+
+
+class Slots(NamedTuple):
+    """What a program carries; leaves [S, …].
+
+    Attributes:
+      state: of the inversion.
+      info: of the cell's last step; zeros before its first.
+      made: [S] int32, steps made.
+      broke: [S] int32, the first step whose info was not finite; -1 for none.
+    """
+
+    state: ArrayTree
+    info: ArrayTree
+    made: Array
+    broke: Array
+
+
+class Progress(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+      cells, cells_total: cells that are done, of all.
+      steps, steps_total: steps of all cells; a cell that settled early counts as if it had made all of its steps.
+      slots: width of the batch.
+    """
+
+    cells: int
+    cells_total: int
+    steps: int
+    steps_total: int
+    slots: int
+
+
+class Found(NamedTuple):
+    """Result of a run over slots; arrays are NumPy.
+
+    Attributes:
+      states: [N, …], of each cell when it was done.
+      infos: [N] of each cell's last step; zeros for a cell that was settled before its first.
+      steps: [N] int32, steps made by each cell.
+      image_steps: images of the steps that were made, sum of `steps` x batch.
+      image_steps_pushed: images that went through the victim, those of slots that stood still or were empty included.
+      seconds: compiling, and all else.
+      slots: the widest batch used; what is left after a device ran out of memory.
+    """
+
+    states: ArrayTree
+    infos: ArrayTree
+    steps: np.ndarray
+    image_steps: int
+    image_steps_pushed: int
+    seconds: loop.Seconds
+    slots: int
+
+
+def _never(state: ArrayTree) -> bool:
+    del state
+    return False
+
+
+def _choose(condition: Array, yes: ArrayTree, no: ArrayTree) -> ArrayTree:
+    return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
+
+
+def _finite(info: ArrayTree) -> Array:
+    """[] bool, whether every float in `info` is finite."""
+    floats = [leaf for leaf in jax.tree.leaves(info) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in floats], jnp.bool_(True))
+
+
+@functools.lru_cache(maxsize=32)
+def _one(inversion: Inversion, draw: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """(fresh, step, done) of one slot; `step` leaves a slot that is done as it is."""
+
+    def fresh(key, number):
+        return inversion.init(jax.random.fold_in(jax.random.fold_in(key, 0), number))
+
+    def done(slot, limit):
+        return (slot.made >= limit) | (inversion.settled or _never)(slot.state)
+
+    def step(slot, number, cell, limit, key, victim, data):
+        key = jax.random.fold_in(jax.random.fold_in(key, 1), number)
+        draw_key, step_key = jax.random.split(jax.random.fold_in(key, slot.state.step))
+        batch = draw(draw_key, data, cell.source)
+        state, info = inversion.step(step_key, slot.state, batch, cell, victim)
+        broke = jnp.where((slot.broke < 0) & ~_finite(info), slot.made, slot.broke)
+        return _choose(done(slot, limit), slot, Slots(state, info, slot.made + 1, broke))
+
+    return fresh, step, done
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(inversion: Inversion, draw: Callable[..., Any], over_time: loop.Time) -> tuple[loop.Program, ...]:
+    """`refill` and `advance` for all slots at once; kept, so that nothing is traced twice."""
+    fresh, step, done = _one(inversion, draw)
+    every_step = jax.vmap(step, (0, 0, 0, None, None, None, None))
+    every_done = jax.vmap(done, (0, None))
+
+    def refill(slots, taken, numbers, key):
+        """Fresh states where `taken` [S]."""
+        states = jax.vmap(fresh, (None, 0))(key, numbers)
+        zero = jnp.zeros_like(slots.made)
+        return jax.vmap(_choose)(taken, Slots(states, jax.tree.map(jnp.zeros_like, slots.info), zero, zero - 1), slots)
+
+    def advance(slots, count, numbers, cells, limit, *rest):
+        """`count` steps ("scan") or one; returns the slots and [S] bool, which are done."""
+        body = lambda _, slots: every_step(slots, numbers, cells, limit, *rest)
+        slots = body(0, slots) if over_time == "host" else jax.lax.fori_loop(0, count, body, slots)
+        return slots, every_done(slots, limit)
+
+    return loop.Program(refill, donate=(0,)), loop.Program(advance, donate=(0,))
+
+
+class _Run:
+    """One run: the programs, their shared arguments, the cells that wait, and what has been found."""
+
+    def __init__(self, key, inversion, draw, data, cells, victim, num_steps, over_time, chunk):
+        over_time = loop.default_time() if over_time == "auto" else over_time
+        self.refill, self.program = _programs(inversion, draw, over_time)
+        self.host = over_time == "host"
+        self.key, self.shared = key, (key, victim, data)
+        self.cells = jax.tree.map(np.asarray, cells)
+        self.total, self.num_steps, self.chunk = len(self.cells.target), num_steps, chunk
+        self.limit = jnp.int32(num_steps)
+        self.slot, self.batch_size = _shapes(inversion, draw, self.cells, *self.shared)
+        empty = lambda tree: jax.tree.map(lambda leaf: np.zeros((self.total, *leaf.shape), leaf.dtype), tree)
+        self.states, self.infos = empty(self.slot.state), empty(self.slot.info)
+        self.steps = np.zeros(self.total, np.int32)
+        self.waiting = collections.deque(range(self.total))
+        self.pushed = 0
+
+    def open(self, width: int) -> None:
+        """A batch of `width` slots without cells."""
+        blank = jax.tree.map(lambda leaf: jnp.zeros((width, *leaf.shape), leaf.dtype), self.slot)
+        self.slots = blank._replace(made=jnp.full((width,), BLANK, jnp.int32))
+        self.place(np.full(width, -1))
+        self.made = np.zeros(width, np.int32)
+
+    def place(self, numbers: np.ndarray) -> None:
+        """Notes which cell [S] is in which slot, -1 for none."""
+        self.numbers = numbers
+        index = np.maximum(numbers, 0)
+        self.placed = jnp.asarray(index, jnp.int32), jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), self.cells)
+
+    def arguments(self, count: int) -> tuple:
+        return (self.slots, jnp.int32(count), *self.placed, self.limit, *self.shared)
+
+    def live(self) -> np.ndarray:
+        """Positions of slots that hold a cell."""
+        return np.flatnonzero(self.numbers >= 0)
+
+    def arrange(self) -> None:
+        """Waiting cells take free slots; when none waits, the batch narrows to what the cells that are left fill."""
+        free = np.flatnonzero(self.numbers < 0)[: len(self.waiting)]
+        if len(free):
+            numbers, taken = self.numbers.copy(), np.zeros(len(self.numbers), bool)
+            numbers[free], taken[free] = [self.waiting.popleft() for _ in free], True
+            self.place(numbers)
+            self.made[free] = 0
+            self.slots = self.refill(self.slots, jnp.asarray(taken), self.placed[0], self.key)
+            return
+        width = fitting(len(self.live()), len(self.numbers))
+        if width < len(self.numbers) and self.ahead() > self.chunk:  # a chunk is too little to compile for
+            self.narrow(width)
+
+    def ahead(self) -> int:
+        """Most steps that a cell in a slot may still make."""
+        return self.num_steps - int(self.made[self.live()].min())
+
+    def narrow(self, width: int) -> None:
+        """Moves the cells into a batch of `width`; what is over of it repeats the first and is nobody's."""
+        live = self.live()
+        index = np.concatenate([live, np.full(width - len(live), live[0])])
+        self.slots = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[index]), self.slots)
+        self.made = self.made[index]
+        self.place(np.where(np.arange(width) < len(live), self.numbers[index], -1))
+
+    def advance(self) -> None:
+        """One chunk; cells that are done leave."""
+        count = min(self.chunk, self.ahead())
+        arguments = self.arguments(count)
+        for _ in range(count if self.host else 1):
+            self.slots, done = self.program(self.slots, *arguments[1:])
+        self.pushed += count * len(self.numbers)
+        done, made, broke = jax.device_get((done, self.slots.made, self.slots.broke))
+        live = self.live()
+        if (broke[live] >= 0).any():
+            first = broke[live][broke[live] >= 0].min()
+            raise loop.NotFinite(int(first), tuple(sorted(int(n) for n in self.numbers[live[broke[live] == first]])))
+        self.made = np.array(made)
+        leaving = live[done[live]]
+        if len(leaving):
+            self.store(leaving)
+
+    def store(self, leaving: np.ndarray) -> None:
+        """Copies the slots at the positions `leaving` to the host and frees them."""
+        numbers = self.numbers[leaving]
+
+        def keep(kept, leaf):
+            kept[numbers] = np.asarray(leaf)[leaving]
+
+        jax.tree.map(keep, (self.states, self.infos), (self.slots.state, self.slots.info))
+        self.steps[numbers] = self.made[leaving]
+        self.numbers = self.numbers.copy()
+        self.numbers[leaving] = -1
+
+    def restart(self, width: int) -> None:
+        """Cells in the slots go back to the head of the list and start again in a batch of `width`."""
+        self.waiting.extendleft(sorted((int(n) for n in self.numbers[self.live()]), reverse=True))
+        self.slots = None  # gone before the next is made
+        self.open(width)
+
+    def progress(self) -> Progress:
+        live = self.live()
+        finished = self.total - len(self.waiting) - len(live)
+        steps = finished * self.num_steps + int(self.made[live].sum())
+        return Progress(finished, self.total, steps, self.total * self.num_steps, len(self.numbers))
+
+
+def _shapes(inversion, draw, cells, key, victim, data) -> tuple[Slots, int]:
+    """Shapes of one slot and the number of images in a batch, without computing anything."""
+
+    def shapes(cell, key, victim, data):
+        state, batch = inversion.init(key), draw(key, data, cell.source)
+        number = jnp.int32(0)
+        return Slots(state, inversion.step(key, state, batch, cell, victim)[1], number, number), batch
+
+    cell = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype), cells)
+    slot, batch = jax.eval_shape(shapes, cell, key, victim, data)
+    return slot, jax.tree.leaves(batch)[0].shape[0]
+
+
+def fitting(count: int, widest: int) -> int:
+    """The narrowest batch for `count` cells: a power of two below `widest`, or `widest`; few programs serve all."""
+    return min(1 << max(count - 1, 0).bit_length(), widest)
+
+
+def even(total: int, widest: int) -> int:
+    """The batch, at most `widest`, in which `total` cells of one length are run in equally full waves."""
+    return -(-total // -(-total // widest))
+
+
+def _open(state: _Run, slots: int | None, budget: int | None) -> None:
+    """The widest batch within the budget; asked-for slots without a budget are taken as they are."""
+    default = CPU_DEFAULT if jax.default_backend() == "cpu" else DEFAULT
+    state.open(even(state.total, slots or default))
+    if slots is not None and budget is None:
+        return
+    budget = memory.available() if budget is None else budget
+    while (needed := memory.needed(state.program.compiled(*state.arguments(1)))) > budget:
+        width = len(state.numbers)
+        if width == 1:
+            raise UserError(
+                f"one cell needs {needed:,} bytes and the memory budget is {budget:,}; use smaller batches, or raise it"
+            )
+        state.open(width // 2)
+
+
+def run(
+    key: Key,
+    inversion: Inversion,
+    draw: Callable[..., Any],
+    data: Any,
+    cells: Cell,
+    victim: Variables,
+    *,
+    num_steps: int,
+    slots: int | None = None,
+    memory_budget: int | None = None,
+    over_time: loop.Time = "auto",
+    chunk: int = 20,
+    on_chunk: Callable[[Progress], None] | None = None,
+    on_shrink: Callable[[int], None] | None = None,
+) -> Found:
+    """See `sweep.search`, which names the cells of errors.
+
+    Raises: NotFinite with the numbers of the cells whose infos stopped being finite; UserError when a single cell does
+      not fit the budget.
+    """
+    if num_steps < 1 or chunk < 1 or (slots is not None and slots < 1):
+        raise UserError(f"a search needs num_steps, chunk, slots >= 1, not {num_steps}, {chunk}, {slots}")
+    if not len(cells.target):
+        raise UserError("a search without cells; give at least one")
+    started = time.perf_counter()
+    state = _Run(key, inversion, draw, data, cells, victim, num_steps, over_time, chunk)
+    compiled = lambda: state.refill.compile_seconds + state.program.compile_seconds
+    compiled_before = compiled()
+    _open(state, slots, memory_budget)
+    widest = len(state.numbers)
+    while state.waiting or len(state.live()):
+        failed = False
+        try:
+            state.arrange()
+            state.advance()
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.ran_out(error) or len(state.numbers) == 1:
+                raise
+            failed = True
+        if failed:  # outside the handler, whose traceback would keep the old batch alive
+            widest = len(state.numbers) // 2
+            state.restart(widest)
+            if on_shrink is not None:
+                on_shrink(widest)
+        elif on_chunk is not None:
+            on_chunk(state.progress())
+    seconds = loop.Seconds(compiled() - compiled_before, time.perf_counter() - started - compiled() + compiled_before)
+    images = state.batch_size * int(state.steps.sum()), state.batch_size * state.pushed
+    return Found(state.states, state.infos, state.steps, *images, seconds, widest)
