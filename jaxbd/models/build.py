@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +31,9 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "wrn40-2": functools.partial(WideResNet, depth=40, factor=2),
 }
 """Architecture name -> (classes, image_shape, dtype, **options) module factory."""
+
+SOWN = ("intermediates", "output")
+"""Collection and name under which a module shows its output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,11 @@ def from_flax(
     mean: tuple[float, ...] = NORMALISATIONS["none"][0],
     std: tuple[float, ...] = NORMALISATIONS["none"][1],
 ) -> Net:
-    """Any Flax module called as `module(images, train=bool)` -> logits becomes a `Net` on images of `image_shape`."""
+    """Any Flax module called as `module(images, train=bool)` -> logits becomes a `Net` on images of `image_shape`.
+
+    `Net.outputs` shows whatever its modules sow as `intermediates/<path>/output` (`models.norm` does), an empty dict
+    where none does.
+    """
 
     def init(key: Key) -> Variables:
         variables = flax_module.init(key, jnp.zeros((2, *image_shape)), train=False)
@@ -90,7 +98,27 @@ def from_flax(
         logits, updates = flax_module.apply(variables, inputs, train=True, mutable=["batch_stats"])
         return logits, updates.get("batch_stats", {})
 
-    return Net(init, apply)
+    def outputs(variables: Variables, images: Array) -> tuple[Array, dict[str, Array]]:
+        paths: list[tuple[str, ...]] = []
+        with nn.intercept_methods(functools.partial(_note_sown, paths)):
+            inputs = normalise(images, mean, std)
+            logits, sown = flax_module.apply(variables, inputs, train=False, mutable=["intermediates"])
+        flat = flax.traverse_util.flatten_dict(dict(sown.get("intermediates", {})))
+        return logits, {"/".join(path): flat[*path, "output"][-1] for path in paths}
+
+    return Net(init, apply, outputs)
+
+
+def _note_sown(paths: list[tuple[str, ...]], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Notes the path of a module that has sown its output when its call is over: in order of execution.
+
+    The collection's own order is not that: compiled functions sort dictionaries by name.
+    """
+    result = call(*args, **kwargs)
+    path = context.module.path
+    if context.method_name == "__call__" and path not in paths and context.module.has_variable(*SOWN):
+        paths.append(path)
+    return result
 
 
 @functools.lru_cache(maxsize=64)

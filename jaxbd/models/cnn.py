@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxbd.base import Array
-from jaxbd.models.norm import BatchNorm
+from jaxbd.models.norm import BatchNorm, Correction
 
 
 class CNN(nn.Module):
@@ -14,21 +14,30 @@ class CNN(nn.Module):
 
     Stage i has `width * 2**i` channels; every stage but the first halves the image. The mean over places makes the
     net blind to where a feature was seen, so a trigger planted at random places can be learnt from few images.
+    Without `norm` the convolutions have a bias, and a `Correction` stands where BatchNorm stood.
     """
 
     classes: int
     width: int = 16
     stages: int = 3
+    norm: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         for stage in range(self.stages):
             stride = 1 if stage == 0 else 2
-            x = nn.Conv(
-                self.width * 2**stage, (3, 3), stride, padding=1, use_bias=False, dtype=self.dtype, name=f"conv{stage}"
-            )(x)
-            x = BatchNorm(not train, dtype=self.dtype, name=f"norm{stage}")(x)
-            x = nn.relu(x)
-        x = x.mean((1, 2))
+            conv = nn.Conv(
+                self.width * 2**stage,
+                (3, 3),
+                stride,
+                padding=1,
+                use_bias=not self.norm,
+                dtype=self.dtype,
+                name=f"conv{stage}",
+            )
+            name = f"norm{stage}"
+            norm = BatchNorm(not train, dtype=self.dtype, name=name) if self.norm else Correction(name=name)
+            x = nn.relu(norm(conv(x)))
+        x = Correction(name="features")(x.mean((1, 2)))
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)

@@ -1,4 +1,4 @@
-"""Input normalisation and the one BatchNorm of the project."""
+"""Input normalisation, the one BatchNorm of the project, and the place of a correction where none follows."""
 
 from typing import Any
 
@@ -70,8 +70,31 @@ class BatchNorm(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
             factor, shift = factor * scale, shift * scale + bias
         out = x * _along_channels(factor, x) + _along_channels(shift, x)
-        if self.has_variable("bounds", "upper"):
-            lower, upper = self.get_variable("bounds", "lower"), self.get_variable("bounds", "upper")
-            out = jnp.clip(out, _along_channels(lower, out), _along_channels(upper, out))
+        out = _clipped(self, out)
         self.sow("intermediates", "output", out)
         return out
+
+
+class Correction(nn.Module):
+    """h(z) = max(min((z - mu) / sigma, omega), upsilon) per channel of [..., C], where no BatchNorm follows.
+
+    Li et al. (BNA), section 4.2. Has no parameters and is the identity unless its arrays `mean`, `std`, `lower` and
+    `upper` [C] are in the collection `bounds`. The output is sown as `intermediates/<path>/output`, as BatchNorm's.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.has_variable("bounds", "mean"):
+            mean, std = self.get_variable("bounds", "mean"), self.get_variable("bounds", "std")
+            x = ((x - _along_channels(mean, x)) / _along_channels(std, x)).astype(x.dtype)
+        x = _clipped(self, x)
+        self.sow("intermediates", "output", x)
+        return x
+
+
+def _clipped(module: nn.Module, x: Array) -> Array:
+    """`x` [..., C] between the module's `lower` and `upper` [C] of the collection `bounds`, where it has them."""
+    if not module.has_variable("bounds", "upper"):
+        return x
+    lower, upper = module.get_variable("bounds", "lower"), module.get_variable("bounds", "upper")
+    return jnp.clip(x, _along_channels(lower, x), _along_channels(upper, x))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxbd.base import Array, UserError
 from jaxbd.models.generators import TORCH_KERNEL, torch_bias
-from jaxbd.models.norm import BatchNorm
+from jaxbd.models.norm import BatchNorm, Correction
 
 RESNET18 = (2, 2, 2, 2)
 RESNET34 = (3, 4, 6, 3)
@@ -127,6 +127,6 @@ def head(x: Array, classes: int, dtype: Any) -> Array:
 
     Called inside a compact module. Started as PyTorch starts its linear layers.
     """
-    x = x.mean((1, 2))
+    x = Correction(name="features")(x.mean((1, 2)))
     bias_init = torch_bias(x.shape[-1])
     return nn.Dense(classes, kernel_init=TORCH_KERNEL, bias_init=bias_init, dtype=dtype, name="head")(x)

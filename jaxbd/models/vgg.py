@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxbd.base import Array, UserError
 from jaxbd.models.generators import TORCH_KERNEL, torch_bias
-from jaxbd.models.norm import BatchNorm
+from jaxbd.models.norm import BatchNorm, Correction
 
 STAGES = 3
 
@@ -44,7 +44,7 @@ class VGG(nn.Module):
                 )(x)
                 x = elu(BatchNorm(not train, dtype=self.dtype, name=f"bn{stage}_{index}")(x))
             x = halve(x)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        x = Correction(name="features")(x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
         bias_init = torch_bias(x.shape[-1])
         return nn.Dense(self.classes, kernel_init=TORCH_KERNEL, bias_init=bias_init, dtype=self.dtype, name="head")(x)
 

@@ -1,0 +1,179 @@
+"""Correction of activation distributions for one trigger, and what it did to them. Composition, as `workflow`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import histogram, loop, losses, sweep
+from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
+from jaxbd.data import draw
+from jaxbd.images import to_float
+from jaxbd.repair import activations as measured
+from jaxbd.repair import bna
+from jaxbd.workflow import Progress, Repaired
+
+make_bna = functools.lru_cache(32)(bna.make)
+"""Remembers what it made, so that nothing is traced twice for another victim of the same shape."""
+
+Stamp = Callable[[Key, Any, Array], Array]
+
+
+def trigger(
+    key: Key,
+    net: Net,
+    variables: Variables,
+    stamp: Stamp,
+    model: Any,
+    data: Batch,
+    config: bna.Config,
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    label: str = "bna",
+) -> Repaired:
+    """Corrects the net for one trigger, see `repair.bna`: `variables` with changed moments and with `bounds`.
+
+    Args:
+      stamp, model: `stamp(key, model, images)` puts the trigger on images.
+      data: clean images of the source classes (uint8 or float); batches are drawn from them.
+    Raises: UserError when there are fewer images than a batch, or the net shows no layer to correct.
+    """
+    if len(data.labels) < batch_size:
+        raise UserError(f"{len(data.labels)} images to correct with, fewer than a batch of {batch_size}; bring more")
+    data = Batch(jnp.asarray(data.images), jnp.asarray(data.labels))
+    layers = bna.trained_layers(net, variables, to_float(data.images[:1]), config)
+    config = bna.lengthened(config, len(layers), -(-len(data.labels) // batch_size))
+    method = make_bna(net, stamp, config)
+    report = progress or (lambda *_: None)
+    report(label, 0, config.num_steps)
+    state = _starter(method.init)(jax.random.fold_in(key, 0), variables, bna.Evidence(model, data))
+    state, infos, seconds = loop.fit(
+        jax.random.fold_in(key, 1),
+        method.step,
+        draw.uniform(batch_size),
+        data,
+        state,
+        num_steps=config.num_steps,
+        on_chunk=lambda done, _, __: report(label, done, config.num_steps),
+    )
+    return Repaired(method.extract(state), infos, seconds)
+
+
+@functools.lru_cache(maxsize=32)
+def _starter(init: Callable[..., Any]) -> loop.Program:
+    return loop.Program(init)
+
+
+def activations(
+    net: Net,
+    variables: Variables,
+    data: Batch,
+    *,
+    layer: str,
+    channel: int,
+    stamp: Stamp | None = None,
+    model: Any = None,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Values [N x positions] of one channel of one layer on `data`; triggered where a stamp is given (Fig. 1).
+
+    Raises: UserError when the net shows no such layer or channel.
+    """
+    _check_shown(net, variables, data, layer, channel)
+    program, parts = _shower(net, stamp, layer, channel), []
+    for number, (images, _, real) in enumerate(sweep.batches(data, batch_size)):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        parts.append(np.asarray(program(key, variables, model, images))[real].ravel())
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=32)
+def _shower(net: Net, stamp: Stamp | None, layer: str, channel: int) -> loop.Program:
+    """[B, …]: one channel of one layer; of stamped images where a stamp is given."""
+
+    def show(key, variables, model, images):
+        images = to_float(images)
+        return net.outputs(variables, images if stamp is None else stamp(key, model, images))[1][layer][..., channel]
+
+    return loop.Program(show)
+
+
+def layers(net: Net, variables: Variables, data: Batch) -> dict[str, int]:
+    """Layers that the net shows, in order of execution, and how many channels each has; empty where it shows none."""
+    found: dict[str, int] = {}
+    if net.outputs is not None:
+        note = lambda variables, images: found.update(
+            {name: values.shape[-1] for name, values in net.outputs(variables, images)[1].items()}
+        )
+        jax.eval_shape(note, variables, to_float(jnp.asarray(data.images[:1])))
+    return found
+
+
+def _check_shown(net: Net, variables: Variables, data: Batch, layer: str, channel: int = 0) -> None:
+    """Raises UserError when the net does not show `layer` or has no such channel in it."""
+    shown = layers(net, variables, data)
+    if layer not in shown:
+        raise UserError(f"the net shows no layer {layer!r}; it shows {', '.join(shown) or 'none'}")
+    if not 0 <= channel < shown[layer]:
+        raise UserError(f"layer {layer} has channels 0..{shown[layer] - 1}, not {channel}")
+
+
+class Divergences(NamedTuple):
+    """Means over the channels of a layer, or of all layers, between 0 and the divergence's largest value."""
+
+    tv: float
+    js: float
+    kl: float
+
+
+def divergences(
+    net: Net,
+    variables: Variables,
+    corrected: Variables,
+    stamp: Stamp,
+    model: Any,
+    data: Batch,
+    *,
+    layer: str | None = None,
+    width: float = 0.1,
+    bins: int = 100,
+) -> dict[str, Divergences]:
+    """How far triggered activations in `corrected` are from clean ones in `variables`, the net as it came.
+
+    Li et al. 2023, appendix D (Tables 9 and 10), with exact histograms over the range of the clean activations. Give
+    `variables` twice for the net before its correction.
+
+    Args:
+      layer: the layer that counts; the last one shown, the penultimate of our nets, when not given.
+    Returns: {layer: its mean, "all": the mean over the layers' means}.
+    Raises: UserError when the net shows no such layer.
+    """
+    shown = layers(net, variables, data)
+    layer = (list(shown) or ["penultimate"])[-1] if layer is None else layer
+    _check_shown(net, variables, data, layer)
+    images = jnp.asarray(data.images)
+    found = jax.device_get(_diverger(net, stamp, width, bins)(variables, corrected, model, images))
+    means = {name: Divergences(*map(float, values)) for name, values in found.items()}
+    every = Divergences(*(float(value) for value in np.mean(list(means.values()), axis=0)))
+    return {layer: means[layer], "all": every}
+
+
+@functools.lru_cache(maxsize=32)
+def _diverger(net: Net, stamp: Stamp, width: float, bins: int) -> loop.Program:
+    """(clean variables, corrected ones, trigger, images) -> {layer: (TV, JS, KL)}."""
+
+    def diverge(variables, corrected, model, images):
+        clean = lambda _, chunk: net.outputs(variables, chunk)[1]
+        stamped = lambda number, chunk: stamp(jax.random.fold_in(jax.random.key(0), number), model, chunk)
+        triggered = lambda number, chunk: net.outputs(corrected, stamped(number, chunk))[1]
+        ranges = measured.ranges(clean, images)
+        grids = {name: histogram.grid(r.low, r.high, width, bins) for name, r in ranges.items()}
+        p, q = (measured.histograms(show, images, grids, bins) for show in (clean, triggered))
+        forms = (losses.total_variation, losses.jensen_shannon, losses.kullback_leibler)
+        return {name: tuple(form(p[name], q[name]).mean() for form in forms) for name in p}
+
+    return loop.Program(diverge)
