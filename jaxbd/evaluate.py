@@ -1,4 +1,7 @@
-"""Clean accuracy, attack success rate and source inference accuracy. One of the three places that call `jax.jit`."""
+"""Clean accuracy, attack success rate, source inference accuracy, and how well triggered images are told apart.
+
+One of the three places that call `jax.jit`.
+"""
 
 import dataclasses
 import functools
@@ -21,7 +24,7 @@ class Rates:
     Attributes:
       clean_accuracy: share of clean images given their own label.
       attack_success_rate: share of triggered images given the attacker's label, over images whose true label is not
-        already that label; None when no trigger was given.
+        already that label; None, like the next two, when no trigger was given or no image counts.
       source_inference_accuracy: share of those same triggered images given their own label (SIA, Li et al. 2022).
       attack_success_rate_correct_only: the same over images that the net gets right without the trigger (the
         denominator of DHBE's ASR, Yan et al. 2023, eq. 9).
@@ -35,6 +38,27 @@ class Rates:
     attack_success_rate_correct_only: float | None
     n_clean: int
     n_triggered: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """How well a test-time detector tells triggered images from clean ones (Li et al. 2023, section 5.3).
+
+    Attributes:
+      true_positive_rate: share of triggered images that are flagged, over images whose true label is not already the
+        attacker's; None where there is none.
+      false_positive_rate: share of clean images of the attacker's target classes that are flagged (with an all-to-all
+        attack, of all classes); None where there is none.
+      false_positive_rate_all: the same over all clean images, whatever their class.
+      n_triggered, n_clean_target, n_clean: the three denominators.
+    """
+
+    true_positive_rate: float | None
+    false_positive_rate: float | None
+    false_positive_rate_all: float | None
+    n_triggered: int
+    n_clean_target: int
+    n_clean: int
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,12 +115,79 @@ def rates(
     stamped = triggered_logits(key, net, variables, attack.stamp, trigger, data).argmax(-1)
     counted = wanted != labels
     correct = counted & (predicted == labels)
-    share = lambda hits, among: float(hits[among].mean()) if among.any() else 0.0
     return Rates(
         accuracy,
-        share(stamped == wanted, counted),
-        share(stamped == labels, counted),
-        share(stamped == wanted, correct),
+        _share(stamped == wanted, counted),
+        _share(stamped == labels, counted),
+        _share(stamped == wanted, correct),
         len(labels),
         int(counted.sum()),
     )
+
+
+def _share(hits: np.ndarray, among: np.ndarray) -> float | None:
+    """Share of hits [N] bool among the rows `among` [N] bool; None where there is none to count."""
+    return float(hits[among].mean()) if among.any() else None
+
+
+@functools.lru_cache(maxsize=64)
+def _measuring(measure: Callable[..., Any], stamp: Callable[..., Any] | None) -> Program:
+    def measured(key, known, trigger, images):
+        stamp_key, key = jax.random.split(key)
+        images = to_float(images)
+        return measure(key, known, images if stamp is None else stamp(stamp_key, trigger, images))
+
+    return Program(measured)
+
+
+def per_image(
+    key: Key,
+    measure: Callable[[Key, Any, Any], Any],
+    known: Any,
+    data: Batch,
+    stamp: Callable[..., Any] | None = None,
+    trigger: Any = (),
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """What a pure `measure(key, known, images [B, H, W, C]) -> pytree of [B, …]` says of each image, as NumPy [N, …].
+
+    Args:
+      known: what `measure` needs beside the images, such as a net's variables.
+      stamp, trigger: where given, every image is first stamped by `stamp(key, trigger, images)`.
+      progress: called as progress(images done, N) after each batch.
+    """
+    program, parts, total = _measuring(measure, stamp), [], len(data.labels)
+    for number, (images, _, real) in enumerate(batches(data, batch_size)):
+        found = program(jax.random.fold_in(key, number), known, trigger, images)
+        parts.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[real], found))
+        if progress is not None:
+            progress(min((number + 1) * batch_size, total), total)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def detection(
+    key: Key,
+    flag: Callable[[Key, Any, Any], Any],
+    known: Any,
+    data: Batch,
+    attack: Attack,
+    trigger: Any,
+    *,
+    batch_size: int = 256,
+) -> Detection:
+    """How often `flag(key, known, images) -> [B] bool` is right on `data`, clean and stamped with the attack's trigger.
+
+    Only `attack.stamp` and `attack.relabel` are used.
+    """
+    clean_key, stamped_key = jax.random.split(key)
+    labels = np.asarray(data.labels)
+    wanted = np.asarray(attack.relabel(labels))
+    counted = wanted != labels
+    of_target = np.isin(labels, wanted[counted])
+    clean = per_image(clean_key, flag, known, data, batch_size=batch_size)
+    stamped = per_image(stamped_key, flag, known, data, attack.stamp, trigger, batch_size=batch_size)
+    everything = np.ones(len(labels), bool)
+    shares = _share(stamped, counted), _share(clean, of_target), _share(clean, everything)
+    return Detection(*shares, int(counted.sum()), int(of_target.sum()), len(labels))

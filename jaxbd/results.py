@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from jaxbd import record
-from jaxbd.evaluate import Rates
+from jaxbd.evaluate import Detection, Rates
 from jaxbd.loop import Seconds
+from jaxbd.pairs import Config as PairConfig
+from jaxbd.pairs import Estimate, PairScan
 from jaxbd.workflow import Scan, ScanConfig
 
 SCHEMA = "jaxbd/1"
@@ -26,6 +28,70 @@ def provenance(seed: int) -> dict[str, Any]:
 def rates(found: Rates) -> dict[str, Any]:
     """The content of `evaluate.json` but for provenance."""
     return dataclasses.asdict(found)
+
+
+def detection(found: Detection) -> dict[str, Any]:
+    """How well triggered images are told from clean ones, with the denominators."""
+    return dataclasses.asdict(found)
+
+
+def pair_scan(
+    found: PairScan,
+    config: PairConfig,
+    *,
+    method: str,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    class_names: tuple[str, ...],
+    seed: int,
+) -> dict[str, Any]:
+    """The content of `scan.json` of a scan over all ordered pairs of classes.
+
+    Args:
+      method: as it was asked for.
+      model, data, class_names, seed: see `scan`.
+    Returns: beside what every scan has, `pairs` [[source, target]], and by method the matrices `statistics` and
+      `scores` [K][K] (source, target), None on the diagonal and where nothing was searched; a score is None also
+      where it is infinite, beside a statistic that is a number.
+    """
+    best = np.stack([np.asarray(scores, float) for scores in found.scores.values()])
+    best = np.where(np.isnan(best), -np.inf, best).max((0, 1))
+    rates = {target: trigger.attack_success_rate for target, trigger in found.triggers.items()}
+    return {
+        "schema": f"{SCHEMA}/scan",
+        "verdict": found.verdict,
+        "targets": found.targets,
+        "pairs": [list(pair) for pair in found.pairs],
+        "setting": found.setting,
+        "decided_by": found.decided_by,
+        "classes": [
+            {"class": k, "name": name, "attack_success_rate": rates.get(k), "score": best[k]}
+            for k, name in enumerate(class_names)
+        ],
+        "triggers": {target: estimate(trigger) for target, trigger in found.triggers.items()},
+        "statistics": found.statistics,
+        "scores": found.scores,
+        "method": method,
+        "config": dataclasses.asdict(config),
+        "model": model,
+        "data": data,
+        "missing": found.missing,
+        "cells": sum(int(np.isfinite(searched).sum()) for searched in found.statistics.values()),
+        "steps": found.steps,
+        "image_steps": found.image_steps,
+        "seconds": seconds(found.seconds),
+        **provenance(seed),
+    }
+
+
+def estimate(found: Estimate) -> dict[str, Any]:
+    """What results say of a trigger that was estimated for one target."""
+    return {
+        "method": found.method,
+        "sources": list(found.sources),
+        "norm": found.norm,
+        "attack_success_rate": found.attack_success_rate,
+    }
 
 
 def scan(

@@ -5,6 +5,7 @@ All of them carry the same payload where they can: create the file `CANARY`. Nob
 """
 
 import collections
+import hashlib
 import io
 import json
 import os
@@ -429,7 +430,88 @@ def folders(root: pathlib.Path) -> None:
         (root / f"folder_{label}").mkdir()
         (root / f"folder_{label}" / "config.json").write_bytes(config)
         (root / f"folder_{label}" / "model.safetensors").write_bytes(weights)
+    _guards(root, {**good, "options": {"width": 1, "stages": 1}, "version": 2})
     _orbax(root)
+
+
+SMALL_CNN = {
+    "params/conv0/kernel": (3, 3, 3, 1),
+    "params/norm0/scale": (1,),
+    "params/norm0/bias": (1,),
+    "params/head/kernel": (1, 2),
+    "params/head/bias": (2,),
+    "batch_stats/norm0/mean": (1,),
+    "batch_stats/norm0/var": (1,),
+}
+"""Every array of a cnn of width 1 in one stage, for two classes."""
+
+
+def arrays(shapes: dict[str, tuple[int, ...]], values: dict[str, float] = {}) -> bytes:  # noqa: B006 (read only)
+    """A safetensors file of float32 arrays that hold 1 throughout, or what `values` says."""
+    header, data = {}, b""
+    for name_, shape in shapes.items():
+        size = 1
+        for side in shape:
+            size *= side
+        header[name_] = entry(list(shape), [len(data), len(data) + 4 * size])
+        data += struct.pack(f"<{size}f", *[values.get(name_, 1.0)] * size)
+    return safetensors(header, data)
+
+
+def _guards(root: pathlib.Path, config: dict) -> None:
+    """Guarded models, whole but for their guard."""
+    moments = {name_: shape for name_, shape in SMALL_CNN.items() if name_.startswith("batch_stats/")}
+    bounds = {"bounds/norm0/lower": (1,), "bounds/norm0/upper": (1,)}
+    features = {f"bounds/features/{part}": (1,) for part in ("mean", "std", "lower", "upper")}
+    of = lambda target, shapes: {f"{target}/{name_}": shape for name_, shape in shapes.items()}
+    good, model, named = of(1, moments | bounds), arrays(SMALL_CNN), {"targets": [1]}
+    digest, files = lambda data: hashlib.sha256(data).hexdigest(), ("model.safetensors", "guard.safetensors")
+    guards: dict[str, tuple[bytes | None, object]] = {
+        "missing": (None, named),
+        "empty": (b"", named),
+        "no_tensors": (safetensors({}, b""), named),
+        "claims_10gb": (safetensors({"1/bounds/norm0/upper": entry((10 << 28,), (0, 10 << 30))}), named),
+        "pickle": (archive(plain_state()), named),
+        "not_spoken_of": (arrays(good), None),
+        "is_a_list": (arrays(good), [1]),
+        "no_targets": (arrays(good), {"targets": []}),
+        "target_outside": (arrays(of(2, moments)), {"targets": [2]}),
+        "target_negative": (arrays(of(-1, moments)), {"targets": [-1]}),
+        "target_twice": (arrays(good), {"targets": [1, 1]}),
+        "target_true": (arrays(of("True", moments)), {"targets": [True]}),
+        "targets_endless": (arrays(good), {"targets": [1] * 100_000}),
+        "target_without_arrays": (arrays(good), {"targets": [1, 0]}),
+        "another_target": (arrays(good | of(0, moments)), named),
+        "bare_name": (arrays(good | {"x": (1,)}), named),
+        "weights": (arrays(good | {"1/params/head/bias": (2,)}), named),
+        "no_moments": (arrays(of(1, bounds)), named),
+        "shape": (arrays(good | {"1/batch_stats/norm0/mean": (2,)}), named),
+        "one_bound": (arrays(of(1, moments) | {"1/bounds/norm0/upper": (1,)}), named),
+        "no_spread": (arrays(of(1, moments | dict(list(features.items())[2:]))), named),
+        "unknown_layer": (arrays(good | {"1/bounds/conv0/upper": (1,)}), named),
+        "traversal": (arrays(good | {"1/../../x": (1,)}), named),
+        "targets_differ": (arrays(good | of(0, moments)), {"targets": [1, 0]}),
+        "nan_bound": (arrays(good, {"1/bounds/norm0/upper": float("nan")}), named),
+        "endless_moment": (arrays(good, {"1/batch_stats/norm0/var": float("inf")}), named),
+        "endless_spread": (arrays(of(1, moments | features), {"1/bounds/features/std": float("inf")}), named),
+        "other_file": (arrays(good), {**named, "sha256": dict.fromkeys(files, "0" * 64)}),
+        "odd_hash": (arrays(good), {**named, "sha256": "0"}),
+        "more_files": (arrays(good), {**named, "sha256": {"../../etc/passwd": "0" * 64}}),
+    }  # fmt: skip
+    for label, (data, spoken) in guards.items():
+        place = root / f"folder_guard_{label}"
+        place.mkdir()
+        (place / "model.safetensors").write_bytes(model)
+        if data is not None:
+            (place / "guard.safetensors").write_bytes(data)
+        if isinstance(spoken, dict):
+            spoken = {"sha256": dict(zip(files, map(digest, (model, data or b"")), strict=True)), **spoken}
+        (place / "config.json").write_text(json.dumps(config if spoken is None else {**config, "guard": spoken}))
+    plain = root / "folder_guard_plain_config"
+    plain.mkdir()
+    for name_, content in zip(files, (model, arrays(good)), strict=True):
+        (plain / name_).write_bytes(content)
+    (plain / "config.json").write_text(json.dumps({**config, "version": 1}))
 
 
 def _orbax(root: pathlib.Path) -> None:
@@ -493,12 +575,13 @@ def _watch(events: list[str]) -> None:
 def _read(path: pathlib.Path, events: list[str]) -> dict:
     """Reads one file the way a person would: what came of it, processor seconds, peak megabytes beyond the start."""
     from jaxbd.base import UserError
-    from jaxbd.interop import container, folder
+    from jaxbd.interop import container, folder, guarded
 
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before, started, first = _memory("VmRSS"), time.process_time(), len(events)
     try:
-        folder.load(path) if folder.is_model(path) else container.read(path)
+        model = guarded if guarded.is_guarded(path) else folder
+        model.load(path) if folder.is_model(path) else container.read(path)
         outcome, message = "accepted", ""
     except UserError as error:
         outcome, message = "refused", str(error)
@@ -531,10 +614,10 @@ def main(root: pathlib.Path) -> None:
     # what reading needs is imported before processes are forked, so that only reading is measured
     import tensorstore  # noqa: F401
 
-    from jaxbd.interop import folder
+    from jaxbd.interop import fit, guarded  # noqa: F401
     from jaxbd.models import build as nets
 
-    folder.expected_shapes(nets.Spec(arch="cnn", classes=2, image_shape=(8, 8, 3)))
+    fit.expected_shapes(nets.Spec(arch="cnn", classes=2, image_shape=(8, 8, 3)))
     paths = sorted(root.iterdir())
     alone = [path for path in paths if path.name.startswith(("cost_", "sparse", "orbax_", "folder_", "st_"))]
     rest = [path for path in paths if path not in alone]

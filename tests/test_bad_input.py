@@ -100,6 +100,8 @@ def test_fewer_images_than_a_batch_to_train_on(refused, tmp_path):
     [
         (["scan", "m", "--data", "digits", "--method", "magic"], "'magic'"),
         (["repair", "m", "--data", "digits", "--out", "o", "--method", "magic"], "'magic'"),
+        (["repair", "m", "--data", "digits", "--out", "o", "--method", "bna", "--correction.divergence", "x"], "'x'"),
+        (["scan", "m", "--data", "digits", "--pairs", "--method", "mesa"], "'mesa'"),
         (["scan", "m", "--data", "digits", "--levels", "1.5"], "1.5"),
         (["scan", "m", "--data", "digits", "--levels", "high"], "high"),
         (["scan", "m", "--data", "digits", "--colour", "red"], "--colour"),
@@ -291,6 +293,84 @@ def test_evidence_that_a_method_cannot_give_is_refused_at_once(refused, victim, 
     assert "models no levels" in refused("repair", victim, "--data", "digits", *flags)
 
 
-@pytest.mark.parametrize("flag", ["--baseline-runs", "--train-steps"])
+@pytest.mark.parametrize("flag", ["--baseline-runs", "--bna-steps", "--train-steps"])
 def test_a_demo_of_nothing_is_refused(refused, tmp_path, flag):
     assert "at least 1" in refused("demo", flag, "0", "--out", tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def guarded_victim(victim, tmp_path_factory):
+    """The tiny model with a guard for class 3 whose corrected net is the model itself."""
+    from jaxbd.interop import guarded, load
+    from jaxbd.repair import guard
+
+    path, model = tmp_path_factory.mktemp("bad") / "guarded", load.open_model(victim)
+    guarded.save(path, model.spec, guard.pack(model.variables, [model.variables]), [3])
+    return path
+
+
+def test_a_guarded_model_where_a_plain_one_is_wanted(refused, guarded_victim, tmp_path):
+    data = ["--data", "digits"]
+    assert "is a guarded model" in refused("scan", guarded_victim, *data, *FAST)
+    assert "is a guarded model" in refused("scan", guarded_victim, *data, "--method", "pt-red")
+    assert "is a guarded model" in refused("repair", guarded_victim, *data, "--out", tmp_path / "o")
+    assert "is a folder" in refused("convert", guarded_victim, "--out", tmp_path / "o.pth")
+
+
+def test_a_plain_model_where_a_guarded_one_is_wanted(refused, victim, tmp_path):
+    line = refused("guard", victim, "--data", "digits", "--out", tmp_path / "v.jsonl")
+    assert "is not a guarded model" in line and "--method bna" in line
+
+
+def test_a_guard_that_is_damaged(refused, guarded_victim, tmp_path):
+    shutil.copytree(guarded_victim, tmp_path / "g")
+    path = tmp_path / "g" / "guard.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    for verb in ("guard", "evaluate"):
+        assert "guard.safetensors" in refused(verb, tmp_path / "g", "--data", "digits")
+    assert "guard.safetensors" in refused("inspect", tmp_path / "g")
+
+
+def test_images_that_a_guard_cannot_take(refused, guarded_victim, tmp_path):
+    np.savez(tmp_path / "large.npz", images=np.zeros((3, 12, 12, 1), np.uint8))
+    assert "12, 12" in refused("guard", guarded_victim, "--data", tmp_path / "large.npz")
+    np.savez(tmp_path / "none.npz", images=np.zeros((0, 8, 8, 1), np.uint8))
+    assert "none.npz" in refused("guard", guarded_victim, "--data", tmp_path / "none.npz")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.png").write_bytes(b"not a picture")
+    assert "x.png" in refused("guard", guarded_victim, "--data", tmp_path / "d")
+    assert "absent" in refused("guard", guarded_victim, "--data", tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("flags", "thing"),
+    [
+        (["--batch-size", "0"], "at least 1"),
+        (["--overlays", "5"], "--strip"),
+        (["--strip", "digits", "--overlays", "0"], "overlays is 0"),
+        (["--strip", "digits", "--false-positive-rate", "1"], "not in (0, 1)"),
+        (["--strip", "absent"], "absent"),
+    ],
+)
+def test_guard_flags_that_make_no_sense(refused, guarded_victim, flags, thing):
+    assert thing in refused("guard", guarded_victim, "--data", "digits", "--limit", "50", *flags)
+
+
+def test_a_guarded_model_is_no_single_file(refused, victim, tmp_path):
+    flags = ["--method", "bna", "--data", "digits", "--trigger", "white:2x2", "--place", "0,0", "--target", "3"]
+    assert "is a folder, not a file" in refused("repair", victim, *flags, "--out", tmp_path / "o.pth")
+
+
+def test_a_correction_of_a_class_without_a_trigger(refused, victim, tmp_path):
+    flags = ["--method", "bna", "--data", "digits", "--target", "3", "--out", tmp_path / "o"]
+    assert "--trigger" in refused("repair", victim, *flags)
+
+
+def test_bounds_of_another_model_are_found_before_any_work(refused, victim, tmp_path):
+    from jaxbd.interop import load
+
+    model = load.open_model(victim)
+    bounds = {"norm0": {side: np.zeros(4, np.float32) for side in ("lower", "upper")}}
+    load.save_model(tmp_path / "r.pth", model, {**model.variables, "bounds": bounds})
+    line = refused("repair", victim, "--data", tmp_path / "never-looked-at", "--out", tmp_path / "r.safetensors")
+    assert "of another model" in line and "another name" in line

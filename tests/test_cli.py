@@ -232,6 +232,216 @@ def test_repair_of_a_clean_model_writes_nothing(victim, tmp_path, capsys):
     assert "nothing to repair" in capsys.readouterr().out and files_in(tmp_path) == []
 
 
+# guarded models, and scans over pairs of classes
+
+
+@pytest.fixture(scope="module")
+def guarded(victim, tmp_path_factory):
+    """The victim with a guard for its target, corrected with the trigger that was planted."""
+    path = tmp_path_factory.mktemp("guarded") / "guarded"
+    flags = ["--trigger", str(victim / "trigger.npz"), "--target", "3", "--correction.num-steps", "40"]
+    assert main(["repair", "--method", "bna", str(victim), *DATA, *flags, "--out", str(path)]) == 0
+    return path
+
+
+def verdict_lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_repair_by_correction_writes_a_guarded_model(victim, guarded):
+    names = {"model.safetensors", "guard.safetensors", "config.json", "repair.json"}
+    assert {path.name for path in guarded.iterdir()} == names
+    content = read(guarded / "repair.json")
+    assert content["method"] == "bna" and content["targets"] == [3] and content["target"] == 3
+    assert content["before"].keys() == RATES == content["after"].keys()
+    assert content["after"]["attack_success_rate"] < content["before"]["attack_success_rate"] - 0.1
+    assert content["after"]["source_inference_accuracy"] > content["before"]["source_inference_accuracy"]
+    assert content["after"]["clean_accuracy"] > content["before"]["clean_accuracy"] - 0.05
+    found = content["detection"]
+    assert found["true_positive_rate"] > found["false_positive_rate_all"] and found["n_clean"] == 75
+    assert content["classes"][0]["sources"] == [k for k in range(10) if k != 3] and content["trigger"]["target"] == 3
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (victim, guarded))
+    assert first == second  # no weight was touched
+
+
+def test_evaluate_and_inspect_take_a_guarded_model(victim, guarded, tmp_path, capsys):
+    rates = {}
+    for model in (victim, guarded):
+        command = ["evaluate", str(model), "--data", "digits", "--trigger", str(victim / "trigger.npz")]
+        assert main([*command, "--out", str(tmp_path / "e.json")]) == 0
+        rates[model] = read(tmp_path / "e.json")
+    assert rates[guarded]["attack_success_rate"] < rates[victim]["attack_success_rate"]
+    assert rates[guarded]["n_triggered"] == rates[victim]["n_triggered"]
+    assert main(["inspect", str(guarded)]) == 0
+    assert "answers 3 are checked by corrected nets" in capsys.readouterr().out
+    main(["guard", str(guarded), "--data", "digits"])
+    lines = verdict_lines(capsys.readouterr().out)
+    right = np.mean([line["label"] == line["true_label"] for line in lines])
+    assert right == pytest.approx(rates[guarded]["clean_accuracy"], abs=2 / 1797)
+
+
+def test_guard_says_a_line_for_each_image_and_sums_up(guarded, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["guard", str(guarded), *DATA]) == 0
+    shown = capsys.readouterr()
+    lines = verdict_lines(shown.out)
+    assert [line["index"] for line in lines] == list(range(300))
+    for line in lines:
+        assert set(line) == {"index", "label", "suspect_label", "flagged", "asked", "true_label"}
+        assert line["asked"] == (line["suspect_label"] == 3)
+        assert line["flagged"] == (line["label"] != line["suspect_label"]) and (line["asked"] or not line["flagged"])
+    asked, flagged = (sum(line[field] for line in lines) for field in ("asked", "flagged"))
+    assert f"300 images of digits: {asked} checked by a corrected net, {flagged} flagged" in shown.err
+    assert "In agreement with the labels" in shown.err
+    assert main(["guard", str(guarded), *DATA, "--out", str(tmp_path / "v.jsonl"), "--batch-size", "7"]) == 0
+    assert f"{flagged} flagged" in capsys.readouterr().out
+    assert verdict_lines((tmp_path / "v.jsonl").read_text()) == lines
+
+
+def test_guard_takes_images_without_labels(guarded, tmp_path, capsys):
+    from PIL import Image
+
+    from jaxbd.data import digits
+
+    pictures = digits.load(8).images[:5]
+    (tmp_path / "d").mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture[..., 0]).save(tmp_path / "d" / f"{number}.png")
+    np.savez(tmp_path / "d.npz", images=pictures)
+    np.savez(tmp_path / "l.npz", images=pictures, labels=np.arange(5))
+    said = {}
+    for name in ("d", "d/3.png", "d.npz", "l.npz"):
+        capsys.readouterr()
+        assert main(["guard", str(guarded), "--data", str(tmp_path / name)]) == 0
+        shown = capsys.readouterr()
+        said[name] = verdict_lines(shown.out)
+        assert ("In agreement" in shown.err) == (name == "l.npz")
+    assert [line.pop("file") for line in said["d"]] == [f"{number}.png" for number in range(5)]
+    assert [line.pop("true_label") for line in said["l.npz"]] == list(range(5))
+    assert said["d"] == said["d.npz"] == said["l.npz"]
+    (single,) = said["d/3.png"]
+    assert single == {**said["d"][3], "index": 0, "file": "3.png"}
+
+
+def test_guard_beside_strip(guarded, tmp_path, capsys):
+    flags = ["--strip", "digits", "--overlays", "4", "--false-positive-rate", "0.25"]
+    assert main(["guard", str(guarded), *DATA, *flags, "--out", str(tmp_path / "v.jsonl")]) == 0
+    lines = verdict_lines((tmp_path / "v.jsonl").read_text())
+    assert all(0 <= line["strip_entropy"] <= np.log2(10) + 1e-4 for line in lines)
+    highest = max(line["strip_entropy"] for line in lines if line["strip_flagged"])
+    assert highest < min(line["strip_entropy"] for line in lines if not line["strip_flagged"])
+    share = np.mean([line["strip_flagged"] for line in lines])
+    assert 0.15 < share < 0.35 and "STRIP flags" in capsys.readouterr().out
+
+
+def test_a_guarded_folder_is_copied_whole(guarded, tmp_path):
+    assert main(["convert", str(guarded), "--out", str(tmp_path / "copy")]) == 0
+    for name in ("guard.safetensors", "model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (guarded / name).read_bytes()
+
+
+@pytest.fixture
+def pair_scan(victim, monkeypatch):
+    """Lets scans over pairs find what is given, with the planted trigger; returns the settings they ran with."""
+    from jaxbd import loop, pairs
+    from jaxbd.attacks import given
+    from jaxbd.interop import trigger
+
+    ran = []
+
+    def install(verdict: str, targets: list[int]) -> list:
+        def scan(key, net, variables, image_shape, classes, search, held_out, config, progress=None):
+            ran.append(config)
+            loaded = trigger.load(str(victim / "trigger.npz"))
+            attack, model = given.make(image_shape, classes, given.Config(target=3, place="random"), loaded)
+            scores = np.arange(100.0).reshape(10, 10)
+            np.fill_diagonal(scores, np.nan)
+            sources = tuple(k for k in range(10) if k != 3)
+            triggers = {t: pairs.Estimate("neural-cleanse", attack.stamp, model, sources, 9.0, 0.75) for t in targets}
+            by_method = dict.fromkeys(config.methods, scores)
+            return pairs.PairScan(
+                verdict=verdict, targets=targets, pairs=[(s, t) for t in targets for s in sources],
+                setting="all-to-one" if targets else None, decided_by="a rule", statistics=by_method, scores=by_method,
+                triggers=triggers, missing=(), steps=dict.fromkeys(config.methods, 7), image_steps=70,
+                seconds=loop.Seconds(1.0, 2.0),
+            )  # fmt: skip
+
+        monkeypatch.setattr(pairs, "scan", scan)
+        return ran
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("flags", "ran", "verdict", "code"),
+    [
+        (["--method", "pairs"], ("neural-cleanse", "pt-red"), "backdoored", 1),
+        (["--method", "pt-red"], ("pt-red",), "clean", 0),
+        (["--method=neural-cleanse", "--pairs"], ("neural-cleanse",), "inconclusive", 3),
+        (["--pairs"], ("neural-cleanse", "pt-red"), "clean", 0),
+    ],
+)
+def test_scan_over_pairs(victim, tmp_path, capsys, pair_scan, flags, ran, verdict, code):
+    configs = pair_scan(verdict, [3] if verdict == "backdoored" else [])
+    out = tmp_path / "scan.json"
+    assert main(["scan", str(victim), *DATA, *flags, "--out", str(out)]) == code
+    content = read(out)
+    assert tuple(configs[0].methods) == ran == tuple(content["scores"]) == tuple(content["statistics"])
+    wanted = (
+        "schema verdict targets pairs setting decided_by classes statistics scores triggers method config model data"
+    )
+    assert set(wanted.split()) | {"seed", "cells", "steps", "seconds", "device", "versions"} <= content.keys()
+    scores = content["scores"][ran[0]]
+    assert scores[2][2] is None and scores[2][3] == 23 and content["cells"] == 90 * len(ran)
+    assert content["classes"][4]["score"] == 94 and content["verdict"] == verdict
+    assert content["data"]["search"] == 225 and content["data"]["held_out"] == 75
+    shown = capsys.readouterr().out
+    assert verdict.upper() in shown and "Not ruled out" in shown
+    if verdict == "backdoored":
+        assert content["triggers"]["3"]["attack_success_rate"] == 0.75 and [0, 3] in content["pairs"]
+        assert "9 pairs of classes are attacked (all lead to one class); to class 3" in shown
+
+
+def test_a_short_scan_over_pairs_in_earnest(victim, tmp_path):
+    flags = ["--method", "pairs", "--targets", "3", "--steps", "4", "--perturbation-steps", "4", "--joint-steps", "4"]
+    code = main(["scan", str(victim), *DATA, *flags, "--out", str(tmp_path / "scan.json")])
+    content = read(tmp_path / "scan.json")
+    assert code == {"clean": 0, "backdoored": 1, "inconclusive": 3}[content["verdict"]] and content["cells"] == 18
+    assert content["statistics"]["pt-red"][0][3] is not None and content["statistics"]["pt-red"][0][4] is None
+
+
+def test_repair_by_correction_with_what_a_scan_recovers(victim, tmp_path, pair_scan):
+    out, ran = tmp_path / "guarded", pair_scan("backdoored", [3])
+    flags = ["--correction.num-steps", "40", "--scan-method", "neural-cleanse"]
+    assert main(["repair", str(victim), "--method=bna", *DATA, *flags, "--out", str(out)]) == 0
+    content = read(out / "repair.json")
+    assert content["trigger"] == "recovered" and content["scan"]["pairs"][0] == [0, 3]
+    assert content["scan"]["triggers"]["3"]["method"] == "neural-cleanse" and ran[0].methods == ("neural-cleanse",)
+    assert read(out / "config.json")["guard"]["targets"] == [3]
+
+
+def test_repair_by_correction_of_a_clean_model_writes_nothing(victim, tmp_path, capsys, pair_scan):
+    pair_scan("clean", [])
+    assert main(["repair", str(victim), "--method", "bna", *DATA, "--out", str(tmp_path / "guarded")]) == 0
+    assert "nothing to repair" in capsys.readouterr().out and files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("verb, method", [("scan", "pairs"), ("scan", "pt-red"), ("repair", "bna")])
+def test_methods_with_flags_of_their_own_explain_them(verb, method, capsys):
+    assert main([verb, "--method", method, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert ("--correction.divergence" if verb == "repair" else "--pairs") in shown and "--unlearning" not in shown
+
+
+def test_the_preset_of_the_correction():
+    from jaxbd.cli import repair_bna
+    from jaxbd.repair import bna
+
+    argv = ["m", "--data", "d", "--out", "o", "--method", "bna", "--preset", "released", "--correction.tau", "20"]
+    parsed = entry.parse(repair_bna.Args, argv, "jaxbd repair", repair_bna.defaults(argv)).correction
+    assert parsed == bna.released(tau=20.0)
+
+
 def test_convert_there_and_back_keeps_every_weight(victim, tmp_path, capsys):
     from safetensors.numpy import load_file
 
@@ -362,11 +572,20 @@ def test_the_demo_writes_all_it_names(tmp_path, monkeypatch, capsys):
 
     accused = detect.Decision("backdoored", [7], [0.0] * 10)
     monkeypatch.setattr(detect, "decide", lambda rates, config: accused)
-    steps = ["--train-steps", "2", "--scan-steps", "2", "--repair-steps", "2", "--baseline-runs", "1"]
-    assert main(["demo", *steps, "--levels", "0.9", "--out", str(tmp_path / "demo")]) == 1
-    assert "verdicts are not what was planted" in capsys.readouterr().out
-    written = "repair.json repaired report.html scan-twin.json scan.json suspect twin"
+    few = [word for what in ("train", "scan", "repair", "bna") for word in (f"--{what}-steps", "2")]
+    assert main(["demo", *few, "--baseline-runs", "1", "--levels", "0.9", "--out", str(tmp_path / "demo")]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "verdicts are not what was planted" in out and "suspect, twin, repaired, guarded, scan.json" in out
+    written = "guarded repair.json repaired report.html scan-twin.json scan.json suspect twin"
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == written.split()
     table = [row["method"] for row in read(tmp_path / "demo" / "repair.json")["table"]]
     assert table[0] == "before" and {"MESA level 0.9", "MESA mixture", "ideal (true trigger)"} < set(table)
     assert {"search", "held_out"} < read(tmp_path / "demo" / "scan.json")["data"].keys()
+    found = read(tmp_path / "demo" / "repair.json")["guarded"]
+    assert table[-1] == "BNA, guarded" and found["targets"] == [7] and found["config"]["num_steps"] == 2
+    told = found["detection"]
+    line = f"flags {told['true_positive_rate']:.3f} of triggered images and {told['false_positive_rate']:.3f} of clean"
+    assert line in out and f"{found['after']['source_inference_accuracy']:.3f} of triggered images get their" in out
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert 'id="activations"' in page and "BNA, guarded" in page and "Flagged" in page
+    assert main(["inspect", str(tmp_path / "demo" / "guarded")]) == 0

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxbd.base import UserError
-from jaxbd.interop import container, folder, inspect, layouts, load, safetensors_file
+from jaxbd.interop import container, folder, guarded, inspect, layouts, load, safetensors_file
 from jaxbd.models import build
+from jaxbd.repair import guard
 
 torch = pytest.importorskip("torch")
 
@@ -398,6 +399,163 @@ def test_bounds_go_beside_a_state_dict_and_are_spoken_of(tmp_path, variables):
     assert set(torch.load(tmp_path / "r.pth", weights_only=True)) == set(
         layouts.to_tensors(variables, layouts.export_names(SPEC))
     )
+
+
+# bounds beside a file
+
+
+def clipped(variables) -> dict:
+    """`variables` with bounds that are easy to tell: one layer clipped, and the features normalised."""
+    open_end, width = np.full(4, np.inf, np.float32), 8
+    norm0 = {"lower": -open_end, "upper": np.full(4, 0.25, np.float32)}
+    ends = {"lower": np.zeros(width, np.float32), "upper": np.ones(width, np.float32)}
+    features = {"mean": np.full(width, 0.5, np.float32), "std": np.full(width, 2.0, np.float32), **ends}
+    return {**variables, "bounds": {"norm0": norm0, "features": features}}
+
+
+@pytest.mark.parametrize("name", ["r.pth", "r.safetensors"])
+def test_bounds_beside_a_file_are_applied_when_it_is_opened(tmp_path, variables, name):
+    folder.save(tmp_path / "m", SPEC, variables)
+    repaired = clipped(variables)
+    load.save_model(tmp_path / name, load.open_model(tmp_path / "m"), repaired)
+    model = load.open_model(tmp_path / name, mean=SPEC.mean, std=SPEC.std)
+    jax.tree.map(np.testing.assert_array_equal, repaired["bounds"], model.variables["bounds"])
+    images = jax.random.uniform(jax.random.key(0), (5, 8, 8, 3))
+    wanted = build.net(SPEC).apply(repaired, images)[0]
+    np.testing.assert_allclose(model.net.apply(model.variables, images)[0], wanted, rtol=1e-5)
+    assert not np.allclose(wanted, build.net(SPEC).apply(variables, images)[0], rtol=1e-3)
+    assert model.bounds == inspect.describe(tmp_path / name)["bounds"] == "r.bounds.safetensors"
+    assert load.open_model(tmp_path / "m").bounds is None and inspect.describe(tmp_path / "m")["bounds"] is None
+    load.save_model(tmp_path / f"again-{name}", model, model.variables)  # and they travel on
+    again = load.open_model(tmp_path / f"again-{name}")
+    jax.tree.map(np.testing.assert_array_equal, repaired["bounds"], again.variables["bounds"])
+
+
+def test_bounds_of_a_replaced_file_do_not_stay_behind(tmp_path, variables):
+    folder.save(tmp_path / "m", SPEC, variables)
+    model = load.open_model(tmp_path / "m")
+    load.save_model(tmp_path / "r.pth", model, clipped(variables))
+    load.save_model(tmp_path / "r.pth", model, variables)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "r.pth"]
+
+
+def test_bounds_of_another_file_are_neither_applied_nor_lost(tmp_path, variables):
+    folder.save(tmp_path / "m", SPEC, variables)
+    model = load.open_model(tmp_path / "m")
+    load.save_model(tmp_path / "r.pth", model, clipped(variables))
+    before = (tmp_path / "r.bounds.safetensors").read_bytes()
+    for repaired in (variables, clipped(variables)):
+        with pytest.raises(UserError, match=r"of another model; choose another name than r\.safetensors"):
+            load.save_model(tmp_path / "r.safetensors", model, repaired)
+    save(tmp_path / "r.tar", torch.load(tmp_path / "r.pth", weights_only=True) | {"head.bias": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"r\.bounds\.safetensors: refused, it holds the activation bounds of another"):
+        load.open_model(tmp_path / "r.tar")
+    assert "of another model file" in inspect.describe(tmp_path / "r.tar")["refused"]
+    assert (tmp_path / "r.bounds.safetensors").read_bytes() == before and not (tmp_path / "r.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"params/head/bias": np.zeros(3, np.float32)}, "'params/head/bias'"),
+        ({"bounds/norm0/upper": np.ones(4, np.float32)}, "bounds/norm0/lower is missing"),
+        ({f"bounds/norm0/{side}": np.ones(5, np.float32) for side in ("lower", "upper")}, "has shape (5,)"),
+        (
+            {f"bounds/norm9/{side}": np.ones(4, np.float32) for side in ("lower", "upper")},
+            "'bounds/norm9/lower' is not",
+        ),
+        ({f"bounds/norm0/{side}": np.full(4, np.nan, np.float32) for side in ("lower", "upper")}, "holds 4 values"),
+        ({f"bounds/norm0/{side}": np.ones(4, np.int32) for side in ("lower", "upper")}, "holds int32"),
+        (None, "empty"),
+    ],
+)
+def test_bounds_that_do_not_fit_are_refused(tmp_path, variables, arrays, words):
+    folder.save(tmp_path / "m", SPEC, variables)
+    load.save_model(tmp_path / "r.pth", load.open_model(tmp_path / "m"), variables)
+    if arrays is None:
+        (tmp_path / "r.bounds.safetensors").touch()
+    else:
+        safetensors_file.write(tmp_path / "r.bounds.safetensors", arrays)
+    with pytest.raises(UserError) as caught:
+        load.open_model(tmp_path / "r.pth")
+    assert words in str(caught.value) and str(caught.value).startswith("r.bounds.safetensors: refused")
+
+
+# guarded models
+
+
+def guard_variables(variables) -> dict:
+    """A guarded net's variables for the targets (2, 0): one moment moved, other bounds for each."""
+    moved = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    first = {**clipped(variables), "batch_stats": moved}
+    return guard.pack(variables, [first, jax.tree.map(lambda leaf: 2 * leaf, first) | {"params": variables["params"]}])
+
+
+def test_a_guarded_model_round_trips(tmp_path, variables):
+    held = guard_variables(variables)
+    guarded.save(tmp_path / "g", SPEC, held, (2, 0), {"from": "test"})
+    assert sorted(path.name for path in (tmp_path / "g").iterdir()) == [
+        "config.json", "guard.safetensors", "model.safetensors"
+    ]  # fmt: skip
+    model = load.open_model(tmp_path / "g")
+    assert model.spec == SPEC and model.guard.targets == (2, 0) and model.sha256 != model.guard.sha256
+    jax.tree.map(np.testing.assert_array_equal, held, model.variables)
+    images = jax.random.uniform(jax.random.key(0), (9, 8, 8, 3))
+    wanted = guard.make(build.net(SPEC), (2, 0)).apply(held, images)[0]
+    np.testing.assert_allclose(model.net.apply(model.variables, images)[0], wanted, rtol=1e-5)
+    with (tmp_path / "g" / "guard.safetensors").open("rb") as file:
+        names, _ = safetensors_file.read(
+            file, (tmp_path / "g" / "guard.safetensors").stat().st_size, container.Limits()
+        )
+    assert "2/batch_stats/norm0/mean" in names and "0/bounds/features/std" in names
+    assert not any("params" in name for name in names)
+    facts = inspect.describe(tmp_path / "g")
+    assert facts["guard"] == {"targets": [2, 0], "sha256": model.guard.sha256, "arrays": len(names)}
+    assert facts["architecture"].startswith("cnn, 3 classes") and facts["nonfinite"] == {} and json.dumps(facts)
+
+
+def test_a_guarded_model_goes_into_folders_only(tmp_path, variables):
+    guarded.save(tmp_path / "g", SPEC, guard_variables(variables), (2, 0))
+    model = load.open_model(tmp_path / "g")
+    with pytest.raises(UserError, match="a guarded model is a folder"):
+        load.save_model(tmp_path / "g.pth", model, model.variables)
+    load.save_model(tmp_path / "h", model, model.variables)
+    again = load.open_model(tmp_path / "h")
+    assert again.guard == model.guard and sorted(path.name for path in tmp_path.iterdir()) == ["g", "h"]
+
+
+def test_a_guarded_model_never_passes_for_a_plain_one(tmp_path, variables):
+    guarded.save(tmp_path / "g", SPEC, guard_variables(variables), (2, 0))
+    with pytest.raises(UserError, match="it is a guarded model"):
+        folder.load(tmp_path / "g")
+    (tmp_path / "g" / "guard.safetensors").rename(tmp_path / "elsewhere")
+    for read in (folder.load, load.open_model, guarded.load):
+        with pytest.raises(UserError, match=r"guard\.safetensors is missing"):
+            read(tmp_path / "g")
+    folder.save(tmp_path / "g", SPEC, variables)  # a plain one replaces it, whole
+    (tmp_path / "elsewhere").rename(tmp_path / "g" / "guard.safetensors")
+    with pytest.raises(UserError, match="is not that of a guarded model"):
+        load.open_model(tmp_path / "g")
+
+
+def test_a_guard_belongs_to_its_suspect(tmp_path, variables):
+    other = jax.tree.map(lambda leaf: leaf + 1, dict(variables))
+    for name, suspect in (("g", variables), ("h", other)):
+        guarded.save(tmp_path / name, SPEC, guard_variables(suspect), (2, 0))
+    (tmp_path / "h" / "model.safetensors").replace(tmp_path / "g" / "model.safetensors")
+    with pytest.raises(UserError, match=r"are not the two that config\.json names"):
+        load.open_model(tmp_path / "g")
+    assert "are not the two" in inspect.describe(tmp_path / "g")["refused"]
+
+
+def test_an_interrupted_guard_leaves_the_old_model(tmp_path, variables, monkeypatch):
+    folder.save(tmp_path / "g", SPEC, variables)
+    write = safetensors_file.write
+    failing = lambda path, tensors: write(path, tensors) if path.name == "model.safetensors" else 1 / 0
+    monkeypatch.setattr(safetensors_file, "write", failing)
+    with pytest.raises(ZeroDivisionError):
+        guarded.save(tmp_path / "g", SPEC, guard_variables(variables), (2, 0))
+    assert load.open_model(tmp_path / "g").guard is None and len(list(tmp_path.iterdir())) == 1
 
 
 def test_inspect_describes_a_file(tmp_path, variables):

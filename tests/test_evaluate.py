@@ -84,7 +84,7 @@ def test_no_row_to_count_says_so_in_its_denominator():
     rates = evaluate.rates(
         jax.random.key(0), READS_PIXEL, VARIABLES, answers(([1, 1], [1, 0]), [1, 1]), to_class(1), ()
     )
-    assert (rates.attack_success_rate, rates.n_triggered) == (0.0, 0)
+    assert (rates.attack_success_rate, rates.source_inference_accuracy, rates.n_triggered) == (None, None, 0)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])

@@ -62,8 +62,16 @@ def _print(facts: dict[str, Any]) -> None:
         "nesting": ".".join(facts["nesting"]),
         "prefix": facts["prefix"],
         "left out": ", ".join(facts["ignored"]),
+        "bounds": facts["bounds"] and f"{facts['bounds']} beside it is applied whenever it is opened",
+        "guard": facts["guard"] and _guard(facts["guard"]),
         "refused": facts["refused"],
     }
     for name, value in lines.items():
         if value:
             show.say(f"{name:<13} {value}")
+
+
+def _guard(facts: dict[str, Any]) -> str:
+    """What a guarded model does, in a sentence."""
+    targets = ", ".join(map(str, facts["targets"]))
+    return f"answers {targets} are checked by corrected nets ({facts['arrays']} arrays, sha256 {facts['sha256']})"

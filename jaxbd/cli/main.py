@@ -6,6 +6,7 @@ Only the module of the verb that was asked for is imported, so that the help is 
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 VERBS = {
     "demo": "plant a backdoor in a small model, find it, remove it, and show all of it on one page",
     "scan": "is there a backdoor in this model? Which class does it lead to?",
-    "repair": "unlearn the backdoor and write the repaired model",
+    "repair": "remove the backdoor and write the repaired model",
+    "guard": "which of these images carry the trigger? Asks a model that `repair --method bna` wrote",
     "evaluate": "clean accuracy, and the attack success rate of a trigger you have",
     "attack": "train a model with a backdoor (or a clean one) to try the other verbs on",
     "inspect": "what is in this model file? Nothing in it is executed",
@@ -24,6 +26,9 @@ VERBS = {
     "methods": "all methods, with links to their papers",
 }
 """Verb -> what it does; the verb's module is `jaxbd.cli.<verb>`, with a dataclass `Args` and `run(args) -> int`."""
+
+VARIANTS = {"scan": {"pairs": "pair_scan", "pt-red": "pair_scan"}, "repair": {"bna": "repair_bna"}}
+"""Verb -> value of `--method` -> module in place of the verb's own, for methods that have other flags."""
 
 HELP = """usage: jaxbd VERB [flags]
 
@@ -77,12 +82,20 @@ def help_text() -> str:
 
 def _run(verb: str, argv: list[str]) -> int:
     """Parses the verb's flags and runs it."""
-    module = importlib.import_module(f"jaxbd.cli.{verb}")
+    module = importlib.import_module(f"jaxbd.cli.{_module(verb, argv)}")
     defaults = getattr(module, "defaults", None)
     args = parse(module.Args, argv, f"jaxbd {verb}", None if defaults is None else defaults(argv))
     if isinstance(args, str):
         return _fail(args)
     return module.run(args)
+
+
+def _module(verb: str, argv: list[str]) -> str:
+    """Name of the module that runs a verb with these flags."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    methods = [value for flag, value in itertools.pairwise(words) if flag == "--method"]
+    method = "pairs" if verb == "scan" and "--pairs" in argv else methods[-1] if methods else None
+    return VARIANTS.get(verb, {}).get(method, verb)
 
 
 def parse(kind: type, argv: list[str], program: str, default: Any = None):

@@ -24,6 +24,9 @@ from jaxbd.repair import unlearn
 class Args:
     """Removes a backdoor: recovers its triggers with a scan, unlearns them, and writes the repaired model.
 
+    --method bna changes no weight and writes a guarded model, which also flags triggered images; it has flags of its
+    own, see `jaxbd repair --method bna --help`.
+
     Attributes:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
       data: clean images with labels, see `jaxbd scan --help`.
@@ -46,7 +49,7 @@ class Args:
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: str
     out: pathlib.Path
-    method: Annotated[Literal["unlearn"], tyro.conf.arg(name="method")] = "unlearn"
+    method: Annotated[Literal["unlearn", "bna"], tyro.conf.arg(name="method")] = "unlearn"
     evidence: Literal["mixture", "entropy", "level", "pixel"] = "mixture"
     level: float | None = None
     scan: pathlib.Path | None = None
@@ -196,7 +199,7 @@ def _measure(opened: common.Opened, evidence: list[Evidence], repaired, held_out
             for variables in (opened.model.variables, repaired.variables)
         ]
         rows.append((target, *rates))
-    return sorted(rows, key=lambda row: -row[1].attack_success_rate)
+    return sorted(rows, key=lambda row: -(row[1].attack_success_rate or 0))
 
 
 def _as_attack(target: int, stamp: Callable[..., Array]) -> Attack:

@@ -21,6 +21,10 @@ EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
 class Args:
     """Looks for a backdoor in a model of which nothing is known but its weights.
 
+    By pair of classes instead of by class: --method pt-red (faint patterns all over the image), --method
+    neural-cleanse --pairs (patches), or --method pairs (both); they have flags of their own, see
+    `jaxbd scan --method pairs --help`.
+
     Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run.
 
     Attributes:

@@ -31,7 +31,7 @@ def load(
     if not files:
         raise UserError(f"data {path}: no class sub-folder holds images ({', '.join(SUFFIXES)}); add some")
     chosen = [files[row] for row in pack.chosen_rows(len(files), limit, seed)]
-    named = ((str(file.relative_to(path)), _read(file)) for file, _ in chosen)
+    named = ((str(file.relative_to(path)), read_file(file)) for file, _ in chosen)
     images = pack.decode(named, len(chosen), image_shape=image_shape, channels=channels)
     return pack.dataset(images, [label for _, label in chosen], [folder.name for folder in classes], str(path))
 
@@ -65,7 +65,8 @@ def _images(folder: Path) -> list[Path]:
     return images
 
 
-def _read(file: Path) -> bytes:
+def read_file(file: Path) -> bytes:
+    """The content of an image file. Raises: UserError when it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:

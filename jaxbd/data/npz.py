@@ -28,6 +28,22 @@ def load(path: str | Path) -> Dataset:
     return pack.dataset(images, arrays["labels"], names, str(path))
 
 
+def has_labels(path: str | Path) -> bool:
+    """Whether the archive has an array `labels`; also True where it cannot be read, so that `load` says why."""
+    try:
+        return "labels" in _arrays(Path(path))
+    except UserError:
+        return True
+
+
+def load_images(path: str | Path) -> np.ndarray:
+    """The array `images` alone, uint8 [N, H, W, C]. Raises: UserError as `load` does."""
+    arrays = _arrays(Path(path))
+    if "images" not in arrays or not len(arrays["images"]):
+        raise UserError(f"data {path} has no images; save with np.savez(images=…)")
+    return _channels_last(_as_uint8(arrays["images"], path), path)
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays jaxbd knows of, by name; the names of others with empty values."""
     try:

@@ -1,10 +1,15 @@
-"""jaxbd's own model folder: `model.safetensors` with the arrays, `config.json` with the net's `Spec`."""
+"""jaxbd's own model folder: `model.safetensors` with the arrays, `config.json` with the net's `Spec`.
+
+A guarded model's folder holds `guard.safetensors` besides, see `interop.guarded`, and is of another version, so that
+nothing takes its suspect for the whole.
+"""
 
 import json
 import math
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import flax.traverse_util
@@ -13,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import UserError, Variables
-from jaxbd.interop import safetensors_file
+from jaxbd.interop import fit, safetensors_file
 from jaxbd.interop.files import Limits, Refusal, opened, quote, refusing, sha256
 from jaxbd.models import build
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-FORMAT, VERSION = "jaxbd-model", 1
+WEIGHTS, CONFIG, GUARD = "model.safetensors", "config.json", "guard.safetensors"
+FORMAT, VERSION, GUARDED_VERSION = "jaxbd-model", 1, 2
 COLLECTIONS = ("params", "batch_stats", "bounds")
 FIELDS = ("arch", "classes", "image_shape", "mean", "std", "options", "dtype", "class_names")
 
@@ -36,17 +41,33 @@ def save(path: str | os.PathLike, spec: build.Spec, variables: Variables, notes:
       notes: JSON values kept in `config.json`, e.g. where the model came from.
     Raises: UserError when `path` is something else than a model folder, or holds other files beside the model.
     """
+    write(path, spec, {WEIGHTS: flatten(variables)}, lambda _: {"notes": notes or {}})
+
+
+def write(
+    path: str | os.PathLike,
+    spec: build.Spec,
+    files: dict[str, dict[str, np.ndarray]],
+    more: Callable[[pathlib.Path], dict[str, Any]],
+    version: int = VERSION,
+) -> None:
+    """Writes a model folder, whole or not at all: the arrays of each of `files`, then `config.json`.
+
+    Args:
+      more: (folder as far as it is written) -> what `config.json` says beside the spec.
+    """
     path = pathlib.Path(path)
     _check_replaceable(path)
-    config = {"format": FORMAT, "version": VERSION, **{field: getattr(spec, field) for field in FIELDS}}
-    text = json.dumps({**config, "notes": notes or {}}, indent=2, allow_nan=False) + "\n"
     with refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sibling = path.with_name(f".{path.name}.{os.getpid()}.writing")
         aside = path.with_name(f".{path.name}.{os.getpid()}.replaced")
         try:
             sibling.mkdir()
-            safetensors_file.write(sibling / WEIGHTS, flatten(variables))
+            for name, tensors in files.items():
+                safetensors_file.write(sibling / name, tensors)
+            config = {"format": FORMAT, "version": version, **{field: getattr(spec, field) for field in FIELDS}}
+            text = json.dumps({**config, **more(sibling)}, indent=2, allow_nan=False) + "\n"
             (sibling / CONFIG).write_text(text)
             _exchange(path, sibling, aside)
         finally:
@@ -57,8 +78,8 @@ def _check_replaceable(path: pathlib.Path) -> None:
     if not path.exists():
         return
     held = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
-    if held and not (is_model(path) and held == {WEIGHTS, CONFIG}):
-        others = ", ".join(sorted(held - {WEIGHTS, CONFIG})[:3])
+    if held and not (is_model(path) and held <= {WEIGHTS, CONFIG, GUARD}):
+        others = ", ".join(sorted(held - {WEIGHTS, CONFIG, GUARD})[:3])
         raise UserError(f"{path}: not overwritten, it holds {others or 'half a model'}; name another folder")
 
 
@@ -97,18 +118,27 @@ def load(
     """
     path = pathlib.Path(path)
     with refusing(path):
-        if not is_model(path):
-            raise Refusal(f"the folder does not hold {WEIGHTS} and {CONFIG}")
-        spec = read_spec(path, limits)
-        with opened(path / WEIGHTS, limits) as (file, size):
-            tensors, _ = safetensors_file.read(file, size, limits)
-            digest = sha256(file)
-        check_fit(tensors, spec)
-    return spec, unflatten({path: jnp.asarray(array, jnp.float32) for path, array in tensors.items()}), digest
+        config = read_config(path, limits, VERSION)
+        spec, tensors, digest = read_weights(path, config, limits)
+    return spec, unflatten(tensors), digest
 
 
-def read_spec(path: pathlib.Path, limits: Limits) -> build.Spec:
-    """The `Spec` in a folder's `config.json`. Raises Refusal naming the field that is wrong."""
+def read_weights(
+    path: pathlib.Path, config: dict[str, Any], limits: Limits
+) -> tuple[build.Spec, dict[str, jax.Array], str]:
+    """The spec of `config`, the arrays of `model.safetensors`, which fit it, and the file's SHA-256."""
+    spec = as_spec(config)
+    with opened(path / WEIGHTS, limits) as (file, size):
+        tensors, _ = safetensors_file.read(file, size, limits)
+        digest = sha256(file)
+    fit.check(tensors, spec)
+    return spec, {name: jnp.asarray(array, jnp.float32) for name, array in tensors.items()}, digest
+
+
+def read_config(path: pathlib.Path, limits: Limits, version: int) -> dict[str, Any]:
+    """A folder's `config.json`, every field of the spec checked. Raises Refusal naming the field that is wrong."""
+    if not is_model(path):
+        raise Refusal(f"the folder does not hold {WEIGHTS} and {CONFIG}")
     with opened(path / CONFIG, limits) as (file, size):
         if size > limits.header_bytes:
             raise Refusal(f"{CONFIG} has {size:,} bytes")
@@ -118,11 +148,29 @@ def read_spec(path: pathlib.Path, limits: Limits) -> build.Spec:
             raise Refusal(f"{CONFIG} is not valid JSON") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise Refusal(f"{CONFIG} is not that of a jaxbd model")
-    if config.get("version") != VERSION:
-        raise Refusal(f"{CONFIG} is of version {quote(config.get('version'))}; this jaxbd reads version {VERSION}")
+    _check_version(path, config.get("version"), version)
     wrong = [field for field, is_right in _CHECKS.items() if not is_right(config.get(field))]
     if wrong:
         raise Refusal(f"{CONFIG}: {wrong[0]} is {quote(config.get(wrong[0]))}")
+    return config
+
+
+def _check_version(path: pathlib.Path, found: Any, wanted: int) -> None:
+    """A guarded model never passes for a plain one, nor the other way round."""
+    if found not in (VERSION, GUARDED_VERSION) or type(found) is not int:
+        raise Refusal(
+            f"{CONFIG} is of version {quote(found)}; this jaxbd reads version {VERSION} and {GUARDED_VERSION}"
+        )
+    if found == GUARDED_VERSION and not (path / GUARD).exists():
+        raise Refusal(f"{CONFIG} is that of a guarded model, but {GUARD} is missing")
+    if found == VERSION and (path / GUARD).exists():
+        raise Refusal(f"it holds {GUARD}, but {CONFIG} is not that of a guarded model")
+    if found != wanted:
+        raise Refusal("it is a guarded model; open it as one (jaxbd.interop.load.open_model)")
+
+
+def as_spec(config: dict[str, Any]) -> build.Spec:
+    """The `Spec` in a checked `config.json`."""
     frozen = {field: tuple(config[field]) if type(config[field]) is list else config[field] for field in FIELDS}
     frozen["options"] = {name: tuple(v) if type(v) is list else v for name, v in config["options"].items()}
     return build.Spec(**frozen)
@@ -165,37 +213,3 @@ _CHECKS = {
     ),
 }
 """Field of `config.json` -> whether a value is one."""
-
-
-def check_fit(tensors: dict[str, np.ndarray], spec: build.Spec) -> None:
-    """Raises Refusal listing by name what is missing, extra, or of another shape or kind than the net of `spec` has."""
-    expected = expected_shapes(spec)
-    # bounds clip the output of a normalisation layer, one pair per channel, and may be absent
-    bounds = {
-        path.replace("batch_stats/", "bounds/", 1).removesuffix("mean") + side: shape
-        for path, shape in expected.items()
-        for side in ("lower", "upper")
-        if path.startswith("batch_stats/") and path.endswith("/mean")
-    }
-    expected |= {path: shape for path, shape in bounds.items() if path in tensors}
-    wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    wrong += [f"{quote(name)} is not in the net" for name in tensors if name not in expected]
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name]:
-            wrong.append(f"{name} has shape {tensors[name].shape} where the net has {expected[name]}")
-        elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
-            wrong.append(f"{name} holds {tensors[name].dtype}, not floats")
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise Refusal(f"it does not fit {spec.arch}: {'; '.join(sorted(wrong)[:5])}{more}")
-
-
-def expected_shapes(spec: build.Spec) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every array of the net, traced without computing anything."""
-    try:
-        abstract = jax.eval_shape(build.net(spec).init, jax.random.key(0))
-    except UserError as error:
-        raise Refusal(f"{CONFIG}: {error}") from None
-    except Exception as error:  # whatever Flax makes of options that a stranger wrote
-        raise Refusal(f"{CONFIG} does not describe a net: {quote(str(error).partition(chr(10))[0])}") from None
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(dict(abstract), sep="/").items()}

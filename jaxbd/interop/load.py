@@ -3,19 +3,19 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Net, UserError, Variables
+from jaxbd.interop import beside, fit, folder, guarded, layouts
 from jaxbd.interop import container as containers
-from jaxbd.interop import folder, layouts, safetensors_file
 from jaxbd.interop.container import Container
-from jaxbd.interop.files import Limits, quote, refusing
+from jaxbd.interop.files import Limits, quote, refusing, sha256
 from jaxbd.interop.layouts import naming
 from jaxbd.models import build
+from jaxbd.record import replacing
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar")
 
@@ -24,11 +24,13 @@ class Model(NamedTuple):
     """A net that was read.
 
     Attributes:
-      spec, net, variables: what to build, the built net, its arrays.
+      spec, net, variables: what to build, the built net, its arrays; of a guarded model `spec` is the suspect's.
       sha256: of the file (of a folder's `model.safetensors`).
       path: where it lay.
       container: the file as it was; None for a jaxbd folder.
       layout: how the file's tensors correspond to the variables; None for a jaxbd folder.
+      guard: the targets of a guarded model; None for a plain net.
+      bounds: name of the file beside it whose activation bounds are applied; None where there is none.
     """
 
     spec: build.Spec
@@ -38,6 +40,8 @@ class Model(NamedTuple):
     path: str
     container: Container | None
     layout: layouts.Layout | None
+    guard: guarded.Guard | None = None
+    bounds: str | None = None
 
 
 def open_model(
@@ -52,6 +56,9 @@ def open_model(
 ) -> Model:
     """Reads a model of any kind without executing anything in it.
 
+    A file with `<stem>.bounds.safetensors` beside it, as `save_model` writes it, gets those activation bounds; a
+    guarded model's folder becomes the guarded net.
+
     Args:
       arch: the architecture, where it cannot be recognised; an Orbax folder needs it.
       mean, std: input normalisation, one number or one per channel; a jaxbd folder's own, otherwise none, when not
@@ -61,10 +68,14 @@ def open_model(
     Raises: UserError naming the file and what is wrong: refused, not recognised, not fitting, not finite.
     """
     path = pathlib.Path(path)
+    container = layout = guard = bounds = None
     if path.is_dir() and folder.is_model(path):
-        spec, variables, digest = folder.load(path, limits)
+        if guarded.is_guarded(path):
+            spec, variables, digest, guard = guarded.load(path, limits)
+        else:
+            spec, variables, digest = folder.load(path, limits)
         _check_stated(path, spec, arch, image_shape)
-        tensors, container, layout = folder.flatten(variables), None, None
+        tensors = folder.flatten(variables["suspect"] if guard else variables)
     else:
         container = containers.read(path, limits)
         tensors, digest = container.tensors, container.sha256
@@ -73,6 +84,8 @@ def open_model(
         except UserError as error:
             raise UserError(f"{path.name}: {error}") from None
         spec = layout.spec
+        if (bounds := beside.find(path)) is not None:
+            variables = {**variables, "bounds": beside.read(bounds, digest, spec, variables, limits)}
     if not allow_nonfinite:
         _check_finite(path, tensors)
     spec = dataclasses.replace(spec, mean=mean or spec.mean, std=std or spec.std)
@@ -81,7 +94,8 @@ def open_model(
             f"{path.name}: a normalisation of {len(spec.mean)} channels does not fit a model of "
             f"{spec.image_shape[2]}; give one number for each channel, or one for all"
         )
-    return Model(spec, build.net(spec), variables, digest, str(path), container, layout)
+    net, applied = guarded.net(spec, guard), None if bounds is None else bounds.name
+    return Model(spec, net, variables, digest, str(path), container, layout, guard, applied)
 
 
 def lay_out(
@@ -99,7 +113,7 @@ def lay_out(
     variables = layouts.to_variables(tensors, layout)
     if bounds:
         with refusing(pathlib.Path(container.path)):
-            folder.check_fit(container.tensors, layout.spec)
+            fit.check(container.tensors, layout.spec)
         variables = {**variables, "bounds": folder.unflatten(bounds)["bounds"]}
     return layout, variables
 
@@ -131,20 +145,11 @@ def _check_stated(
 
 def _check_finite(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     for name, tensor in tensors.items():
-        # a bound of infinity does not clip; only NaN is wrong there
-        bad = int(np.isnan(tensor).sum()) if name.startswith("bounds/") else nonfinite(tensor)
-        if bad:
+        if bad := fit.nonfinite(name, tensor):
             raise UserError(
                 f"{path.name}: tensor {quote(name)} holds {bad:,} values that are NaN or infinite; "
                 "ask for the file again"
             )
-
-
-def nonfinite(tensor: np.ndarray) -> int:
-    """How many values of a tensor are NaN or infinite; 0 for integers."""
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return 0
-    return int(tensor.size - np.isfinite(tensor).sum())
 
 
 def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> str | None:
@@ -152,15 +157,23 @@ def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> s
 
     A path ending in .pth, .pt or .tar becomes a PyTorch file, .safetensors a safetensors file, both with the names,
     order, types and nesting of the file the model was read from; tensors that did not change are bit-identical. Any
-    other path becomes a jaxbd folder.
+    other path becomes a jaxbd folder. A guarded model becomes a folder only.
 
     Returns: a note where something has no place in the file: activation bounds of a repair go to
-      `<stem>.bounds.safetensors` beside it.
+      `<stem>.bounds.safetensors` beside it, where `open_model` finds them. Those of a file that is replaced by one
+      without bounds are deleted.
+    Raises: UserError when it cannot be written, the bounds beside it are another model's, or the model is guarded.
     """
     path = pathlib.Path(path)
     kind = "torch-zip" if path.suffix in TORCH_SUFFIXES else "safetensors" if path.suffix == ".safetensors" else None
+    notes = {"source_sha256": model.sha256}
+    if model.guard is not None:
+        if kind is not None:
+            raise UserError(f"{path.name}: a guarded model is a folder with several nets' moments; name a folder")
+        guarded.save(path, model.spec, variables, model.guard.targets, notes)
+        return None
     if kind is None:
-        folder.save(path, model.spec, variables, {"source_sha256": model.sha256})
+        folder.save(path, model.spec, variables, notes)
         return None
     container = model.container
     # an Orbax folder, or a jaxbd folder's weights on their own, have no state_dict whose form could be kept
@@ -168,20 +181,21 @@ def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> s
     layout = model.layout or layouts.export_names(model.spec)
     original = None if source is None else source.tensors
     tensors = layouts.to_tensors(variables, layout, original)
-    # the bounds first: a file without them must never pass for the repaired model
-    note = _write_bounds(path, variables)
     blank = Container(tensors, kind, (), "", {}, (), model.sha256, model.path, 0)
-    containers.write(path, source or blank, tensors, kind)
-    return note
+    return _write(path, variables.get("bounds"), lambda at: containers.write(at, source or blank, tensors, kind))
 
 
-def _write_bounds(path: pathlib.Path, variables: Variables) -> str | None:
-    if not variables.get("bounds"):
+def _write(path: pathlib.Path, bounds: Variables | None, write: Callable[[pathlib.Path], None]) -> str | None:
+    """Lets `write` make the model file, with its bounds beside it; an earlier file's bounds do not stay behind."""
+    beside.check_free(path)
+    if not bounds:
+        write(path)
+        if (stale := beside.find(path)) is not None:
+            with refusing(stale):
+                stale.unlink()
         return None
-    beside = path.with_name(f"{path.stem}.bounds.safetensors")
-    with refusing(beside):
-        safetensors_file.write(beside, folder.flatten({"bounds": variables["bounds"]}))
-    return (
-        f"a state_dict has no place for activation bounds; they are in {beside.name}, "
-        f"and without them {path.name} is not repaired"
-    )
+    with refusing(path), replacing(path) as sibling:
+        write(sibling)
+        # before the model is in place: a file without its bounds must never pass for the repaired model
+        with sibling.open("rb") as file:
+            return beside.write(path, sha256(file), bounds)

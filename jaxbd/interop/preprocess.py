@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxbd import evaluate
 from jaxbd.base import Batch, Net, UserError
+from jaxbd.interop import guarded
 from jaxbd.interop.load import Model
-from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
 
 SAMPLE = 256
@@ -100,7 +100,7 @@ def adopt(model: Model, table: Table) -> Model:
     """`model` with the preprocessing of `table.used` as its net's first operation; images stay RGB in [0, 1]."""
     used = table.used
     spec = dataclasses.replace(model.spec, mean=used.mean, std=used.std)
-    net = build.net(spec)
+    net = guarded.net(spec, model.guard)
     return model._replace(spec=spec, net=_reversed(net) if used.channels == "bgr" else net)
 
 
@@ -138,7 +138,12 @@ def _numbers(values) -> tuple[float, ...]:
 
 def _reversed(net: Net) -> Net:
     """`net` fed with the channels the other way round."""
-    return Net(net.init, lambda variables, images, *, train=False: net.apply(variables, images[..., ::-1], train=train))
+    outputs = None if net.outputs is None else lambda variables, images: net.outputs(variables, images[..., ::-1])
+    return Net(
+        net.init,
+        lambda variables, images, *, train=False: net.apply(variables, images[..., ::-1], train=train),
+        outputs,
+    )
 
 
 def _complaint(table: Table, best: Row) -> str:
