@@ -1,0 +1,270 @@
+"""DHBE: one iteration against PyTorch, what stays as it was, and that no data is asked for."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_dhbe
+import toys
+
+from jaxbd import erase, losses
+from jaxbd.base import Batch, UserError
+from jaxbd.models import build
+from jaxbd.models.norm import NORMALISATIONS
+from jaxbd.repair import dhbe
+
+SHAPE = (10, 10, 3)
+MEAN, STD = NORMALISATIONS["cifar10"]
+SPEC = build.Spec(arch="cnn", classes=4, image_shape=SHAPE, mean=MEAN, std=STD, options={"width": 3, "stages": 2})
+NET, NET64 = build.net(SPEC), build.net(dataclasses.replace(SPEC, dtype="float64"))
+SMALL = dict(batch_size=6, width=2, noise_dim=5, trigger_size=3, mean=MEAN, std=STD)
+CONFIG = dhbe.Config(inner_steps=2, trigger_scale=0.7, prior_weight=0.01, num_steps=100, **SMALL)
+START, ITERATE = jax.random.key(1), jax.random.key(2)
+
+
+@pytest.fixture(scope="module")
+def victim():
+    """Weights and running moments away from their usual start."""
+    variables = jax.jit(NET.init)(jax.random.key(0))
+    moments = jax.tree.map(lambda leaf: leaf + jnp.linspace(0.1, 0.4, leaf.size), variables["batch_stats"])
+    return {**variables, "batch_stats": moments}
+
+
+@functools.lru_cache
+def compiled(config: dhbe.Config, net=NET):
+    """init, step and how often the step was traced."""
+    method, traces = dhbe.make(net, SHAPE, config), []
+
+    def step(key, state):
+        traces.append(1)
+        return method.step(key, state)
+
+    return jax.jit(method.init), jax.jit(step), traces
+
+
+def same(one, other) -> bool:
+    return all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def torch_nets(state: dhbe.State):
+    generator = lambda start, images: torch_dhbe.Generator(
+        CONFIG.noise_dim, start, int(images), 3, CONFIG.width, images=images
+    )
+    parts = [
+        (torch_dhbe.Student(4, 3, 3), state.teacher),
+        (torch_dhbe.Student(4, 3, 3), state.student.variables),
+        (generator(5, True), state.generator.variables),
+        (generator(3, False), state.trigger.variables),
+    ]
+    return [torch_dhbe.load(net, variables) for net, variables in parts]
+
+
+def torch_draws(key):
+    """The step's random numbers: (noise of images, noise of triggers, place) for every phase."""
+    draw = lambda key: torch.tensor(np.asarray(jax.random.normal(key, (CONFIG.batch_size, CONFIG.noise_dim))))
+    keys = jax.random.split(key, CONFIG.inner_steps + 2)
+    found = []
+    for number, phase in enumerate(keys):
+        if number == CONFIG.inner_steps:
+            found.append((draw(phase), None, None))
+            continue
+        fake, trigger = jax.random.split(phase)
+        noise, place = jax.random.split(trigger)
+        found.append((draw(fake), draw(noise), jax.random.randint(place, (1, 2), 0, jnp.full((1, 2), 8))[0].tolist()))
+    return found
+
+
+def test_two_iterations_give_what_pytorch_gives(victim):
+    """Parameters and running moments of all four nets: order and number of passes, losses, and all three optimisers."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
+    with jax.enable_x64(True):
+        init, step, _ = compiled(CONFIG, NET64)
+        state = toys.widen(init(START, toys.widen(victim)))
+        nets = torch_nets(state)
+        optimisers = [
+            torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
+            torch.optim.Adam(nets[2].parameters(), lr=1e-3),
+            torch.optim.Adam(nets[3].parameters(), lr=1e-3),
+        ]
+        # the float32 numbers of the state, so that both sides start from the same ones
+        weight = float(state.strength.regularisation)
+        for group, rate in zip(optimisers, state.strength[1:4], strict=True):
+            group.param_groups[0]["lr"] = float(rate)
+        for number in range(2):
+            key = jax.random.fold_in(ITERATE, number)
+            state, _ = step(key, state)
+            torch_dhbe.iteration(
+                nets, optimisers, torch_draws(key), regularisation=weight, prior_weight=0.01, scale=0.7,
+                mean=mean, std=std,
+            )  # fmt: skip
+        for net, expected in zip(torch_nets(state), nets, strict=True):
+            for name, value in net.state_dict().items():
+                if not name.endswith("tracked"):
+                    np.testing.assert_allclose(
+                        value, expected.state_dict()[name], rtol=1e-7, atol=1e-10, err_msg=f"{type(net)} {name}"
+                    )
+
+
+def test_unrolled_and_scanned_updates_agree(victim):
+    with jax.enable_x64(True):
+        found = []
+        for inner in ("unrolled", "scan"):
+            init, step, _ = compiled(dataclasses.replace(CONFIG, inner=inner), NET64)
+            found.append(step(ITERATE, toys.widen(init(START, toys.widen(victim)))))
+        toys.assert_close(*found, 1e-9)
+
+
+@pytest.fixture(scope="module")
+def after_one(victim):
+    """State before, state after and Info of one iteration, by what is varied."""
+    init, step, traces = compiled(CONFIG)
+    state = init(START, victim)
+    strength, first = state.strength, len(traces)
+    found = {
+        "plain": step(ITERATE, state),
+        "weight 0": step(ITERATE, state._replace(strength=strength._replace(regularisation=jnp.float32(0)))),
+        "weight 5": step(ITERATE, state._replace(strength=strength._replace(regularisation=jnp.float32(5)))),
+        "late": step(ITERATE, state._replace(step=jnp.int32(80))),
+        "short": step(ITERATE, state._replace(step=jnp.int32(30), strength=strength._replace(num_steps=jnp.int32(50)))),
+    }
+    found["traces"] = len(traces) - first
+    init, step, _ = compiled(dataclasses.replace(CONFIG, pure=True))
+    return {"before": state, "pure": step(ITERATE, init(START, victim)), **found}
+
+
+def test_lambda_the_rates_and_the_length_do_not_compile_anew(after_one):
+    assert after_one["traces"] <= 1
+    assert not same(after_one["plain"][0].student, after_one["weight 5"][0].student)
+
+
+def test_teacher_never_changes_and_student_begins_as_its_copy(victim, after_one):
+    before, (after, _) = after_one["before"], after_one["plain"]
+    assert same(before.teacher, victim) and same(before.student.variables, victim)
+    assert same(after.teacher, victim)
+    for part in ("student", "generator", "trigger"):
+        changed = jax.tree.map(lambda a, b: bool((a != b).any()), getattr(before, part), getattr(after, part))
+        assert all(jax.tree.leaves(changed.variables["batch_stats"])), part
+        assert all(jax.tree.leaves(changed.variables["params"])), part
+    assert after.step == 1 and same(after.strength, before.strength)
+
+
+def test_weight_zero_is_not_pure_distillation(after_one):
+    """The same weights, but triggered images have passed through the student's running moments."""
+    zero, pure = after_one["weight 0"][0], after_one["pure"][0]
+    toys.assert_close(zero.student.variables["params"], pure.student.variables["params"], 1e-4)
+    for one, other in zip(*(jax.tree.leaves(s.student.variables["batch_stats"]) for s in (zero, pure)), strict=True):
+        assert float(abs(one - other).max()) > 1e-3
+    assert same(pure.trigger, after_one["before"].trigger) and not same(zero.trigger, pure.trigger)
+    assert after_one["pure"][1].regulariser == 0 and after_one["weight 0"][1].regulariser > 0
+
+
+@pytest.mark.parametrize("name, factor", [("late", 0.01), ("short", 0.1)])
+def test_all_three_rates_fall_together(after_one, name, factor):
+    """Adam's first update is its rate times a sign, so it shows the rate; the student's rate is reported."""
+    before, (plain, _), (slow, info) = after_one["before"], after_one["plain"], after_one[name]
+    assert np.isclose(info.learning_rate, 0.1 * factor) and np.isclose(after_one["plain"][1].learning_rate, 0.1)
+    for part in ("generator", "trigger"):
+        start, fast, late = (
+            getattr(s, part).variables["params"]["body"]["out"]["kernel"] for s in (before, plain, slow)
+        )
+        assert np.isclose(np.median(abs(fast - start)), 1e-3, rtol=0.02), part
+        assert np.isclose(np.median(abs(late - start)), 1e-3 * factor, rtol=0.02), part
+
+
+def test_schedule_of_the_paper():
+    """50 iterations in each of 300 epochs: x0.1 at epochs 180 and 240."""
+    steps = jnp.array([0, 180 * 50 - 1, 180 * 50, 240 * 50 - 1, 240 * 50, 15_000])
+    np.testing.assert_allclose(dhbe.decay(steps, jnp.int32(15_000)), [1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert (dhbe.Config().num_steps, dhbe.Config().learning_rate, dhbe.Config().generator_rate) == (15_000, 0.1, 1e-3)
+
+
+def test_presets_are_what_paper_and_code_say():
+    pick = lambda c: (c.inner_steps, c.batch_size, c.prior_weight, c.trigger_scale, c.regularisation)
+    assert pick(dhbe.paper(trigger_scale=0.5)) == (3, 128, 0.0, 0.5, 0.1)
+    assert pick(dhbe.released()) == (5, 256, 1e-4, 1.0, 0.1)
+    assert dhbe.released(width=8).width == 8
+
+
+def test_image_prior_is_the_released_one():
+    images = np.random.default_rng(0).normal(size=(3, 6, 5, 2))
+    expected = torch_dhbe.roughness(torch.tensor(images).permute(0, 3, 1, 2))
+    assert np.isclose(losses.image_roughness(jnp.asarray(images, jnp.float32)), expected, rtol=1e-5)
+    assert float(abs(jax.grad(losses.image_roughness)(jnp.ones((2, 4, 4, 1)))).max()) == 0
+
+
+def test_no_data_is_taken(victim):
+    """Neither by the composition, whose module does not even know batches, nor by the method."""
+    taken = {name for function in (erase.run, erase.start) for name in inspect.signature(function).parameters}
+    assert not {name for name in taken if any(word in name for word in ("data", "batch", "images", "labels", "draw"))}
+    tree = ast.parse(pathlib.Path(erase.__file__).read_text())
+    named = {a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import) for a in node.names}
+    assert not named & {"Batch", "Dataset", "data", "draw"}
+    method = dhbe.make(NET, SHAPE, CONFIG)
+    with pytest.raises(UserError, match="no data"):
+        method.step(ITERATE, None, Batch(jnp.zeros((2, *SHAPE)), jnp.zeros(2, jnp.int32)))
+    with pytest.raises(UserError, match="no evidence"):
+        method.init(START, victim, jnp.ones(3))
+
+
+def test_generated_images_follow_the_net(victim):
+    assert erase.settled(CONFIG, *NORMALISATIONS["cifar100"]).mean == NORMALISATIONS["cifar100"][0]
+    kept = dataclasses.replace(CONFIG, mean=(0.3,), std=(0.4,))
+    assert (erase.settled(kept).mean, erase.settled(kept).std) == ((0.3,), (0.4,))
+    assert erase.settled(kept, over_time="scan").inner == "scan" and erase.settled(kept).inner == "unrolled"
+
+
+def test_a_run_goes_on_from_a_saved_state_and_shares_its_program(victim):
+    """Bit for bit; and another lambda, rate or length uses the same method, so nothing is traced for it."""
+    config = dataclasses.replace(CONFIG, num_steps=4, inner_steps=1, learning_rate=0.02)
+    seen, saved = [], {}
+
+    def keep(done, state, infos):
+        seen.append((done, infos.discrepancy.shape))
+        saved.setdefault(done, jax.tree.map(jnp.copy, state))
+
+    settings = dict(mean=MEAN, std=STD, chunk=2)
+    whole = erase.run(START, NET, SHAPE, victim, config, on_chunk=keep, **settings)
+    assert seen == [(2, (2,)), (4, (2,))] and whole.infos.discrepancy.shape == (4,)
+    assert np.allclose(whole.infos.learning_rate, [0.02, 0.02, 0.02, 0.002], rtol=1e-5)
+    rest = erase.run(START, NET, SHAPE, victim, config, state=saved[2], **settings)
+    assert same(whole.variables, rest.variables) and rest.infos.discrepancy.shape == (2,)
+    assert jax.tree.map(jnp.shape, whole.variables) == jax.tree.map(jnp.shape, dict(victim))
+    other = dataclasses.replace(config, regularisation=0.01, learning_rate=0.2, num_steps=1)
+    again = erase.run(START, NET, SHAPE, victim, other, **settings)
+    assert again.seconds.compile == 0 and not same(again.variables, whole.variables)
+
+
+BAD = [
+    dict(inner_steps=0), dict(batch_size=1), dict(num_steps=0), dict(noise_dim=0), dict(width=0),
+    dict(regularisation=-0.1), dict(regularisation=float("nan")), dict(prior_weight=-1.0), dict(trigger_scale=0.0),
+    dict(learning_rate=0.0), dict(generator_rate=float("nan")), dict(trigger_rate=-1.0), dict(momentum=1.0),
+    dict(weight_decay=-1.0), dict(std=(0.0,)), dict(mean=()), dict(trigger_size=2), dict(trigger_size=11),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BAD, ids=[f"{next(iter(change))}-{n}" for n, change in enumerate(BAD)])
+def test_bad_values_are_refused_in_one_line(change):
+    with pytest.raises(UserError) as caught:
+        dhbe.Config(**change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shape, change, words",
+    [
+        ((8, 10, 3), {}, "square"),
+        ((11, 11, 3), {}, "11 pixels"),
+        ((8, 8, 3), dict(trigger_size=9), "9x9"),
+        ((8, 8, 3), dict(std=(0.1, 0.2)), "3 channels"),
+    ],
+)
+def test_what_does_not_fit_the_images_is_refused(shape, change, words):
+    with pytest.raises(UserError, match=words):
+        dhbe.make(NET, shape, dhbe.Config(**change))
