@@ -1,6 +1,7 @@
 """From attack success rates per class to a verdict. NumPy; nothing here is differentiated or batched."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from jaxbd.base import UserError
 
 Verdict = Literal["backdoored", "clean", "inconclusive"]
+Setting = Literal["all-to-one", "all-to-all", "mixed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,57 @@ def mad_scores(values: np.ndarray, consistency: float = 1.4826) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         scores = np.where(centred == 0, 0.0, centred / spread)
     return np.where(finite, scores, 0.0)
+
+
+def pair_scores(statistics: np.ndarray) -> np.ndarray:
+    """|statistic - median| / median |statistic - median| over all pairs: scores [K, K] of `statistics` [K, K].
+
+    Rows are sources, columns targets; a statistic is 1 / (size of the pair's trigger), large for a backdoor's.
+    One-sided: a pair below the median scores 0. The diagonal, pairs without a statistic (nan) and pairs for which no
+    trigger was found (0) do not count; they score nan, nan and 0. Without spread, what is above the median scores inf.
+    """
+    # Differs from paper: it takes deviations to both sides; only a trigger that is too small tells of a backdoor
+    # Li et al. 2024, appendix C: no factor that makes the median deviation estimate a standard deviation
+    statistics = np.array(statistics, float)
+    np.fill_diagonal(statistics, np.nan)
+    counted = np.where(statistics > 0, statistics, np.nan)
+    scores = np.maximum(mad_scores(counted.ravel(), consistency=1.0), 0).reshape(statistics.shape)
+    return np.where(np.isnan(statistics), np.nan, scores)
+
+
+def centred_scores(statistics: np.ndarray, rounds: int = 20) -> np.ndarray:
+    """`pair_scores` of `statistics` [K, K] freed of what their source and their target contribute.
+
+    Some classes are left easily and some entered easily, whoever the partner is. The logarithms are stripped of their
+    rows' and columns' medians in turns (Tukey's median polish); what is left tells how far a pair stands out of both
+    its row and its column. That is what a trigger does which sends every class to a target of its own, and what one
+    that sends all to one target does not. Pairs that `pair_scores` does not count score 0, the diagonal nan.
+    """
+    rest = np.array(statistics, float)
+    np.fill_diagonal(rest, np.nan)
+    rest = np.where(rest > 0, np.log(np.where(rest > 0, rest, 1)), np.nan)
+    for _ in range(rounds):
+        for axis in (1, 0):
+            known = np.isfinite(rest).any(axis, keepdims=True)
+            rest = rest - np.nanmedian(np.where(known, rest, 0), axis, keepdims=True)
+    scores = np.maximum(mad_scores(rest.ravel(), consistency=1.0), 0).reshape(rest.shape)
+    np.fill_diagonal(scores, np.nan)
+    return scores
+
+
+def setting(pairs: Sequence[tuple[int, int]], classes: int) -> Setting | None:
+    """What kind of attack the detected (source, target) `pairs` of a model with K = `classes` tell of; None for none.
+
+    "all-to-one": one target, and more than one source or no other class. "all-to-all": at least half of the classes
+    are sources, each of one target, and no two of the same. "mixed": anything else, such as a single pair.
+    """
+    if not pairs:
+        return None
+    sources, targets = ({pair[side] for pair in pairs} for side in (0, 1))
+    if len(targets) == 1 and (len(sources) > 1 or classes == 2):
+        return "all-to-one"
+    one_to_one = len(sources) == len(targets) == len(set(pairs))
+    return "all-to-all" if one_to_one and 2 * len(sources) >= classes else "mixed"
 
 
 def decide(rates: np.ndarray, config: Config = Config()) -> Decision:

@@ -3,13 +3,22 @@
 import importlib
 from types import ModuleType
 
-ATTACKS = {"badnets": "jaxbd.attacks.badnets"}
+ATTACKS = {
+    "badnets": "jaxbd.attacks.badnets",
+    "chessboard": "jaxbd.attacks.chessboard",
+    "l0-inv": "jaxbd.attacks.l0_inv",
+    "l2-inv": "jaxbd.attacks.l2_inv",
+    "latent": "jaxbd.attacks.latent",
+    "single-pixel": "jaxbd.attacks.single_pixel",
+    "wanet": "jaxbd.attacks.wanet",
+}
 INVERSIONS = {
     "mesa": "jaxbd.inversion.mesa",
     "neural-cleanse": "jaxbd.inversion.neural_cleanse",
     "pixel": "jaxbd.inversion.pixel",
+    "pt-red": "jaxbd.inversion.pt_red",
 }
-REPAIRS = {"unlearn": "jaxbd.repair.unlearn"}
+REPAIRS = {"bna": "jaxbd.repair.bna", "dhbe": "jaxbd.repair.dhbe", "unlearn": "jaxbd.repair.unlearn"}
 KINDS = {"attack": ATTACKS, "inversion": INVERSIONS, "repair": REPAIRS}
 """What a method does -> name -> module. A module's docstring begins with what the method is; `PAPER` is its source."""
 

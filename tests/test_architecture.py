@@ -12,19 +12,21 @@ PACKAGE = pathlib.Path(jaxbd.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
-SHARED = {"base", "images", "losses"}
-DRIVERS = {"loop", "sweep", "evaluate", "detect", "checkpoint", "record"}
-METHODS = {"attacks", "inversion", "repair", "supervised"}
+SHARED = {"base", "histogram", "images", "losses"}
+DRIVERS = {"loop", "memory", "slots", "sweep", "evaluate", "detect", "checkpoint", "record"}
+METHODS = {"attacks", "inversion", "repair", "strip", "supervised"}
 BELOW_METHODS = SHARED | {"data", "models"}
-COMPOSITION = {"methods", "results", "study", "workflow"}
+COMPOSITION = {"correct", "erase", "methods", "pair_rules", "pair_triggers", "pairs", "results", "study", "workflow"}
 MAY_IMPORT = {
     "base": set(),
+    "histogram": {"base"},
     "images": {"base"},
     "losses": {"base"},
     "data": SHARED,
     "models": SHARED,
     "attacks": BELOW_METHODS,
     "inversion": BELOW_METHODS,
+    "strip": BELOW_METHODS,
     "supervised": BELOW_METHODS,
     "repair": BELOW_METHODS | {"supervised"},
     **{driver: SHARED | DRIVERS for driver in DRIVERS},

@@ -14,16 +14,17 @@ import pytest
 import toys
 
 import jaxbd
-from jaxbd import supervised
-from jaxbd.attacks import badnets, given
+from jaxbd import pairs, supervised
+from jaxbd.attacks import badnets, chessboard, given, l0_inv, l2_inv, latent, single_pixel, wanet
 from jaxbd.base import Batch, Cell, UserError
-from jaxbd.inversion import mesa, neural_cleanse, pixel
+from jaxbd.inversion import mesa, neural_cleanse, pixel, pt_red
 from jaxbd.models import build
-from jaxbd.repair import unlearn
+from jaxbd.repair import bna, dhbe, unlearn
 
 SHAPE = (8, 8, 3)
 NET = build.net(build.Spec(arch="cnn", classes=4, image_shape=SHAPE, options={"width": 4, "stages": 2}))
 SMALL = dict(hidden=16, noise_dim=8)
+TINY = dict(batch_size=6, width=2, noise_dim=8, trigger_size=3)
 
 
 class Runner(NamedTuple):
@@ -42,6 +43,11 @@ def given_attack(module, config) -> Runner:
     return _attack(module.make(SHAPE, 4, config, loaded)[0])
 
 
+def given_warp(module, config) -> Runner:
+    grid = np.random.default_rng(0).uniform(-1, 1, (*SHAPE[:2], 2)).astype(np.float32)
+    return _attack(module.make(SHAPE, 4, config, module.Loaded(grid=grid))[0])
+
+
 def _attack(method) -> Runner:
 
     def step(key, trigger, batch, victim):
@@ -52,6 +58,19 @@ def _attack(method) -> Runner:
         return trigger, (method.stamp(key, trigger, batch.images), poisoned, method.relabel(batch.labels))
 
     return Runner(lambda key, victim: method.init(key), step)
+
+
+def trained_attack(module, config) -> Runner:
+    """A victim and its trigger generator, trained together."""
+    method, planted = module.make(NET, module.penultimate(NET), SHAPE, 4, config), module.attack(SHAPE, 4, config)
+
+    def step(key, state, batch, victim):
+        del victim
+        new, info = method.step(key, state, batch)
+        variables, trigger = method.extract(new)
+        return new, (info, variables, _attack(planted).step(key, trigger, batch, variables)[1])
+
+    return Runner(method.init, step)
 
 
 def inversion(module, config) -> Runner:
@@ -86,6 +105,39 @@ def repair(module, config) -> Runner:
     return Runner(init, step)
 
 
+def eraser(module, config) -> Runner:
+    """A repair without evidence or data."""
+    method = module.make(NET, SHAPE, config)
+
+    def step(key, state, batch, victim):
+        del batch
+        new, info = method.step(key, state)
+        repaired = method.extract(new)
+        assert jax.tree.map(jnp.shape, repaired) == jax.tree.map(jnp.shape, dict(victim))
+        return new, (info, repaired)
+
+    return Runner(method.init, step)
+
+
+def correction(module, config) -> Runner:
+    """As `repair`, from one trigger and clean images; what comes back has changed moments and bounds besides."""
+    patch = badnets.make(SHAPE, 4, badnets.Config())
+    method = module.make(NET, patch.stamp, config)
+
+    def init(key, victim):
+        data = batch_of(victim["params"]["head"]["bias"].dtype)
+        return method.init(key, victim, module.Evidence(patch.init(key), data))
+
+    def step(key, state, batch, victim):
+        new, info = method.step(key, state, batch)
+        repaired = method.extract(new)
+        assert jax.tree.map(jnp.shape, {n: repaired[n] for n in victim}) == jax.tree.map(jnp.shape, dict(victim))
+        assert set(repaired) == {*victim, "bounds"}
+        return new, (info, repaired)
+
+    return Runner(init, step)
+
+
 def trainer(module, config) -> Runner:
     method = module.make(NET, config)
     return Runner(lambda key, victim: method.init(victim), lambda key, state, batch, _: method.step(key, state, batch))
@@ -100,6 +152,18 @@ METHODS = [
     ("badnets-all-to-all", attack, badnets, badnets.Config(all_to_all=True, poison_rate=1.0)),
     ("given-overwrite", given_attack, given, given.Config(poison_rate=0.5)),
     ("given-add-random", given_attack, given, given.Config(apply="add", place="random", target=2)),
+    ("given-warp", given_warp, given, given.Config(apply="warp", all_to_all=True)),
+    ("badnets-drawn", attack, badnets, badnets.Config(place="drawn", poison_rate=0.5)),
+    ("chessboard", attack, chessboard, chessboard.Config(poison_rate=0.5)),
+    ("single-pixel", attack, single_pixel, single_pixel.Config(poison_rate=0.5)),
+    ("single-pixel-drawn", attack, single_pixel, single_pixel.Config(sign="drawn", channels="one", all_to_all=True)),
+    ("l0-inv", attack, l0_inv, l0_inv.Config(poison_rate=0.5)),
+    ("l2-inv", attack, l2_inv, l2_inv.Config(poison_rate=0.5)),
+    ("l2-inv-bounded", attack, l2_inv, l2_inv.Config(norm=2.0, points=4, all_to_all=True)),
+    ("wanet", attack, wanet, wanet.Config(poison_rate=0.3)),
+    ("wanet-no-noise", attack, wanet, wanet.Config(cross_ratio=0.0, poison_rate=0.5, all_to_all=True)),
+    ("latent", trained_attack, latent, latent.Config(width=4)),
+    ("latent-other", trained_attack, latent, latent.Config(all_to_all=True, directions="unit", width=4)),
     ("mesa-released", inversion, mesa, mesa.Config(**SMALL)),
     ("mesa-paper", inversion, mesa, mesa.paper(**SMALL)),
     ("mesa-conv", inversion, mesa, mesa.Config(generator="conv", patch=6, **SMALL)),
@@ -109,8 +173,17 @@ METHODS = [
     ("pixel-image", inversion, pixel, pixel.Config(place="image", patch=2)),
     ("pixel-fixed", inversion, pixel, pixel.Config(place="fixed", row=1)),
     ("neural-cleanse", inversion, neural_cleanse, neural_cleanse.Config()),
+    ("neural-cleanse-pairs", inversion, neural_cleanse, neural_cleanse.for_pairs()),
+    ("pt-red", inversion, pt_red, pt_red.Config()),
+    ("pt-red-released", inversion, pt_red, pt_red.released()),
     ("unlearn-sampled", repair, unlearn, unlearn.Config(stamp_rate=0.5)),
     ("unlearn-epoch", repair, unlearn, unlearn.Config(mixing="epoch", epoch_steps=1, weight_decay=5e-4)),
+    ("dhbe-released", eraser, dhbe, dhbe.released(inner_steps=1, **TINY)),
+    ("dhbe-paper-scan", eraser, dhbe, dhbe.paper(**{**TINY, "inner": "scan", "place": "image"})),
+    ("dhbe-pure", eraser, dhbe, dhbe.Config(pure=True, inner_steps=1, **TINY)),
+    ("bna", correction, bna, bna.Config()),
+    ("bna-paper", correction, bna, bna.paper(divergence="js", epochs=None, num_steps=420)),
+    ("bna-released", correction, bna, bna.released(divergence="kl", epochs=None, num_steps=2)),
     ("supervised-sgd", trainer, supervised, supervised.Config()),
     ("supervised-adam", trainer, supervised, supervised.Config(optimiser="adam", schedule="steps")),
 ]
@@ -200,6 +273,22 @@ BAD = [
     (badnets.Config, dict(pattern=512)),
     (badnets.Config, dict(pattern=-1)),
     (given.Config, dict(poison_rate=-0.1)),
+    (chessboard.Config, dict(poison_rate=1.5)),
+    (chessboard.Config, dict(size=0)),
+    (single_pixel.Config, dict(size=0)),
+    (l0_inv.Config, dict(poison_rate=-0.1)),
+    (l2_inv.Config, dict(norm=0.0)),
+    (l2_inv.Config, dict(points=1)),
+    (wanet.Config, dict(cross_ratio=-1.0)),
+    (wanet.Config, dict(poison_rate=0.5)),
+    (wanet.Config, dict(strength=float("nan"))),
+    (latent.Config, dict(epsilon=0.0)),
+    (latent.Config, dict(second_epsilon=1.5)),
+    (latent.Config, dict(stamped_weight=1.0)),
+    (latent.Config, dict(latent_weight=float("nan"))),
+    (latent.Config, dict(generator_learning_rate=0.0)),
+    (latent.Config, dict(momentum=1.0)),
+    (latent.Config, dict(first_steps=0)),
     (mesa.Config, dict(patch=0)),
     (mesa.Config, dict(noise_dim=63)),
     (mesa.Config, dict(noise_dim=0)),
@@ -220,11 +309,35 @@ BAD = [
     (pixel.Config, dict(momentum=1.0)),
     (neural_cleanse.Config, dict(attack_threshold=0.0)),
     (neural_cleanse.Config, dict(patience=0)),
+    (neural_cleanse.Config, dict(memory=1.0)),
+    (neural_cleanse.Config, dict(first_mask=0.0)),
+    (neural_cleanse.Config, dict(stop_patience=-1)),
+    (neural_cleanse.Config, dict(stop_ratio=float("nan"))),
+    (pt_red.Config, dict(success_rate=0.0)),
+    (pt_red.Config, dict(step_size=float("nan"))),
+    (pt_red.Config, dict(step_noise=1.0)),
+    (pt_red.Config, dict(patience=0)),
+    (pairs.Config, dict(methods=())),
+    (pairs.Config, dict(methods=("mesa",))),
+    (pairs.Config, dict(methods=("pt-red", "pt-red"))),
+    (pairs.Config, dict(steps=0)),
+    (pairs.Config, dict(threshold=0.0)),
+    (pairs.Config, dict(working_rate=1.5)),
+    (pairs.Config, dict(joint_rate=0.0)),
+    (pairs.Config, dict(group=1)),
+    (pairs.Config, dict(intrinsic_factor=0.5)),
     (unlearn.Config, dict(stamp_rate=0.0)),
     (unlearn.Config, dict(stamp_rate=1.1)),
     (unlearn.Config, dict(learning_rate=float("nan"))),
     (unlearn.Config, dict(num_steps=0)),
     (unlearn.Config, dict(epoch_steps=0)),
+    (bna.Config, dict(learning_rate=0.0)),
+    (bna.Config, dict(num_steps=0)),
+    (bna.Config, dict(epochs=0)),
+    (bna.Config, dict(tau=float("nan"))),
+    (bna.Config, dict(tau=5.0)),
+    (bna.Config, dict(width=-0.1)),
+    (bna.Config, dict(bins=1)),
     (supervised.Config, dict(learning_rate=-1.0)),
     (supervised.Config, dict(num_steps=0)),
     (supervised.Config, dict(weight_decay=-1.0)),
@@ -245,6 +358,7 @@ UNFIT = [
     (lambda: badnets.make(SHAPE, 4, badnets.Config(target=-1)), "target -1"),
     (lambda: badnets.make(SHAPE, 4, badnets.Config(patch=9)), "9x9"),
     (lambda: badnets.make(SHAPE, 4, badnets.Config(place="fixed", row=6)), "outside"),
+    (lambda: latent.attack(SHAPE, 4, latent.Config(target=4)), "target 4"),
     (lambda: mesa.make(NET, SHAPE, mesa.Config(patch=9)), "9x9"),
     (lambda: mesa.make(NET, SHAPE, mesa.Config(place="fixed", row=6)), "outside"),
     (lambda: mesa.make(NET, SHAPE, mesa.Config(place="fixed", column=-1)), "outside"),
@@ -266,8 +380,8 @@ def test_every_method_file_has_a_row_and_the_same_parts():
         for file in (root / folder).glob("*.py"):
             name = f"jaxbd.{folder}.{file.stem}"
             module = importlib.import_module(name)
-            if not hasattr(module, "make"):
-                continue  # poison.py: a helper of the attacks
+            if not hasattr(module, "make") or name == "jaxbd.repair.guard":
+                continue  # poison.py: a helper of the attacks; guard.py makes a net, tested in test_guard.py
             assert name in tested, f"{name} has no row in METHODS"
             assert dataclasses.is_dataclass(module.Config)
             if folder != "attacks":

@@ -1,7 +1,7 @@
 """Neural Cleanse: a pattern and a transparency mask, as small as still works (Wang et al. 2019)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,13 @@ class Config:
       cost_multiplier: the weight grows by it after `patience` working steps in a row, and shrinks by its power 1.5
         after as many that do not work.
       patience: steps in a row after which the weight changes.
+      first_mask: upper end of the uniform distribution that the first mask is drawn from.
+      memory: share that earlier batches keep at each step in a running mean of the ASR, which has to reach the
+        threshold as the batch itself has to. At 0 a batch stands for itself; small ones need more, for among many
+        some reach any threshold by luck.
+      stop_patience: steps without a smaller mask after which the search is settled, once the weight has gone both up
+        and down; 0 for never (released: 25).
+      stop_ratio: a norm below this times the one before counts as smaller (released: 1).
     """
 
     learning_rate: float = 0.1
@@ -39,12 +46,26 @@ class Config:
     first_cost: float = 1e-3
     cost_multiplier: float = 2.0
     patience: int = 5
+    first_mask: float = 1.0
+    memory: float = 0.0
+    stop_patience: int = 0
+    stop_ratio: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.attack_threshold <= 1:
             raise UserError(f"neural-cleanse: attack_threshold {self.attack_threshold} is not in (0, 1]")
         if self.learning_rate <= 0 or self.patience < 1 or self.cost_multiplier <= 1 or self.first_cost <= 0:
             raise UserError("neural-cleanse: need learning_rate, first_cost > 0, patience >= 1, cost_multiplier > 1")
+        if not (0 < self.first_mask <= 1 and 0 <= self.memory < 1):
+            raise UserError("neural-cleanse: need 0 < first_mask <= 1 and 0 <= memory < 1")
+        if self.stop_patience < 0 or not 0 < self.stop_ratio <= 1:
+            raise UserError("neural-cleanse: need stop_patience >= 0 and 0 < stop_ratio <= 1")
+
+
+def for_pairs(**over: Any) -> Config:
+    """Settings for one source class at a time: the threshold of Xiang et al. 2020, small batches, the released stop."""
+    settings = dict(attack_threshold=0.9, memory=0.8, first_mask=0.2, first_cost=1e-2, stop_patience=25)
+    return Config(**{**settings, **over})
 
 
 class Parameters(NamedTuple):
@@ -65,6 +86,10 @@ class State(NamedTuple):
       best_mask [H, W, 1], best_pattern [H, W, C]: in [0, 1], of the smallest mask that worked; the current ones as
         long as none has.
       best_norm: [] its L1 norm, inf as long as none has worked.
+      rate: [] running mean of the batches' ASR.
+      raised, lowered: [] bool, whether the cost has ever gone up, and down.
+      stalled: [] int32, steps since the best norm last fell below `stop_ratio` times `stop_norm`.
+      stop_norm: [] best norm at that step.
     """
 
     step: Array
@@ -76,6 +101,11 @@ class State(NamedTuple):
     best_mask: Array
     best_pattern: Array
     best_norm: Array
+    rate: Array
+    raised: Array
+    lowered: Array
+    stalled: Array
+    stop_norm: Array
 
 
 class Info(NamedTuple):
@@ -98,53 +128,69 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
     optimiser = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2)
 
     def init(key: Key) -> State:
-        """Mask and pattern uniform in [0, 1], as released."""
+        """Pattern uniform in [0, 1] and mask in [0, `first_mask`]; both in [0, 1] as released."""
         mask_key, pattern_key = jax.random.split(key)
         limit = 1 - 1e-3
-        mask = jax.random.uniform(mask_key, (height, width, 1))
+        mask = config.first_mask * jax.random.uniform(mask_key, (height, width, 1))
         pattern = jax.random.uniform(pattern_key, image_shape)
         parameters = Parameters(*(jnp.arctanh((2 * value - 1) * limit) for value in (mask, pattern)))
         zero = jnp.zeros((), jnp.int32)
         cost = jnp.zeros(())
         norm = jnp.full_like(cost, jnp.inf)
-        return State(zero, parameters, optimiser.init(parameters), cost, zero, zero, mask, pattern, norm)
+        never = jnp.zeros((), bool)
+        return State(
+            zero, parameters, optimiser.init(parameters), cost, zero, zero, mask, pattern, norm, jnp.zeros_like(cost),
+            never, never, zero, norm,
+        )  # fmt: skip
 
     def loss(parameters: Parameters, cost: Array, batch: Batch, cell: Cell, victim: Variables):
         mask, pattern = squash(parameters.mask), squash(parameters.pattern)
         logits, _ = net.apply(victim, blend(batch.images, pattern[None], mask[None]), train=False)
-        entropy = losses.cross_entropy(logits, jnp.full_like(batch.labels, cell.target))
+        entropy = losses.cross_entropy(logits, losses.aims(batch.labels, cell.target))
         # Wang et al. 2019, eq. (3): cross-entropy to the target + lambda |m|_1
         return entropy + cost * mask.sum(), (entropy, logits, mask, pattern)
 
-    def schedule(state: State, success: Array) -> tuple[Array, Array, Array]:
+    def schedule(state: State, works: Array) -> dict[str, Array]:
         """The next cost and run lengths: up after `patience` working steps, down after as many failing ones."""
-        works = success >= config.attack_threshold
         worked = jnp.where(works, state.worked + 1, 0)
         failed = jnp.where(works, 0, state.failed + 1)
         up, down = worked >= config.patience, failed >= config.patience
         raised = jnp.where(state.cost == 0, config.first_cost, state.cost * config.cost_multiplier)
         lowered = state.cost / config.cost_multiplier**COST_DOWN
         cost = jnp.where(up, raised, jnp.where(down, lowered, state.cost))
-        return cost, jnp.where(up, 0, worked), jnp.where(down, 0, failed)
+        return dict(
+            cost=cost,
+            worked=jnp.where(up, 0, worked),
+            failed=jnp.where(down, 0, failed),
+            raised=state.raised | (up & (state.cost > 0)),
+            lowered=state.lowered | (down & (state.cost > 0)),
+        )
 
     def step(key: Key, state: State, batch: Batch, cell: Cell, victim: Variables) -> tuple[State, Info]:
         del key
         grad = jax.value_and_grad(loss, has_aux=True)
         (_, aux), gradient = grad(state.parameters, state.cost, batch, cell, victim)
         entropy, logits, mask, pattern = aux
-        success = (logits.argmax(-1) == cell.target).mean()
+        success = (logits.argmax(-1) == losses.aims(batch.labels, cell.target)).mean()
+        old = jnp.minimum(config.memory, state.step / (state.step + 1)).astype(success.dtype)
+        rate = old * state.rate + (1 - old) * success
+        works = jnp.minimum(rate, success) >= config.attack_threshold
         norm = mask.sum()
-        better = (success >= config.attack_threshold) & (norm < state.best_norm)
+        better = works & (norm < state.best_norm)
+        smaller = better & (norm < config.stop_ratio * state.stop_norm)
         keep = better | jnp.isinf(state.best_norm)
         updates, opt = optimiser.update(gradient, state.opt)
-        state = State(
-            state.step + 1,
-            optax.apply_updates(state.parameters, updates),
-            opt,
-            *schedule(state, success),
-            jnp.where(keep, mask, state.best_mask),
-            jnp.where(keep, pattern, state.best_pattern),
-            jnp.where(better, norm, state.best_norm),
+        state = state._replace(
+            step=state.step + 1,
+            parameters=optax.apply_updates(state.parameters, updates),
+            opt=opt,
+            **schedule(state, works),
+            best_mask=jnp.where(keep, mask, state.best_mask),
+            best_pattern=jnp.where(keep, pattern, state.best_pattern),
+            best_norm=jnp.where(better, norm, state.best_norm),
+            rate=rate,
+            stalled=jnp.where(smaller, 0, state.stalled + 1),
+            stop_norm=jnp.where(smaller, norm, state.stop_norm),
         )
         return state, Info(success, norm, entropy, state.cost)
 
@@ -158,7 +204,11 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         del key
         return blend(images, state.best_pattern[None], state.best_mask[None])
 
-    return Inversion(init, step, stamp, sample)
+    def settled(state: State) -> Array:
+        """Whether the weight has gone up and down and the best norm has stood still, as released."""
+        return state.raised & state.lowered & (state.stalled >= config.stop_patience)
+
+    return Inversion(init, step, stamp, sample, settled if config.stop_patience else None)
 
 
 def locate(masks: Array, side: int) -> tuple[Array, Array]:

@@ -1,0 +1,154 @@
+"""Triggers of class pairs, one by one and for several at once, and what they do: the work behind `pairs.scan`."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import detect, evaluate, loop, sweep
+from jaxbd.base import ANY_SOURCE, Batch, Cell, Inversion, Key, Net, Variables
+from jaxbd.data import draw
+from jaxbd.inversion import neural_cleanse, pt_red
+
+Pair = tuple[int, int]
+"""(source, target)"""
+METHODS = ("neural-cleanse", "pt-red")
+MAKE = {
+    name: functools.lru_cache(32)(module.make) for name, module in zip(METHODS, (neural_cleanse, pt_red), strict=True)
+}
+"""The factories, remembering what they made, so that nothing is traced twice."""
+EVALUATED = 64
+"""Images at a time when a trigger is judged: about as many as one class brings."""
+
+
+class Search(NamedTuple):
+    """One sweep over pairs.
+
+    Attributes:
+      rows: pair -> where its state is in `states` (NumPy, [N, …]).
+      norms: [K, K], size of each pair's trigger; inf where none was found, nan where none was sought.
+      scores: [K, K], see `detect.pair_scores`.
+    """
+
+    rows: dict[Pair, int]
+    states: Any
+    norms: np.ndarray
+    scores: np.ndarray
+
+    def state(self, pair: Pair) -> Any:
+        """The state of one pair."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[self.rows[pair]]), self.states)
+
+
+class Lab(NamedTuple):
+    """What all steps of one scan work with.
+
+    Attributes:
+      search: images the triggers are made on; held_out: others, on which they are judged.
+      inversions: by method; last_inversions: for the last estimate.
+      progress: (what is running, steps done, steps in all).
+    """
+
+    key: Key
+    net: Net
+    variables: Variables
+    classes: int
+    search: Batch
+    held_out: Batch
+    inversions: Mapping[str, Inversion]
+    last_inversions: Mapping[str, Inversion]
+    progress: Callable[[str, int, int], None]
+
+
+class Joint(NamedTuple):
+    """One trigger for several pairs: state, its size, whether it ever reached the success rate, seconds."""
+
+    state: Any
+    norm: float
+    reached: bool
+    seconds: loop.Seconds
+
+
+def sizes(method: str, states: Any) -> np.ndarray:
+    """[...]: L1 norms of the masks or L2 norms of the perturbations of states [...].
+
+    The paper says l0 norm of the patch but gives values such as 3.02: it must be the sum of a mask with values between
+    0 and 1, as here.
+    """
+    if method == "neural-cleanse":
+        return np.asarray(states.best_mask, float).sum((-3, -2, -1))
+    return np.sqrt((np.asarray(states.perturbation, float) ** 2).sum((-3, -2, -1)))
+
+
+def reached(method: str, states: Any) -> np.ndarray:
+    """[...] bool: whether a trigger was found that reaches the success rate."""
+    return np.isfinite(states.best_norm) if method == "neural-cleanse" else np.asarray(states.reached) > 0
+
+
+def sweep_pairs(lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, batch_size: int, **settings: Any):
+    """One trigger for every pair of `pairs`: (Search, what `sweep.search` found); `settings` are its own."""
+    sources, targets = (jnp.array(side, jnp.int32) for side in zip(*pairs, strict=True))
+    label = f"{method}: {len(pairs)} pairs"
+    lab.progress(label, 0, num_steps * len(pairs))
+    found = sweep.search(
+        jax.random.fold_in(lab.key, METHODS.index(method)),
+        lab.inversions[method],
+        draw.uniform(batch_size),
+        lab.search,
+        Cell(targets, sources, jnp.zeros(len(pairs))),
+        lab.variables,
+        num_steps=num_steps,
+        on_chunk=lambda at: lab.progress(label, at.steps, at.steps_total),
+        **settings,
+    )
+    norms = np.full((lab.classes, lab.classes), np.nan)
+    norms[tuple(np.transpose(pairs))] = np.where(reached(method, found.states), sizes(method, found.states), np.inf)
+    rows = {pair: row for row, pair in enumerate(pairs)}
+    return Search(rows, found.states, norms, detect.pair_scores(1 / norms)), found
+
+
+def outcomes(lab: Lab, method: str, state: Any, sources: Sequence[int]) -> np.ndarray:
+    """[K, K]: share of the held-out images of each of `sources` that a trigger sends to each class; nan elsewhere."""
+    shares = np.full((lab.classes, lab.classes), np.nan)
+    chosen = np.isin(lab.held_out.labels, sources)
+    if not chosen.any():
+        return shares
+    data = Batch(lab.held_out.images[chosen], lab.held_out.labels[chosen])
+    key, stamp = jax.random.fold_in(lab.key, 10), lab.inversions[method].stamp
+    logits = evaluate.triggered_logits(key, lab.net, lab.variables, stamp, state, data, batch_size=EVALUATED)
+    counts = np.zeros_like(shares)
+    np.add.at(counts, (data.labels, logits.argmax(-1)), 1)
+    present = np.unique(data.labels)
+    shares[present] = counts[present] / counts[present].sum(1, keepdims=True)
+    return shares
+
+
+def joint(
+    lab: Lab, method: str, inversion: Inversion, wish: Mapping[int, int], num_steps: int, batch_size: int
+) -> Joint:
+    """One trigger that sends the images of every source in `wish` to its target."""
+    labels = np.asarray(lab.search.labels)
+    # as many rows as the whole set has, so that one program serves all sets of sources
+    rows = jnp.asarray(np.resize(np.flatnonzero(np.isin(labels, list(wish))), len(labels)))
+    data = jax.tree.map(lambda leaf: leaf[rows], lab.search)
+    target = jnp.array([wish.get(source, 0) for source in range(lab.classes)], jnp.int32)
+    label = f"{method}: one trigger for {len(wish)} source(s)"
+    key = jax.random.fold_in(lab.key, 20)
+    for number in sorted(wish.items()):
+        key = jax.random.fold_in(key, number[0] * lab.classes + number[1])
+    lab.progress(label, 0, num_steps)
+    state, _, seconds = loop.fit(
+        key,
+        inversion.step,
+        draw.uniform(batch_size),
+        data,
+        jax.tree.map(jnp.copy, inversion.init(key)),  # leaves may share memory, which donating forbids
+        Cell(target, jnp.int32(ANY_SOURCE), jnp.float32(0)),
+        lab.variables,
+        num_steps=num_steps,
+        on_chunk=lambda done, _, __: lab.progress(label, done, num_steps),
+    )
+    return Joint(state, float(sizes(method, state)), bool(reached(method, state)), seconds)

@@ -1,0 +1,182 @@
+"""Looks for a backdoor pair by pair: a trigger for every ordered pair of classes (Li et al., BNA, section 4.2, app. C).
+
+An attack may send every class to one target, or every class to a target of its own; only pairs tell the two apart. What
+is measured is how large a trigger has to be that sends the images of one class to another. A backdoor's is small. How
+the searches for patches and for perturbations become one answer is written down in `pair_rules`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import detect, loop, pair_triggers
+from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
+from jaxbd.pair_rules import Config, Rules
+from jaxbd.pair_triggers import METHODS, Lab, Pair
+
+__all__ = ["METHODS", "Config", "Estimate", "Pair", "PairScan", "Progress", "scan", "searched"]
+
+Progress = Callable[[str, int, int], None]
+"""(what is running, steps done, steps in all)"""
+
+
+class Estimate(NamedTuple):
+    """A trigger estimated for one target.
+
+    Attributes:
+      method: the search behind it.
+      stamp: (key, model, images) -> images; model: its state.
+      sources: classes whose images it was made on.
+      norm: L1 norm of the mask, or L2 norm of the perturbation.
+      attack_success_rate: on held-out images of the sources; nan without any.
+    """
+
+    method: str
+    stamp: Callable[[Key, Any, Array], Array]
+    model: Any
+    sources: tuple[int, ...]
+    norm: float
+    attack_success_rate: float
+
+
+class PairScan(NamedTuple):
+    """What a scan over pairs found.
+
+    Attributes:
+      verdict: "backdoored" where there are pairs; "inconclusive" where a score exceeds the threshold but no trigger
+        works on held-out images, or triggers were found for too few pairs to compare; otherwise "clean".
+      targets: detected target classes, ascending; pairs: detected (source, target).
+      setting: see `detect.setting`.
+      decided_by: the step whose numbers decided, in words.
+      statistics: by search, [K, K] (source, target): 1 / norm of the pair's trigger; 0 where none was found; nan on the
+        diagonal and where nothing was searched.
+      scores: by search, [K, K], see `detect.pair_scores`.
+      triggers: target -> estimate.
+      missing: classes without images, that could not be searched as sources.
+      steps: by search, steps of all pairs together; image_steps: images pushed through the victim with a gradient.
+      seconds: compile and run of the searches and joint estimates.
+    """
+
+    verdict: detect.Verdict
+    targets: list[int]
+    pairs: list[Pair]
+    setting: detect.Setting | None
+    decided_by: str
+    statistics: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
+    triggers: dict[int, Estimate]
+    missing: tuple[int, ...]
+    steps: dict[str, int]
+    image_steps: int
+    seconds: loop.Seconds
+
+
+def scan(
+    key: Key,
+    net: Net,
+    variables: Variables,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    search: Batch,
+    held_out: Batch,
+    config: Config,
+    progress: Progress | None = None,
+) -> PairScan:
+    """Looks for a backdoor in a net of which nothing is known but its weights, pair by pair.
+
+    Args:
+      image_shape: (H, W, C); classes: K.
+      search: clean images the triggers are made on (uint8 or float); held_out: others, on which they are judged.
+    Raises: UserError when a class brings some images but fewer than `config.least_images`, when no class brings any, or
+      on a target out of range; FloatingPointError when a pair diverges.
+    """
+    pairs, missing = searched(np.asarray(search.labels), classes, config)
+    settings = {"neural-cleanse": config.neural_cleanse, "pt-red": config.pt_red}
+    strict = {
+        "neural-cleanse": dataclasses.replace(config.neural_cleanse, attack_threshold=config.joint_rate),
+        "pt-red": dataclasses.replace(config.pt_red, success_rate=config.joint_rate),
+    }
+    inversions, joint = (
+        {method: pair_triggers.MAKE[method](net, image_shape, kind[method]) for method in config.methods}
+        for kind in (settings, strict)
+    )
+    lab = Lab(
+        key,
+        net,
+        variables,
+        classes,
+        Batch(jnp.asarray(search.images), jnp.asarray(search.labels)),
+        Batch(np.asarray(held_out.images), np.asarray(held_out.labels)),
+        inversions,
+        joint,
+        progress or (lambda *_: None),
+    )
+    rules = Rules(lab, config, pairs)
+    seeds = {method: rules.seeds(method) for method in config.methods}
+    return _result(rules, seeds, missing)
+
+
+def searched(labels: np.ndarray, classes: int, config: Config) -> tuple[list[Pair], tuple[int, ...]]:
+    """The pairs that a scan searches with images of `labels` [N], and the classes without any."""
+    outside = [target for target in config.targets if not 0 <= target < classes]
+    if outside:
+        raise UserError(f"target {outside[0]} is out of range; the model has classes 0..{classes - 1}")
+    counts = np.bincount(labels, minlength=classes)
+    few = [source for source in range(classes) if 0 < counts[source] < config.least_images]
+    if few:
+        raise UserError(
+            f"class {few[0]} has {counts[few[0]]} image(s) to search with, {config.least_images} are needed of each "
+            "class; bring more, or none of that class"
+        )
+    targets = sorted({*config.targets}) or range(classes)
+    pairs = [(s, t) for t in targets for s in range(classes) if s != t and counts[s]]
+    if not pairs:
+        raise UserError(f"no images to search with; bring at least {config.least_images} of each class")
+    return pairs, tuple(source for source in range(classes) if not counts[source])
+
+
+def _estimate(rules: Rules, method: str, target: int, sources: list[int]) -> Estimate:
+    """One trigger for `target` on all its sources, or on the easiest where they do not share one: rule 5."""
+    wish = dict.fromkeys(sources, target)
+    found = rules.joint(method, wish, last=True)
+    if len(sources) > 1 and not rules.shared(method, found.norm, wish):
+        sources = [min(sources, key=lambda source: rules.searches[method].norms[source, target])]
+        found = rules.joint(method, {sources[0]: target}, last=True)
+    rates = pair_triggers.outcomes(rules.lab, method, found.state, sources)[sources, target]
+    rate = float(rates[np.isfinite(rates)].mean()) if np.isfinite(rates).any() else float("nan")
+    stamp = rules.lab.inversions[method].stamp
+    return Estimate(method, stamp, found.state, tuple(sources), found.norm, rate)
+
+
+def _result(rules: Rules, tried: dict[str, tuple[dict[Pair, float], list[Pair]]], missing: tuple[int, ...]) -> PairScan:
+    """What `tried`, each search's seeds and pairs that did not work, come to."""
+    seeds = {method: working for method, (working, _) in tried.items()}
+    found, rule = rules.detected(seeds)
+    triggers = {}
+    for method, pairs in found:
+        for target in sorted({t for _, t in pairs}):
+            triggers[target] = _estimate(rules, method, target, [s for s, t in pairs if t == target])
+    pairs = sorted((source, target) for target, estimate in triggers.items() for source in estimate.sources)
+    doubts = rules.doubts(seeds, any(failed for _, failed in tried.values()))
+    verdict = "backdoored" if found else "inconclusive" if doubts else "clean"
+    words = f"{' and '.join(sorted({m for m, _ in found}) or list(rules.searches))}: "
+    words += rule if found else "; ".join(doubts) or f"no pair scores above {rules.config.threshold:g}"
+    if missing:
+        words += f"; no images of class {', '.join(map(str, missing))}, not searched as a source"
+    return PairScan(
+        verdict,
+        sorted(triggers),
+        pairs,
+        detect.setting(pairs, rules.lab.classes),
+        words,
+        {method: 1 / search.norms for method, search in rules.searches.items()},
+        {method: search.scores for method, search in rules.searches.items()},
+        dict(sorted(triggers.items())),
+        missing,
+        rules.steps,
+        rules.image_steps,
+        rules.seconds,
+    )
