@@ -10,12 +10,13 @@ import types
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxbd import record
 from jaxbd.base import UserError
-from jaxbd.report import maps, page, plots
-from jaxbd.report.content import Content, Repaired, Scan, Triggers
+from jaxbd.report import maps, matrix, page, plots
+from jaxbd.report.content import Activations, Content, PairScores, Panel, Repaired, Scan, Triggers
 
 HOSTILE = "<script>alert('x')</script>"
 NAMES = ["zero", HOSTILE, "$\\frac{", "猫", "a\nb", '" onload="x', "--><b>", "\ud800", "x" * 300, ""]
@@ -58,6 +59,27 @@ def triggers(channels=3, count=40) -> Triggers:
     return Triggers(samples=samples, original=random.random((3, 3, channels)), clean=clean, stamped=255 - clean)
 
 
+def pair_scores(count=4, names=NAMES, detected=((0, 1), (2, 1)), **changes) -> PairScores:
+    scores = np.random.default_rng(0).normal(size=(count, count))
+    np.fill_diagonal(scores, np.nan)
+    for number, pair in enumerate(detected):
+        scores[pair] = 12.25 + number
+    known = dict(search=HOSTILE, scores=scores, names=names[:count], detected=detected, threshold=7.0)
+    return PairScores(**{**known, **changes})
+
+
+def activations() -> Activations:
+    random = np.random.default_rng(1)
+    clean = random.random(200)
+    panel = lambda net, triggered, tv: Panel(net=net, channel=5, clean=clean, triggered=triggered, total_variation=tv)
+    return Activations(
+        layer=f"block/{HOSTILE}",
+        suspect=panel("suspect", clean + 3, 0.987),
+        corrected=panel("corrected", clean + 0.1, 0.123),
+        others=[Panel(net=HOSTILE, channel=17, clean=clean, triggered=clean, note=HOSTILE)],
+    )
+
+
 def full() -> Content:
     return Content(
         title=f"Report {HOSTILE}",
@@ -70,7 +92,12 @@ def full() -> Content:
                 method="mesa", clean_accuracy=(0.981, 0.972), attack_success_rate=(0.993, 0.0123), n_triggered=324
             ),
             Repaired(method=HOSTILE, note=HOSTILE),
+            Repaired(
+                method="guarded", source_inference_accuracy=0.931, true_positive_rate=0.944, false_positive_rate=0.058
+            ),
         ],
+        pairs=[pair_scores()],
+        activations=activations(),
         triggers=triggers(),
         curves={HOSTILE: {"step": [0, 10, 20], "values": {"level 0.5": [1.0, None, 0.5], "$x": [1, float("nan"), 0]}}},
         settings={"steps": 620, "mesa": {"patch": 3, "nested": {"deep": [1, HOSTILE]}}, "empty": {}},
@@ -108,7 +135,8 @@ def test_page_runs_no_script_and_loads_nothing(text):
 
 def test_hostile_names_are_shown_as_text(text):
     seen = Page(text)
-    assert seen.text.count(HOSTILE) >= 9  # title, class, searched, method, note, curve, setting, version, device
+    # title, class, searched, method, note, curve, setting, version, device, search, pair, layer, net, its note
+    assert seen.text.count(HOSTILE) >= 14
     assert "--><b>" in seen.text
 
 
@@ -120,7 +148,7 @@ def test_page_says_what_was_found(text):
     assert "A detector only rules in the trigger families it searches" in seen.text
     for value in ("ab" * 32, "3.5 s total (2.0 s run, 1.5 s compile)", "360 images", "324 triggered images", "620"):
         assert value in seen.text, value
-    for rate in ("99.3", "1.2", "98.1", "97.2"):
+    for rate in ("99.3", "1.2", "98.1", "97.2", "93.1", "94.4", "5.8"):
         assert f"<td>{rate}\N{NO-BREAK SPACE}%<" in text, rate
     assert "nested.deep" in seen.text and "victim" in seen.text
 
@@ -130,12 +158,32 @@ def test_figures_have_text_alternatives_and_headings_are_ordered(text):
     assert len(seen.named("img")) == 1 + 2 + 3 + 2 * 2  # planted, samples per level, pairs, two maps per level
     assert all(attributes.get("alt") for attributes in seen.named("img"))
     charts = [svg for svg in seen.named("svg") if svg.get("role") == "img"]
-    assert len(charts) == 3 and all(svg["aria-label"] for svg in charts)
+    assert len(charts) == 3 + 1 + 3 and all(svg["aria-label"] for svg in charts)
     assert [tag for tag, _ in seen.tags].count("h1") == 1
     depth = [int(tag[1]) for tag, _ in seen.tags if re.fullmatch(r"h[1-6]", tag)]
     assert all(after - before <= 1 for before, after in itertools.pairwise(depth))
     identifiers = [attributes["id"] for tag, attributes in seen.tags if "id" in attributes and tag == "section"]
     assert set(identifiers) >= {link["href"][1:] for link in seen.named("a") if link["href"].startswith("#")}
+
+
+def test_page_shows_pairs_and_a_neuron(text):
+    seen = Page(text)
+    words = " ".join(seen.text.split())
+    assert "One cell a pair; 2 of 12 pairs are called attacked" in words and "score exceeds 7 is suspected" in words
+    assert words.index("13.25") < words.index("12.25")  # the table starts with the highest
+    assert [row.get("class") for row in seen.named("tr")].count("hit") == 2 + 1  # both pairs, the scan's target
+    assert f"Layer block/{HOSTILE}, channel 5 of the suspect" in words
+    assert "0.99 before the correction, 0.12 after it" in words and "Channel 17." in words
+
+
+def test_absent_parts_leave_no_trace():
+    content = Content(title="t", repairs=[Repaired(method="mesa", attack_success_rate=(0.9, 0.1))])
+    seen = Page(page.render(content))
+    assert not {"pairs", "activations"} & {section.get("id") for section in seen.named("section")}
+    assert not re.search("Flagged|Source accuracy|Activations|Li et al. 2023", seen.text)
+    only = Repaired(method="bna", source_inference_accuracy=0.9)
+    text = Page(page.render(Content(title="t", repairs=[only]))).text
+    assert "Source accuracy" in text and "Flagged" not in text
 
 
 def test_page_is_the_same_every_time(text):
@@ -165,6 +213,17 @@ def test_page_is_the_same_every_time(text):
         Content(title="no samples", triggers=Triggers(samples={0.5: np.zeros((0, 3, 3, 3))})),
         Content(title="only original", triggers=Triggers(original=np.full((3, 3, 1), np.nan))),
         Content(title="other size", triggers=Triggers(samples=triggers().samples, original=np.ones((5, 5, 3)))),
+        Content(title="no pair has a score", pairs=[pair_scores(detected=(), scores=np.full((3, 3), np.nan))]),
+        Content(title="endless score", pairs=[pair_scores(detected=(), scores=np.array([[np.nan, np.inf], [0, -1]]))]),
+        Content(title="no threshold", pairs=[pair_scores(threshold=None, names=())]),
+        Content(
+            title="silent neuron",
+            activations=Activations(
+                layer="l",
+                suspect=Panel(net="a", channel=0, clean=np.zeros(3), triggered=np.zeros(3)),
+                corrected=Panel(net="b", channel=0, clean=np.zeros(0), triggered=np.array([np.nan, np.inf])),
+            ),
+        ),
         Content(title="empty curve", curves={"loss": {"step": [], "values": {}}}),
     ],
     ids=lambda content: content.title,
@@ -194,6 +253,43 @@ def test_many_classes_draw_the_highest_and_list_all():
     seen = Page(page.render(content))
     assert "70 classes with lower rates are not drawn" in seen.text
     assert all(f"name{k}" in seen.text for k in range(100))
+
+
+def test_many_pairs_are_one_picture_and_a_short_table():
+    content = Content(title="t", pairs=[pair_scores(count=100, names=[f"name{k}" for k in range(100)])])
+    text = page.render(content)
+    assert "9880 more pairs have lower scores" in text and "2 of 9900 pairs" in text
+    assert len(text) < 200_000 and len(Page(text).named("image")) == 2  # the matrix and its scale
+
+
+def test_cells_of_a_matrix_get_darker_with_the_score():
+    shade = matrix._shades(np.array([[np.nan, -3.0, 0.0], [7.0, 14.0, np.inf]]), 14.0)[..., 3]
+    np.testing.assert_allclose(shade, [[0, 0.06, 0.06], [0.53, 1, 1]])
+
+
+def test_a_matrix_frames_what_was_detected():
+    chart = matrix.draw(pair_scores().scores, detected=[(0, 1), (2, 1)], threshold=7.0)
+    assert chart.lower().count(f"stroke: {plots.HIGHLIGHT.lower()}") == 2
+    assert plots.HIGHLIGHT.lower() not in matrix.draw(pair_scores().scores, threshold=7.0).lower()
+    axes = Figure().subplots()
+    matrix._frame(axes, [(0, 2)], 4)
+    assert axes.patches[0].get_xy() == (1.5, -0.5)  # sources are rows, targets columns
+
+
+def test_histograms_share_one_axis():
+    view = page._neuron_view(activations())
+    assert len(view["panels"]) == 3 and view["before_after"] == ("0.99", "0.12")
+    spans = []
+
+    def record_span(values, *, span, alt):
+        spans.append(span)
+        return f"<svg>{alt}</svg>"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "histograms", record_span)
+        page._neuron_view(activations())
+    (span,) = set(spans)
+    assert span[0] < 0.1 and 3.9 < span[1] < 4.2
 
 
 def test_write_replaces_whole_files_only(tmp_path, monkeypatch):

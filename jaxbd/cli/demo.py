@@ -1,4 +1,4 @@
-"""`jaxbd demo`: plants a backdoor, finds it knowing nothing of it, removes it, and shows the evidence."""
+"""`jaxbd demo`: plants a backdoor, finds it knowing nothing of it, removes it in two ways, and shows the evidence."""
 
 import dataclasses
 import pathlib
@@ -12,13 +12,13 @@ import numpy as np
 from jaxbd import evaluate, loop, record, results, study, supervised, workflow
 from jaxbd.attacks import badnets
 from jaxbd.base import UserError
-from jaxbd.cli import common
+from jaxbd.cli import common, demo_bna
 from jaxbd.cli.progress import Progress
 from jaxbd.data import digits
-from jaxbd.interop import folder
+from jaxbd.interop import folder, guarded
 from jaxbd.inversion import mesa
 from jaxbd.models import build
-from jaxbd.repair import unlearn
+from jaxbd.repair import bna, unlearn
 from jaxbd.report import page
 from jaxbd.report.content import Content, Repaired, Triggers
 from jaxbd.report.content import Scan as ScanPart
@@ -30,16 +30,21 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Plant a backdoor in a small net on handwritten digits, find it, remove it, and write a report.
+    """Plant a backdoor in a small net on handwritten digits, find it, remove it in two ways, and write a report.
+
+    One way trains the net to ignore the triggers that were found (MESA). The other changes no weight but moves its
+    activations back to where they were (BNA), and flags images that seem to carry a trigger.
 
     Needs no download and no GPU; about two minutes on two cores.
 
     Attributes:
-      out: folder for the two models, the repaired one, scan.json, repair.json and report.html; made when missing.
+      out: folder for the two models, the repaired one, the guarded one, scan.json, repair.json and report.html; made
+        when missing.
       seed: of everything random; the attacked class is the seed modulo 10.
       levels: staircase levels of MESA.
       scan_steps: optimisation steps of the sweep.
       repair_steps: optimisation steps of each repair.
+      bna_steps: optimisation steps of the correction of activations.
       train_steps: optimisation steps of each model.
       baseline_runs: how many single reversed triggers to compare with.
     """
@@ -49,19 +54,20 @@ class Args:
     levels: tuple[float, ...] = (0.5, 0.8, 0.9)
     scan_steps: int = 200
     repair_steps: int = 300
+    bna_steps: int = bna.Config().num_steps
     train_steps: int = 800
     baseline_runs: int = 3
 
     def __post_init__(self):
         common.check_seed(self.seed)
-        if min(self.repair_steps, self.train_steps, self.baseline_runs) < 1:
-            raise UserError("demo: repair_steps, train_steps and baseline_runs must be at least 1")
+        if min(self.repair_steps, self.bna_steps, self.train_steps, self.baseline_runs) < 1:
+            raise UserError("demo: repair_steps, bna_steps, train_steps and baseline_runs must be at least 1")
 
 
 def run(args: Args) -> int:
     """Runs the demo; 0 when both verdicts are right, 1 otherwise."""
     common.check_output(args.out / "report.html")
-    for name in ("suspect", "twin", "repaired"):
+    for name in ("suspect", "twin", "repaired", "guarded"):
         common.check_output(args.out / name, folder=True)
     common.start()
     started = time.perf_counter()
@@ -87,9 +93,9 @@ def run(args: Args) -> int:
             )
             for name, variables in models.items()
         }  # fmt: skip
-        rows, repaired = _repair(key, case, scans["suspect"], args, progress)
+        rows, repaired, guard = _repair(key, case, scans["suspect"], args, progress)
     seconds = time.perf_counter() - started
-    shas = _write_models(args, spec, models, repaired)
+    shas = _write_models(args, spec, models, repaired, guard, target)
     found = {
         name: results.scan(
             scan,
@@ -103,10 +109,17 @@ def run(args: Args) -> int:
     }
     record.write_json(args.out / "scan.json", found["suspect"])
     record.write_json(args.out / "scan-twin.json", found["twin"])
-    record.write_json(args.out / "repair.json", _repair_json(args, case, before, rows, repaired, shas))
+    record.write_json(args.out / "repair.json", _repair_json(args, case, before, rows, repaired, guard, shas))
     content = _content(args, found, case, scans, before, rows, curves, config)
+    if guard is not None:
+        after = {name: study.judge(case, one.variables) for name, one in repaired.items()}
+        content = dataclasses.replace(
+            content,
+            repairs=[_with_sources(row, after, guard) for row in content.repairs],
+            activations=demo_bna.activations(case, guard.corrected, models["twin"], _correction(args)),
+        )
     page.write(args.out / "report.html", content)
-    return _tell(args, found, before, rows, target, seconds)
+    return _tell(args, found, before, rows, guard, target, seconds)
 
 
 def _train_both(key, net, parts, attack, trigger, steps, progress):
@@ -130,18 +143,28 @@ def _train_both(key, net, parts, attack, trigger, steps, progress):
 
 
 def _repair(key, case, scan, args, progress):
-    """The repair table; empty when the scan did not find the class."""
+    """The repair table, the unlearned nets and the guarded one; nothing when the scan did not find the class."""
     if case.target not in scan.decision.targets:
-        return [], {}
+        return [], {}, None
     config = unlearn.Config(stamp_rate=0.2, learning_rate=5e-3, num_steps=args.repair_steps)
-    return study.repair_all(
+    rows, repaired = study.repair_all(
         jax.random.fold_in(key, 5), case, scan, args.levels, config,
         baseline_runs=args.baseline_runs, batch_size=BATCH, progress=progress,
     )  # fmt: skip
+    guard = demo_bna.make(jax.random.fold_in(key, 6), case, scan, _correction(args), BATCH, progress)
+    return [*rows, study.row(demo_bna.ROW, [guard.rates], [guard.seconds])], repaired, guard
 
 
-def _write_models(args: Args, spec: build.Spec, models: dict, repaired: dict) -> dict[str, str]:
-    """Saves suspect, twin and the repaired net (mixture); returns their SHA-256 by name."""
+def _correction(args: Args) -> bna.Config:
+    return bna.Config(num_steps=args.bna_steps)
+
+
+def _write_models(
+    args: Args, spec: build.Spec, models: dict, repaired: dict, guard: demo_bna.Guarded | None, target: int
+) -> dict[str, str]:
+    """Saves suspect, twin, the repaired net (mixture) and the guarded one; returns the SHA-256 of nets by name."""
+    if guard is not None:
+        guarded.save(args.out / "guarded", spec, guard.variables, [target])
     kept = dict(models)
     if "MESA mixture" in repaired:
         kept["repaired"] = repaired["MESA mixture"].variables
@@ -150,8 +173,8 @@ def _write_models(args: Args, spec: build.Spec, models: dict, repaired: dict) ->
     return {name: folder.load(args.out / name)[2] for name in kept}
 
 
-def _repair_json(args, case, before, rows, repaired, shas) -> dict[str, Any]:
-    """`repair.json` of the mixture, with the whole table beside it."""
+def _repair_json(args, case, before, rows, repaired, guard, shas) -> dict[str, Any]:
+    """`repair.json` of the mixture, with the guarded net's figures and the whole table beside it."""
     if not rows:
         return {"schema": f"{results.SCHEMA}/repair", "method": None, "note": "the scan found nothing to repair"}
     mixture = repaired["MESA mixture"]
@@ -164,6 +187,11 @@ def _repair_json(args, case, before, rows, repaired, shas) -> dict[str, Any]:
             data={"source": "digits", "search": DEFENCE, "held_out": len(case.test.labels)}, seed=args.seed,
         ),
         "repaired_sha256": shas["repaired"],
+        "guarded": {
+            "method": "bna", "targets": [case.target], "after": results.rates(guard.rates),
+            "detection": results.detection(guard.detection), "config": dataclasses.asdict(_correction(args)),
+            "seconds": results.seconds(guard.seconds),
+        },
         "table": [dataclasses.asdict(row) for row in rows],
     }  # fmt: skip
 
@@ -222,6 +250,7 @@ def _repair_part(row: study.Row, first: study.Row, before: evaluate.Rates) -> Re
     notes = {
         "ideal (true trigger)": "knows the planted trigger: for reference only",
         "single reversed trigger": f"mean of {row.runs} runs; worst attack success rate {row.worst:.3f}",
+        demo_bna.ROW: "no weight is changed; figures are those of the guarded net",
     }
     return Repaired(
         method=row.method,
@@ -234,7 +263,20 @@ def _repair_part(row: study.Row, first: study.Row, before: evaluate.Rates) -> Re
     )
 
 
-def _tell(args, found, before, rows, target, seconds) -> int:
+def _with_sources(row: Repaired, after: dict[str, evaluate.Rates], guard: demo_bna.Guarded) -> Repaired:
+    """The row with what it makes of triggered images; that of several runs is not known."""
+    if row.method != demo_bna.ROW:
+        known = after.get(row.method)
+        return dataclasses.replace(row, source_inference_accuracy=known and known.source_inference_accuracy)
+    return dataclasses.replace(
+        row,
+        source_inference_accuracy=guard.rates.source_inference_accuracy,
+        true_positive_rate=guard.detection.true_positive_rate,
+        false_positive_rate=guard.detection.false_positive_rate,
+    )
+
+
+def _tell(args, found, before, rows, guard, target, seconds) -> int:
     """Prints verdicts, the table and where things are; 0 when the verdicts are right."""
     from rich.console import Console
     from rich.table import Table
@@ -263,7 +305,14 @@ def _tell(args, found, before, rows, target, seconds) -> int:
     table.add_row("clean twin", f"{twin.clean_accuracy:.3f}", f"{twin.attack_success_rate:.3f}", "", "")
     console.print(table)
     console.print(f"over {twin.n_clean} clean and {twin.n_triggered} triggered test images (target class left out)")
-    kept = "suspect, twin, repaired" if rows else "suspect, twin"
+    if guard is not None:
+        told = guard.detection
+        console.print(
+            f"{demo_bna.ROW}: {guard.rates.source_inference_accuracy:.3f} of triggered images get their own class "
+            f"(source inference accuracy); it flags {told.true_positive_rate:.3f} of triggered images and "
+            f"{told.false_positive_rate:.3f} of clean ones of class {target} ({told.n_clean_target} images)"
+        )
+    kept = "suspect, twin, repaired, guarded" if rows else "suspect, twin"
     console.print(f"written to {args.out}: {kept}, scan.json, scan-twin.json, repair.json, report.html", markup=False)
     console.print(f"{seconds:.0f} s in all")
     right = found["suspect"]["targets"] == [target] and found["twin"]["verdict"] == "clean"

@@ -37,6 +37,7 @@ class Args:
         both: the right one when nothing is known of the trigger.
       pairs: search pairs; only neural-cleanse can be run by class too, and is without this flag.
       out: write the result here as JSON (scan.json).
+      report: write one self-contained HTML page here.
       search: what is searched, and how long.
       reading: how model and data are read.
     """
@@ -46,6 +47,7 @@ class Args:
     method: Literal["pairs", "neural-cleanse", "pt-red"] = "pairs"
     pairs: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     out: pathlib.Path | None = None
+    report: pathlib.Path | None = None
     search: Annotated[pairwise.Config, tyro.conf.arg(name="")] = pairwise.Config()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
@@ -54,6 +56,7 @@ def run(args: Args) -> int:
     """Scans, says what was found, writes what was asked for."""
     common.start()
     common.check_output(args.out)
+    common.check_output(args.report)
     config = chosen(args.search, args.method)
     show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
     opened = common.open_both(args.model, args.data, args.reading)
@@ -65,7 +68,11 @@ def run(args: Args) -> int:
     say(content)
     if args.out is not None:
         record.write_json(args.out, content)
-    show.written(args.out)
+    if args.report is not None:
+        from jaxbd.cli import report
+
+        report.write_pairs(args.report, content, found, held_out, config, verdict(content))
+    show.written(args.out, args.report)
     return EXIT[found.verdict]
 
 

@@ -139,12 +139,11 @@ def _correct(
     """The guarded net's variables: a correction of the suspect for each target, on clean images of its sources."""
     model, corrected = opened.model, []
     for number, (target, sources, stamp, state) in enumerate(known):
-        rows = np.flatnonzero(np.isin(search.labels, sources))
         key = jax.random.fold_in(jax.random.key(args.reading.seed), 10 + number)
-        clean = Batch(search.images[rows], search.labels[rows])
+        clean, kept = (correct.of_classes(search, classes) for classes in (sources, (target,)))
         corrected.append(
             correct.trigger(
-                key, model.net, model.variables, stamp, state, clean, args.correction,
+                key, model.net, model.variables, stamp, state, clean, args.correction, kept=kept,
                 batch_size=args.batch_size, progress=progress, label=f"bna: class {target}",
             )
         )  # fmt: skip

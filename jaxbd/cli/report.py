@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbd import workflow
+from jaxbd import pairs, workflow
 from jaxbd.base import Batch
 from jaxbd.cli import common, show
 from jaxbd.images import to_float
@@ -50,6 +50,51 @@ def write(
         device=content["device"],
     )
     page.write(path, text)
+
+
+def write_pairs(
+    path: pathlib.Path, content: dict[str, Any], found: pairs.PairScan, held_out: Batch, config: pairs.Config, says: str
+) -> None:
+    """Writes the page of a scan over pairs of classes; `content` is its scan.json, `says` its verdict in words."""
+    name = pathlib.Path(content["model"]["path"]).name
+    names = [row["name"] for row in content["classes"]]
+    summary = parts.Scan(
+        name=name,
+        verdict=content["verdict"],
+        targets=content["targets"],
+        classes=[row for row in content["classes"] if row["attack_success_rate"] is not None],
+        sha256=content["model"]["sha256"],
+        seconds=content["seconds"],
+        n_images=len(held_out.labels),
+        searched=f"a trigger for every pair of classes ({', '.join(found.scores)})",
+    )
+    matrices = [
+        parts.PairScores(search=search, scores=scores, names=names, detected=found.pairs, threshold=config.threshold)
+        for search, scores in found.scores.items()
+    ]
+    text = parts.Content(
+        title=f"Backdoor scan of {name}",
+        scans=[summary],
+        pairs=matrices,
+        triggers=_estimated(found, held_out),
+        settings={"scan": content["config"], "model": content["model"], "data": content["data"]},
+        seeds={"scan": content["seed"]},
+        versions=content["versions"],
+        device=content["device"],
+        notes=[says],
+    )
+    page.write(path, text)
+
+
+def _estimated(found: pairs.PairScan, held_out: Batch) -> parts.Triggers | None:
+    """A few images of its sources with and without the trigger that works best; None where none was found."""
+    if not found.triggers:
+        return None
+    best = max(found.triggers.values(), key=lambda trigger: trigger.attack_success_rate)
+    rows = np.flatnonzero(np.isin(np.asarray(held_out.labels), best.sources))[:SHOWN]
+    clean = to_float(held_out.images[rows])
+    stamped = best.stamp(jax.random.key(0), best.model, clean)
+    return parts.Triggers(clean=np.asarray(clean), stamped=np.asarray(stamped))
 
 
 def _strongest(found: workflow.Scan) -> tuple[int, np.ndarray]:

@@ -43,6 +43,9 @@ class Repaired:
     Attributes:
       method: its name.
       clean_accuracy, attack_success_rate: (before, after) in [0, 1]; None where not measured.
+      source_inference_accuracy: share in [0, 1] of triggered images that the repaired net gives their own class.
+      true_positive_rate, false_positive_rate: shares in [0, 1] of triggered images, and of clean images of the target,
+        that a guarded net flags. A column is shown where one row has a value.
       seconds: as in `Scan`.
       n_clean, n_triggered: the rates' denominators.
       note: e.g. what the method was given that a defender would not have.
@@ -51,10 +54,68 @@ class Repaired:
     method: str
     clean_accuracy: tuple[float | None, float | None] = (None, None)
     attack_success_rate: tuple[float | None, float | None] = (None, None)
+    source_inference_accuracy: float | None = None
+    true_positive_rate: float | None = None
+    false_positive_rate: float | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     n_clean: int | None = None
     n_triggered: int | None = None
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """How far each pair of classes stands out in one search.
+
+    Attributes:
+      search: its name, e.g. "neural-cleanse".
+      scores: [K, K] (source, target), anomaly scores; nan where there is none, as on the diagonal.
+      names: K names of classes, or () for their numbers alone.
+      detected: (source, target) pairs called attacked.
+      threshold: score above which a pair is taken for one.
+    """
+
+    search: str
+    scores: np.ndarray
+    names: Sequence[str] = ()
+    detected: Sequence[tuple[int, int]] = ()
+    threshold: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One neuron of one net: its activations on clean and on triggered images.
+
+    Attributes:
+      net: what the reader calls the net.
+      channel: which one of the layer.
+      clean, triggered: activations [n] and [m]; values that are not finite are not drawn.
+      total_variation: between the two distributions, in [0, 1].
+      note: a sentence for the panel's caption.
+    """
+
+    net: str
+    channel: int
+    clean: np.ndarray
+    triggered: np.ndarray
+    total_variation: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a correction of activations (BNA) did to one neuron.
+
+    Attributes:
+      layer: its name.
+      suspect, corrected: the same neuron before and after.
+      others: further nets to compare with, such as a clean one.
+    """
+
+    layer: str
+    suspect: Panel
+    corrected: Panel
+    others: Sequence[Panel] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +140,7 @@ class Content:
 
     Attributes:
       title: of the page.
-      scans, repairs, triggers: see there.
+      scans, pairs, repairs, activations, triggers: see there.
       curves: {name: {"step": [S], "values": {line: [S]}}}, a chart each; `name` is also the axis label, so lines of
         one chart share a unit (e.g. "loss" with one line a level).
       settings: nested, shown as tables.
@@ -90,7 +151,9 @@ class Content:
 
     title: str
     scans: Sequence[Scan] = ()
+    pairs: Sequence[PairScores] = ()
     repairs: Sequence[Repaired] = ()
+    activations: Activations | None = None
     triggers: Triggers | None = None
     curves: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from jaxbd import record
-from jaxbd.report import maps, plots
-from jaxbd.report.content import Content, Scan, Triggers
+from jaxbd.report import maps, matrix, plots
+from jaxbd.report.content import Activations, Content, PairScores, Panel, Scan, Triggers
 
 PCA_LIMIT = 2000
 """Samples a PCA map is fitted on at most (Qiao et al. 2019, Fig. 3 uses 2,000)."""
 THUMBNAIL_DISTANCE = 0.085
 """Least distance of two thumbnails, in sides of the map: about one thumbnail (the release: 0.022, on a larger plot)."""
+MOST_PAIRS = 20
+"""Pairs of classes that a table lists."""
 LIMITS = (
     "A detector only rules in the trigger families it searches. “Clean” means that the search found no trigger of "
     "its kind that works on this model; it does not prove that there is no backdoor of another kind.",
@@ -46,6 +48,10 @@ def render(content: Content) -> str:
         headline=headline(content),
         limits=LIMITS,
         scans=[_scan_view(scan) for scan in content.scans],
+        pairs=[_pairs_view(one) for one in content.pairs],
+        guards=any(row.true_positive_rate is not None for row in content.repairs),
+        sources=any(row.source_inference_accuracy is not None for row in content.repairs),
+        neuron=None if content.activations is None else _neuron_view(content.activations),
         panel=_panel_view(triggers),
         maps=_map_views(triggers),
         curves=[_curve_view(name, one) for name, one in content.curves.items()],
@@ -119,6 +125,50 @@ def _sentence(scan: Scan) -> str:
 def _class_name(row: Mapping[str, Any]) -> str:
     name = str(row.get("name") or "")
     return f"class {row['class']}" + (f" (“{name}”)" if name not in ("", str(row["class"])) else "")
+
+
+def _pairs_view(pairs: PairScores) -> dict[str, Any]:
+    """Chart and table of one search over pairs."""
+    scores, detected = np.asarray(pairs.scores, float), {tuple(map(int, pair)) for pair in pairs.detected}
+    row = lambda k: {"class": k, "name": pairs.names[k] if k < len(pairs.names) else ""}
+    cells = [(score, s, t) for (s, t), score in np.ndenumerate(scores) if not np.isnan(score)]
+    ranked = sorted(cells, key=lambda cell: (-cell[0], *cell[1:]))
+    what = f"{len(detected)} of {len(cells)} pairs are called attacked"
+    alt = f"Anomaly score of every pair of classes in the search {pairs.search}. {what}. The table below lists pairs."
+    lines = dict(names=pairs.names, detected=sorted(detected), threshold=pairs.threshold)
+    return {
+        "search": pairs.search,
+        "what": what,
+        "threshold": pairs.threshold,
+        "chart": _markup(matrix.draw(scores, alt=alt, **lines)) if cells else None,
+        "rows": [(_class_name(row(s)), _class_name(row(t)), v, (s, t) in detected) for v, s, t in ranked[:MOST_PAIRS]],
+        "hidden": max(0, len(ranked) - MOST_PAIRS),
+    }
+
+
+def _neuron_view(shown: Activations) -> dict[str, Any]:
+    """A histogram per net on common axes, and the two total variations."""
+    panels = (shown.suspect, shown.corrected, *shown.others)
+    values = np.concatenate([plots.finite(part) for panel in panels for part in (panel.clean, panel.triggered)])
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    margin = 0.03 * (high - low) or 0.5
+    both = [shown.suspect.total_variation, shown.corrected.total_variation]
+    return {
+        "layer": shown.layer,
+        "channel": shown.suspect.channel,
+        "before_after": None if None in both else tuple(f"{value:.2f}" for value in both),
+        "panels": [_panel_of(shown.layer, panel, (low - margin, high + margin)) for panel in panels],
+    }
+
+
+def _panel_of(layer: str, panel: Panel, span: tuple[float, float]) -> dict[str, Any]:
+    """Chart and caption of one net."""
+    moved = "" if panel.total_variation is None else f", total variation {panel.total_variation:.2f}"
+    caption = f"Channel {panel.channel}{moved}."
+    alt = f"Histograms of the activations of {layer} in {panel.net}, clean and triggered images. {caption}"
+    values = {"clean": panel.clean, "triggered": panel.triggered}
+    chart = _markup(plots.histograms(values, span=span, alt=alt))
+    return {"net": panel.net, "caption": caption, "note": panel.note, "chart": chart}
 
 
 def _panel_view(triggers: Triggers) -> dict[str, Any]:

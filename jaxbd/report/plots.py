@@ -16,8 +16,11 @@ HIGHLIGHT = "#D55E00"
 """Frame of the original trigger in maps."""
 MOST_CLASSES = 30
 """Classes a bar chart shows; of more, those with the highest rates."""
+BINS = 40
+"""Intervals of a histogram."""
 
-_INK = "#010203"  # drawn as `currentColor`, so that charts read on light and dark pages
+INK = "#010203"
+"""Drawn as `currentColor`, so that charts read on light and dark pages."""
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -25,7 +28,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    **{name: _INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
 }
 
 
@@ -59,10 +62,10 @@ def class_bars(
             axes.barh(place + offset, 100 * np.array(rates), depth * 0.9, color=PALETTE[i % len(PALETTE)], label=label)
         for value, dash, name in ((threshold, "--", "alarm"), (doubt, ":", "doubt")):
             if value is not None:
-                axes.axvline(100 * value, color=_INK, linestyle=dash, linewidth=1)
+                axes.axvline(100 * value, color=INK, linestyle=dash, linewidth=1)
                 axes.text(100 * value, -0.6, f"{name} {100 * value:.0f} %", ha="center", va="bottom", fontsize=7)
         axes.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5), xlabel="attack success rate, %")
-        axes.set_yticks(place, [_label(row) for row in rows])
+        axes.set_yticks(place, [class_label(row) for row in rows])
         for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
             tick.set_fontweight("bold" if row["class"] in targets else "normal")
         for y, row in zip(place, rows, strict=True):
@@ -70,7 +73,7 @@ def class_bars(
             axes.text(101.5, y, text, va="center", fontsize=7, clip_on=False)
         _legend(figure)
 
-    return _svg(draw, (4.3, 1.0 + len(rows) * (0.16 + 0.08 * max(len(levels), 1))), alt)
+    return svg(draw, (4.3, 1.0 + len(rows) * (0.16 + 0.08 * max(len(levels), 1))), alt)
 
 
 def curves(step: Sequence[float], values: Mapping[str, Sequence[float]], *, name: str = "", alt: str = "") -> str:
@@ -85,12 +88,35 @@ def curves(step: Sequence[float], values: Mapping[str, Sequence[float]], *, name
             axes.plot(np.asarray(step)[::stride], line[::stride], label=_printable(label), **style)
         axes.set_xlabel("step")
         axes.set_ylabel(_printable(name))
-        axes.grid(alpha=0.15, color=_INK)
+        axes.grid(alpha=0.15, color=INK)
         axes.margins(x=0.01)
         if values:
             _legend(figure)
 
-    return _svg(draw, (4.3, 2.5), alt)
+    return svg(draw, (4.3, 2.5), alt)
+
+
+def histograms(values: Mapping[str, np.ndarray], *, span: tuple[float, float], alt: str = "") -> str:
+    """Shares of two or more sets of activations [n] in `BINS` intervals of `span`; the first as a filled area."""
+
+    def draw(figure):
+        axes, edges = figure.subplots(), np.linspace(*span, BINS + 1)
+        for i, (label, one) in enumerate(values.items()):
+            one = finite(one)
+            shares = 100 * np.histogram(one, edges)[0] / max(1, len(one))
+            style = dict(color=PALETTE[0], fill=True, alpha=0.55) if i == 0 else dict(color=PALETTE[-i], linewidth=1.6)
+            axes.stairs(shares, edges, label=_printable(label), **style)
+        axes.set(xlim=span, xlabel="activation", ylabel="share of values, %")
+        axes.set_ylim(bottom=0)
+        _legend(figure)
+
+    return svg(draw, (3.1, 2.3), alt)
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """The values [n] that are neither nan nor infinite, as float."""
+    values = np.asarray(values, float).ravel()
+    return values[np.isfinite(values)]
 
 
 def image(pixels: np.ndarray, side: int) -> str:
@@ -137,7 +163,7 @@ def trigger_map(
     return _png(canvas)
 
 
-def _svg(draw, size: tuple[float, float], alt: str) -> str:
+def svg(draw, size: tuple[float, float], alt: str) -> str:
     """The chart that `draw(figure)` makes as an inline <svg>: no metadata, no comments, ids of its own."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -149,7 +175,7 @@ def _svg(draw, size: tuple[float, float], alt: str) -> str:
     text = file.getvalue()
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"| width="[\d.]+pt"', "", text, count=2)
-    text = text.replace(_INK, "currentColor")
+    text = text.replace(INK, "currentColor")
     opening = f'<svg role="img" aria-label="{html.escape(alt)}" style="max-width:{size[0] * 116:.0f}px"'
     return opening + text[len("<svg") :]
 
@@ -166,7 +192,7 @@ def _rate(value: float | None) -> float:
     return float(value) if value is not None and np.isfinite(value) else 0.0
 
 
-def _label(row: Mapping[str, Any]) -> str:
+def class_label(row: Mapping[str, Any]) -> str:
     """Class number and name, shortened."""
     number, name = str(row["class"]), _printable(row.get("name") or "")
     name = name if len(name) <= 16 else name[:15] + "…"
