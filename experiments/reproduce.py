@@ -15,7 +15,11 @@ from experiments import units
 from jaxbd import record, results
 from jaxbd.base import UserError
 
-SECTIONS = {"mesa": "experiments.reproduce_mesa", "import": "experiments.reproduce_import"}
+SECTIONS = {
+    "mesa": "experiments.reproduce_mesa",
+    "import": "experiments.reproduce_import",
+    "bna": "experiments.reproduce_bna",
+}
 
 
 class Check(NamedTuple):
@@ -33,11 +37,12 @@ class Check(NamedTuple):
         return self.value <= self.limit if self.kind == "at most" else self.value >= self.limit
 
 
-def main(section: Literal["mesa", "import"], /, quick: bool = False) -> int:
+def main(section: Literal["mesa", "import", "bna"], /, quick: bool = False) -> int:
     """Reproduces one section.
 
     Args:
-      section: mesa (detection, unlearning and maps) or import (foreign model files).
+      section: mesa (detection, unlearning and maps), import (foreign model files) or bna (class pairs, correction and
+        test-time detection).
       quick: a smaller honest version, in under 5 minutes.
     """
     units.use_cache()

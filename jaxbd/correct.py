@@ -1,7 +1,7 @@
 """Correction of activation distributions for one trigger, and what it did to them. Composition, as `workflow`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ def trigger(
     data: Batch,
     config: bna.Config,
     *,
+    kept: Batch | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",
@@ -40,17 +41,19 @@ def trigger(
     Args:
       stamp, model: `stamp(key, model, images)` puts the trigger on images.
       data: clean images of the source classes (uint8 or float); batches are drawn from them.
+      kept: clean images of the target class, whose activations are to stay; see `bna.Config.keep`.
     Raises: UserError when there are fewer images than a batch, or the net shows no layer to correct.
     """
     if len(data.labels) < batch_size:
         raise UserError(f"{len(data.labels)} images to correct with, fewer than a batch of {batch_size}; bring more")
     data = Batch(jnp.asarray(data.images), jnp.asarray(data.labels))
+    kept = kept if kept is not None and len(kept.labels) else None
     layers = bna.trained_layers(net, variables, to_float(data.images[:1]), config)
     config = bna.lengthened(config, len(layers), -(-len(data.labels) // batch_size))
     method = make_bna(net, stamp, config)
     report = progress or (lambda *_: None)
     report(label, 0, config.num_steps)
-    state = _starter(method.init)(jax.random.fold_in(key, 0), variables, bna.Evidence(model, data))
+    state = _starter(method.init)(jax.random.fold_in(key, 0), variables, bna.Evidence(model, data, kept))
     state, infos, seconds = loop.fit(
         jax.random.fold_in(key, 1),
         method.step,
@@ -66,6 +69,12 @@ def trigger(
 @functools.lru_cache(maxsize=32)
 def _starter(init: Callable[..., Any]) -> loop.Program:
     return loop.Program(init)
+
+
+def of_classes(data: Batch, classes: Sequence[int]) -> Batch:
+    """The images of some classes: those of a trigger's sources, or of its target."""
+    rows = np.flatnonzero(np.isin(np.asarray(data.labels), list(classes)))
+    return Batch(data.images[rows], data.labels[rows])
 
 
 def activations(

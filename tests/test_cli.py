@@ -383,9 +383,11 @@ def pair_scan(victim, monkeypatch):
 )
 def test_scan_over_pairs(victim, tmp_path, capsys, pair_scan, flags, ran, verdict, code):
     configs = pair_scan(verdict, [3] if verdict == "backdoored" else [])
-    out = tmp_path / "scan.json"
-    assert main(["scan", str(victim), *DATA, *flags, "--out", str(out)]) == code
-    content = read(out)
+    out, report = tmp_path / "scan.json", tmp_path / "page.html"
+    assert main(["scan", str(victim), *DATA, *flags, "--out", str(out), "--report", str(report)]) == code
+    content, page = read(out), report.read_text()
+    assert 'id="pairs"' in page and ("BACKDOORED: 9 pairs of classes" in page) == (verdict == "backdoored")
+    assert page.count("Anomaly score of every pair") == len(ran) and ("Example 6:" in page) == bool(content["targets"])
     assert tuple(configs[0].methods) == ran == tuple(content["scores"]) == tuple(content["statistics"])
     wanted = (
         "schema verdict targets pairs setting decided_by classes statistics scores triggers method config model data"
@@ -589,3 +591,14 @@ def test_the_demo_writes_all_it_names(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "demo" / "report.html").read_text()
     assert 'id="activations"' in page and "BNA, guarded" in page and "Flagged" in page
     assert main(["inspect", str(tmp_path / "demo" / "guarded")]) == 0
+
+
+def test_the_demo_tells_neurons_apart_by_total_variation():
+    from jaxbd.cli import demo_bna
+    from jaxbd.repair import bna
+
+    clean = np.random.default_rng(0).random((200, 3)).astype(np.float32)
+    moved = clean + np.array([0, 9, 0], np.float32)
+    moved[:50, 2] = 9  # a quarter of one channel's values
+    found = demo_bna.total_variations(clean, moved, bna.Config())
+    assert found[0] == 0 and 0.8 < found[1] < 1 and 0.15 < found[2] <= 0.25  # the last interval holds clean ones too

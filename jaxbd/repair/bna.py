@@ -12,6 +12,7 @@ import optax
 from jaxbd import histogram, losses
 from jaxbd.base import Array, ArrayTree, Batch, Key, Net, Repair, UserError, Variables, check_choices
 from jaxbd.histogram import Grid
+from jaxbd.images import to_float
 from jaxbd.repair import activations
 from jaxbd.repair.activations import Range
 
@@ -25,7 +26,8 @@ LEAST_UNIT = 1e-5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the correction. The defaults are the paper's parameters and objective, stopped after fewer steps.
+    """Settings of the correction. The defaults are the paper's parameters and objective with a term that keeps the
+    target class, larger steps and fewer of them.
 
     Attributes:
       divergence: D_k of each channel: total variation, Jensen-Shannon, Kullback-Leibler.
@@ -38,6 +40,8 @@ class Config:
         each for an equal share of the steps and with a fresh optimiser.
       moments: where mu and sigma of BatchNorm start: its own ("stored"), or those of "triggered" images.
       start_upper: where omega starts, without a lower bound; none: both bounds start at the clean extremes.
+      keep: weight of a second term that keeps the activations of clean images of the target class as they are, where
+        the evidence brings such images; 0, the paper's objective, leaves it out.
       learning_rate: of Adam.
       num_steps: length of the run, all layers together.
       epochs: the length in passes over the images instead, for every layer that is trained on its own; drivers turn it
@@ -54,21 +58,25 @@ class Config:
     order: Literal["joint", "layerwise"] = "joint"
     moments: Literal["stored", "triggered"] = "stored"
     start_upper: float | None = None
-    learning_rate: float = 0.01
-    num_steps: int = 60
+    # Differs from paper: without it a small net's correction takes clean images of the target class for triggered ones
+    keep: float = 0.3
+    learning_rate: float = 0.03
+    num_steps: int = 200
     epochs: int | None = None
 
     def __post_init__(self):
         check_choices("bna", self)
         if not self.learning_rate > 0 or self.num_steps < 1 or (self.epochs is not None and self.epochs < 1):
             raise UserError("bna: learning_rate must be > 0, num_steps and epochs at least 1")
+        if not 0 <= self.keep < float("inf"):
+            raise UserError(f"bna: keep is {self.keep}; give a weight of at least 0")
         if not (self.width > 0 and self.tau > 0 and self.tau * self.width >= 1) or self.bins < 2:
             raise UserError("bna: width and tau must be > 0 and tau x width at least 1, bins at least 2")
 
 
 def paper(**changes: Any) -> Config:
     """Section 5.1: all four parameters of all layers jointly, 30 epochs; starts and optimiser, left open, as ours."""
-    return Config(**{"epochs": 30, **changes})
+    return Config(**{"epochs": 30, "learning_rate": 0.01, "keep": 0.0, **changes})
 
 
 def released(**changes: Any) -> Config:
@@ -81,7 +89,7 @@ def released(**changes: Any) -> Config:
     """
     settings = dict(
         epochs=10, moments="triggered", start_upper=3.0, trained="upper", layers="batchnorm", order="layerwise",
-        span="both",
+        span="both", learning_rate=0.01, keep=0.0,
     )  # fmt: skip
     return Config(**{**settings, **changes})
 
@@ -92,10 +100,12 @@ class Evidence(NamedTuple):
     Attributes:
       model: the trigger, as `stamp` takes it.
       data: clean images of the source classes (uint8 or float).
+      kept: clean images of the target class, where there are any.
     """
 
     model: ArrayTree
     data: Batch
+    kept: Batch | None = None
 
 
 class Theta(NamedTuple):
@@ -119,7 +129,11 @@ class Reference(NamedTuple):
 
 
 class State(NamedTuple):
-    """step [] int32; theta, optimiser state and reference per layer; the victim (moments as they start), trigger."""
+    """step [] int32; theta, optimiser state and reference per layer; the victim (moments as they start), trigger.
+
+    kept: images of the target class and p [C, bins] of their clean activations by layer, on the reference's intervals;
+    None where they do not matter.
+    """
 
     step: Array
     theta: dict[str, Theta]
@@ -127,6 +141,7 @@ class State(NamedTuple):
     reference: dict[str, Reference]
     variables: Variables
     model: ArrayTree
+    kept: tuple[Array, dict[str, Array]] | None
 
 
 class Info(NamedTuple):
@@ -182,15 +197,19 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
     diverge, reach = DIVERGENCES[config.divergence], histogram.reach(config.tau, config.width)
 
     def init(key: Key, variables: Variables, evidence: Evidence) -> State:
-        variables, (model, data) = jax.tree.map(jnp.asarray, ({"batch_stats": {}, **variables}, evidence))
+        variables, (model, data, kept) = jax.tree.map(jnp.asarray, ({"batch_stats": {}, **variables}, evidence))
         stamped = lambda number, images: stamp(jax.random.fold_in(key, number), model, images)
         show = lambda _, images: _shown(net, variables, images, config)
         show_stamped = lambda number, images: show(number, stamped(number, images))
         clean = spans = activations.ranges(show, data.images)
+        if kept is not None and config.keep:
+            clean = spans = activations.union(clean, activations.ranges(show, kept.images))
         if config.span == "both":
             spans = activations.union(clean, activations.ranges(show_stamped, data.images))
         grids = {n: histogram.grid(r.low, r.high, config.width, config.bins) for n, r in spans.items()}
         p = activations.histograms(show, data.images, grids, config.bins)
+        if kept is not None:
+            kept = kept.images, activations.histograms(show, kept.images, grids, config.bins)
         if config.moments == "triggered":
             moments = activations.batch_moments(net, variables, stamped, data.images)
             variables = {**variables, "batch_stats": moments}
@@ -198,22 +217,30 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
         theta = {n: _start(r, config) for n, r in clean.items()}
         opt = {n: rule.init(t) for n, t in theta.items()}
         # drivers donate the state, so no two of its leaves may share memory
-        return jax.tree.map(jnp.copy, State(jnp.zeros((), jnp.int32), theta, opt, reference, variables, model))
+        state = State(jnp.zeros((), jnp.int32), theta, opt, reference, variables, model, kept if config.keep else None)
+        return jax.tree.map(jnp.copy, state)
 
-    def loss(theta: dict[str, Theta], state: State, images: Array, active: dict[str, Array]):
-        """Sum over channels j and layers l of D_k(p || q) (Li et al. 2023, eq. 3), and its mean in each layer."""
+    def divergence(theta: dict[str, Theta], state: State, images: Array, p: dict[str, Array]) -> dict[str, Array]:
+        """D_k(p || q) [C] of each layer, q being the corrected net's activations on `images` (eq. 3)."""
         shown = _shown(net, _corrected(theta, state), images, config)
-        each = {}
-        for name, values in shown.items():
-            p, grid, _ = state.reference[name]
-            each[name] = diverge(p, histogram.soft(values, grid, config.bins, config.tau, reach))
-        return sum(active[n] * d.sum() for n, d in each.items()), {n: d.mean() for n, d in each.items()}
+        q = {n: histogram.soft(v, state.reference[n].grid, config.bins, config.tau, reach) for n, v in shown.items()}
+        return {name: diverge(p[name], q[name]) for name in q}
+
+    def loss(theta: dict[str, Theta], state: State, images: Array, kept: Array | None, active: dict[str, Array]):
+        """Sum over channels j and layers l of D_k(p || q) (Li et al. 2023, eq. 3), and its mean in each layer."""
+        each = divergence(theta, state, images, {name: r.p for name, r in state.reference.items()})
+        total = sum(active[n] * d.sum() for n, d in each.items())
+        if kept is not None:
+            unmoved = divergence(theta, state, kept, state.kept[1])
+            total += config.keep * sum(active[n] * d.sum() for n, d in unmoved.items())
+        return total, {n: d.mean() for n, d in each.items()}
 
     def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
         images = stamp(key, state.model, batch.images)
         active = _active(net, state, images, config)
+        kept = None if state.kept is None else _some(jax.random.fold_in(key, 1), state.kept[0], images.shape[0] // 2)
         grad = jax.value_and_grad(loss, has_aux=True)
-        (value, each), gradient = grad(state.theta, state, images, active)
+        (value, each), gradient = grad(state.theta, state, images, kept, active)
         moved = {n: _moved(rule, gradient[n], state.opt[n], t, active[n], config) for n, t in state.theta.items()}
         theta, opt = ({n: pair[i] for n, pair in moved.items()} for i in (0, 1))
         return state._replace(step=state.step + 1, theta=theta, opt=opt), Info(value, each)
@@ -222,6 +249,13 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
         return _corrected(state.theta, state)
 
     return Repair(init, step, extract)
+
+
+def _some(key: Key, images: Array, most: int) -> Array:
+    """All of `images` [N, H, W, C] as floats, or `most` of them, drawn without replacement."""
+    if images.shape[0] > most:
+        images = images[jax.random.permutation(key, images.shape[0])[:most]]
+    return to_float(images)
 
 
 def _start(clean: Range, config: Config) -> Theta:

@@ -1,0 +1,95 @@
+"""Fig. 1 of BNA: activations of one penultimate neuron, clean and triggered, in three nets.
+
+Claim (Li et al. 2023, Fig. 1): in a clean net a trigger hardly moves the distribution, in a backdoored one it does,
+and after the correction the two agree again.
+
+    python -m experiments.activation_histograms --out figure1.png     # digits, under a minute
+    python -m experiments.activation_histograms --smoke
+
+The neuron shown is the one whose distribution the trigger moves most in the backdoored net, by total variation.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments import bna_cases, bna_rows, units
+from experiments.bna_cases import Planting
+from jaxbd import correct
+from jaxbd.repair import bna
+
+NETS = ("clean net", "backdoored net", "corrected net")
+VICTIM = Planting()
+
+
+def total_variation(clean: np.ndarray, triggered: np.ndarray, width: float = 0.1) -> float:
+    """Half the sum of differences of the two histograms of values [N], over intervals that hold all of both."""
+    low, high = min(clean.min(), triggered.min()), max(clean.max(), triggered.max())
+    edges = low + width * np.arange(int((high - low) / width) + 2)
+    p, q = (np.histogram(values, edges)[0] / len(values) for values in (clean, triggered))
+    return float(np.abs(p - q).sum() / 2)
+
+
+def measure(planting: Planting, config: bna.Config) -> dict[str, Any]:
+    """Values [N] of the neuron, {net: {"clean", "triggered"}}, their total variation, and which neuron it is."""
+    case = bna_cases.victim(planting)
+    twin = bna_cases.victim(Planting(size=planting.size, attack=None, seed=planting.seed))
+    nets, _ = bna_rows.corrected(case, bna_rows.known_triggers(case, all_to_all=False), config)
+    variables = dict(zip(NETS, (twin.variables, case.variables, nets[case.target]), strict=True))
+    data = correct.of_classes(case.test, tuple(k for k in range(10) if k != case.target))
+    layer, channels = list(correct.layers(case.net, case.variables, data).items())[-1]
+
+    def values(name: str, channel: int, triggered: bool) -> np.ndarray:
+        stamp = {"stamp": case.attack.stamp, "model": case.trigger} if triggered else {}
+        return correct.activations(case.net, variables[name], data, layer=layer, channel=channel, **stamp)
+
+    moved = [total_variation(*(values(NETS[1], c, triggered) for triggered in (False, True))) for c in range(channels)]
+    chosen = int(np.argmax(moved))
+    shown = {n: {"clean": values(n, chosen, False), "triggered": values(n, chosen, True)} for n in NETS}
+    # what clean images are in the net as it came is what the corrected net's triggered ones are compared with
+    shown[NETS[2]]["clean"] = shown[NETS[1]]["clean"]
+    rows = [{"net": n, "total variation": total_variation(v["clean"], v["triggered"])} for n, v in shown.items()]
+    return {"layer": layer, "channel": chosen, "rows": rows, "values": shown}
+
+
+def draw(found: dict[str, Any], path: pathlib.Path) -> None:
+    """The three histograms side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, 3, sharex=True), found["values"].items(), strict=True):
+        both = np.concatenate(list(values.values()))
+        edges = np.linspace(both.min(), both.max(), 41)
+        for label, one in values.items():
+            axes.hist(one, edges, density=True, alpha=0.55, label=label)
+        axes.set_title(name)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def run(planting: Planting = VICTIM) -> list[dict[str, Any]]:
+    """The table, kept under `runs/`."""
+    config = bna_rows.CORRECTION[VICTIM.size]
+    wanted = [bna_cases.settings(planting), units.settings_of(config)]
+
+    def work() -> dict[str, Any]:
+        found = measure(planting, config)
+        return {"rows": [{**row, "neuron": f"{found['layer']}[{found['channel']}]"} for row in found["rows"]]}
+
+    return units.unit("bna/histograms", planting.name, wanted, work)["rows"]
+
+
+def main(out: pathlib.Path | None = None, smoke: bool = False) -> None:
+    """Prints the total variation in the three nets; draws them with --out."""
+    units.use_cache()
+    config = bna.Config(num_steps=2) if smoke else bna_rows.CORRECTION[VICTIM.size]
+    found = measure(VICTIM, config)
+    print(f"{found['layer']}, channel {found['channel']}\n\n{units.table(found['rows'])}")
+    if out is not None:
+        draw(found, out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
