@@ -37,24 +37,32 @@ class Check(NamedTuple):
         return self.value <= self.limit if self.kind == "at most" else self.value >= self.limit
 
 
-def main(section: Literal["mesa", "import", "bna"], /, quick: bool = False) -> int:
+def main(section: Literal["mesa", "import", "bna"], /, quick: bool = False, parts: tuple[str, ...] = ()) -> int:
     """Reproduces one section.
 
     Args:
       section: mesa (detection, unlearning and maps), import (foreign model files) or bna (class pairs, correction and
         test-time detection).
       quick: a smaller honest version, in under 5 minutes.
+      parts: only these parts of a long section, whose record then holds no others; bna: digits, variations, published,
+        cifar, adaptive.
     """
     units.use_cache()
     module = importlib.import_module(SECTIONS[section])
+    unknown = [part for part in parts if part not in getattr(module, "PARTS", ())]
+    if unknown or (parts and quick):
+        raise UserError(f"section {section} has parts {', '.join(getattr(module, 'PARTS', ())) or 'none'}, and no "
+                        "choice of them with --quick")  # fmt: skip
     units.say(module.QUICK_TIME if quick else module.TIME)
-    tables, checks, details = module.run(quick)
+    tables, checks, details = module.run(quick, parts) if parts else module.run(quick)
     for title, rows in tables.items():
         print(f"\n{title}\n\n{units.table(rows)}")
     print("\nStated figures\n")
     print(units.table([{**check._asdict(), "met": "yes" if check.met() else "NO"} for check in checks]))
     path = units.RESULTS / f"{section}{'-quick' if quick else ''}.json"
-    record.write_json(path, _record(section, quick, tables, checks, details))
+    flags = ["--quick"] if quick else ["--parts", *parts] if parts else []
+    command = " ".join(["./scripts/reproduce", section, *flags])
+    record.write_json(path, _record(section, command, tables, checks, details))
     print(f"\nwritten to {path.relative_to(units.RESULTS.parents[1])}")
     missed = [check.name for check in checks if not check.met()]
     if missed:
@@ -62,12 +70,12 @@ def main(section: Literal["mesa", "import", "bna"], /, quick: bool = False) -> i
     return 1 if missed else 0
 
 
-def _record(section, quick, tables, checks, details) -> dict[str, Any]:
+def _record(section, command, tables, checks, details) -> dict[str, Any]:
     """What is kept of a run: tables, checks, details, and what they were measured on."""
     whole = {
         "schema": f"{results.SCHEMA}/reproduce",
         "section": section,
-        "command": f"./scripts/reproduce {section}{' --quick' if quick else ''}",
+        "command": command,
         "tables": tables,
         "checks": [{**check._asdict(), "met": check.met()} for check in checks],
         "details": details,

@@ -64,7 +64,7 @@ def pair_scores(statistics: np.ndarray) -> np.ndarray:
     trigger was found (0) do not count; they score nan, nan and 0. Without spread, what is above the median scores inf.
     """
     # Differs from paper: it takes deviations to both sides; only a trigger that is too small tells of a backdoor
-    # Li et al. 2024, appendix C: no factor that makes the median deviation estimate a standard deviation
+    # Li et al. 2023, appendix C: no factor that makes the median deviation estimate a standard deviation
     statistics = np.array(statistics, float)
     np.fill_diagonal(statistics, np.nan)
     counted = np.where(statistics > 0, statistics, np.nan)

@@ -1,4 +1,4 @@
-"""Histograms of activations per channel, exact and differentiable: BNA's intervals (Li et al., section 4.2).
+"""Histograms of activations per channel, exact and differentiable: BNA's intervals (Li et al. 2023, section 4.2).
 
 The soft indicator of eq. (6), sigmoid(tau (z - b_{i-1})) - sigmoid(tau (z - b_i)), is flat in floating point but near
 the two edges of its interval. So each value touches the few intervals around its own instead of all of them: time and

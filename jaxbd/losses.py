@@ -89,12 +89,12 @@ finite values and gradients. Equal distributions still diverge by exactly 0, and
 
 
 def total_variation(p: Array, q: Array) -> Array:
-    """E_q[k(p/q)] [...] of distributions [..., M] with k(r) = |r - 1| / 2; Li et al. (BNA), section 4.2. In [0, 1]."""
+    """E_q[k(p/q)] [...] of distributions [..., M] with k(r) = |r - 1| / 2; Li et al. 2023, section 4.2. In [0, 1]."""
     return jnp.abs(p - q).sum(-1) / 2
 
 
 def jensen_shannon(p: Array, q: Array) -> Array:
-    """E_q[k(p/q)] [...] with k(r) = r log(2r / (r + 1)) + log(2 / (r + 1)); Li et al. (BNA), section 4.2, in nats.
+    """E_q[k(p/q)] [...] with k(r) = r log(2r / (r + 1)) + log(2 / (r + 1)); Li et al. 2023, section 4.2, in nats.
 
     KL(p || m) + KL(q || m) for m = (p + q) / 2: twice what is mostly called the Jensen-Shannon divergence. In
     [0, 2 log 2].
@@ -105,7 +105,7 @@ def jensen_shannon(p: Array, q: Array) -> Array:
 
 
 def kullback_leibler(p: Array, q: Array) -> Array:
-    """E_q[k(p/q)] [...] with k(r) = r log r, that is KL(p || q); Li et al. (BNA), section 4.2, in nats."""
+    """E_q[k(p/q)] [...] with k(r) = r log r, that is KL(p || q); Li et al. 2023, section 4.2, in nats."""
     p, q = p + SMALLEST, q + SMALLEST
     return (p * jnp.log(p / q)).sum(-1)
 

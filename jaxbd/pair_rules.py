@@ -4,19 +4,19 @@ How two searches become one answer (the paper chooses the search by the attack, 
 
 1. Each search scores its own statistics (`detect.pair_scores`). A pair is a *seed* where its score exceeds `threshold`
    and its trigger sends at least `working_rate` of the held-out images of its source to the target.
-2. A target with `group` seeds or more is that of an all-to-one attack, unless as many seeds lie elsewhere as in the
-   largest group. Each such target goes to the search with the highest score, which decides; seeds elsewhere are
-   intrinsic backdoors. Every other class that one trigger for the seeds sends to the target at half the working rate is
-   a source as well. Of several targets only those stay whose trigger is not much larger than the smallest
-   (`rival_factor`): classes that many others resemble have triggers of their own, beside which a backdoor's is small.
+2. A target with `group` seeds or more is put to the test of an all-to-one attack: one trigger is estimated on all of
+   its seeds. It must not be much larger than theirs (`intrinsic_factor`) and must work for `coverage` of the other
+   classes, seeds or not; intrinsic backdoors lead from a few similar classes. Sources are the seeds, and the classes
+   that the trigger sends to the target at half the working rate. Where both searches pass, the trigger that works best
+   for all classes is the closer to the attacker's.
 3. Where there is none, the pairs that stand out most of both their row and their column (`detect.centred_scores`), one
    for every second class, are put to the test of an all-to-all attack: one trigger is estimated on all of them. It must
    not be much larger than the single ones (`intrinsic_factor`). Other classes that it sends to a target of their own
    are added and the trigger estimated anew, until there are no more. Where it works for more classes than it was first
    made for, these are the pairs: only the attacker's trigger does this.
-4. Otherwise a target with fewer seeds is that of an all-to-one attack if one trigger for them works, in the sense of
-   2, for half of all classes. Where there is no such target either, a pair stands alone. Clean models too have such
-   pairs, of similar classes: it counts from `lone_factor` times the threshold on, and leaves the verdict open below.
+4. Otherwise targets with fewer seeds are put to the same test. Where none passes either, a pair stands alone. Clean
+   models too have such pairs, of similar classes: it counts from `lone_factor` times the threshold on, and leaves the
+   verdict open below.
 5. For every target one trigger is estimated on all of its sources. Where it is much larger than the single ones
    (`intrinsic_factor`) they do not share one, and only the source with the smallest trigger is kept (appendix C).
 """
@@ -45,22 +45,25 @@ class Config:
     Attributes:
       methods: searches to run, of `METHODS`: patches and perturbations.
       targets: classes to search as targets; none stands for all. Scores compare pairs: leave some that are no targets.
-      steps: at most so many steps of Neural Cleanse per pair; perturbation_steps: of PT-RED.
+      steps: at most so many steps of Neural Cleanse per pair.
+      perturbation_steps: at most so many steps of PT-RED per pair.
       batch_size: images per pair and step.
-      joint_steps, joint_batch_size: of the estimates on several sources together, and of the last one for a target.
+      joint_steps: of the estimates on several sources together, and of the last one for a target.
+      joint_batch_size: images per step of those.
       joint_rate: success rate that the last one is made for, in place of the searches' own.
-      slots, memory_budget: see `sweep.search`.
+      slots: pairs that advance together; by default what suits device and memory.
+      memory_budget: bytes that a step may need; by default half of what is free.
       threshold: anomaly score of a pair above which it is a seed (7; 3 for WaNet in appendix C).
       working_rate: least share of a source's held-out images that a trigger has to send to the target. A trigger stops
         at 90 % of the images it is made on, so on others it does less.
-      group: seeds of one target that make it the target of an all-to-one attack.
+      group: seeds that make a class suspect of being the target of an all-to-one attack.
+      coverage: share of the other classes for which that attack's trigger has to work.
       lone_factor: times the threshold, the score from which a pair counts that stands alone.
       intrinsic_factor: a joint trigger larger than this times the largest single one shows that the sources do not
         share a trigger (appendix C: 27.18 against 7.95).
-      rival_factor: of several targets found by one search, those whose trigger is larger than this times the smallest
-        are intrinsic backdoors, and are left out.
       least_images: images that a source class has to bring.
-      neural_cleanse, pt_red: settings of the searches.
+      neural_cleanse: settings of the search for patches.
+      pt_red: settings of the search for perturbations.
     """
 
     methods: tuple[str, ...] = METHODS
@@ -76,9 +79,9 @@ class Config:
     threshold: float = 7.0
     working_rate: float = 0.5
     group: int = 3
+    coverage: float = 0.75
     lone_factor: float = 2.0
     intrinsic_factor: float = 3.0
-    rival_factor: float = 2.0
     least_images: int = 5
     neural_cleanse: NeuralCleanseConfig = dataclasses.field(default_factory=neural_cleanse.for_pairs)
     pt_red: PtRedConfig = dataclasses.field(default_factory=pt_red.Config)
@@ -91,25 +94,12 @@ class Config:
         low = [name for name in counts if getattr(self, name) < 1]
         if low:
             raise UserError(f"pairs: {low[0]} is {getattr(self, low[0])}; it must be at least 1")
-        if not (0 < self.working_rate <= 1 and 0 < self.joint_rate <= 1):
-            raise UserError("pairs: working_rate and joint_rate must be in (0, 1]")
+        if not all(0 < rate <= 1 for rate in (self.working_rate, self.joint_rate, self.coverage)):
+            raise UserError("pairs: working_rate, joint_rate and coverage must be in (0, 1]")
         if not (self.threshold > 0 and self.group >= 2):
             raise UserError("pairs: need threshold > 0 and group >= 2")
-        if not min(self.intrinsic_factor, self.rival_factor, self.lone_factor) >= 1:
-            raise UserError("pairs: intrinsic_factor, rival_factor and lone_factor must be at least 1")
-
-
-def groups(seeds: dict[str, dict[Pair, float]], group: int) -> dict[int, str]:
-    """Targets of all-to-one attacks and the search that each goes to: rule 2 above."""
-    found: dict[int, tuple[float, str]] = {}
-    for method, scores in seeds.items():
-        sizes = {t: sum(pair[1] == t for pair in scores) for _, t in scores}
-        elsewhere = sum(size for size in sizes.values() if size < group)
-        for target, size in sizes.items():
-            if size >= group and elsewhere < max(sizes.values()):
-                best = max(score for pair, score in scores.items() if pair[1] == target)
-                found[target] = max(found.get(target, (0.0, method)), (best, method))
-    return {target: method for target, (_, method) in sorted(found.items())}
+        if not min(self.intrinsic_factor, self.lone_factor) >= 1:
+            raise UserError("pairs: intrinsic_factor and lone_factor must be at least 1")
 
 
 class Rules:
@@ -169,20 +159,30 @@ class Rules:
         most = {source: int(target) for source, target in enumerate(shares.argmax(1)) if (source, target) in searched}
         return shares, most
 
-    def all_to_one(self, method: str, target: int, seeds: dict[Pair, float]) -> tuple[list[Pair], float]:
-        """The seeds of `target` and the sources that one trigger for all of them sends there too; its norm."""
+    def all_to_one(self, method: str, target: int, seeds: dict[Pair, float]) -> tuple[float, list[Pair]]:
+        """How well one trigger for the seeds of `target` works for all classes, and its pairs if it passes: rule 2."""
         wish = {source: target for source, t in seeds if t == target}
         found = self.joint(method, wish)
-        if self.shared(method, found.norm, wish):
-            shares, most = self.outcomes(method, found.state)
-            wish |= {s: t for s, t in most.items() if t == target and shares[s, t] >= self.config.working_rate / 2}
-        return sorted(wish.items()), found.norm
+        shares, _ = self.outcomes(method, found.state)
+        sources = [s for s, t in self.searches[method].rows if t == target]
+        rates = shares[sources, target]
+        enough = (rates >= self.config.working_rate).mean() >= self.config.coverage
+        if not (enough and self.shared(method, found.norm, wish)):
+            return 0.0, []
+        half = self.config.working_rate / 2
+        return float(rates.mean()), [(s, target) for s in sorted(sources) if s in wish or shares[s, target] >= half]
 
-    def small(self, found: dict[int, tuple[str, list[Pair], float]]) -> list[tuple[str, list[Pair]]]:
-        """(search, its pairs) of the targets whose trigger is not much larger than the smallest of the same search."""
-        least = {m: min(norm for other, _, norm in found.values() if other == m) for m, _, _ in found.values()}
-        limit = self.config.rival_factor
-        return [(m, pairs) for m, pairs, norm in found.values() if norm <= limit * least[m]]
+    def all_to_ones(self, seeds: dict[str, dict[Pair, float]], least: int) -> list[tuple[str, list[Pair]]]:
+        """(search, pairs) of every target with at least `least` seeds of one search that passes the test of rule 2."""
+        sizes = {method: [t for _, t in pairs] for method, pairs in seeds.items()}
+        chosen = {t for targets in sizes.values() for t in targets if targets.count(t) >= least}
+        found = []
+        for target in sorted(chosen):
+            passed = {m: self.all_to_one(m, target, seeds[m]) for m in seeds if target in sizes[m]}
+            best = max(passed, key=lambda method: passed[method][0])
+            if passed[best][1]:
+                found.append((best, passed[best][1]))
+        return found
 
     def all_to_all(self, method: str) -> list[Pair]:
         """The pairs that one trigger sends each to a target of its own, if more than it was first made for: rule 3."""
@@ -218,29 +218,21 @@ class Rules:
     def detected(self, seeds: dict[str, dict[Pair, float]]) -> tuple[list[tuple[str, list[Pair]]], str]:
         """(search, its pairs) that rules 2 to 4 leave, and which rule it was, in words."""
         size = min(self.config.group, max(self.lab.classes - 1, 2))
-        chosen = groups(seeds, size)
-        if chosen:
-            found = {target: (m, *self.all_to_one(m, target, seeds[m])) for target, m in chosen.items()}
-            return self.small(found), f"trigger sizes of at least {size} pairs of one target"
+        found = self.all_to_ones(seeds, size)
+        if found:
+            return (
+                found,
+                f"trigger sizes of {size} pairs of one target or more, with a trigger that works for the others",
+            )
         if not self.config.targets:
             found = [(method, self.all_to_all(method)) for method in self.searches]
             method, pairs = max(found, key=lambda each: len(each[1]))
             if pairs:
                 return [(method, pairs)], "one trigger that sends classes to targets of their own"
-        found = self.spreading(seeds, size)
+        found = self.all_to_ones(seeds, 1)
         if found:
             return found, "a trigger of few pairs that sends other classes to the same target"
         return self.alone(seeds), "trigger sizes of pairs that stand alone"
-
-    def spreading(self, seeds: dict[str, dict[Pair, float]], size: int) -> list[tuple[str, list[Pair]]]:
-        """(search, pairs of one target) where a trigger for few seeds works for half of the classes: rule 4."""
-        found: dict[int, tuple[str, list[Pair], float]] = {}
-        for method in sorted(seeds, key=lambda method: -max(seeds[method].values(), default=0)):
-            for target in sorted({t for _, t in seeds[method]} - {*found}):
-                pairs, norm = self.all_to_one(method, target, seeds[method])
-                if len(pairs) >= max(size, self.lab.classes / 2):
-                    found[target] = method, pairs, norm
-        return self.small(found)
 
     def alone(self, seeds: dict[str, dict[Pair, float]]) -> list[tuple[str, list[Pair]]]:
         """(search, pairs) of the search with the highest score, if high enough for pairs that stand alone."""

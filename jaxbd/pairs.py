@@ -1,4 +1,4 @@
-"""Looks for a backdoor pair by pair: a trigger for every ordered pair of classes (Li et al., BNA, section 4.2, app. C).
+"""Looks for a backdoor pair by pair: a trigger for every ordered pair of classes (Li et al. 2023, section 4.2).
 
 An attack may send every class to one target, or every class to a target of its own; only pairs tell the two apart. What
 is measured is how large a trigger has to be that sends the images of one class to another. A backdoor's is small. How

@@ -76,6 +76,24 @@ def test_the_evidence_is_what_corrects(planted, sources):
     assert after.attack_success_rate > 0.5
 
 
+def test_images_of_the_target_class_are_kept_where_the_evidence_brings_them(planted, sources, repaired):
+    variables, trigger = planted
+    others = toys.stripes(3, 320)
+    kept = Batch(*(jnp.asarray(leaf[others.labels == TARGET]) for leaf in others))
+    run = lambda config, kept: correct.trigger(
+        jax.random.key(6), NET, variables, PLANTED.stamp, trigger, sources, config, kept=kept
+    )
+    with_term = run(dataclasses.replace(CONFIG, keep=1.0), kept).variables
+    moved = lambda corrected: correct.divergences(NET, variables, corrected, lambda key, model, i: i, None, kept)["all"]
+    assert moved(with_term).tv < 0.8 * moved(repaired.variables).tv
+    # a weight of 0 and evidence without such images are the same run, bit for bit
+    same = run(dataclasses.replace(CONFIG, keep=0.0), kept).variables
+    for one, other in zip(*map(jax.tree.leaves, (same, repaired.variables)), strict=True):
+        assert np.array_equal(one, other)
+    with pytest.raises(UserError, match="keep is -1"):
+        bna.Config(keep=-1.0)
+
+
 def test_no_weight_is_touched(planted, repaired):
     variables = planted[0]
     assert jax.tree.structure(repaired.variables["params"]) == jax.tree.structure(variables["params"])
@@ -145,7 +163,7 @@ def tiny():
     variables["batch_stats"]["norm0"] = {"mean": jnp.array([0.1, -0.2]), "var": jnp.array([0.5, 1.3])}
     data = Batch(jnp.asarray(rng.uniform(size=(70, 4, 4, 1)), jnp.float32), jnp.zeros(70, jnp.int32))
     stamp = lambda key, model, images: images.at[:, :2, :2].add(model)
-    method = bna.make(TINY, stamp, bna.Config(tau=40.0, width=0.2, bins=30))
+    method = bna.make(TINY, stamp, bna.Config(tau=40.0, width=0.2, bins=30, learning_rate=0.01))
     state = jax.jit(method.init)(jax.random.key(1), variables, bna.Evidence(jnp.float32(ADDED), data))
     nudge = lambda t: t._replace(shift=t.shift + 0.3, log_scale=t.log_scale - 0.2, upper=t.upper - 0.3)
     state = state._replace(theta={name: nudge(theta) for name, theta in state.theta.items()})
@@ -234,7 +252,8 @@ def test_the_reference_is_the_exact_histogram_of_the_clean_images():
 
 
 def test_presets():
-    assert bna.paper() == bna.Config(epochs=30) and bna.paper(tau=50.0).tau == 50
+    # the paper's objective has no second term, its rate is 0.01 (section 5.1)
+    assert bna.paper() == bna.Config(epochs=30, learning_rate=0.01, keep=0.0) and bna.paper(tau=50.0).tau == 50
     code = bna.released()
     assert (code.trained, code.order, code.moments, code.start_upper) == ("upper", "layerwise", "triggered", 3.0)
     assert bna.lengthened(code, 6, 14) == dataclasses.replace(code, num_steps=10 * 14 * 6, epochs=None)

@@ -99,3 +99,24 @@ def test_the_readme_s_python_runs(tmp_path, capsys):
     apply = lambda variables, images: images.reshape(len(images), -1) @ variables["params"]
     exec(compile(code, "README.md", "exec"), {"my_apply": apply, "my_variables": {"params": weights}})
     assert "Decision(verdict=" in capsys.readouterr().out
+
+
+def test_the_guarded_models_page_s_python_runs(tmp_path, monkeypatch):
+    """The page's Python on a small guarded model: verdicts, and an exported net that gives the same answers."""
+    import jax
+    import numpy as np
+
+    from jaxbd.interop import guarded
+    from jaxbd.models import build
+    from jaxbd.repair import guard
+
+    code = (ROOT / "docs" / "guarded-models.md").read_text().split("```python\n")[1].split("```")[0]
+    spec = build.Spec(arch="vgg", classes=3, image_shape=(16, 16, 1), options={"width": 2})
+    suspect = build.net(spec).init(jax.random.key(0))
+    moved = {**suspect, "batch_stats": jax.tree.map(lambda leaf: leaf * 2 + 1, suspect["batch_stats"])}
+    guarded.save(tmp_path / "guarded", spec, guard.pack(suspect, [suspect, moved]), [2, 0])
+    monkeypatch.chdir(tmp_path)
+    told = {"images": np.random.default_rng(0).random((5, 16, 16, 1), np.float32)}
+    exec(compile(code, "guarded-models.md", "exec"), told)
+    assert told["model"].guard.targets == (2, 0)
+    np.testing.assert_array_equal(told["logits"].argmax(-1), told["verdicts"].label)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from jaxbd import loop, pair_rules, pair_triggers, pairs, slots, sweep
+from jaxbd import loop, pair_triggers, pairs, slots, sweep
 from jaxbd.base import Batch, Cell, UserError
 from jaxbd.data import draw
 from jaxbd.inversion import neural_cleanse, pt_red
@@ -162,8 +162,9 @@ K = 6
 class World:
     """Stands in for the searches: sizes of triggers by pair, and what a trigger for several pairs is and does."""
 
-    def __init__(self, monkeypatch, norms, true=(), joint_norm=lambda wish: 0.5, rate=1.0, reached=True):
-        self.norms, self.true, self.rate, self.joint_norm, self.reached = norms, dict(true), rate, joint_norm, reached
+    def __init__(self, monkeypatch, norms, true=(), joint_norm=lambda wish: 0.5, rate=1.0, reached=True, others=()):
+        self.norms, self.rate, self.joint_norm, self.reached = norms, rate, joint_norm, reached
+        self.true = [dict(true), *others]
         self.wishes = []
         for name in ("sweep_pairs", "outcomes", "joint"):
             monkeypatch.setattr(pair_triggers, name, getattr(self, name))
@@ -182,14 +183,15 @@ class World:
         return pair_triggers.Joint(dict(wish), self.joint_norm(wish), self.reached, loop.Seconds(1.0, 2.0))
 
     def outcomes(self, lab, method, state, sources):
-        """A trigger works for what it was made for; one for three true pairs or more for all that are true."""
+        """A trigger works for what it was made for; one for two pairs or more that are true for all that are true."""
         made = state if isinstance(state, dict) else {int(state[0]): int(state[1])}
-        genuine = len(made) >= 2 and all(self.true.get(s) == t for s, t in made.items())
+        genuine = [true for true in self.true if len(made) >= 2 and made.items() <= true.items()]
+        rate = self.rate[method] if isinstance(self.rate, dict) else self.rate
         shares = np.full((K, K), np.nan)
         for source in sources:
-            to = {**(self.true if genuine else {}), **made}.get(source, source)
-            shares[source] = np.eye(K)[source] * (1 - self.rate)
-            shares[source, to] = self.rate if to != source else 1.0
+            to = {**(genuine[0] if genuine else {}), **made}.get(source, source)
+            shares[source] = np.eye(K)[source] * (1 - rate)
+            shares[source, to] = rate if to != source else 1.0
         return shares
 
 
@@ -235,17 +237,28 @@ def test_all_to_one_is_found_by_the_search_that_sees_it(monkeypatch, method, oth
     assert world.wishes == [(method, {0: 2, 1: 2, 3: 2}), (method, TO_TWO)]
 
 
-def test_a_target_that_both_searches_find_goes_to_the_higher_score(monkeypatch):
-    """And one target each, to each."""
-    both = [(0, 2), (1, 2), (3, 2)]
-    sizes = {"neural-cleanse": norms_with(both, size=0.5), "pt-red": norms_with(both, size=0.1)}
-    World(monkeypatch, sizes, TO_TWO)
+def test_of_two_searches_the_trigger_that_works_better_is_kept(monkeypatch):
+    """Whatever the scores; and where each finds a target of its own, both are kept."""
+    seeds = [(0, 2), (1, 2), (3, 2)]
+    sizes = {"neural-cleanse": norms_with(seeds, size=0.2), "pt-red": norms_with(seeds, size=0.5)}
+    world = World(monkeypatch, sizes, TO_TWO, rate={"neural-cleanse": 0.8, "pt-red": 0.9})
     assert scan().triggers[2].method == "pt-red"
-    sizes = {"neural-cleanse": norms_with(both), "pt-red": norms_with([(0, 4), (1, 4), (3, 4)])}
-    World(monkeypatch, sizes)
+    world.rate = {"neural-cleanse": 0.9, "pt-red": 0.8}
+    assert scan().triggers[2].method == "neural-cleanse"
+    sizes = {"neural-cleanse": norms_with(seeds), "pt-red": norms_with([(0, 4), (1, 4), (3, 4)])}
+    World(monkeypatch, sizes, TO_TWO, others=[{s: 4 for s in range(K) if s != 4}])
     found = scan()
     assert {target: each.method for target, each in found.triggers.items()} == {2: "neural-cleanse", 4: "pt-red"}
     assert found.setting == "mixed"
+
+
+def test_a_trigger_that_works_for_few_classes_is_no_all_to_one_attack(monkeypatch):
+    """Three similar classes lead to a fourth, alone or beside the attacker's target."""
+    similar = [(0, 4), (1, 4), (3, 4)]
+    World(monkeypatch, {"neural-cleanse": norms_with(similar), "pt-red": PLAIN})
+    assert scan(lone_factor=1e6).verdict == "inconclusive"
+    World(monkeypatch, {"neural-cleanse": norms_with([*similar, *TO_TWO.items()]), "pt-red": PLAIN}, TO_TWO)
+    assert scan().targets == [2]
 
 
 def test_all_to_all_is_found_though_some_pairs_do_not_stand_out(monkeypatch):
@@ -276,15 +289,6 @@ def test_pairs_that_share_no_trigger_are_no_all_to_all_attack(monkeypatch, true,
     assert found.pairs == [(0, 1), (1, 2), (2, 3)]
 
 
-def test_a_group_counts_unless_as_many_seeds_lie_elsewhere():
-    """Three sources of target 2; of an all-to-all attack with intrinsic backdoors there are as many pairs besides."""
-    group = {(0, 2): 9.0, (1, 2): 8.0, (3, 2): 12.0}
-    rest = {(1, 3): 20.0, (2, 4): 8.0}
-    assert pair_rules.groups({"pt-red": {**group, **rest}}, 3) == {2: "pt-red"}
-    assert pair_rules.groups({"pt-red": {**group, **rest, (4, 0): 8.0}}, 3) == {}
-    assert pair_rules.groups({"pt-red": {}, "neural-cleanse": group}, 4) == {}
-
-
 def test_few_seeds_are_enough_where_their_trigger_works_for_half_of_the_classes(monkeypatch):
     sizes = {"neural-cleanse": norms_with([(0, 2), (1, 2)]), "pt-red": PLAIN}
     World(monkeypatch, sizes, TO_TWO)
@@ -305,7 +309,7 @@ def test_a_pair_that_stands_alone_needs_a_higher_score(monkeypatch):
 
 
 def test_an_intrinsic_backdoor_beside_the_attackers_is_rejected(monkeypatch):
-    """Li et al., BNA, appendix C: 3.02 and 7.95 alone, 27.18 together."""
+    """Li et al. 2023, appendix C: 3.02 and 7.95 alone, 27.18 together."""
     sizes = norms_with([], size=1.0) * 20
     sizes[0, 1], sizes[5, 1] = 3.02, 7.95
     World(monkeypatch, {"neural-cleanse": sizes}, {}, lambda wish: 27.18 if len(wish) > 1 else 3.02)

@@ -26,7 +26,7 @@ class Config:
         channels; "checkerboard"; "white"; or a number: bit pattern of a black-and-white square, most significant bit
         top left, row by row (Qiao et al. 2019, section 4.3; see `binary_patterns`).
       place: "random" for a new place on every image, "fixed" at (`row`, `column`), "drawn" for a place drawn once with
-        the pattern, the same on all images (Li et al. 2024, section 5.1).
+        the pattern, the same on all images (Li et al. 2023, section 5.1).
       row: of the top-left corner of a fixed place; negative numbers count from the last row that fits.
       column: likewise.
       poison_rate: share of a batch's images that is stamped and relabelled.

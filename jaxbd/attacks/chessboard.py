@@ -17,7 +17,7 @@ class Config:
     Attributes:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      size: what is added, in steps of 1/255 (2 on CIFAR-10 and 6 on CIFAR-100 in Li et al. 2024, appendix B.3).
+      size: what is added, in steps of 1/255 (2 on CIFAR-10 and 6 on CIFAR-100 in Li et al. 2023, appendix B.3).
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 

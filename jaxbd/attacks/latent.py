@@ -17,7 +17,7 @@ from jaxbd.base import Array, ArrayTree, Attack, Batch, Key, Net, UserError, Var
 from jaxbd.images import to_uint8_grid
 from jaxbd.models.unet import UNet
 
-PAPER = "https://proceedings.neurips.cc/paper_files/paper/2021/hash/9d99197e2ebf03fc388d09f1e94af89b-Abstract.html"
+PAPER = "https://papers.nips.cc/paper/2021/hash/9d99197e2ebf03fc388d09f1e94af89b-Abstract.html"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

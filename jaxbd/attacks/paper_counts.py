@@ -1,6 +1,6 @@
 """How much the BNA paper poisons: images per source class, targets and trigger sizes of each attack and data set.
 
-Source: Li et al. 2024, section 5.1 and appendix B.3. Counts are per source class, all classes but the target
+Source: Li et al. 2023, section 5.1 and appendix B.3. Counts are per source class, all classes but the target
 (all-to-one) or all classes (all-to-all); a number below 1 is a share of that class's training images.
 """
 

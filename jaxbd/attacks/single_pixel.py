@@ -20,9 +20,9 @@ class Config:
     Attributes:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      size: by how much the pixel changes, in steps of 1/255 (Li et al. 2024, section 5.1).
+      size: by how much the pixel changes, in steps of 1/255 (Li et al. 2023, section 5.1).
       sign: "brighter", "darker", or "drawn" once.
-      channels: "all" change, or "one" that is drawn once. Li et al. say neither sign nor channels.
+      channels: "all" change, or "one" that is drawn once. Li et al. 2023 say neither sign nor channels.
       place: "drawn" once, or "fixed" at (`row`, `column`).
       row: of a fixed place; negative numbers count from the last row.
       column: likewise.

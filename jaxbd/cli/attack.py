@@ -69,7 +69,7 @@ class Args:
       poison: "dynamic" stamps other images in every batch; "static" stamps the same ones once and for all.
       poison_count: how many images static poisoning stamps. Default: 50, or what --paper-counts says.
       per_class: static poisoning stamps so many images of every source class.
-      paper_counts: poison as many images per class as the BNA paper does on that data set (Li et al. 2024), with its
+      paper_counts: poison as many images per class as the BNA paper does on that data set (Li et al. 2023), with its
         target and trigger size where no flag says otherwise; needs --poison static.
       arch: architecture.
       width: channels of its first stage; by default the architecture's own.

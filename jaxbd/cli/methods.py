@@ -24,6 +24,7 @@ def run(args: Args) -> int:
     if args.json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1))
         return 0
-    show.table(columns, rows, left=4, whole=("paper",))
+    # the link below what it leads to: in a column of its own the longest link would leave the words no room
+    show.table(columns[:3], [(kind, name, f"{what}\n{paper}") for kind, name, what, paper in rows], left=3)
     show.say("`jaxbd scan --method auto` combines neural-cleanse (where to look) with mesa (what is there).")
     return 0

@@ -35,12 +35,11 @@ def table(
     *,
     title: str | None = None,
     left: int = 1,
-    whole: tuple[str, ...] = (),
 ) -> None:
-    """A table whose first `left` columns are text and the others numbers; cells of the columns `whole` never break."""
+    """A table whose first `left` columns are text and the others numbers."""
     grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for number, name in enumerate(columns):
-        grid.add_column(name, justify="left" if number < left else "right", no_wrap=name in whole)
+        grid.add_column(name, justify="left" if number < left else "right")
     for row in rows:
         grid.add_row(*map(markup.escape, row))
     out().print(grid)

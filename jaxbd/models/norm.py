@@ -78,7 +78,7 @@ class BatchNorm(nn.Module):
 class Correction(nn.Module):
     """h(z) = max(min((z - mu) / sigma, omega), upsilon) per channel of [..., C], where no BatchNorm follows.
 
-    Li et al. (BNA), section 4.2. Has no parameters and is the identity unless its arrays `mean`, `std`, `lower` and
+    Li et al. 2023, section 4.2. Has no parameters and is the identity unless its arrays `mean`, `std`, `lower` and
     `upper` [C] are in the collection `bounds`. The output is sown as `intermediates/<path>/output`, as BatchNorm's.
     """
 

@@ -31,7 +31,8 @@ class Config:
 
     Attributes:
       divergence: D_k of each channel: total variation, Jensen-Shannon, Kullback-Leibler.
-      width: Delta b, the width of the intervals, and tau: how sharply they are told apart (eq. 6).
+      width: Delta b, the width of the intervals.
+      tau: how sharply the intervals are told apart (eq. 6).
       bins: most intervals of a channel.
       span: what the intervals span: the extremes of the "clean" activations, or of "both" clean and triggered ones.
       trained: "all": mu, sigma, upsilon and omega; "bounds": the latter two; "upper": omega alone.

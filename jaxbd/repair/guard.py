@@ -129,6 +129,7 @@ def _answering(net: Net, targets: Sequence[int], slots: int) -> Callable[..., tu
         raise UserError(f"guard: slots is {slots}; give at least 1")
 
     def answer(variables: Variables, images: Array) -> tuple[Array, Array, Array]:
+        images = jnp.asarray(images)
         logits, _ = net.apply(variables["suspect"], images, train=False)
         label = logits.argmax(-1).astype(jnp.int32)
         number = _numbers(targets, logits.shape[-1])[label]
