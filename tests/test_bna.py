@@ -55,7 +55,7 @@ def corrected(net, victim, data, config, model=None):
     return correct.trigger(jax.random.key(6), net, variables, PLANTED.stamp, model, data, config)
 
 
-CONFIG = bna.Config(num_steps=120)
+CONFIG = bna.Config()
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,21 @@ def test_images_of_the_target_class_are_kept_where_the_evidence_brings_them(plan
         assert np.array_equal(one, other)
     with pytest.raises(UserError, match="keep is -1"):
         bna.Config(keep=-1.0)
+
+
+def test_the_result_is_the_mean_of_the_second_half():
+    _, state, _, _, batch = tiny()
+    method = bna.make(TINY, lambda key, model, images: images, bna.Config(num_steps=6, tau=40.0, width=0.2, bins=30))
+    step, seen = jax.jit(method.step), []
+    for number in range(6):
+        state, _ = step(jax.random.key(number), state, batch)
+        seen.append(np.asarray(state.theta["norm0"].upper))
+        if number < 3:
+            np.testing.assert_array_equal(state.mean["norm0"].upper, seen[-1])
+    assert not np.allclose(seen[-1], seen[3])
+    mean = np.mean(seen[3:], 0)
+    np.testing.assert_allclose(state.mean["norm0"].upper, mean, rtol=1e-6)
+    np.testing.assert_allclose(method.extract(state)["bounds"]["norm0"]["upper"], mean, rtol=1e-6)
 
 
 def test_no_weight_is_touched(planted, repaired):
@@ -252,8 +267,11 @@ def test_the_reference_is_the_exact_histogram_of_the_clean_images():
 
 
 def test_presets():
-    # the paper's objective has no second term, its rate is 0.01 (section 5.1)
-    assert bna.paper() == bna.Config(epochs=30, learning_rate=0.01, keep=0.0) and bna.paper(tau=50.0).tau == 50
+    # the paper's objective has no second term, its rate is 0.01 (section 5.1), and the last parameters count
+    assert (
+        bna.paper() == bna.Config(epochs=30, learning_rate=0.01, keep=0.0, average=False)
+        and bna.paper(tau=50.0).tau == 50
+    )
     code = bna.released()
     assert (code.trained, code.order, code.moments, code.start_upper) == ("upper", "layerwise", "triggered", 3.0)
     assert bna.lengthened(code, 6, 14) == dataclasses.replace(code, num_steps=10 * 14 * 6, epochs=None)

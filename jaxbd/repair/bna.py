@@ -44,6 +44,8 @@ class Config:
       keep: weight of a second term that keeps the activations of clean images of the target class as they are, where
         the evidence brings such images; 0, the paper's objective, leaves it out.
       learning_rate: of Adam.
+      average: whether the result is the mean of the parameters over the second half of the steps instead of the last
+        ones, which jump about where the two terms of the objective pull apart.
       num_steps: length of the run, all layers together.
       epochs: the length in passes over the images instead, for every layer that is trained on its own; drivers turn it
         into `num_steps` (see `lengthened`).
@@ -62,6 +64,8 @@ class Config:
     # Differs from paper: without it a small net's correction takes clean images of the target class for triggered ones
     keep: float = 0.3
     learning_rate: float = 0.03
+    # Differs from paper: it takes the last parameters
+    average: bool = True
     num_steps: int = 200
     epochs: int | None = None
 
@@ -77,7 +81,7 @@ class Config:
 
 def paper(**changes: Any) -> Config:
     """Section 5.1: all four parameters of all layers jointly, 30 epochs; starts and optimiser, left open, as ours."""
-    return Config(**{"epochs": 30, "learning_rate": 0.01, "keep": 0.0, **changes})
+    return Config(**{"epochs": 30, "learning_rate": 0.01, "keep": 0.0, "average": False, **changes})
 
 
 def released(**changes: Any) -> Config:
@@ -90,7 +94,7 @@ def released(**changes: Any) -> Config:
     """
     settings = dict(
         epochs=10, moments="triggered", start_upper=3.0, trained="upper", layers="batchnorm", order="layerwise",
-        span="both", learning_rate=0.01, keep=0.0,
+        span="both", learning_rate=0.01, keep=0.0, average=False,
     )  # fmt: skip
     return Config(**{**settings, **changes})
 
@@ -132,12 +136,14 @@ class Reference(NamedTuple):
 class State(NamedTuple):
     """step [] int32; theta, optimiser state and reference per layer; the victim (moments as they start), trigger.
 
+    mean: the parameters averaged since the middle of the run; theta itself before that, or where none is asked for.
     kept: images of the target class and p [C, bins] of their clean activations by layer, on the reference's intervals;
     None where they do not matter.
     """
 
     step: Array
     theta: dict[str, Theta]
+    mean: dict[str, Theta]
     opt: dict[str, optax.OptState]
     reference: dict[str, Reference]
     variables: Variables
@@ -218,7 +224,8 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
         theta = {n: _start(r, config) for n, r in clean.items()}
         opt = {n: rule.init(t) for n, t in theta.items()}
         # drivers donate the state, so no two of its leaves may share memory
-        state = State(jnp.zeros((), jnp.int32), theta, opt, reference, variables, model, kept if config.keep else None)
+        kept = kept if config.keep else None
+        state = State(jnp.zeros((), jnp.int32), theta, theta, opt, reference, variables, model, kept)
         return jax.tree.map(jnp.copy, state)
 
     def divergence(theta: dict[str, Theta], state: State, images: Array, p: dict[str, Array]) -> dict[str, Array]:
@@ -244,12 +251,21 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
         (value, each), gradient = grad(state.theta, state, images, kept, active)
         moved = {n: _moved(rule, gradient[n], state.opt[n], t, active[n], config) for n, t in state.theta.items()}
         theta, opt = ({n: pair[i] for n, pair in moved.items()} for i in (0, 1))
-        return state._replace(step=state.step + 1, theta=theta, opt=opt), Info(value, each)
+        after = state._replace(step=state.step + 1, theta=theta, opt=opt)
+        return after._replace(mean=_averaged(after, config)), Info(value, each)
 
     def extract(state: State) -> Variables:
-        return _corrected(state.theta, state)
+        return _corrected(state.mean, state)
 
     return Repair(init, step, extract)
+
+
+def _averaged(state: State, config: Config) -> dict[str, Theta]:
+    """The mean of the parameters over the steps made since the middle of the run, this one included."""
+    if not config.average:
+        return state.theta
+    count = jnp.maximum(state.step - config.num_steps // 2, 1)
+    return jax.tree.map(lambda old, new: old + (new - old) / count.astype(new.dtype), state.mean, state.theta)
 
 
 def _some(key: Key, images: Array, most: int) -> Array:
