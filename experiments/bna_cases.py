@@ -22,7 +22,7 @@ from jaxbd.interop import folder
 from jaxbd.models import build
 
 AttackName = Literal["badnets", "chessboard", "l2-inv", "wanet"]
-DIGITS = build.Spec(arch="vgg", classes=10, image_shape=(16, 16, 1), options={"width": 8})
+DIGITS = build.Spec(arch="vgg", classes=10, image_shape=(16, 16, 1), options={"width": 16})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
