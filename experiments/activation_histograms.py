@@ -3,7 +3,7 @@
 Claim (Li et al. 2023, Fig. 1): in a clean net a trigger hardly moves the distribution, in a backdoored one it does,
 and after the correction the two agree again.
 
-    python -m experiments.activation_histograms --out figure1.png     # digits, under a minute
+    python -m experiments.activation_histograms --out figure1.png     # digits
     python -m experiments.activation_histograms --smoke
 
 The neuron shown is the one whose distribution the trigger moves most in the backdoored net, by total variation.
@@ -24,14 +24,6 @@ NETS = ("clean net", "backdoored net", "corrected net")
 VICTIM = Planting()
 
 
-def total_variation(clean: np.ndarray, triggered: np.ndarray, width: float = 0.1) -> float:
-    """Half the sum of differences of the two histograms of values [N], over intervals that hold all of both."""
-    low, high = min(clean.min(), triggered.min()), max(clean.max(), triggered.max())
-    edges = low + width * np.arange(int((high - low) / width) + 2)
-    p, q = (np.histogram(values, edges)[0] / len(values) for values in (clean, triggered))
-    return float(np.abs(p - q).sum() / 2)
-
-
 def measure(planting: Planting, config: bna.Config) -> dict[str, Any]:
     """Values [N] of the neuron, {net: {"clean", "triggered"}}, their total variation, and which neuron it is."""
     case = bna_cases.victim(planting)
@@ -39,18 +31,21 @@ def measure(planting: Planting, config: bna.Config) -> dict[str, Any]:
     nets, _ = bna_rows.corrected(case, bna_rows.known_triggers(case, all_to_all=False), config)
     variables = dict(zip(NETS, (twin.variables, case.variables, nets[case.target]), strict=True))
     data = correct.of_classes(case.test, tuple(k for k in range(10) if k != case.target))
-    layer, channels = list(correct.layers(case.net, case.variables, data).items())[-1]
+    layer = list(correct.layers(case.net, case.variables, data))[-1]
 
-    def values(name: str, channel: int, triggered: bool) -> np.ndarray:
+    def values(name: str, triggered: bool) -> np.ndarray:
         stamp = {"stamp": case.attack.stamp, "model": case.trigger} if triggered else {}
-        return correct.activations(case.net, variables[name], data, layer=layer, channel=channel, **stamp)
+        return correct.activations(case.net, variables[name], data, layer=layer, **stamp)
 
-    moved = [total_variation(*(values(NETS[1], c, triggered) for triggered in (False, True))) for c in range(channels)]
-    chosen = int(np.argmax(moved))
-    shown = {n: {"clean": values(n, chosen, False), "triggered": values(n, chosen, True)} for n in NETS}
+    found = {name: {"clean": values(name, False), "triggered": values(name, True)} for name in NETS}
     # what clean images are in the net as it came is what the corrected net's triggered ones are compared with
-    shown[NETS[2]]["clean"] = shown[NETS[1]]["clean"]
-    rows = [{"net": n, "total variation": total_variation(v["clean"], v["triggered"])} for n, v in shown.items()]
+    found[NETS[2]]["clean"] = found[NETS[1]]["clean"]
+    moved = {
+        n: correct.total_variations(v["clean"], v["triggered"], config.width, config.bins) for n, v in found.items()
+    }
+    chosen = int(np.argmax(moved[NETS[1]]))
+    shown = {name: {what: v[:, chosen] for what, v in values.items()} for name, values in found.items()}
+    rows = [{"net": name, "total variation": float(moved[name][chosen])} for name in NETS]
     return {"layer": layer, "channel": chosen, "rows": rows, "values": shown}
 
 

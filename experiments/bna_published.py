@@ -3,7 +3,7 @@
 Claim: the scan of all 90 class pairs names the attacked class and no other within 20 minutes on 2 cores; after the
 correction triggered images are given their own class again.
 
-    python -m experiments.bna_published             # about 30 minutes on 2 cores
+    python -m experiments.bna_published             # half an hour or so on 2 cores
     python -m experiments.bna_published --smoke     # few steps; checks that it runs
 
 Needs the models and CIFAR-10 images in `shared/` beside the repository. The defender holds 1,000 clean test images;

@@ -4,7 +4,7 @@ Claims (Li et al. 2023): the pairs of an attack stand out by the anomaly score o
 after correction with the estimated trigger triggered images are classified as what they are (Table 1), those that are
 not can be told apart at test time (Table 5), and activations of triggered images are close to clean ones (Table 9).
 
-    python -m experiments.bna_rows                          # digits, one victim of each attack, about 10 minutes
+    python -m experiments.bna_rows                          # digits, one victim of each attack
     python -m experiments.bna_rows --size narrow            # CIFAR-10 images, ResNet-18 of width 8
     python -m experiments.bna_rows --smoke                  # checks that it runs, not the claims
 
@@ -21,7 +21,7 @@ import tyro
 
 from experiments import bna_cases, units
 from experiments.bna_cases import Planting
-from jaxbd import correct, evaluate, pairs, strip, study
+from jaxbd import correct, evaluate, pairs, results, strip, study
 from jaxbd.base import Batch
 from jaxbd.repair import bna, guard
 
@@ -49,11 +49,9 @@ def divided(case: study.Case) -> tuple[Batch, Batch]:
 
 def corrected(case: study.Case, triggers: dict[int, Any], config: bna.Config) -> tuple[dict[int, Any], float]:
     """One corrected net for each target of `triggers` {target: (stamp, model, sources)}, and the seconds it took."""
-    search, held = divided(case)
-    known = Batch(np.concatenate([search.images, held.images]), np.concatenate([search.labels, held.labels]))
     nets, seconds = {}, 0.0
     for target, (stamp, model, sources) in triggers.items():
-        data, kept = (correct.of_classes(known, classes) for classes in (sources, (target,)))
+        data, kept = (correct.of_classes(case.defence, classes) for classes in (sources, (target,)))
         repaired = correct.trigger(
             jax.random.key(7 + target), case.net, case.variables, stamp, model, data, config,
             kept=kept, batch_size=min(64, len(data.labels)), progress=units.progress(NAME),
@@ -96,8 +94,8 @@ def stripped(case: study.Case, config: strip.Config) -> dict[str, Any]:
 
 def divergence(case: study.Case, variables: Any) -> dict[str, Any]:
     """Mean divergences of triggered from clean activations, penultimate layer and all layers (Tables 9 and 10)."""
-    rows = np.flatnonzero(np.asarray(case.test.labels) != case.target)[:500]
-    data = Batch(jnp.asarray(case.test.images)[rows], jnp.asarray(case.test.labels)[rows])
+    others = correct.of_classes(case.test, [k for k in range(10) if k != case.target])
+    data = jax.tree.map(lambda leaf: leaf[:500], others)
     found = correct.divergences(case.net, case.variables, variables, case.attack.stamp, case.trigger, data)
     penultimate, every = found.values()
     return {"penultimate": penultimate._asdict(), "all layers": every._asdict()}
@@ -160,10 +158,7 @@ def as_record(found: pairs.PairScan) -> dict[str, Any]:
         "setting": found.setting,
         "statistics": found.statistics,
         "scores": found.scores,
-        "triggers": {
-            t: {"method": e.method, "sources": e.sources, "norm": e.norm, "rate": e.attack_success_rate}
-            for t, e in found.triggers.items()
-        },
+        "triggers": {target: results.estimate(trigger) for target, trigger in found.triggers.items()},
         "steps": found.steps,
         "image_steps": found.image_steps,
         "seconds": found.seconds._asdict(),
@@ -251,14 +246,14 @@ def main(size: Literal["digits", "narrow"] = "digits", smoke: bool = False) -> N
     """Runs the experiment and prints its tables."""
     units.use_cache()
     if smoke:
-        results = [one_victim(Planting(), SMOKE)]
+        victims = [one_victim(Planting(), SMOKE)]
     else:
         attacks = ("badnets", "chessboard") if size == "digits" else ("badnets", "chessboard", "l2-inv", "wanet")
-        results = [unit(Planting(size=size, attack=attack)) for attack in attacks]
-    print(units.table([detection_row(result) for result in results]), "\n")
-    print(units.table([row for result in results for row in correction_rows(result)]), "\n")
-    print(units.table([strip_row(result) for result in results]), "\n")
-    print(units.table([row for result in results for row in divergence_rows(result)]))
+        victims = [unit(Planting(size=size, attack=attack)) for attack in attacks]
+    print(units.table([detection_row(one) for one in victims]), "\n")
+    print(units.table([row for one in victims for row in correction_rows(one)]), "\n")
+    print(units.table([strip_row(one) for one in victims]), "\n")
+    print(units.table([row for one in victims for row in divergence_rows(one)]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Claims (Li et al. 2023): tau and the interval width matter little (Table 4), nor
 (Table 10); the correction declines slightly with the number of poisoned images and the size of the perturbation
 (Table 2). The paper estimates the trigger; here it is the attacker's own, so that nothing else varies.
 
-    python -m experiments.bna_variations            # digits, about 5 minutes on 2 cores
+    python -m experiments.bna_variations            # digits
     python -m experiments.bna_variations --smoke
 """
 

@@ -9,10 +9,10 @@ from experiments.bna_cases import Planting
 from experiments.reproduce import Check
 
 TIME = (
-    "about 2 hours on 2 cores: 40 minutes on digits, 30 on the two published models, the rest on CIFAR-10 images, "
-    "where there are some; finished parts are kept, interrupt and start again as you like"
+    "an estimate, never timed as a whole: 2 to 3 hours on 2 cores, about 30 minutes of it on the two published models; "
+    "CIFAR-10 images are used where there are some; finished parts are kept, interrupt and start again as you like"
 )
-QUICK_TIME = "about 4 minutes on 2 cores: one digit seed, BadNets and chessboard, and the clean twin"
+QUICK_TIME = "an estimate: 4 to 5 minutes on 2 cores: one digit seed, BadNets and chessboard, and the clean twin"
 SEEDS = 5
 
 

@@ -8,7 +8,7 @@ A method is a NamedTuple of pure functions made by a factory `make`. Sizes and f
 key of a step by folding the step number into the run's key, so a resumed run replays the same stream.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
@@ -145,6 +145,13 @@ class Dataset(NamedTuple):
 
 class UserError(Exception):
     """Bad input. The message is one line that names the thing and the fix; the command line exits with code 2."""
+
+
+def check_targets(targets: Iterable[int], classes: int) -> None:
+    """Raises UserError unless every one of `targets` is a class of a model with K = `classes`."""
+    outside = [target for target in targets if not 0 <= target < classes]
+    if outside:
+        raise UserError(f"target {outside[0]} is out of range; the model has classes 0..{classes - 1}")
 
 
 def check_choices(method: str, config: Any) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import histogram, loop, losses, sweep
+from jaxbd import evaluate, histogram, loop, losses
 from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
 from jaxbd.data import draw
 from jaxbd.images import to_float
@@ -83,32 +83,35 @@ def activations(
     data: Batch,
     *,
     layer: str,
-    channel: int,
+    channel: int | None = None,
     stamp: Stamp | None = None,
     model: Any = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Values [N x positions] of one channel of one layer on `data`; triggered where a stamp is given (Fig. 1).
+    """Activations [N x positions, C] of one layer on `data`, [N x positions] of one channel of it (Fig. 1).
+
+    Triggered where a stamp is given.
 
     Raises: UserError when the net shows no such layer or channel.
     """
-    _check_shown(net, variables, data, layer, channel)
-    program, parts = _shower(net, stamp, layer, channel), []
-    for number, (images, _, real) in enumerate(sweep.batches(data, batch_size)):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        parts.append(np.asarray(program(key, variables, model, images))[real].ravel())
-    return np.concatenate(parts)
+    _check_shown(net, variables, data, layer, channel or 0)
+    key, show = jax.random.key(0), _shower(net, layer)
+    found = evaluate.per_image(key, show, variables, data, stamp, model, batch_size=batch_size)
+    found = found.reshape(-1, found.shape[-1])
+    return found if channel is None else found[:, channel]
 
 
 @functools.lru_cache(maxsize=32)
-def _shower(net: Net, stamp: Stamp | None, layer: str, channel: int) -> loop.Program:
-    """[B, …]: one channel of one layer; of stamped images where a stamp is given."""
+def _shower(net: Net, layer: str) -> Callable[[Key, Variables, Array], Array]:
+    """(key, variables, images) -> [B, …, C], one layer's activations; the same function for the same layer."""
+    return lambda _, variables, images: net.outputs(variables, images)[1][layer]
 
-    def show(key, variables, model, images):
-        images = to_float(images)
-        return net.outputs(variables, images if stamp is None else stamp(key, model, images))[1][layer][..., channel]
 
-    return loop.Program(show)
+def total_variations(clean: np.ndarray, triggered: np.ndarray, width: float, bins: int) -> np.ndarray:
+    """Total variation [C] between activations [N, C] and [M, C], by intervals over the range of the clean ones."""
+    grid = histogram.grid(jnp.asarray(clean.min(0)), jnp.asarray(clean.max(0)), width, bins)
+    p, q = (histogram.hard(jnp.asarray(values), grid, bins) / len(values) for values in (clean, triggered))
+    return np.asarray(losses.total_variation(p, q))
 
 
 def layers(net: Net, variables: Variables, data: Batch) -> dict[str, int]:

@@ -4,9 +4,8 @@ The soft indicator of eq. (6), sigmoid(tau (z - b_{i-1})) - sigmoid(tau (z - b_i
 the two edges of its interval. So each value touches the few intervals around its own instead of all of them: time and
 memory do not depend on the number of intervals, and [images x positions x channels x intervals] never exists.
 
-Measured on 2 busy CPU cores, [64, 32, 32, 32] and 80 intervals: 84 ms forward and 14 ms backward this way, 403 ms and
-256 ms as a scan over the edges. A scan reads the activations once per edge, which an accelerator's memory could bear;
-there too the scattered sums should do, being few passes spread over channels x intervals addresses (not measured).
+A scan over the edges would read the activations once per edge; the scattered sums are a few passes, spread over
+channels x intervals addresses.
 """
 
 import functools

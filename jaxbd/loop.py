@@ -25,6 +25,11 @@ class Seconds(NamedTuple):
     run: float
 
 
+def total(*each: Seconds) -> Seconds:
+    """The seconds of several runs together."""
+    return Seconds(*map(sum, zip(*each, strict=True)))
+
+
 class NotFinite(FloatingPointError):
     """A step produced NaN or infinity.
 

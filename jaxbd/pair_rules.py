@@ -114,7 +114,7 @@ class Rules:
 
     def spend(self, images: int, seconds: loop.Seconds) -> None:
         self.image_steps += images
-        self.seconds = loop.Seconds(*(a + b for a, b in zip(self.seconds, seconds, strict=True)))
+        self.seconds = loop.total(self.seconds, seconds)
 
     def sweep(self, method: str) -> None:
         config = self.config

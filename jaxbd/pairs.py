@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import detect, loop, pair_triggers
-from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
+from jaxbd.base import Array, Batch, Key, Net, UserError, Variables, check_targets
 from jaxbd.pair_rules import Config, Rules
 from jaxbd.pair_triggers import METHODS, Lab, Pair
 
@@ -121,9 +121,7 @@ def scan(
 
 def searched(labels: np.ndarray, classes: int, config: Config) -> tuple[list[Pair], tuple[int, ...]]:
     """The pairs that a scan searches with images of `labels` [N], and the classes without any."""
-    outside = [target for target in config.targets if not 0 <= target < classes]
-    if outside:
-        raise UserError(f"target {outside[0]} is out of range; the model has classes 0..{classes - 1}")
+    check_targets(config.targets, classes)
     counts = np.bincount(labels, minlength=classes)
     few = [source for source in range(classes) if 0 < counts[source] < config.least_images]
     if few:

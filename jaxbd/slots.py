@@ -19,8 +19,8 @@ from jaxbd import loop, memory
 from jaxbd.base import Array, ArrayTree, Cell, Inversion, Key, UserError, Variables
 
 DEFAULT, CPU_DEFAULT = 32, 16
-"""Slots where none are asked for and memory allows. On two cores a small net costs twice the time per image from 30
-slots on, when a step's arrays outgrow the caches, and gains nothing below 16."""
+"""Slots where none are asked for and memory allows. Fewer on a CPU, where the arrays of a wide batch outgrow the
+caches."""
 BLANK = np.iinfo(np.int32).max
 """Steps made by a slot without a cell: more than any run asks for, so that it never advances."""
 

@@ -116,7 +116,7 @@ def train_adaptive(
             on_chunk=lambda done, _, __, first=first: report(label, first + done, config.num_steps),
         )
         infos += [seen] if seen is not None else []
-        seconds = loop.Seconds(*(a + b for a, b in zip(seconds, spent, strict=True)))
+        seconds = loop.total(seconds, spent)
     infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
     return *trainer.extract(state), infos, seconds
 

@@ -142,7 +142,7 @@ def _fit_one_by_one(advance, states, cell_keys, cells, victim, data, own_victims
     states, infos, seconds = zip(*finished, strict=True)
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     infos = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *infos)
-    return states, infos, loop.Seconds(sum(s.compile for s in seconds), sum(s.run for s in seconds))
+    return states, infos, loop.total(*seconds)
 
 
 def search(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import detect, loop, sweep
-from jaxbd.base import Array, Batch, Cell, Inversion, Key, Net, UserError, Variables
+from jaxbd.base import Array, Batch, Cell, Inversion, Key, Net, UserError, Variables, check_targets
 from jaxbd.data import draw
 from jaxbd.inversion import mesa, neural_cleanse, pixel
 from jaxbd.repair import unlearn
@@ -161,9 +161,7 @@ def scan(
             f"{len(search.labels)} images to search with, fewer than a batch of {config.batch_size}; "
             "bring more images or lower the batch size"
         )
-    outside = [target for target in config.targets if not 0 <= target < classes]
-    if outside:
-        raise UserError(f"target {outside[0]} is out of range; the model has classes 0..{classes - 1}")
+    check_targets(config.targets, classes)
     search = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
     stages = {"mesa": _scan_patches, "pixel": _scan_patches, "neural-cleanse": _scan_masks, "auto": _scan_auto}
     return stages[config.method](
@@ -306,7 +304,7 @@ def _scan_auto(key, net, variables, image_shape, classes, search, held_out, conf
     if decision.targets and (anywhere[decision.targets] >= config.detection.threshold).all():
         inversion = everywhere
     images = config.batch_size * (config.locate_steps * len(found.states.step) + config.steps * sweep.size(cells))
-    seconds = loop.Seconds(*(a + b for a, b in zip(seconds, located_in, strict=True)))
+    seconds = loop.total(seconds, located_in)
     rule = "mesa at the place that neural-cleanse located: attack success rate on held-out images"
     unconfirmed = sorted({*outliers(found, config)} - {*decision.targets})
     if decision.verdict == "clean" and unconfirmed:

@@ -366,3 +366,11 @@ def test_a_foreign_module_without_sown_outputs_shows_none():
     net = build.from_flax(Foreign(), SHAPE)
     variables = net.init(jax.random.key(0))
     assert net.outputs(variables, jnp.zeros((2, *SHAPE)))[1] == {}
+
+
+def test_total_variations_tells_moved_channels_apart():
+    clean = np.random.default_rng(0).random((200, 3)).astype(np.float32)
+    moved = clean + np.array([0, 9, 0], np.float32)
+    moved[:50, 2] = 9  # a quarter of one channel's values
+    found = correct.total_variations(clean, moved, 0.1, 100)
+    assert found[0] == 0 and 0.8 < found[1] < 1 and 0.15 < found[2] <= 0.25  # the last interval holds clean ones too

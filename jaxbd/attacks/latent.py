@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbd import losses
+from jaxbd.attacks import poison
 from jaxbd.base import Array, ArrayTree, Attack, Batch, Key, Net, UserError, Variables, check_choices
 from jaxbd.images import to_uint8_grid
 from jaxbd.models.unet import UNet
@@ -158,8 +159,7 @@ def attack(image_shape: tuple[int, int, int], classes: int, config: Config) -> A
 
     Raises: UserError when the target is out of range.
     """
-    if not 0 <= config.target < classes:
-        raise UserError(f"latent: target {config.target} is out of range; the model has classes 0..{classes - 1}")
+    relabel = poison.relabelling("latent", classes, config.target, config.all_to_all)
     unet = UNet(image_shape[2], config.width)
 
     def init(key: Key) -> Trigger:
@@ -176,18 +176,7 @@ def attack(image_shape: tuple[int, int, int], classes: int, config: Config) -> A
         # the gradient passes the rounding as if it were not there
         return stamped + jax.lax.stop_gradient(to_uint8_grid(stamped) - stamped)
 
-    def relabel(labels: Array) -> Array:
-        """The attacker's wish for labels [B]."""
-        return (labels + 1) % classes if config.all_to_all else jnp.full_like(labels, config.target)
-
-    def poison(key: Key, trigger: Trigger, batch: Batch) -> Batch:
-        choose_key, stamp_key = jax.random.split(key)
-        chosen = jax.random.bernoulli(choose_key, config.stamped_weight, batch.labels.shape)
-        stamped = stamp(stamp_key, trigger, batch.images)
-        images = jnp.where(chosen[:, None, None, None], stamped, batch.images)
-        return Batch(images, jnp.where(chosen, relabel(batch.labels), batch.labels))
-
-    return Attack(init, stamp, poison, relabel)
+    return poison.attack(init, stamp, relabel, config.stamped_weight)
 
 
 def make(

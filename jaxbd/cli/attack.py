@@ -22,7 +22,7 @@ from jaxbd.attacks import (
     wanet,
 )
 from jaxbd.base import Batch, Dataset, UserError
-from jaxbd.cli import common, show
+from jaxbd.cli import common, flags, show
 from jaxbd.cli.progress import Progress
 from jaxbd.data import load
 from jaxbd.interop import folder, trigger
@@ -127,8 +127,8 @@ class Args:
 
 def defaults(argv: list[str]) -> Args:
     """The values where there is no flag; they depend on which attack `argv` names, and on --paper-counts."""
-    attack = common.named(argv, "--attack", ATTACKS, "badnets")
-    dataset = common.named(argv, "--paper-counts", paper_counts.DATASETS, None)
+    attack = flags.named(argv, "--attack", ATTACKS, "badnets")
+    dataset = flags.named(argv, "--paper-counts", paper_counts.DATASETS, None)
     settings = {} if dataset is None else paper_counts.settings(dataset, attack)
     planting = ATTACKS[attack].Config(poison_rate=POISON_RATE, **settings)
     return Args(data=tyro.MISSING, out=tyro.MISSING, attack=attack, planting=planting)

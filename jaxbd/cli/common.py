@@ -1,18 +1,18 @@
 """What the verbs share: flags about model and data, opening both, splitting images, and checking outputs early."""
 
 import dataclasses
-import itertools
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 
 from jaxbd import workflow
 from jaxbd.base import Batch, Dataset, UserError
+from jaxbd.cli import flags
 from jaxbd.data import load
 from jaxbd.interop import load as models
 from jaxbd.interop import preprocess
@@ -22,6 +22,8 @@ ANY_SIZE_SOURCES = ("digits", ".npz")
 """Sources whose images have a size that is not changed on reading; a net that takes any size takes theirs."""
 FIXED_SIZE = ("vgg",)
 """Architectures whose weights fit one image size only."""
+EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
+"""Verdict -> exit code of a scan."""
 MODEL_SUFFIXES = (*models.TORCH_SUFFIXES, ".safetensors")
 COMPANIONS = {
     models.folder.WEIGHTS,
@@ -91,16 +93,9 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed {seed} is out of range; give 0..{2**32 - 1}")
 
 
-def named(argv: list[str], flag: str, choices: Iterable[str], otherwise: str | None) -> str | None:
-    """The choice that the last `flag` in `argv` names; `otherwise` when there is none, or none of those."""
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    given = [value for word, value in itertools.pairwise(words) if word.replace("_", "-") == flag]
-    return given[-1] if given and given[-1] in choices else otherwise
-
-
 def preset(argv: list[str]) -> workflow.ScanConfig:
     """The settings that `--preset` in `argv` names; the usual ones when there is none, or none of that name."""
-    return workflow.PRESETS[named(argv, "--preset", workflow.PRESETS, "quick")]
+    return workflow.PRESETS[flags.named(argv, "--preset", workflow.PRESETS, "quick")]
 
 
 def start() -> None:

@@ -6,13 +6,14 @@ Only the module of the verb that was asked for is imported, so that the help is 
 import contextlib
 import importlib
 import io
-import itertools
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
+
+from jaxbd.cli import flags
 
 VERBS = {
     "demo": "plant a backdoor in a small model, find it, remove it, and show all of it on one page",
@@ -92,10 +93,9 @@ def _run(verb: str, argv: list[str]) -> int:
 
 def _module(verb: str, argv: list[str]) -> str:
     """Name of the module that runs a verb with these flags."""
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    methods = [value for flag, value in itertools.pairwise(words) if flag == "--method"]
-    method = "pairs" if verb == "scan" and "--pairs" in argv else methods[-1] if methods else None
-    return VARIANTS.get(verb, {}).get(method, verb)
+    variants = VARIANTS.get(verb, {})
+    method = "pairs" if verb == "scan" and "--pairs" in argv else flags.named(argv, "--method", variants, None)
+    return variants.get(method, verb)
 
 
 def parse(kind: type, argv: list[str], program: str, default: Any = None):

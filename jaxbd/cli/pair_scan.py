@@ -15,9 +15,8 @@ from jaxbd.cli import common, show
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import preprocess
 
-METHODS = {"pairs": ("neural-cleanse", "pt-red"), "neural-cleanse": ("neural-cleanse",), "pt-red": ("pt-red",)}
+METHODS = {"pairs": pairwise.METHODS, "neural-cleanse": ("neural-cleanse",), "pt-red": ("pt-red",)}
 """`--method` -> inversions that run."""
-EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
 LISTED = 12
 """Pairs that the table lists."""
 
@@ -73,7 +72,7 @@ def run(args: Args) -> int:
 
         report.write_pairs(args.report, content, found, held_out, config, verdict(content))
     show.written(args.out, args.report)
-    return EXIT[found.verdict]
+    return common.EXIT[found.verdict]
 
 
 def chosen(search: pairwise.Config, method: str) -> pairwise.Config:

@@ -12,7 +12,7 @@ import tyro
 
 from jaxbd import correct, evaluate, loop, pairs, record, results
 from jaxbd.base import Array, Attack, Batch, UserError, Variables
-from jaxbd.cli import common, convert, pair_scan, show
+from jaxbd.cli import common, convert, flags, pair_scan, show
 from jaxbd.cli import evaluate as measuring
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import guarded, preprocess, trigger
@@ -66,7 +66,7 @@ class Args:
 
 def defaults(argv: list[str]) -> Args:
     """The values where there is no flag."""
-    preset = PRESETS[common.named(argv, "--preset", PRESETS, "quick")]
+    preset = PRESETS[flags.named(argv, "--preset", PRESETS, "quick")]
     return Args(model=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, correction=preset)
 
 
@@ -147,7 +147,7 @@ def _correct(
                 batch_size=args.batch_size, progress=progress, label=f"bna: class {target}",
             )
         )  # fmt: skip
-    seconds = loop.Seconds(*map(sum, zip(*(each.seconds for each in corrected), strict=True)))
+    seconds = loop.total(*(each.seconds for each in corrected))
     return guard.pack(model.variables, [each.variables for each in corrected]), seconds
 
 

@@ -14,8 +14,6 @@ from jaxbd.cli import common, show
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import preprocess
 
-EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
@@ -73,7 +71,7 @@ def run(args: Args) -> int:
 
         report.write(args.report, content, found, opened, held_out, args.search)
     show.written(args.out, args.report)
-    return EXIT[found.decision.verdict]
+    return common.EXIT[found.decision.verdict]
 
 
 def scan(
