@@ -56,7 +56,7 @@ class Reading:
 
     arch: str | None = None
     image_shape: tuple[int, int, int] | None = None
-    normalisation: Literal["auto", "none", "half", "cifar10", "cifar10-b", "cifar100", "imagenet"] = "auto"
+    normalisation: Literal["auto", *NORMALISATIONS] = "auto"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     split: str = "test"

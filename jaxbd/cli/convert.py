@@ -28,7 +28,7 @@ class Args:
     out: pathlib.Path
     arch: str | None = None
     image_shape: tuple[int, int, int] | None = None
-    normalisation: Literal["none", "half", "cifar10", "cifar10-b", "cifar100", "imagenet"] | None = None
+    normalisation: Literal[*NORMALISATIONS] | None = None
 
 
 def run(args: Args) -> int:

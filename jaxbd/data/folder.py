@@ -27,7 +27,7 @@ def load(
     """
     path = Path(path)
     classes = class_folders(path)
-    files = [(file, label) for label, folder in enumerate(classes) for file in _images(folder)]
+    files = [(file, label) for label, folder in enumerate(classes) for file in image_files(folder)]
     if not files:
         raise UserError(f"data {path}: no class sub-folder holds images ({', '.join(SUFFIXES)}); add some")
     chosen = [files[row] for row in pack.chosen_rows(len(files), limit, seed)]
@@ -56,7 +56,7 @@ def _name(path: Path) -> str:
     return path.name
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """The image files directly in `folder`, sorted; refuses a folder that holds only files of other kinds."""
     files = sorted((entry for entry in folder.iterdir() if entry.is_file() and entry.name[0] != "."), key=_name)
     images = [file for file in files if file.suffix.lower() in SUFFIXES]

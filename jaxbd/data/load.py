@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Batch, Dataset, UserError
-from jaxbd.data import cifar, digits, folder, npz, pack, parquet, tfds
+from jaxbd.data import cifar, digits, folder, npz, pack, parquet, recipes, tfds
 
-KINDS = "digits, a .npz or .parquet file, a folder of class sub-folders or parquet files, CIFAR batches, tfds:NAME"
+KINDS = (
+    "digits, a .npz or .parquet file, a folder of class sub-folders or parquet files, CIFAR batches, tfds:NAME, "
+    "mini-imagenet:FOLDER, vggface2:FOLDER"
+)
 
 
 def load(
@@ -36,6 +39,8 @@ def load(
     settings = dict(image_shape=image_shape, limit=limit, seed=seed)
     if spec.startswith("tfds:"):
         dataset = tfds.load(spec.removeprefix("tfds:"), split=split, **settings)
+    elif spec.startswith(tuple(f"{kind}:" for kind in recipes.RECIPES)):
+        dataset = _by_recipe(spec, split, settings)
     elif spec == "digits":
         dataset = _digits(image_shape)
     else:
@@ -51,6 +56,14 @@ def _digits(image_shape: tuple[int, int, int] | None) -> Dataset:
     """Digits of the wanted side where they come in it; otherwise of their default side."""
     side = image_shape[0] if image_shape else 0
     return digits.load(side) if side >= 8 and side % 8 == 0 else digits.load()
+
+
+def _by_recipe(spec: str, split: str, settings: dict[str, Any]) -> Dataset:
+    kind, _, path = spec.partition(":")
+    try:
+        return recipes.load(kind, path, split=split, **settings)
+    except OSError as error:
+        raise UserError(f"data {spec} cannot be read ({error.strerror or error}); check its permissions") from None
 
 
 def _from_path(spec: str, split: str, settings: dict[str, Any]) -> Dataset:

@@ -1,8 +1,11 @@
 """What the sources share: which rows to read, decoding image files safely, and checked packing into a `Dataset`."""
 
+import functools
 import io
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,9 @@ MAX_PIXELS = 50_000_000
 """Largest image, in pixels, that is decoded; a small file can claim any size."""
 MAX_CLASSES = 100_000
 """Labels from here on are no class numbers; default names for them would fill the memory."""
+
+AT_ONCE = 128
+"""Image files that are in memory, encoded, while the decoding threads work."""
 
 Shape = tuple[int, int, int]
 
@@ -58,17 +64,23 @@ def dataset(images: np.ndarray, labels: Any, class_names: Iterable[str] | None, 
 
 
 def decode(
-    named: Iterable[tuple[str, bytes]], count: int, *, image_shape: Shape | None = None, channels: int | None = None
+    named: Iterable[tuple[str, bytes]],
+    count: int,
+    *,
+    image_shape: Shape | None = None,
+    channels: int | None = None,
+    zoom: float | None = None,
 ) -> np.ndarray:
     """Decodes `count` image files, given as (name for messages, content), to uint8 [count, H, W, C].
 
     Only the first frame is read, transparency is dropped, EXIF rotation is ignored. Grey from colour is
-    0.299 R + 0.587 G + 0.114 B.
+    0.299 R + 0.587 G + 0.114 B. Files are taken from `named` a few at a time and decoded by several threads.
 
     Args:
       image_shape: (H, W, C) wanted: images are resized (bilinear, antialiased, sides independently) where they differ.
         Without it all images must share one size.
       channels: 1 or 3; ignored with `image_shape`. By default 1 when every image is grey, otherwise 3.
+      zoom: see `fit`.
     Raises: UserError naming the image that is unreadable, of more than 8 bits a channel, over `MAX_PIXELS` or of
       another size than the first.
     """
@@ -81,11 +93,26 @@ def decode(
         # files with odd metadata make Pillow talk; a size it suspects is refused below, never decoded
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return stack(((name, _decode_one(content, name, image_shape, wanted)) for name, content in named), count)
+        one = functools.partial(_decode_one, image_shape=image_shape, channels=wanted, zoom=zoom)
+        with ThreadPoolExecutor() as threads:
+            return stack(_in_order(threads, one, iter(named)), count)
 
 
-def _decode_one(content: bytes, name: str, image_shape: Shape | None, channels: int | None) -> np.ndarray:
-    """One image file -> uint8 [H, W, C]."""
+def _in_order(
+    threads: ThreadPoolExecutor,
+    one: Callable[[tuple[str, bytes]], tuple[str, np.ndarray]],
+    named: Iterator[tuple[str, bytes]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """`one` of every file in the order of `named`, `AT_ONCE` files in memory at a time."""
+    while chunk := list(itertools.islice(named, AT_ONCE)):
+        yield from threads.map(one, chunk)
+
+
+def _decode_one(
+    file: tuple[str, bytes], image_shape: Shape | None, channels: int | None, zoom: float | None
+) -> tuple[str, np.ndarray]:
+    """One image file (name, content) -> (name, uint8 [H, W, C])."""
+    name, content = file
     from PIL import Image
 
     try:
@@ -94,7 +121,7 @@ def _decode_one(content: bytes, name: str, image_shape: Shape | None, channels: 
                 raise Image.DecompressionBombError
             if image.mode[0] in "IF":
                 raise UserError(f"image {name!r} has more than 8 bits a channel; convert it to 8 bits")
-            return fit(image, image_shape, channels)
+            return name, fit(image, image_shape, channels, zoom)
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -103,16 +130,43 @@ def _decode_one(content: bytes, name: str, image_shape: Shape | None, channels: 
         raise UserError(f"image {name!r} is corrupt or not {', '.join(FORMATS)}; replace or remove it") from None
 
 
-def fit(image: Any, image_shape: Shape | None, channels: int | None) -> np.ndarray:
-    """A Pillow image -> uint8 [H, W, C] of `image_shape`, or of its own size with `channels` (None: as it is)."""
+def fit(image: Any, image_shape: Shape | None, channels: int | None, zoom: float | None = None) -> np.ndarray:
+    """A Pillow image -> uint8 [H, W, C] of `image_shape`, or of its own size with `channels` (None: as it is).
+
+    Args:
+      zoom: at least 1. The image keeps its proportions: it is resized until it just covers `zoom` times the shape
+        wanted, and the middle is cut out. Without it both sides are resized to the shape, independently.
+    """
     from PIL import Image
 
     if channels is None:
         channels = 1 if image.mode in ("1", "L", "LA") else 3
     image = image.convert("L" if channels == 1 else "RGB")
-    if image_shape and image.size != (image_shape[1], image_shape[0]):
+    if image_shape and zoom:
+        image = _middle(image, image_shape[:2], zoom)
+    elif image_shape and image.size != (image_shape[1], image_shape[0]):
         image = image.resize((image_shape[1], image_shape[0]), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _middle(image: Any, sides: tuple[int, int], zoom: float) -> Any:
+    """A Pillow image -> its middle of `sides` (height, width), as torchvision's `Resize` and `CenterCrop` cut it.
+
+    For a square: the shorter side becomes zoom x side, the longer one is rounded down.
+    """
+    from PIL import Image
+
+    height, width = sides
+    if image.height * width <= image.width * height:
+        tall = round(zoom * height)
+        wide = max(tall * image.width // image.height, width)
+    else:
+        wide = round(zoom * width)
+        tall = max(wide * image.height // image.width, height)
+    if image.size != (wide, tall):
+        image = image.resize((wide, tall), Image.Resampling.BILINEAR)
+    top, left = round((tall - height) / 2), round((wide - width) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def stack(named: Iterable[tuple[str, np.ndarray]], count: int) -> np.ndarray:
