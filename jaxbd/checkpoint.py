@@ -9,6 +9,7 @@ Nothing read from the folder is executed: it is JSON, and arrays through TensorS
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,9 +32,12 @@ from jaxbd.base import ArrayTree, UserError
 KEEP = 2
 SCHEMA = "jaxbd/1/checkpoint"
 CONFIG, ARRAYS, HASHES, TEMPORARY = "config.json", "arrays", "sha256.json", "[0-9]*.tmp"
+DISCARDED = ".discarded"
 OTHERS, CHOOSE = "belongs to another run", "choose another folder or delete it"
 
 OnChunk = Callable[[int, ArrayTree, ArrayTree], None]
+Also = Callable[[float], bool]
+"""(seconds since the last save, or since the start) -> whether to save although it is not yet time by steps."""
 
 
 class Saved(NamedTuple):
@@ -58,6 +63,7 @@ def resume(
     info: type,
     num_steps: int,
     every: int,
+    also: Also = lambda seconds: False,
     warn: Callable[[str], None] = warnings.warn,
 ) -> tuple[ArrayTree, ArrayTree, Any]:
     """Runs `fit` from the newest checkpoint in `folder`, or from `state` where there is none, and saves on the way.
@@ -75,6 +81,7 @@ def resume(
       info: the method's `Info`, a NamedTuple class.
       num_steps: of the whole run.
       every: saves at the first end of a chunk at which so many steps were done since the last save.
+      also: asked at every other end of a chunk whether to save there too, such as before a stop.
       warn: told in one line of each checkpoint that was damaged and not used.
     Returns: the last state, infos [num_steps, …] as NumPy, and the seconds that `fit` returned.
     Raises: UserError as `restore` and `make` do.
@@ -82,7 +89,7 @@ def resume(
     saved = restore(folder, config, state, info, warn)
     if saved and saved.step > num_steps:
         raise UserError(f"{folder} is at step {saved.step}, past the {num_steps} asked for; choose another folder")
-    on_chunk = make(folder, config, every, state, saved)
+    on_chunk = make(folder, config, every, state, saved, also)
     if saved is None:
         return fit(state, num_steps, on_chunk)
     state, infos, seconds = fit(saved.state, num_steps - saved.step, on_chunk)
@@ -90,13 +97,19 @@ def resume(
 
 
 def make(
-    folder: str | pathlib.Path, config: dict[str, Any], every: int, like: ArrayTree, saved: Saved | None = None
+    folder: str | pathlib.Path,
+    config: dict[str, Any],
+    every: int,
+    like: ArrayTree,
+    saved: Saved | None = None,
+    also: Also = lambda seconds: False,
 ) -> OnChunk:
     """A callback for `loop.run` and `sweep.fit` that saves every `every` steps; makes the folder and its config.
 
     Args:
       like: the state the run starts from, or its shapes (`jax.eval_shape`).
       saved: what `restore` returned. Checkpoints past it, which it refused, are removed as the run gets there.
+      also: see `resume`.
     Raises: UserError when the folder is another run's, cannot be written, or has checkpoints and `saved` is None. The
       callback raises it when a checkpoint cannot be written, and ValueError on a state unlike `like`.
     """
@@ -107,19 +120,20 @@ def make(
         record.write_json(folder / CONFIG, {"schema": SCHEMA, "run": config})
     if saved is None and _steps(folder):
         raise UserError(f"{folder} has checkpoints of this run; resume from them or delete it to start over")
-    done_before = saved.step if saved else 0
+    done_before, saved_at = saved.step if saved else 0, time.perf_counter()
     wanted = _signature(like)
     chunks, last = [saved.infos] if saved else [], done_before
 
     def on_chunk(done: int, state: ArrayTree, infos: ArrayTree) -> None:
-        nonlocal last
+        nonlocal last, saved_at
         if _signature(state) != wanted:  # a sweep's host loop over cells hands over one cell at a time
             raise ValueError('this state is not the run\'s whole state; sweeps can be saved with how="vmap" or "map"')
         chunks.append(infos)
-        if done_before + done - last >= every:
+        if done_before + done - last >= every or also(time.perf_counter() - saved_at):
             last = done_before + done
             chunks[:] = [_joined(chunks)]
             _write(folder, last, {**_named("state", state), **_named("infos", chunks[0])})
+            saved_at = time.perf_counter()
 
     return on_chunk
 
@@ -160,19 +174,49 @@ def restore(
     return None
 
 
-def _is_of_run(folder: pathlib.Path, config: dict[str, Any]) -> bool:
-    """Whether the folder is one of the run `config`; False when it is absent or empty, UserError when it is others'."""
+def is_started(folder: str | pathlib.Path) -> bool:
+    """Whether the folder has checkpoints, of whatever run. Raises: UserError when it is no checkpoint folder."""
+    folder = pathlib.Path(folder).absolute()
+    return _config(folder) is not None and bool(_steps(folder))
+
+
+def discard(folder: str | pathlib.Path) -> None:
+    """Deletes a checkpoint folder, of whatever run; there may be none. One that is killed at it leaves no half of it.
+
+    Raises: UserError when the folder is something else, or cannot be deleted.
+    """
+    folder = pathlib.Path(folder).absolute()
+    _config(folder)
     try:
-        entries = [entry.name for entry in folder.iterdir() if not entry.match(f"{CONFIG}*.tmp")]
+        if folder.exists():
+            folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}{DISCARDED}"))
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{DISCARDED}"):
+            shutil.rmtree(left)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be deleted: {error.strerror}; delete it by hand") from None
+
+
+def _config(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What the folder's `config.json` holds; None when the folder is absent or empty, UserError when it is others'."""
+    try:
+        entries = [entry.name for entry in folder.iterdir() if not entry.match(f".{CONFIG}.*.writing")]
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}; choose another folder") from None
     if not entries:
-        return False
+        return None
     found = record.read_json(folder / CONFIG) if CONFIG in entries else None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise UserError(f"{folder} is not a checkpoint folder; choose an empty or a new one")
+    return found
+
+
+def _is_of_run(folder: pathlib.Path, config: dict[str, Any]) -> bool:
+    """Whether the folder is one of the run `config`; False when it is absent or empty, UserError when it is others'."""
+    found = _config(folder)
+    if found is None:
+        return False
     difference = _difference(found.get("run"), json.loads(json.dumps(record.plain(config))))
     if difference:
         raise UserError(f"{folder} {OTHERS}: {difference}; {CHOOSE}")

@@ -147,21 +147,21 @@ def scan(
 
 def repair(
     method: str,
-    before: Rates,
-    after: Rates,
+    before: Rates | None,
+    after: Rates | None,
     config: Any,
     times: Seconds,
     *,
     model: dict[str, Any],
-    data: dict[str, Any],
+    data: dict[str, Any] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """The content of `repair.json`; `config` is the method's frozen Config."""
+    """The content of `repair.json`; `config` is the method's frozen Config, no data means that nothing was measured."""
     return {
         "schema": f"{SCHEMA}/repair",
         "method": method,
-        "before": rates(before),
-        "after": rates(after),
+        "before": None if before is None else rates(before),
+        "after": None if after is None else rates(after),
         "config": dataclasses.asdict(config),
         "model": model,
         "data": data,

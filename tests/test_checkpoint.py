@@ -137,6 +137,38 @@ def test_saves_as_often_as_asked_and_keeps_two(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["run"]["seed"] == 3
 
 
+def test_saves_also_where_it_is_asked_to(tmp_path):
+    """The steps since the last save are counted from there; the question comes with the seconds since then."""
+    asked, start = [], TRAIN.start()
+    also = lambda seconds: asked.append(seconds) or len(asked) == 2
+    on_chunk = checkpoint.make(tmp_path, CONFIG, 4, start, also=also)
+    for done in range(1, 7):
+        on_chunk(done, start, TRAIN.info(*(np.zeros(1, np.float32) for _ in TRAIN.info._fields)))
+    assert contents(tmp_path) == ["2", "6", "config.json"]
+    assert len(asked) == 5 and 0 <= asked[0] < asked[1] and asked[3] > asked[2] >= 0
+    assert checkpoint.restore(tmp_path, CONFIG, start, TRAIN.info).step == 6
+
+
+def test_started_and_discarded_whatever_run_it_is(saved, tmp_path):
+    run, other = tmp_path / "run[1]", tmp_path / "other"
+    assert not checkpoint.is_started(run)
+    shutil.copytree(saved[0], run)
+    shutil.copytree(saved[0], tmp_path / ".run[1].7.discarded")  # left by one that was killed
+    other.mkdir()
+    (other / "thesis.txt").touch()
+    assert checkpoint.is_started(run)
+    for _ in range(2):
+        checkpoint.discard(run)
+        assert contents(tmp_path) == ["other"] and not checkpoint.is_started(run)
+    for refuse in (checkpoint.discard, checkpoint.is_started):
+        with pytest.raises(UserError, match="is not a checkpoint folder"):
+            refuse(other)
+    assert contents(other) == ["thesis.txt"]
+    (tmp_path / "fresh").mkdir()
+    record.write_json(tmp_path / "fresh" / "config.json", {"schema": checkpoint.SCHEMA, "run": {}})
+    assert not checkpoint.is_started(tmp_path / "fresh")
+
+
 def test_nothing_is_printed(tmp_path, capfd):
     resumed(tmp_path, TRAIN)
     resumed(tmp_path, TRAIN)
@@ -184,7 +216,7 @@ def test_every_kind_of_leaf_comes_back_as_it_was(tmp_path):
 
 def test_absent_and_empty_folders_have_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.jsonab12.tmp").touch()  # a run killed while it wrote its config
+    (tmp_path / "empty" / ".config.json.12.writing").touch()  # a run killed while it wrote its config
     for name in ("absent", "empty"):
         assert checkpoint.restore(tmp_path / name, CONFIG, TRAIN.start(), TRAIN.info) is None
     assert not (tmp_path / "absent").exists()

@@ -484,7 +484,26 @@ def test_progress_tells_the_first_and_last_step_at_least():
         for done in range(6):
             progress("mesa", done, 5)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and lines[0].endswith("mesa: compiling …") and lines[1].endswith("step 5 of 5")
+    assert len(lines) == 2 and lines[0].endswith("mesa: 5 steps, compiling …") and lines[1].endswith("step 5 of 5")
+
+
+def test_progress_estimates_what_is_left_without_the_compile(monkeypatch):
+    clock, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    with Progress(stream) as progress:
+        for done, now in ((40, 0.0), (41, 100.0), (42, 103.0), (1041, 4100.0), (2000, 9000.0)):
+            clock[0] = now
+            progress("dhbe", done, 2000)
+        clock[0] = 9001.0
+        progress("next", 0, 10)
+        clock[0] = 9004.0
+        progress("next", 1, 10)
+    told = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
+    assert told == [
+        "dhbe: step 40 of 2000", "dhbe: step 41 of 2000",
+        "dhbe: step 42 of 2000, about 1 h 38 min left", "dhbe: step 1041 of 2000, about 64 min left",
+        "dhbe: step 2000 of 2000", "next: 10 steps, compiling …", "next: step 1 of 10",
+    ]  # fmt: skip
 
 
 def test_progress_shows_a_bar_on_a_terminal():

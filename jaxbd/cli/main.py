@@ -8,12 +8,14 @@ import importlib
 import io
 import os
 import re
+import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from jaxbd.cli import flags
+from jaxbd.cli import flags, signals
 
 VERBS = {
     "demo": "plant a backdoor in a small model, find it, remove it, and show all of it on one page",
@@ -28,7 +30,10 @@ VERBS = {
 }
 """Verb -> what it does; the verb's module is `jaxbd.cli.<verb>`, with a dataclass `Args` and `run(args) -> int`."""
 
-VARIANTS = {"scan": {"pairs": "pair_scan", "pt-red": "pair_scan"}, "repair": {"bna": "repair_bna"}}
+VARIANTS = {
+    "scan": {"pairs": "pair_scan", "pt-red": "pair_scan"},
+    "repair": {"bna": "repair_bna", "dhbe": "repair_dhbe"},
+}
 """Verb -> value of `--method` -> module in place of the verb's own, for methods that have other flags."""
 
 HELP = """usage: jaxbd VERB [flags]
@@ -38,7 +43,8 @@ Finds and removes backdoors in image classifiers.
 {verbs}
 
 `jaxbd VERB --help` explains a verb and its flags.
-Exit codes: 0 done (scan: clean), 1 scan found a backdoor, 3 scan cannot tell, 2 could not run.
+Exit codes: 0 done (scan: clean), 1 scan found a backdoor, 3 scan cannot tell, 2 could not run, 130 stopped by
+Ctrl-C, 143 by SIGTERM.
 """
 INTERRUPTED = 130
 
@@ -58,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv[0], argv[1:])
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    except signals.Stopped as stop:
+        print(f"jaxbd: {stop}; go on with: {_again(argv)}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         _fail("interrupted; no file was left half-written")
         return INTERRUPTED
@@ -141,6 +150,16 @@ def _expected(error: Exception) -> bool:
     from jaxbd.base import UserError
 
     return isinstance(error, UserError | FloatingPointError | OSError)
+
+
+def _again(argv: list[str]) -> str:
+    """The shell command that goes on with the job that `argv` began."""
+    program = sys.argv[0]
+    if os.path.basename(program) != "jaxbd":
+        words = [sys.executable, "-m", "jaxbd"]
+    else:
+        words = ["jaxbd" if shutil.which("jaxbd") == program else program]
+    return shlex.join([*words, *argv, *([] if "--resume" in argv else ["--resume"])])
 
 
 def _fail(message: str) -> int:

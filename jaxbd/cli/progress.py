@@ -6,18 +6,23 @@ from typing import TextIO
 
 PLAIN_INTERVAL = 2.0
 """Least seconds between two plain lines of one stage."""
+ESTIMATE_PERIOD = 900.0
+"""Seconds over which the bar's remaining time is estimated; must hold several steps of the slowest job."""
 
 
 class Progress:
     """A context manager that is called as `progress(what is running, steps done, steps in all)`.
 
-    With nothing done yet the stage is compiling, and says so.
+    With nothing done yet the stage is compiling, and says so. What is left is estimated from the steps after the first
+    ones, which waited for the compiler.
     """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._bar, self._tasks = None, {}
         self._label, self._told = "", 0.0
+        self._since: tuple[int, float] | None = None
+        self._began = 0
         self._started = time.perf_counter()
 
     def __enter__(self) -> "Progress":
@@ -39,17 +44,36 @@ class Progress:
     def _advance(self, label: str, done: int, total: int) -> None:
         """Moves the stage's bar; a stage begins with its first call."""
         if label not in self._tasks:
-            self._tasks[label] = self._bar.add_task(label, total=total, note="")
+            self._tasks[label] = self._bar.add_task(label, total=total, completed=done, note="")
         self._bar.update(self._tasks[label], completed=done, total=total, note="" if done else "compiling …")
 
     def _tell(self, label: str, done: int, total: int) -> None:
         """A line for the first and last step of a stage, and about every `PLAIN_INTERVAL` seconds between."""
         now = time.perf_counter()
         fresh = label != self._label
+        if fresh:
+            self._began, self._since = done, None
+        left = self._left(done, total, now)
         if fresh or done >= total or now - self._told >= PLAIN_INTERVAL:
-            what = f"step {done} of {total}" if done else "compiling …"
+            what = f"step {done} of {total}{left}" if done else f"{total} steps, compiling …"
             print(f"[{now - self._started:6.1f} s] {label}: {what}", file=self._stream, flush=True)
             self._label, self._told = label, now
+
+    def _left(self, done: int, total: int, now: float) -> str:
+        """ ", about 3 min left" once steps without compiling were seen, and as long as there are more."""
+        if self._since is None:
+            self._since = (done, now) if done > self._began else None
+            return ""
+        first, since = self._since
+        return f", about {spoken((total - done) * (now - since) / (done - first))} left" if first < done < total else ""
+
+
+def spoken(seconds: float) -> str:
+    """A time in two units at most: "42 s", "3 min", "5 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _bar(stream: TextIO):
@@ -64,4 +88,4 @@ def _bar(stream: TextIO):
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[note]}"),
     )
-    return progress.Progress(*columns, console=console.Console(file=stream))
+    return progress.Progress(*columns, console=console.Console(file=stream), speed_estimate_period=ESTIMATE_PERIOD)

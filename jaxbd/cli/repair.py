@@ -11,12 +11,13 @@ import numpy as np
 import tyro
 
 from jaxbd import evaluate, record, results, workflow
-from jaxbd.base import Array, Attack, Batch, UserError
+from jaxbd.base import Array, Attack, Batch, UserError, Variables
 from jaxbd.cli import common, convert, show
 from jaxbd.cli import evaluate as measuring
 from jaxbd.cli import scan as scanning
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import preprocess, trigger
+from jaxbd.interop.load import Model
 from jaxbd.repair import unlearn
 
 
@@ -25,7 +26,8 @@ class Args:
     """Removes a backdoor: recovers its triggers with a scan, unlearns them, and writes the repaired model.
 
     --method bna changes no weight and writes a guarded model, which also flags triggered images; it has flags of its
-    own, see `jaxbd repair --method bna --help`.
+    own, see `jaxbd repair --method bna --help`. --method dhbe needs no data at all, see `jaxbd repair --method dhbe
+    --help`.
 
     Attributes:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
@@ -49,7 +51,7 @@ class Args:
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: str
     out: pathlib.Path
-    method: Annotated[Literal["unlearn", "bna"], tyro.conf.arg(name="method")] = "unlearn"
+    method: Annotated[Literal["unlearn", "bna", "dhbe"], tyro.conf.arg(name="method")] = "unlearn"
     evidence: Literal["mixture", "entropy", "level", "pixel"] = "mixture"
     level: float | None = None
     scan: pathlib.Path | None = None
@@ -96,7 +98,7 @@ def run(args: Args) -> int:
     common.start()
     in_folder = convert.is_folder(args.out)
     common.check_output(args.out, folder=in_folder)
-    beside = args.out / "repair.json" if in_folder else args.out.with_name(f"{args.out.stem}.repair.json")
+    beside = figures(args.out)
     common.check_output(None if in_folder else beside)
     loaded = None if args.given.trigger is None else trigger.load(args.given.trigger)
     args = dataclasses.replace(args, search=dataclasses.replace(args.search, targets=_wanted(args)))
@@ -120,7 +122,7 @@ def run(args: Args) -> int:
         repaired, seconds = _unlearn_all(opened, evidence, search, args, progress)
     rows = _measure(opened, evidence, repaired, held_out, args.reading.seed)
     content = _as_record(opened, found, evidence, rows, seconds, len(search.labels), len(held_out.labels), args)
-    _save(args.out, beside, opened, repaired, content)
+    save(args.out, opened.model, repaired.variables, content)
     _show(opened, rows, content)
     show.written(args.out, beside)
     return 0
@@ -208,19 +210,24 @@ def _as_attack(target: int, stamp: Callable[..., Array]) -> Attack:
     return Attack(lambda key: (), unlearn.mixed(stamp), lambda key, trigger, batch: batch, relabel)
 
 
-def _save(path: pathlib.Path, beside: pathlib.Path, opened: common.Opened, repaired, content: dict[str, Any]) -> None:
-    """Writes the model, then its figures."""
+def figures(path: pathlib.Path) -> pathlib.Path:
+    """Where the figures of a repaired model at `path` go: into a folder, beside a file."""
+    return path / "repair.json" if convert.is_folder(path) else path.with_name(f"{path.stem}.repair.json")
+
+
+def save(path: pathlib.Path, model: Model, variables: Variables, content: dict[str, Any]) -> None:
+    """Writes `variables` in the form of `model`, then the figures; says what the file does not hold."""
     if convert.is_folder(path):
 
         def fill(new: pathlib.Path) -> None:
-            convert.load.save_model(new, opened.model, repaired.variables)
+            convert.load.save_model(new, model, variables)
             record.write_json(new / "repair.json", content)
 
         common.write_folder(path, fill)
         return
-    note = convert.write(path, opened.model, repaired.variables)
-    show.say(*convert.notes(path, opened.model, note))
-    record.write_json(beside, content)
+    note = convert.write(path, model, variables)
+    show.say(*convert.notes(path, model, note))
+    record.write_json(figures(path), content)
 
 
 def _as_record(

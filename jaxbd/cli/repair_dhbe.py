@@ -1,0 +1,219 @@
+"""`jaxbd repair --method dhbe`: erases backdoors without any data, and writes the repaired model."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from jaxbd import erase, evaluate, loop, record, results
+from jaxbd.base import UserError, Variables
+from jaxbd.cli import common, convert, flags, long_job, show
+from jaxbd.cli import evaluate as measuring
+from jaxbd.cli import repair as repairing
+from jaxbd.cli.progress import Progress
+from jaxbd.data import load
+from jaxbd.interop import load as models
+from jaxbd.interop import preprocess, trigger
+from jaxbd.repair import dhbe
+
+PRESETS = {"released": dhbe.released(), "paper": dhbe.paper()}
+"""`--preset` -> settings that the --erasure flags start from."""
+CHUNK = {"host": 1, "scan": 20}
+"""Way over time -> iterations between two looks at signals and two lines of metrics. One iteration of a large net takes
+minutes on a CPU."""
+CURVE = 200
+"""Most points of a curve in repair.json; the file of metrics holds them all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Removes backdoors, of whatever trigger and class, without any data, and writes the repaired model.
+
+    A student begins as a copy of the model and is taught by it on images that a generator makes, while a second
+    generator searches for small triggers that change the student's answers. No image is read. Accuracy is measured on
+    --test-data, if given, once the repaired model is written.
+
+    This may take hours. Meanwhile the folder OUT.run beside the output holds checkpoints, and losses go to
+    OUT.metrics.jsonl as lines of JSON. Ctrl-C or SIGTERM ends it after the current iterations, saves, and prints the
+    command to go on with; a second one ends it at once. After a crash too, --resume goes on from the last checkpoint.
+    OUT.run is removed once the output is written.
+
+    Attributes:
+      model: a PyTorch file, .safetensors, or a jaxbd model folder.
+      out: the repaired model: .pth or .safetensors in the source's own keys and layout, or a model folder. The
+        figures go beside it, as <name>.repair.json, or into the folder as repair.json.
+      method: how to repair.
+      preset: settings that the --erasure flags start from: those of the released code or of the paper.
+      steps: iterations, short for --erasure.num-steps; the rates drop at 60 % and 80 % of them.
+      erasure: length and rule of the erasure.
+      job: how it may be stopped.
+      test_data: images with labels to measure accuracy on, see `jaxbd scan --help`; not read before the repair is done.
+      given: a trigger to measure the attack success rate with, on --test-data.
+      reading: how the model is read. A file that is no model folder needs --normalisation, and --image-shape unless
+        its weights tell. --split and --limit are about --test-data.
+    """
+
+    model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    out: pathlib.Path
+    method: Annotated[Literal["dhbe"], tyro.conf.arg(name="method")] = "dhbe"
+    preset: Literal["released", "paper"] = "released"
+    steps: int | None = None
+    erasure: dhbe.Config = PRESETS["released"]
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags()
+    test_data: str | None = None
+    given: Annotated[measuring.Trigger, tyro.conf.arg(name="")] = measuring.Trigger()
+    reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading(limit=10_000)
+
+    def __post_init__(self):
+        if self.steps is not None and self.erasure.num_steps not in (self.steps, PRESETS[self.preset].num_steps):
+            raise UserError("--steps and --erasure.num-steps are the same setting; give one of them")
+        if self.erasure.inner != dhbe.Config().inner:
+            raise UserError("--erasure.inner follows from the device; leave it out")
+        if self.given.trigger is None and self.given != measuring.Trigger():
+            raise UserError("--apply, --place and --target describe a trigger; give it with --trigger")
+        if self.given.trigger is not None and self.test_data is None:
+            raise UserError("dhbe repairs without the trigger; to measure with it, give images with --test-data too")
+
+    def config(self) -> dhbe.Config:
+        """The settings that the flags state."""
+        return self.erasure if self.steps is None else dataclasses.replace(self.erasure, num_steps=self.steps)
+
+
+def defaults(argv: list[str]) -> Args:
+    """The values where there is no flag. Raises: UserError on --data, which the other methods take."""
+    if any(word.split("=", 1)[0] == "--data" for word in argv):
+        raise UserError("dhbe takes no data; leave --data out, or give --test-data to measure the repaired model on")
+    preset = flags.named(argv, "--preset", PRESETS, "released")
+    return Args(model=tyro.MISSING, out=tyro.MISSING, preset=preset, erasure=PRESETS[preset])
+
+
+def run(args: Args) -> int:
+    """Erases, writes, then measures where there is something to measure on."""
+    common.start()
+    in_folder, figures = convert.is_folder(args.out), repairing.figures(args.out)
+    common.check_output(args.out, folder=in_folder)
+    common.check_output(None if in_folder else figures)
+    files = long_job.prepare(args.out, args.job)
+    show.note(f"reading {args.model} …")
+    model = _open(args)
+    config = erase.settled(args.config(), model.spec.mean, model.spec.std)
+    with Progress() as progress:
+        ran = _erase(model, config, files, args, progress)
+    content = _as_record(model, config, ran, files, args)
+    repairing.save(args.out, model, ran.result, content)
+    long_job.finish(files)
+    _show(content)
+    if args.test_data is not None:
+        _measure(ran.result, content, figures, args)
+    show.written(args.out, None if in_folder else figures, files.metrics)
+    return 0
+
+
+def _open(args: Args) -> models.Model:
+    """The model, of which all is known that data would otherwise tell.
+
+    Raises: UserError where a file leaves open what its net's images are, and the flags do too.
+    """
+    reading = args.reading
+    stated = common.stated(reading)
+    model = models.open_model(args.model, arch=reading.arch, image_shape=reading.image_shape, **stated)
+    if model.guard is not None:
+        raise UserError(f"{args.model} is a guarded model, several nets in one; give the model that it was made from")
+    if not common.is_ours(model):
+        if not stated:
+            raise UserError("the file does not say what normalisation its net expects; give --normalisation")
+        if reading.image_shape is None and model.spec.arch not in common.FIXED_SIZE:
+            side, _, channels = model.spec.image_shape
+            example = f"--image-shape {side} {side} {channels}"
+            raise UserError(f"the file does not say how large its net's images are; give it, such as {example}")
+    return model
+
+
+def _erase(
+    model: models.Model, config: dhbe.Config, files: long_job.Files, args: Args, progress: Progress
+) -> long_job.Ran:
+    """The run, from its beginning or from where it was stopped."""
+    key, shape = jax.random.key(args.reading.seed), tuple(model.spec.image_shape)
+    chunk = CHUNK[loop.default_time()]
+
+    def fit(state, left, on_chunk):
+        before = config.num_steps - left
+        return erase.run(
+            key, model.net, shape, model.variables, config, mean=model.spec.mean, std=model.spec.std, state=state,
+            chunk=chunk, progress=progress, on_chunk=lambda done, *rest: on_chunk(done - before, *rest), label="dhbe",
+        )  # fmt: skip
+
+    identity = {
+        "method": "dhbe", "config": dataclasses.asdict(config), "chunk": chunk, "seed": args.reading.seed,
+        "model": {**common.model_record(model), "path": None}, "versions": record.versions(),
+    }  # fmt: skip
+    state = erase.start(key, model.net, shape, model.variables, config)
+    return long_job.run(files, args.job, identity, state, fit, info=dhbe.Info, num_steps=config.num_steps)
+
+
+def _as_record(
+    model: models.Model, config: dhbe.Config, ran: long_job.Ran, files: long_job.Files, args: Args
+) -> dict[str, Any]:
+    """The content of repair.json before anything is measured."""
+    content = results.repair(
+        args.method, None, None, config, ran.seconds, model=common.model_record(model), data=None,
+        seed=args.reading.seed,
+    )  # fmt: skip
+    content["preset"] = args.preset
+    content["resumed"] = ran.resumed
+    content["curves"] = _curves(ran.infos)
+    content["metrics"] = files.metrics.name
+    content["trigger"] = content["preprocessing"] = None
+    return record.plain(content)
+
+
+def _curves(infos: dhbe.Info) -> dict[str, list[float]]:
+    """Every field of infos [steps], averaged over at most `CURVE` parts that end at the iterations `step`."""
+    steps = np.arange(1, len(infos.discrepancy) + 1)
+    parts = np.array_split(steps, min(CURVE, len(steps)))
+    means = {name: [float(values[part - 1].mean()) for part in parts] for name, values in infos._asdict().items()}
+    return {"step": [int(part[-1]) for part in parts], **means}
+
+
+def _measure(variables: Variables, content: dict[str, Any], figures: pathlib.Path, args: Args) -> None:
+    """Figures before and after on the test images, added to what is written.
+
+    Raises: UserError when they cannot be had, saying that the repaired model stands.
+    """
+    try:
+        show.note(f"reading {args.test_data} …")
+        opened = common.open_both(args.model, args.test_data, args.reading, must_classify=False)
+        config = attack = pixels = None
+        if args.given.trigger is not None:
+            loaded = trigger.load(args.given.trigger)
+            config = measuring.settle(opened, args.given, loaded, all_to_all=True)
+            attack, pixels = measuring.make_attack(opened, config, loaded)
+    except UserError as error:
+        raise UserError(f"{args.out} is written, but could not be measured: {error}") from None
+    show.preprocessing(opened.table)
+    key, data = jax.random.key(args.reading.seed), load.as_batch(opened.dataset)
+    before, after = (
+        results.rates(evaluate.rates(key, opened.model.net, each, data, attack, pixels))
+        for each in (opened.model.variables, variables)
+    )
+    measured = {
+        "before": before, "after": after,
+        "data": common.data_record(opened.dataset, args.reading),
+        "trigger": None if config is None else measuring.describe(args.given, config),
+        "preprocessing": preprocess.as_record(opened.table) if opened.table else None,
+    }  # fmt: skip
+    record.write_json(figures, {**content, **measured})
+    show.rates([("before", before), ("after", after)])
+
+
+def _show(content: dict[str, Any]) -> None:
+    """What was done, and how long it took."""
+    steps, resumed = content["config"]["num_steps"], content["resumed"]
+    earlier = f", {resumed['step']} of them before it was resumed" if resumed else ""
+    show.say(f"{steps} iterations without any data{earlier}; this run took {show.seconds(content['seconds'])}.")
+    last = {name: values[-1] for name, values in content["curves"].items() if name != "step"}
+    show.say(f"At the end: discrepancy {last['discrepancy']:.4g}, regulariser {last['regulariser']:.4g}.")
+    show.say("Scan the repaired model, or measure it on images of yours, before you use it.")
