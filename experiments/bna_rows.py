@@ -126,7 +126,7 @@ def examined(
     }
     if not planted:
         return result
-    estimated = {t: (e.stamp, e.model, e.sources) for t, e in found.triggers.items()}
+    estimated = {t: (*pairs.trigger(found, t), e.sources) for t, e in found.triggers.items()}
     for which, triggers in (("known", known_triggers(case, all_to_all)), ("estimated", estimated)):
         if not triggers:
             result[which] = None
@@ -158,7 +158,7 @@ def as_record(found: pairs.PairScan) -> dict[str, Any]:
         "setting": found.setting,
         "statistics": found.statistics,
         "scores": found.scores,
-        "triggers": {target: results.estimate(trigger) for target, trigger in found.triggers.items()},
+        "triggers": results.estimates(found),
         "steps": found.steps,
         "image_steps": found.image_steps,
         "seconds": found.seconds._asdict(),
