@@ -66,7 +66,7 @@ def draw(found: dict[str, Any], path: pathlib.Path) -> None:
 
 def run(planting: Planting = VICTIM) -> list[dict[str, Any]]:
     """The table, kept under `runs/`."""
-    config = bna_rows.CORRECTION[VICTIM.size]
+    config = bna_rows.settings_for(VICTIM).correction
     wanted = [bna_cases.settings(planting), units.settings_of(config)]
 
     def work() -> dict[str, Any]:
@@ -79,7 +79,7 @@ def run(planting: Planting = VICTIM) -> list[dict[str, Any]]:
 def main(out: pathlib.Path | None = None, smoke: bool = False) -> None:
     """Prints the total variation in the three nets; draws them with --out."""
     units.use_cache()
-    config = bna.Config(num_steps=2) if smoke else bna_rows.CORRECTION[VICTIM.size]
+    config = bna.Config(num_steps=2) if smoke else bna_rows.settings_for(VICTIM).correction
     found = measure(VICTIM, config)
     print(f"{found['layer']}, channel {found['channel']}\n\n{units.table(found['rows'])}")
     if out is not None:

@@ -113,7 +113,7 @@ def estimated(setting, key, case: study.Case, scan: pairs.Config, correction: bn
     corrections = {}
     for target, trigger in found.triggers.items():
         corrections[target] = corrected_with(
-            setting, jax.random.fold_in(key, 1 + target), case, trigger.stamp, trigger.model,
+            setting, jax.random.fold_in(key, 1 + target), case, *pairs.trigger(found, target),
             (trigger.sources, target), correction,
         )  # fmt: skip
     return corrections, found.targets

@@ -19,7 +19,7 @@ from jaxbd import study
 from jaxbd.repair import bna
 
 NAME = "bna/variations"
-BASE = bna_rows.CORRECTION["digits"]
+BASE = bna.Config()
 INTERVALS = [(tau, width) for tau in (50.0, 150.0, 500.0) for width in (0.05, 0.1, 0.2)]
 COUNTS, STRENGTHS = (3, 10, 30), (2, 4, 8, 16)
 

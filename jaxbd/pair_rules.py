@@ -19,6 +19,9 @@ How two searches become one answer (the paper chooses the search by the attack, 
    verdict open below.
 5. For every target one trigger is estimated on all of its sources. Where it is much larger than the single ones
    (`intrinsic_factor`) they do not share one, and only the source with the smallest trigger is kept (appendix C).
+6. Where the other search too has a trigger that works for those sources, and is not much larger than its single ones,
+   it is kept beside the first: which of them activates the net as the attacker's does is not known, so a correction is
+   made with both (`pairs.trigger`).
 """
 
 import dataclasses

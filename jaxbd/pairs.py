@@ -6,9 +6,11 @@ the searches for patches and for perturbations become one answer is written down
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +19,10 @@ from jaxbd.base import Array, Batch, Key, Net, UserError, Variables, check_targe
 from jaxbd.pair_rules import Config, Rules
 from jaxbd.pair_triggers import METHODS, Lab, Pair
 
-__all__ = ["METHODS", "Config", "Estimate", "Pair", "PairScan", "Progress", "scan", "searched"]
+__all__ = ["METHODS", "Config", "Estimate", "Pair", "PairScan", "Progress", "scan", "searched", "trigger"]
+
+Stamp = Callable[[Key, Any, Array], Array]
+"""(key, model, images) -> images"""
 
 Progress = Callable[[str, int, int], None]
 """(what is running, steps done, steps in all)"""
@@ -35,7 +40,7 @@ class Estimate(NamedTuple):
     """
 
     method: str
-    stamp: Callable[[Key, Any, Array], Array]
+    stamp: Stamp
     model: Any
     sources: tuple[int, ...]
     norm: float
@@ -55,6 +60,7 @@ class PairScan(NamedTuple):
         diagonal and where nothing was searched.
       scores: by search, [K, K], see `detect.pair_scores`.
       triggers: target -> estimate.
+      others: target -> the other search's estimate for the same sources, where that works as well.
       missing: classes without images, that could not be searched as sources.
       steps: by search, steps of all pairs together; image_steps: images pushed through the victim with a gradient.
       seconds: compile and run of the searches and joint estimates.
@@ -68,6 +74,7 @@ class PairScan(NamedTuple):
     statistics: dict[str, np.ndarray]
     scores: dict[str, np.ndarray]
     triggers: dict[int, Estimate]
+    others: dict[int, Estimate]
     missing: tuple[int, ...]
     steps: dict[str, int]
     image_steps: int
@@ -143,10 +150,48 @@ def _estimate(rules: Rules, method: str, target: int, sources: list[int]) -> Est
     if len(sources) > 1 and not rules.shared(method, found.norm, wish):
         sources = [min(sources, key=lambda source: rules.searches[method].norms[source, target])]
         found = rules.joint(method, {sources[0]: target}, last=True)
+    return _judged(rules, method, target, sources, found)
+
+
+def _judged(rules: Rules, method: str, target: int, sources: list[int], found: pair_triggers.Joint) -> Estimate:
+    """A trigger of several pairs with its rate on held-out images."""
     rates = pair_triggers.outcomes(rules.lab, method, found.state, sources)[sources, target]
     rate = float(rates[np.isfinite(rates)].mean()) if np.isfinite(rates).any() else float("nan")
     stamp = rules.lab.inversions[method].stamp
     return Estimate(method, stamp, found.state, tuple(sources), found.norm, rate)
+
+
+def _other(rules: Rules, target: int, estimate: Estimate) -> Estimate | None:
+    """What the other search makes of the same pairs; None where that does not work as well: rule 6."""
+    wish = dict.fromkeys(estimate.sources, target)
+    for method in rules.searches.keys() - {estimate.method}:
+        found = rules.joint(method, wish, last=True)
+        other = _judged(rules, method, target, list(wish), found)
+        if other.attack_success_rate >= rules.config.working_rate and rules.shared(method, found.norm, wish):
+            return other
+    return None
+
+
+def trigger(found: PairScan, target: int) -> tuple[Stamp, Any]:
+    """(stamp, model) for the correction of a detected target: of two estimates, one is drawn for each image."""
+    # Differs from paper: it has one trigger, of the search that suits the attack
+    estimates = [found.triggers[target], *([found.others[target]] if target in found.others else [])]
+    if len(estimates) == 1:
+        return estimates[0].stamp, estimates[0].model
+    return _either(tuple(each.stamp for each in estimates)), tuple(each.model for each in estimates)
+
+
+@functools.lru_cache(maxsize=32)
+def _either(stamps: tuple[Stamp, ...]) -> Stamp:
+    """Stamps each image with one of several triggers; their models are given as a tuple."""
+
+    def stamp(key: Key, models: tuple[Any, ...], images: Array) -> Array:
+        choose_key, *keys = jax.random.split(key, 1 + len(stamps))
+        stamped = jnp.stack([one(*given, images) for one, *given in zip(stamps, keys, models, strict=True)])
+        chosen = jax.random.randint(choose_key, images.shape[:1], 0, len(stamps))
+        return stamped[chosen, jnp.arange(images.shape[0])]
+
+    return stamp
 
 
 def _result(rules: Rules, tried: dict[str, tuple[dict[Pair, float], list[Pair]]], missing: tuple[int, ...]) -> PairScan:
@@ -157,6 +202,7 @@ def _result(rules: Rules, tried: dict[str, tuple[dict[Pair, float], list[Pair]]]
     for method, pairs in found:
         for target in sorted({t for _, t in pairs}):
             triggers[target] = _estimate(rules, method, target, [s for s, t in pairs if t == target])
+    others = {target: _other(rules, target, estimate) for target, estimate in triggers.items()}
     pairs = sorted((source, target) for target, estimate in triggers.items() for source in estimate.sources)
     doubts = rules.doubts(seeds, any(failed for _, failed in tried.values()))
     verdict = "backdoored" if found else "inconclusive" if doubts else "clean"
@@ -173,6 +219,7 @@ def _result(rules: Rules, tried: dict[str, tuple[dict[Pair, float], list[Pair]]]
         {method: 1 / search.norms for method, search in rules.searches.items()},
         {method: search.scores for method, search in rules.searches.items()},
         dict(sorted(triggers.items())),
+        {target: other for target, other in sorted(others.items()) if other is not None},
         missing,
         rules.steps,
         rules.image_steps,

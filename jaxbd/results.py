@@ -68,7 +68,7 @@ def pair_scan(
             {"class": k, "name": name, "attack_success_rate": rates.get(k), "score": best[k]}
             for k, name in enumerate(class_names)
         ],
-        "triggers": {target: estimate(trigger) for target, trigger in found.triggers.items()},
+        "triggers": estimates(found),
         "statistics": found.statistics,
         "scores": found.scores,
         "method": method,
@@ -82,6 +82,12 @@ def pair_scan(
         "seconds": seconds(found.seconds),
         **provenance(seed),
     }
+
+
+def estimates(found: PairScan) -> dict[int, dict[str, Any]]:
+    """What results say of the triggers of each target; that of the other search, if any, is under "other"."""
+    others = {target: {"other": estimate(other)} for target, other in found.others.items()}
+    return {target: {**estimate(trigger), **others.get(target, {})} for target, trigger in found.triggers.items()}
 
 
 def estimate(found: Estimate) -> dict[str, Any]:

@@ -223,6 +223,34 @@ def test_nothing_stands_out(monkeypatch):
     assert np.isnan(np.diag(found.statistics["pt-red"])).all()
 
 
+def test_the_other_search_s_trigger_is_kept_where_it_works_and_is_small(monkeypatch):
+    sizes = {"neural-cleanse": norms_with(TO_TWO.items()), "pt-red": PLAIN}
+    world = World(monkeypatch, sizes, TO_TWO)
+    found = scan()
+    assert {target: (each.method, each.sources) for target, each in found.others.items()} == {
+        2: ("pt-red", (0, 1, 3, 4, 5))
+    }
+    world.rate = {"neural-cleanse": 1.0, "pt-red": 0.4}
+    assert scan().others == {}
+    World(monkeypatch, {**sizes, "pt-red": PLAIN / 99}, TO_TWO)  # the joint one is of size 0.5
+    assert scan().others == {}
+
+
+def test_a_correction_works_from_every_trigger_estimated_for_its_target(monkeypatch):
+    World(monkeypatch, {"neural-cleanse": norms_with(TO_TWO.items()), "pt-red": PLAIN}, TO_TWO)
+    found = scan()
+    stamps = {name: lambda key, model, images: images + model for name in ("neural-cleanse", "pt-red")}
+    made = [e._replace(stamp=stamps[e.method]) for e in (found.triggers[2], found.others[2])]
+    alone = found._replace(triggers={2: made[0]}, others={})
+    assert pairs.trigger(alone, 2) == (made[0].stamp, made[0].model)
+    both = found._replace(triggers={2: made[0]._replace(model=1.0)}, others={2: made[1]._replace(model=2.0)})
+    stamp, models = pairs.trigger(both, 2)
+    stamped = np.asarray(stamp(jax.random.key(0), models, jnp.zeros((400, 2, 2, 1))))
+    np.testing.assert_array_equal(stamped, np.broadcast_to(stamped[:, :1, :1], stamped.shape))  # whole images
+    assert set(np.unique(stamped)) == {1.0, 2.0} and 150 < (stamped[:, 0, 0, 0] == 1).sum() < 250
+    assert pairs.trigger(both, 2)[0] is stamp
+
+
 @pytest.mark.parametrize("method, other", [("neural-cleanse", "pt-red"), ("pt-red", "neural-cleanse")])
 def test_all_to_one_is_found_by_the_search_that_sees_it(monkeypatch, method, other):
     """A lone pair elsewhere is an intrinsic backdoor; sources that the seeds leave out are found by the trigger."""
@@ -234,7 +262,7 @@ def test_all_to_one_is_found_by_the_search_that_sees_it(monkeypatch, method, oth
     estimate = found.triggers[2]
     assert (estimate.method, estimate.sources, estimate.attack_success_rate) == (method, (0, 1, 3, 4, 5), 1.0)
     assert method in found.decided_by and other not in found.decided_by
-    assert world.wishes == [(method, {0: 2, 1: 2, 3: 2}), (method, TO_TWO)]
+    assert world.wishes == [(method, {0: 2, 1: 2, 3: 2}), (method, TO_TWO), (other, TO_TWO)]
 
 
 def test_of_two_searches_the_trigger_that_works_better_is_kept(monkeypatch):

@@ -109,7 +109,7 @@ def run(args: Args) -> int:
             known = _given(opened, args.given, loaded)
         else:
             found = pair_scan.scan(opened, search, held_out, config, args.reading.seed, progress)
-            known = [Known(t, tuple(e.sources), e.stamp, e.model) for t, e in sorted(found.triggers.items())]
+            known = [Known(t, e.sources, *pairs.trigger(found, t)) for t, e in sorted(found.triggers.items())]
         if not known:
             show.say("The scan found no backdoor: nothing to repair, nothing is written.")
             show.say(f"(Verdict {found.verdict}, decided by {found.decided_by}; --trigger repairs a trigger you have.)")
@@ -209,7 +209,7 @@ def _as_record(
         content["scan"] = {
             "verdict": found.verdict, "targets": found.targets, "pairs": [list(pair) for pair in found.pairs],
             "setting": found.setting, "decided_by": found.decided_by,
-            "triggers": {target: results.estimate(each) for target, each in found.triggers.items()},
+            "triggers": results.estimates(found),
             "config": dataclasses.asdict(config), "steps": found.steps, "seconds": results.seconds(found.seconds),
         }  # fmt: skip
     return record.plain(content)
