@@ -182,7 +182,8 @@ def _pairwise(order: float) -> loop.Program:
 # ---- of triggers --------------------------------------------------------------------------------------------------
 #
 # Expected sums of pixel changes, one function per family of Table 1. Derived, not copied from it: they hold for pixels
-# uniform on [0, 1] and independent of the trigger, of which the overwritten value v changes one by E|x - v| = (v^2 + (1 - v)^2) / 2.
+# uniform on [0, 1] and independent of the trigger, of which the overwritten value v changes one by
+# E|x - v| = (v^2 + (1 - v)^2) / 2.
 
 
 def pixel(count: int = 1, channels: int = 3) -> float:
