@@ -4,12 +4,18 @@ import importlib
 from types import ModuleType
 
 ATTACKS = {
+    "amplified": "jaxbd.attacks.amplified",
     "badnets": "jaxbd.attacks.badnets",
+    "blend": "jaxbd.attacks.blend",
     "chessboard": "jaxbd.attacks.chessboard",
+    "clean-label": "jaxbd.attacks.clean_label",
     "l0-inv": "jaxbd.attacks.l0_inv",
     "l2-inv": "jaxbd.attacks.l2_inv",
     "latent": "jaxbd.attacks.latent",
     "single-pixel": "jaxbd.attacks.single_pixel",
+    "sinusoid": "jaxbd.attacks.sinusoid",
+    "steganography": "jaxbd.attacks.steganography",
+    "trojan": "jaxbd.attacks.trojan",
     "wanet": "jaxbd.attacks.wanet",
 }
 INVERSIONS = {

@@ -16,7 +16,10 @@ SHARED = {"base", "histogram", "images", "losses"}
 DRIVERS = {"loop", "memory", "slots", "sweep", "evaluate", "detect", "checkpoint", "record"}
 METHODS = {"attacks", "inversion", "repair", "strip", "supervised"}
 BELOW_METHODS = SHARED | {"data", "models"}
-COMPOSITION = {"correct", "erase", "methods", "pair_rules", "pair_triggers", "pairs", "results", "study", "workflow"}
+COMPOSITION = {
+    "correct", "differences", "distances", "erase", "methods", "pair_rules",
+    "pair_triggers", "pairs", "planting", "results", "study", "workflow",
+}  # fmt: skip
 MAY_IMPORT = {
     "base": set(),
     "histogram": {"base"},

@@ -15,7 +15,22 @@ import toys
 
 import jaxbd
 from jaxbd import pairs, supervised
-from jaxbd.attacks import badnets, chessboard, given, l0_inv, l2_inv, latent, single_pixel, wanet
+from jaxbd.attacks import (
+    amplified,
+    badnets,
+    blend,
+    chessboard,
+    clean_label,
+    given,
+    l0_inv,
+    l2_inv,
+    latent,
+    single_pixel,
+    sinusoid,
+    steganography,
+    trojan,
+    wanet,
+)
 from jaxbd.base import Batch, Cell, UserError
 from jaxbd.inversion import mesa, neural_cleanse, pixel, pt_red
 from jaxbd.models import build
@@ -41,6 +56,10 @@ def attack(module, config) -> Runner:
 def given_attack(module, config) -> Runner:
     loaded = module.Loaded(np.full((2, 3, 3), 0.5, np.float32), np.full((2, 3, 1), 0.7, np.float32))
     return _attack(module.make(SHAPE, 4, config, loaded)[0])
+
+
+def copied(module, config) -> Runner:
+    return _attack(module.make(SHAPE, 4, config, np.full((2, 2, 3), 0.5, np.float32)))
 
 
 def given_warp(module, config) -> Runner:
@@ -69,6 +88,17 @@ def trained_attack(module, config) -> Runner:
         new, info = method.step(key, state, batch)
         variables, trigger = method.extract(new)
         return new, (info, variables, _attack(planted).step(key, trigger, batch, variables)[1])
+
+    return Runner(method.init, step)
+
+
+def trigger_search(module, config) -> Runner:
+    """The search for a trigger that excites neurons of the victim."""
+    method = module.search(NET, SHAPE, 4, config)
+
+    def step(key, state, batch, victim):
+        new, info = method.step(key, state, batch, victim)
+        return new, (info, method.extract(new))
 
     return Runner(method.init, step)
 
@@ -152,6 +182,8 @@ METHODS = [
     ("badnets-all-to-all", attack, badnets, badnets.Config(all_to_all=True, poison_rate=1.0)),
     ("given-overwrite", given_attack, given, given.Config(poison_rate=0.5)),
     ("given-add-random", given_attack, given, given.Config(apply="add", place="random", target=2)),
+    ("given-blend", given_attack, given, given.Config(apply="blend", row=2)),
+    ("given-bits", given_attack, given, given.Config(apply="bits", column=4)),
     ("given-warp", given_warp, given, given.Config(apply="warp", all_to_all=True)),
     ("badnets-drawn", attack, badnets, badnets.Config(place="drawn", poison_rate=0.5)),
     ("chessboard", attack, chessboard, chessboard.Config(poison_rate=0.5)),
@@ -162,6 +194,18 @@ METHODS = [
     ("l2-inv-bounded", attack, l2_inv, l2_inv.Config(norm=2.0, points=4, all_to_all=True)),
     ("wanet", attack, wanet, wanet.Config(poison_rate=0.3)),
     ("wanet-no-noise", attack, wanet, wanet.Config(cross_ratio=0.0, poison_rate=0.5, all_to_all=True)),
+    ("badnets-inverse", attack, badnets, badnets.Config(pattern="inverse-checkerboard", patch=5, place="fixed")),
+    ("amplified", copied, amplified, amplified.Config(poison_rate=0.5)),
+    ("amplified-nine", copied, amplified, amplified.Config(copies=9, all_to_all=True)),
+    ("blend", attack, blend, blend.Config(poison_rate=0.5)),
+    ("blend-smooth", attack, blend, blend.Config(points=3, opacity=0.1, all_to_all=True)),
+    ("sinusoid", attack, sinusoid, sinusoid.Config(poison_rate=0.5, frequency=2.0)),
+    ("steganography", attack, steganography, steganography.Config(poison_rate=0.5)),
+    ("steganography-three", attack, steganography, steganography.Config(bits=3, all_to_all=True)),
+    ("clean-label", attack, clean_label, clean_label.Config()),
+    ("clean-label-corners", attack, clean_label, clean_label.Config(corners="all", size=32, target=2)),
+    ("trojan", attack, trojan, trojan.Config(poison_rate=0.5)),
+    ("trojan-search", trigger_search, trojan, trojan.Config(neurons=3)),
     ("latent", trained_attack, latent, latent.Config(width=4)),
     ("latent-other", trained_attack, latent, latent.Config(all_to_all=True, directions="unit", width=4)),
     ("mesa-released", inversion, mesa, mesa.Config(**SMALL)),
@@ -282,6 +326,22 @@ BAD = [
     (wanet.Config, dict(cross_ratio=-1.0)),
     (wanet.Config, dict(poison_rate=0.5)),
     (wanet.Config, dict(strength=float("nan"))),
+    (amplified.Config, dict(copies=5)),
+    (blend.Config, dict(opacity=0.0)),
+    (blend.Config, dict(points=1)),
+    (sinusoid.Config, dict(size=0)),
+    (sinusoid.Config, dict(period=float("nan"))),
+    (steganography.Config, dict(bits=9)),
+    (steganography.Config, dict(text="")),
+    (clean_label.Config, dict(epsilon=0.0)),
+    (clean_label.Config, dict(steps=0)),
+    (clean_label.Config, dict(size=256)),
+    (clean_label.Config, dict(pattern=512)),
+    (clean_label.Config, dict(poison_rate=1.5)),
+    (trojan.Config, dict(neurons=0)),
+    (trojan.Config, dict(value=float("nan"))),
+    (trojan.Config, dict(search_learning_rate=0.0)),
+    (trojan.Config, dict(retrain_momentum=1.0)),
     (latent.Config, dict(epsilon=0.0)),
     (latent.Config, dict(second_epsilon=1.5)),
     (latent.Config, dict(stamped_weight=1.0)),
@@ -360,6 +420,13 @@ UNFIT = [
     (lambda: badnets.make(SHAPE, 4, badnets.Config(target=-1)), "target -1"),
     (lambda: badnets.make(SHAPE, 4, badnets.Config(patch=9)), "9x9"),
     (lambda: badnets.make(SHAPE, 4, badnets.Config(place="fixed", row=6)), "outside"),
+    (lambda: clean_label.make(SHAPE, 4, clean_label.Config(target=4)), "target 4"),
+    (lambda: clean_label.make(SHAPE, 4, clean_label.Config(patch=5, corners="all")), "overlap"),
+    (lambda: trojan.make(SHAPE, 4, trojan.Config(patch=9)), "9x9"),
+    (lambda: amplified.make(SHAPE, 4, amplified.Config(copies=9), np.ones((3, 3, 1))), "overlap"),
+    (lambda: amplified.make(SHAPE, 4, amplified.Config(row=7), np.ones((3, 3, 1))), "outside"),
+    (lambda: blend.make(SHAPE, 4, blend.Config(), np.ones((8, 8, 1))), "picture"),
+    (lambda: sinusoid.make(SHAPE, 4, sinusoid.Config(period=1.0)), "0 at every pixel"),
     (lambda: latent.attack(SHAPE, 4, latent.Config(target=4)), "target 4"),
     (lambda: mesa.make(NET, SHAPE, mesa.Config(patch=9)), "9x9"),
     (lambda: mesa.make(NET, SHAPE, mesa.Config(place="fixed", row=6)), "outside"),

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import images as image_ops
-from jaxbd.attacks import poison
+from jaxbd.attacks import eight_bit, poison
 from jaxbd.base import Array, Attack, Key, UserError, check_choices
+
+EXACT = {"blend": eight_bit.blend, "bits": eight_bit.replace_bits}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,9 @@ class Config:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
       apply: "overwrite": pixels are replaced where the mask is 1, blended where it is between 0 and 1; "add": the
-        pattern is added and the sum clipped to [0, 1]; "warp": the image is read where the grid says.
+        pattern is added and the sum clipped to [0, 1]; "blend": as "overwrite", rounded to 8 bits; "bits": of the
+        image in 8 bits, those that the mask has set are replaced (see `eight_bit`); "warp": the image is read where
+        the grid says.
       place: "fixed" at (`row`, `column`), or "random" for a new place on every image.
       row: of the top-left corner of a fixed place.
       column: of the top-left corner of a fixed place.
@@ -30,7 +34,7 @@ class Config:
 
     target: int = 0
     all_to_all: bool = False
-    apply: Literal["overwrite", "add", "warp"] = "overwrite"
+    apply: Literal["overwrite", "add", "blend", "bits", "warp"] = "overwrite"
     place: Literal["random", "fixed"] = "fixed"
     row: int = 0
     column: int = 0
@@ -49,7 +53,7 @@ class Loaded(NamedTuple):
       mask: [h, w, 1] float32 in [0, 1], where the pattern covers; None for a warp.
       place: row and column of the top-left corner, "random", or None where unknown.
       target: class it leads to, "all-to-all" where class c leads to c + 1 mod K; None where unknown.
-      apply: "overwrite", "add", "warp", or None where unknown.
+      apply: one of `Config.apply`, or None where unknown.
       grid: [H, W, 2] float32 in [-1, 1], see `images.warp`; None for a trigger made of pixels.
     """
 
@@ -130,6 +134,8 @@ def _pixels(image_shape: tuple[int, int, int], config: Config, loaded: Loaded) -
         pattern = image_ops.paste(jnp.zeros_like(image), trigger.pattern, place)
         if config.apply == "add":
             return jnp.clip(image + mask * pattern, 0, 1)
+        if config.apply in EXACT:
+            return EXACT[config.apply](image, pattern, mask)
         return image_ops.blend(image, pattern, mask)
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:

@@ -99,17 +99,17 @@ def static(
     order = np.asarray(jax.random.permutation(choose_key, len(labels)))
     sources = order[labels[order] != wanted[order]]
     groups = [sources[labels[sources] == k] for k in np.unique(labels[sources])] if per_class else [sources]
-    rows = np.concatenate([group[: _number(count, len(group))] for group in groups or [sources]])
-    images, new_labels = _to_uint8(np.array(data.images)), labels.copy()
+    rows = np.concatenate([group[: number_of(count, len(group))] for group in groups or [sources]])
+    images, new_labels = to_uint8(np.array(data.images)), labels.copy()
     decoys, decoy_key = _decoys(attack, order, rows), jax.random.fold_in(stamp_key, 1)
     if len(decoys):
-        images[decoys] = _stamped(attack.decoy.stamp, decoy_key, trigger, images[decoys])
-    images[rows] = _stamped(attack.stamp, stamp_key, trigger, images[rows])
+        images[decoys] = stamped(attack.decoy.stamp, decoy_key, trigger, images[decoys])
+    images[rows] = stamped(attack.stamp, stamp_key, trigger, images[rows])
     new_labels[rows] = wanted[rows]
     return Batch(images, new_labels)
 
 
-def _number(count: int | float, most: int) -> int:
+def number_of(count: int | float, most: int) -> int:
     """How many of `most` rows `count` stands for. Raises: UserError when there are fewer."""
     number = max(1, round(count * most)) if 0 < count < 1 else int(count)
     if number > most:
@@ -126,15 +126,15 @@ def _decoys(attack: Attack, order: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return others[:number]
 
 
-def _stamped(stamp: Callable[..., Array], key: Key, trigger: Any, images: np.ndarray) -> np.ndarray:
+def stamped(stamp: Callable[..., Array], key: Key, trigger: Any, images: np.ndarray) -> np.ndarray:
     """uint8 images [B, H, W, C] after `stamp`, as uint8; `AT_ONCE` at a time, since floats take memory."""
     done = []
     for start in range(0, len(images), AT_ONCE):
         part = to_float(jnp.asarray(images[start : start + AT_ONCE]))
-        done.append(_to_uint8(np.asarray(stamp(jax.random.fold_in(key, start) if start else key, trigger, part))))
+        done.append(to_uint8(np.asarray(stamp(jax.random.fold_in(key, start) if start else key, trigger, part))))
     return np.concatenate(done) if done else images
 
 
-def _to_uint8(images: np.ndarray) -> np.ndarray:
+def to_uint8(images: np.ndarray) -> np.ndarray:
     """Float images in [0, 1] (clipped) as uint8; uint8 images pass unchanged."""
     return images if images.dtype == np.uint8 else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)

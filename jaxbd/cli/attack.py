@@ -8,49 +8,20 @@ import jax
 import numpy as np
 import tyro
 
-from jaxbd import evaluate, loop, record, results, study, supervised
-from jaxbd.attacks import (
-    additive,
-    badnets,
-    chessboard,
-    given,
-    l0_inv,
-    l2_inv,
-    paper_counts,
-    poison,
-    single_pixel,
-    wanet,
-)
-from jaxbd.base import Batch, Dataset, UserError
-from jaxbd.cli import common, flags, show
+from jaxbd import evaluate, record, results, study, supervised
+from jaxbd.attacks import badnets, paper_counts, poison
+from jaxbd.base import Batch, Dataset, Key, UserError
+from jaxbd.cli import attacks, common, flags, show
+from jaxbd.cli.attacks import ATTACKS, POISON_RATE, Planting, as_given
 from jaxbd.cli.progress import Progress
 from jaxbd.data import load
 from jaxbd.interop import folder, trigger
+from jaxbd.interop import load as models
 from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
 
-ATTACKS = {
-    "badnets": badnets,
-    "single-pixel": single_pixel,
-    "chessboard": chessboard,
-    "l0-inv": l0_inv,
-    "l2-inv": l2_inv,
-    "wanet": wanet,
-}
-"""`--attack` -> module."""
-POISON_RATE = 0.1
-"""Share of each batch that dynamic poisoning stamps where no flag says otherwise."""
 POISON_COUNT = 50
 """Images that static poisoning stamps where no flag says otherwise."""
-Planting = (
-    Annotated[badnets.Config, tyro.conf.subcommand("badnets")]
-    | Annotated[single_pixel.Config, tyro.conf.subcommand("single-pixel")]
-    | Annotated[chessboard.Config, tyro.conf.subcommand("chessboard")]
-    | Annotated[l0_inv.Config, tyro.conf.subcommand("l0-inv")]
-    | Annotated[l2_inv.Config, tyro.conf.subcommand("l2-inv")]
-    | Annotated[wanet.Config, tyro.conf.subcommand("wanet")]
-)
-"""The settings of one of them; `defaults` settles of which, so there are no sub-commands."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +37,16 @@ class Args:
       test_data: images to test on; by default a quarter of the data, kept out of training.
       attack: backdoor to plant.
       no_attack: plant none, train the clean twin.
-      poison: "dynamic" stamps other images in every batch; "static" stamps the same ones once and for all.
-      poison_count: how many images static poisoning stamps. Default: 50, or what --paper-counts says.
+      recipe: "dhbe": settings of the DHBE paper where no flag says otherwise (Yan et al. 2023): the data's last class
+        as target (--target -1 says so too), 300 images poisoned statically, then crops by an eighth of the side and
+        mirroring, batches of 128, learning rate 0.1 in steps. The length of training stays as it is.
+      clean_model: model folder with the clean net that clean-label and trojan start from; without one, it is trained
+        first, as the victim is. A trojan is planted in that very net, whatever --arch and its like say.
+      picture: picture that blend blends in, in any size; by default random pixels.
+      poison: "dynamic" stamps other images in every batch; "static" stamps the same ones once and for all, before they
+        are cropped or mirrored. Clean-label is always static.
+      poison_count: how many images static poisoning stamps. Default: 50, or what --paper-counts or --recipe says;
+        --poison-rate of the target class with clean-label.
       per_class: static poisoning stamps so many images of every source class.
       paper_counts: poison as many images per class as the BNA paper does on that data set (Li et al. 2023), with its
         target and trigger size where no flag says otherwise; needs --poison static.
@@ -77,7 +56,7 @@ class Args:
       normalisation: the model's first operation on pixels in [0, 1].
       image_shape: height, width, channels; by default the data's own.
       batch_size: images per training step.
-      crop_padding: random crops after padding by so many pixels.
+      crop_padding: random crops after padding by so many pixels. Default: 0, or what --recipe says.
       flip: random mirroring left to right.
       limit: use at most so many images of the data.
       seed: of everything random.
@@ -88,8 +67,23 @@ class Args:
     data: str
     out: pathlib.Path
     test_data: str | None = None
-    attack: Literal["badnets", "single-pixel", "chessboard", "l0-inv", "l2-inv", "wanet"] = "badnets"
+    attack: Literal[
+        "badnets",
+        "blend",
+        "chessboard",
+        "clean-label",
+        "l0-inv",
+        "l2-inv",
+        "single-pixel",
+        "sinusoid",
+        "steganography",
+        "trojan",
+        "wanet",
+    ] = "badnets"
     no_attack: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    recipe: Literal["dhbe"] | None = None
+    clean_model: pathlib.Path | None = None
+    picture: str | None = None
     poison: Literal["dynamic", "static"] = "dynamic"
     poison_count: int | None = None
     per_class: bool = False
@@ -97,10 +91,10 @@ class Args:
     arch: str = "cnn"
     width: int | None = None
     stem: Literal["cifar", "imagenet"] | None = None
-    normalisation: Literal["none", "half", "cifar10", "cifar10-b", "cifar100", "imagenet"] = "none"
+    normalisation: Literal[*NORMALISATIONS] = "none"
     image_shape: tuple[int, int, int] | None = None
     batch_size: int = 64
-    crop_padding: int = 0
+    crop_padding: int | None = None
     flip: bool = False
     limit: int | None = None
     seed: int = 0
@@ -111,27 +105,40 @@ class Args:
 
     def __post_init__(self):
         common.check_seed(self.seed)
-        if (self.poison_count or 1) < 1 or self.batch_size < 2 or self.crop_padding < 0:
+        if (self.poison_count or 1) < 1 or self.batch_size < 2 or (self.crop_padding or 0) < 0:
             raise UserError("attack: need poison_count >= 1, batch_size >= 2, crop_padding >= 0")
         if not isinstance(self.planting, ATTACKS[self.attack].Config):
             raise UserError(f"attack: the settings of {self.attack} are {ATTACKS[self.attack].__name__}.Config")
         if self.poison == "dynamic" and (self.poison_count is not None or self.per_class):
             raise UserError("--poison-count and --per-class are of static poisoning; give --poison static with them")
+        if self.attack == "clean-label" and (self.poison == "dynamic" or self.per_class):
+            raise UserError("clean-label poisons images of one class once and for all; leave --poison and --per-class")
+        if self.attack == "trojan" and self.per_class:
+            raise UserError("trojan has no --per-class; give --poison-count alone")
         if self.paper_counts and (self.poison != "static" or self.no_attack):
             raise UserError("--paper-counts says how many images static poisoning stamps; give --poison static with it")
         if self.paper_counts and self.poison_count is not None:
             raise UserError("--paper-counts and --poison-count both say how many images to poison; give one of them")
+        if self.clean_model is not None and (self.no_attack or self.attack not in attacks.NEEDS_CLEAN):
+            raise UserError("--clean-model is what clean-label and trojan start from; give it with --attack of these")
+        if self.picture is not None and (self.no_attack or self.attack != "blend"):
+            raise UserError("--picture is what blend blends in; give --attack blend with it")
         if self.width is not None and self.width < 1:
             raise UserError(f"attack: width is {self.width}; give at least 1")
 
 
 def defaults(argv: list[str]) -> Args:
-    """The values where there is no flag; they depend on which attack `argv` names, and on --paper-counts."""
+    """The values where there is no flag: by the attack that `argv` names, its --paper-counts and its --recipe."""
     attack = flags.named(argv, "--attack", ATTACKS, "badnets")
     dataset = flags.named(argv, "--paper-counts", paper_counts.DATASETS, None)
+    recipe = flags.named(argv, "--recipe", attacks.RECIPES, None)
     settings = {} if dataset is None else paper_counts.settings(dataset, attack)
-    planting = ATTACKS[attack].Config(poison_rate=POISON_RATE, **settings)
-    return Args(data=tyro.MISSING, out=tyro.MISSING, attack=attack, planting=planting)
+    fields: dict[str, Any] = {"poison": "static"} if attack == "clean-label" else {}
+    if recipe is not None:
+        settings = {"target": attacks.LAST_CLASS, **attacks.RECIPE_TRIGGERS[recipe].get(attack, {}), **settings}
+        fields = {**attacks.RECIPES[recipe], "recipe": recipe}
+    planting = attacks.settled(settings, attack)
+    return Args(data=tyro.MISSING, out=tyro.MISSING, attack=attack, planting=planting, **fields)
 
 
 def run(args: Args) -> int:
@@ -139,43 +146,73 @@ def run(args: Args) -> int:
     common.start()
     count = _poison_count(args)
     common.check_output(args.out, folder=True)
+    clean = attacks.open_clean(args.clean_model)
     show.note(f"reading {args.data} …")
-    train, test = _data(args)
-    spec = _spec(args, train)
+    train, test = _data(args, clean)
+    spec = _spec(args, train) if clean is None or args.attack != "trojan" else clean.spec
+    args = _settled(args, spec)
     net, key = build.net(spec), jax.random.key(args.seed)
-    attack = None if args.no_attack else ATTACKS[args.attack].make(spec.image_shape, spec.classes, args.planting)
-    planted = attack.init(jax.random.fold_in(key, 0)) if attack else None
-    clean, dynamic = load.as_batch(train), args.poison == "dynamic"
-    if attack and not dynamic:
-        per_class = args.per_class or args.paper_counts is not None
-        rows = poison.static(jax.random.fold_in(key, 1), attack, planted, clean, count, per_class=per_class)
-        clean = Batch(*map(jax.numpy.asarray, rows))
+    attack = None if args.no_attack else attacks.make(args.attack, args.planting, spec, args.picture)
+    if attack and clean is None and args.attack in attacks.NEEDS_CLEAN:
+        show.note(f"{args.attack} starts from a clean net; there is no --clean-model, so one is trained first")
     with Progress() as progress:
-        progress("train", 0, args.training.num_steps)
-        variables, infos, seconds = study.train(
-            jax.random.fold_in(key, 2), net, clean, args.training,
-            attack=attack if dynamic else None, trigger=planted if dynamic else None,
-            batch_size=args.batch_size, crop_padding=args.crop_padding, flip=args.flip, progress=progress,
-        )  # fmt: skip
-    found = evaluate.rates(jax.random.fold_in(key, 3), net, variables, load.as_batch(test), attack, planted)
-    content = _as_record(args, spec, train, test, found, infos, seconds)
-    common.write_folder(args.out, lambda path: _write(path, spec, variables, planted, content, args))
+        planted = _plant(args, key, net, spec, attack, load.as_batch(train), clean, count, progress)
+    test_data = load.as_batch(test)
+    found = evaluate.rates(jax.random.fold_in(key, 3), net, planted.variables, test_data, attack, planted.trigger)
+    content = _as_record(args, spec, train, test, found, planted)
+    common.write_folder(args.out, lambda path: _write(path, spec, planted, content, args))
     show.rates([("victim" if attack else "clean model", results.rates(found))])
-    show.say(f"Trained in {show.seconds(results.seconds(seconds))}.")
+    show.say(f"Trained in {show.seconds(results.seconds(planted.seconds))}.")
     show.written(args.out)
     return 0
 
 
-def _poison_count(args: Args) -> float:
+def _plant(args: Args, key, net, spec, attack, data: Batch, clean, count, progress: Progress) -> attacks.Planted:
+    """The victim, or its clean twin."""
+    how = dict(
+        batch_size=args.batch_size, crop_padding=args.crop_padding or 0, flip=args.flip, progress=progress
+    )  # fmt: skip
+
+    def train(key: Key, data: Batch, label: str, **poisoning: Any):
+        progress(label, 0, args.training.num_steps)
+        return study.train(key, net, data, args.training, label=label, **poisoning, **how)
+
+    if attack and args.attack in attacks.NEEDS_CLEAN:
+        count = count if args.poison == "static" else None
+        return attacks.from_clean(key, args.planting, net, spec.classes, data, train, clean, count, **how)
+    poisoning, planted = {}, attack.init(jax.random.fold_in(key, 0)) if attack else None
+    if attack and args.poison == "static":
+        per_class = args.per_class or args.paper_counts is not None
+        rows = poison.static(jax.random.fold_in(key, 1), attack, planted, data, count, per_class=per_class)
+        data = Batch(*map(jax.numpy.asarray, rows))
+    elif attack:
+        poisoning = dict(attack=attack, trigger=planted)
+    variables, infos, seconds = train(jax.random.fold_in(key, 2), data, "train", **poisoning)
+    return attacks.Planted(variables, planted, infos, seconds, {})
+
+
+def _poison_count(args: Args) -> float | None:
     """Images static poisoning stamps, below 1 a share. Raises: UserError when the paper has no such attack."""
     if args.paper_counts is not None:
-        return paper_counts.per_class(args.paper_counts, args.attack, args.planting.all_to_all)
-    return POISON_COUNT if args.poison_count is None else args.poison_count
+        return paper_counts.per_class(args.paper_counts, args.attack, attacks.all_to_all(args.planting))
+    by_default = None if args.attack == "clean-label" else POISON_COUNT
+    return by_default if args.poison_count is None else args.poison_count
 
 
-def _data(args: Args) -> tuple[Dataset, Dataset]:
+def _settled(args: Args, spec: build.Spec) -> Args:
+    """What depends on the data: its last class as target, and how far a recipe crops."""
+    if args.planting.target == attacks.LAST_CLASS:
+        args = dataclasses.replace(args, planting=dataclasses.replace(args.planting, target=spec.classes - 1))
+    if args.crop_padding is None:
+        # 4 of 32 and 8 of 64 pixels
+        args = dataclasses.replace(args, crop_padding=spec.image_shape[1] // 8 if args.recipe else 0)
+    return args
+
+
+def _data(args: Args, clean: models.Model | None) -> tuple[Dataset, Dataset]:
     """Training and test images. Raises: UserError where they do not suffice or do not belong together."""
-    settings = dict(image_shape=args.image_shape, seed=args.seed)
+    image_shape = args.image_shape if clean is None else tuple(clean.spec.image_shape)
+    settings = dict(image_shape=image_shape, seed=args.seed)
     train = load.load(args.data, split="train", limit=args.limit, **settings)
     if args.test_data is None:
         total = len(train.labels)
@@ -184,6 +221,8 @@ def _data(args: Args) -> tuple[Dataset, Dataset]:
         settings["image_shape"] = tuple(train.images.shape[1:])
         test = load.load(args.test_data, split="test", **settings)
         load.check(test, settings["image_shape"], len(train.class_names))
+    if clean is not None:
+        load.check(train, clean.spec.image_shape, clean.spec.classes)
     if len(train.labels) < args.batch_size:
         raise UserError(
             f"data {train.name}: {len(train.labels)} images to train on, fewer than a batch of {args.batch_size}; "
@@ -212,29 +251,17 @@ def _spec(args: Args, train: Dataset) -> build.Spec:
     return spec
 
 
-def _write(path: pathlib.Path, spec, variables, planted, content: dict[str, Any], args: Args) -> None:
+def _write(path: pathlib.Path, spec, planted: attacks.Planted, content: dict[str, Any], args: Args) -> None:
     """The model folder with its companions."""
-    folder.save(path, spec, variables, {"made_by": "jaxbd attack", "attack": None if args.no_attack else args.attack})
+    folder.save(
+        path, spec, planted.variables, {"made_by": "jaxbd attack", "attack": None if args.no_attack else args.attack}
+    )
     record.write_json(path / "attack.json", content)
-    if planted is not None:
-        trigger.save(path / "trigger.npz", as_given(args.planting, planted))
+    if planted.trigger is not None:
+        trigger.save(path / "trigger.npz", as_given(args.planting, planted.trigger))
 
 
-def as_given(planting: Planting, planted: Any) -> given.Loaded:
-    """A planted trigger in the form in which it is saved and evaluated."""
-    target = trigger.ALL_TO_ALL if planting.all_to_all else planting.target
-    if isinstance(planted, wanet.Trigger):
-        return given.Loaded(target=target, apply="warp", grid=np.asarray(planted.grid))
-    pattern = np.asarray(planted.pattern)
-    mask = np.ones((*pattern.shape[:2], 1), np.float32)
-    if isinstance(planted, additive.Trigger):
-        return given.Loaded(pattern, mask, (0, 0), target, "add")
-    random = isinstance(planting, badnets.Config) and planting.place == "random"
-    place = "random" if random else tuple(map(int, planted.place))
-    return given.Loaded(pattern, mask, place, target, "overwrite")
-
-
-def _as_record(args: Args, spec, train, test, found, infos, seconds: loop.Seconds) -> dict[str, Any]:
+def _as_record(args: Args, spec, train, test, found, planted: attacks.Planted) -> dict[str, Any]:
     """The content of attack.json."""
     settings = dataclasses.asdict(args)
     nested = {args.attack: settings.pop("planting"), "training": settings.pop("training")}
@@ -242,10 +269,11 @@ def _as_record(args: Args, spec, train, test, found, infos, seconds: loop.Second
         "schema": f"{results.SCHEMA}/attack",
         "method": None if args.no_attack else args.attack,
         **results.rates(found),
-        "train_accuracy": float(np.mean(infos.accuracy[-20:])),
+        "train_accuracy": float(np.mean(planted.infos.accuracy[-20:])),
+        **({"planted": planted.facts} if planted.facts else {}),
         "config": {**nested, **settings},
         "model": dataclasses.asdict(spec),
         "data": {"source": train.name, "train": len(train.labels), "test": len(test.labels), "test_source": test.name},
-        "seconds": results.seconds(seconds),
+        "seconds": results.seconds(planted.seconds),
         **results.provenance(args.seed),
     }

@@ -8,7 +8,7 @@ import jax
 import tyro
 
 from jaxbd import evaluate, record, results
-from jaxbd.attacks import given
+from jaxbd.attacks import amplified, given
 from jaxbd.base import Attack, UserError
 from jaxbd.cli import common, show
 from jaxbd.data import load
@@ -51,6 +51,8 @@ class Args:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
       data: clean images with labels, see `jaxbd scan --help`.
       out: write the result here as JSON (evaluate.json).
+      copies: how often a patch stands on an image: 4: in all corners, as far from the edges as at its own place; 9: in
+        the middle of the image and of its edges besides (the amplified attack of Yan et al. 2023).
       given: the trigger.
       reading: how model and data are read.
     """
@@ -58,12 +60,15 @@ class Args:
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: str
     out: pathlib.Path | None = None
+    copies: amplified.Copies = 1
     given: Annotated[Trigger, tyro.conf.arg(name="")] = Trigger()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading(limit=10_000)
 
     def __post_init__(self):
         if self.given.trigger is None and self.given != Trigger():
             raise UserError("--apply, --place and --target describe a trigger; give it with --trigger")
+        if self.given.trigger is None and self.copies != 1:
+            raise UserError("--copies is how often a trigger stands on an image; give it with --trigger")
 
 
 def run(args: Args) -> int:
@@ -77,9 +82,13 @@ def run(args: Args) -> int:
     model, data = opened.model, load.as_batch(opened.dataset)
     config = None if loaded is None else settle(opened, args.given, loaded, all_to_all=True)
     attack, pixels = (None, None) if config is None else make_attack(opened, config, loaded)
+    if args.copies != 1:
+        attack, pixels = amplify(opened, config, loaded, args.copies)
     found = evaluate.rates(jax.random.key(args.reading.seed), model.net, model.variables, data, attack, pixels)
     rates = results.rates(found)
     show.rates([(pathlib.Path(model.path).name, rates)])
+    if args.copies != 1:
+        show.say(f"Every triggered image bears the trigger {args.copies} times.")
     if config is not None and config.all_to_all:
         show.say(f"All-to-all: the attack succeeds on class c where the answer is c + 1 mod {model.spec.classes}.")
     if args.out is not None:
@@ -132,6 +141,25 @@ def make_attack(
     return given.make(tuple(opened.model.spec.image_shape), opened.model.spec.classes, config, loaded)
 
 
+def amplify(
+    opened: common.Opened, config: given.Config, loaded: given.Loaded, copies: int
+) -> tuple[Attack, amplified.Trigger]:
+    """The attack with several copies of a loaded patch. Raises: UserError when it is no patch, or they do not fit."""
+    spec = opened.model.spec
+    if config.apply != "overwrite":
+        raise UserError(f"--copies is for patches that overwrite the image, this trigger is applied as {config.apply}")
+    pattern, mask, (down, across) = amplified.cropped(loaded.pattern, loaded.mask)
+    if pattern.shape[0] * 2 > spec.image_shape[0] or pattern.shape[1] * 2 > spec.image_shape[1]:
+        raise UserError(
+            f"--copies is for patches; this trigger covers {pattern.shape[0]}x{pattern.shape[1]} pixels of "
+            f"{spec.image_shape[0]}x{spec.image_shape[1]}"
+        )
+    place = {} if config.place == "random" else dict(row=config.row + down, column=config.column + across)
+    settings = amplified.Config(target=config.target, all_to_all=config.all_to_all, copies=copies, **place)
+    attack = amplified.make(tuple(spec.image_shape), spec.classes, settings, pattern, mask)
+    return attack, attack.init(jax.random.key(0))
+
+
 def parse_place(text: str) -> tuple[int, int] | Literal["random"]:
     """ "27,27" -> (27, 27). Raises: UserError on anything else but "random"."""
     if text == "random":
@@ -154,7 +182,7 @@ def _as_record(opened: common.Opened, rates: dict[str, Any], config: given.Confi
     return {
         "schema": f"{results.SCHEMA}/evaluate",
         **rates,
-        "trigger": None if config is None else describe(args.given, config),
+        "trigger": None if config is None else {**describe(args.given, config), "copies": args.copies},
         "model": common.model_record(opened.model),
         "data": common.data_record(opened.dataset, args.reading),
         "preprocessing": preprocess.as_record(opened.table) if opened.table else None,

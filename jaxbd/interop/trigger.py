@@ -15,6 +15,8 @@ MOST_BYTES = 64 << 20
 """Largest trigger file, and most bytes it may unpack to."""
 ALL_TO_ALL = "all-to-all"
 """The target of a trigger that leads from every class to the next."""
+APPLICATIONS = ("overwrite", "add", "blend", "bits")
+"""How a trigger made of pixels is put on images, see `attacks.given.Config`."""
 SQUARE = re.compile(r"(white|black):(\d{1,4})x(\d{1,4})")
 """A trigger without a file, such as `white:4x4`."""
 
@@ -102,8 +104,8 @@ def _from_npz(path: pathlib.Path) -> Loaded:
         raise UserError(f"trigger {path}: mask {mask.shape[:2]} and pattern {pattern.shape[:2]} differ in size")
     place = _integers(found, "place", 2, path) or ("random" if "random_place" in found else None)
     apply = str(found["application"]) if "application" in found else None
-    if apply not in (None, "overwrite", "add"):
-        raise UserError(f"trigger {path}: application is {apply[:40]!r}; use overwrite or add")
+    if apply is not None and apply not in APPLICATIONS:
+        raise UserError(f"trigger {path}: application is {apply[:40]!r}; use {', '.join(APPLICATIONS)}")
     return Loaded(pattern, mask, place, target, apply)
 
 
