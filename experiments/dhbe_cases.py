@@ -52,7 +52,14 @@ DIGIT_MOMENTS = (0.3053,), (0.3759,)
 _CIFAR_MEAN, _CIFAR_STD = NORMALISATIONS["cifar10"]
 SIZES: dict[str, Size] = {
     "digits": Size(
-        build.Spec("vgg", CLASSES, (16, 16, 1), {"width": 16}, mean=DIGIT_MOMENTS[0], std=DIGIT_MOMENTS[1]),
+        build.Spec(
+            arch="vgg",
+            classes=CLASSES,
+            image_shape=(16, 16, 1),
+            options={"width": 16},
+            mean=DIGIT_MOMENTS[0],
+            std=DIGIT_MOMENTS[1],
+        ),
         clean=supervised.Config(num_steps=1000, learning_rate=0.05),
         tuned=None,
         batch_size=64,
@@ -63,7 +70,14 @@ SIZES: dict[str, Size] = {
     ),
     "narrow": Size(
         # an eighth of the paper's ResNet-18
-        build.Spec("resnet18", CLASSES, (32, 32, 3), {"width": 8}, mean=_CIFAR_MEAN, std=_CIFAR_STD),
+        build.Spec(
+            arch="resnet18",
+            classes=CLASSES,
+            image_shape=(32, 32, 3),
+            options={"width": 8},
+            mean=_CIFAR_MEAN,
+            std=_CIFAR_STD,
+        ),
         clean=supervised.Config(num_steps=8 * 390, learning_rate=0.1),
         tuned=supervised.Config(num_steps=1170, learning_rate=0.05),
         batch_size=128,
