@@ -362,7 +362,7 @@ def pair_scan(victim, monkeypatch):
             return pairs.PairScan(
                 verdict=verdict, targets=targets, pairs=[(s, t) for t in targets for s in sources],
                 setting="all-to-one" if targets else None, decided_by="a rule", statistics=by_method, scores=by_method,
-                triggers=triggers, missing=(), steps=dict.fromkeys(config.methods, 7), image_steps=70,
+                triggers=triggers, others={}, missing=(), steps=dict.fromkeys(config.methods, 7), image_steps=70,
                 seconds=loop.Seconds(1.0, 2.0),
             )  # fmt: skip
 
