@@ -37,7 +37,7 @@ def trigger(
     config: bna.Config,
     *,
     kept: Batch | None = None,
-    false_alarms: float = 0.1,
+    false_alarms: float = 0.15,
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",
@@ -52,7 +52,8 @@ def trigger(
       stamp, model: `stamp(key, model, images)` puts the trigger on images.
       data: clean images of the source classes (uint8 or float); batches are drawn from them.
       kept: clean images of the target class, whose activations are to stay; see `bna.Config.keep`.
-      false_alarms: share of the images that the net gives to the target and its correction does not; 0 to 1.
+      false_alarms: share of the images that the net gives to the target and its correction does not; 0 to 1. The 15 %
+        are what the paper grants STRIP.
     Returns: the last correction that holds to it, or the first, with the seconds of all.
     Raises: UserError when there are fewer images than a batch, or the net shows no layer to correct.
     """
@@ -132,7 +133,7 @@ def detected(
     scan: pairs.Config,
     *,
     rounds: int = 2,
-    false_alarms: float = 0.1,
+    false_alarms: float = 0.15,
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",

@@ -58,7 +58,7 @@ class Args:
     preset: Literal["quick", "paper", "released"] = "quick"
     correction: bna.Config = PRESETS["quick"]
     rounds: int = 2
-    false_alarms: float = 0.1
+    false_alarms: float = 0.15
     scan_method: Literal["pairs", "neural-cleanse", "pt-red"] = "pairs"
     search: pairs.Config = pairs.Config()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
