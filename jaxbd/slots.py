@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import loop, memory
+from jaxbd import loop, memory, stages
 from jaxbd.base import Array, ArrayTree, Cell, Inversion, Key, UserError, Variables
 
 DEFAULT, CPU_DEFAULT = 32, 16
@@ -39,6 +39,27 @@ class Slots(NamedTuple):
     info: ArrayTree
     made: Array
     broke: Array
+
+
+class Kept(NamedTuple):
+    """What a run needs to go on; NumPy arrays. A cell's place says which of its rows count.
+
+    Attributes:
+      states: [N, …], of the cells that are done or in a slot.
+      infos: [N], of their last steps.
+      steps: [N] int32, steps made by them.
+      place: [N] int32, slot of the cell; `WAITING` or `DONE`.
+      width, widest: [] int32, slots now and at most; 0 before the start.
+      pushed: [] int32, steps of all slots, those without a cell included.
+    """
+
+    states: ArrayTree
+    infos: ArrayTree
+    steps: np.ndarray
+    place: np.ndarray
+    width: np.ndarray
+    widest: np.ndarray
+    pushed: np.ndarray
 
 
 class Progress(NamedTuple):
@@ -77,6 +98,9 @@ class Found(NamedTuple):
     image_steps_pushed: int
     seconds: loop.Seconds
     slots: int
+
+
+WAITING, DONE = -1, -2
 
 
 def _never(state: ArrayTree) -> bool:
@@ -153,7 +177,8 @@ class _Run:
         self.states, self.infos = empty(self.slot.state), empty(self.slot.info)
         self.steps = np.zeros(self.total, np.int32)
         self.waiting = collections.deque(range(self.total))
-        self.pushed = 0
+        self.numbers = np.zeros(0, int)
+        self.widest = self.pushed = 0
 
     def open(self, width: int) -> None:
         """A batch of `width` slots without cells."""
@@ -217,18 +242,47 @@ class _Run:
         leaving = live[done[live]]
         if len(leaving):
             self.store(leaving)
+            self.numbers = self.numbers.copy()
+            self.numbers[leaving] = -1
 
-    def store(self, leaving: np.ndarray) -> None:
-        """Copies the slots at the positions `leaving` to the host and frees them."""
-        numbers = self.numbers[leaving]
+    def store(self, positions: np.ndarray) -> None:
+        """Copies the slots at `positions` to the host."""
+        numbers = self.numbers[positions]
 
         def keep(kept, leaf):
-            kept[numbers] = np.asarray(leaf)[leaving]
+            kept[numbers] = np.asarray(leaf)[positions]
 
         jax.tree.map(keep, (self.states, self.infos), (self.slots.state, self.slots.info))
-        self.steps[numbers] = self.made[leaving]
-        self.numbers = self.numbers.copy()
-        self.numbers[leaving] = -1
+        self.steps[numbers] = self.made[positions]
+
+    def kept(self) -> Kept:
+        """Where the run stands; the arrays are its own."""
+        live, place = self.live(), np.full(self.total, DONE, np.int32)
+        place[list(self.waiting)] = WAITING
+        place[self.numbers[live]] = live
+        if len(live):
+            self.store(live)
+        counts = (np.asarray(count, np.int32) for count in (len(self.numbers), self.widest, self.pushed))
+        return Kept(self.states, self.infos, self.steps, place, *counts)
+
+    def go_on(self, kept: Kept) -> None:
+        """Puts every cell where it was; a slot without a cell is blank, whatever it held."""
+        self.states, self.infos, self.steps = jax.tree.map(np.array, (kept.states, kept.infos, kept.steps))
+        self.widest, self.pushed = int(kept.widest), int(kept.pushed)
+        self.waiting = collections.deque(np.flatnonzero(kept.place == WAITING).tolist())
+        self.open(int(kept.width))
+        numbers = np.flatnonzero(kept.place >= 0)
+        positions, placed = kept.place[numbers], self.numbers.copy()
+        placed[positions], self.made[positions] = numbers, self.steps[numbers]
+
+        def fill(slot, cells):
+            slot = np.array(slot)
+            slot[positions] = cells[numbers]
+            return jnp.asarray(slot)
+
+        mine = Slots(self.states, self.infos, self.steps, np.full(self.total, -1, np.int32))
+        self.slots = jax.tree.map(fill, self.slots, mine)
+        self.place(placed)
 
     def restart(self, width: int) -> None:
         """Cells in the slots go back to the head of the list and start again in a batch of `width`."""
@@ -297,6 +351,8 @@ def run(
     chunk: int = 20,
     on_chunk: Callable[[Progress], None] | None = None,
     on_shrink: Callable[[int], None] | None = None,
+    keep: stages.Keep = stages.through,
+    name: str = "search",
 ) -> Found:
     """See `sweep.search`, which names the cells of errors.
 
@@ -311,8 +367,33 @@ def run(
     state = _Run(key, inversion, draw, data, cells, victim, num_steps, over_time, chunk)
     compiled = lambda: state.refill.compile_seconds + state.program.compile_seconds
     compiled_before = compiled()
-    _open(state, slots, memory_budget)
-    widest = len(state.numbers)
+
+    def fit(kept: Kept, left: int, save: Callable[[int, Kept, stages.NoInfo], None]):
+        before = state.total * num_steps - left
+        if kept.width:
+            state.go_on(kept)
+        else:
+            _open(state, slots, memory_budget)
+            state.widest = len(state.numbers)
+        if before and on_chunk is not None:
+            on_chunk(state.progress())
+
+        def after_chunk() -> None:
+            if on_chunk is not None:
+                on_chunk(state.progress())
+            save(state.progress().steps - before, state.kept(), stages.NoInfo())
+
+        _run(state, after_chunk, on_shrink)
+        took = time.perf_counter() - started - compiled() + compiled_before
+        return state.kept(), None, loop.Seconds(compiled() - compiled_before, took)
+
+    *_, seconds = keep(name, state.kept(), fit, info=stages.NoInfo, num_steps=state.total * num_steps)
+    images = state.batch_size * int(state.steps.sum()), state.batch_size * state.pushed
+    return Found(state.states, state.infos, state.steps, *images, seconds, state.widest)
+
+
+def _run(state: _Run, after_chunk: Callable[[], None], on_shrink: Callable[[int], None] | None) -> None:
+    """Chunk after chunk until all cells are done."""
     while state.waiting or len(state.live()):
         failed = False
         try:
@@ -323,12 +404,9 @@ def run(
                 raise
             failed = True
         if failed:  # outside the handler, whose traceback would keep the old batch alive
-            widest = len(state.numbers) // 2
-            state.restart(widest)
+            state.widest = len(state.numbers) // 2
+            state.restart(state.widest)
             if on_shrink is not None:
-                on_shrink(widest)
-        elif on_chunk is not None:
-            on_chunk(state.progress())
-    seconds = loop.Seconds(compiled() - compiled_before, time.perf_counter() - started - compiled() + compiled_before)
-    images = state.batch_size * int(state.steps.sum()), state.batch_size * state.pushed
-    return Found(state.states, state.infos, state.steps, *images, seconds, widest)
+                on_shrink(state.widest)
+        else:
+            after_chunk()
