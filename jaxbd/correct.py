@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import evaluate, histogram, loop, losses
+from jaxbd import evaluate, histogram, loop, losses, stages
 from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
 from jaxbd.data import draw
 from jaxbd.images import to_float
@@ -35,6 +35,7 @@ def trigger(
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",
+    keep: stages.Keep = stages.through,
 ) -> Repaired:
     """Corrects the net for one trigger, see `repair.bna`: `variables` with changed moments and with `bounds`.
 
@@ -54,15 +55,11 @@ def trigger(
     report = progress or (lambda *_: None)
     report(label, 0, config.num_steps)
     state = _starter(method.init)(jax.random.fold_in(key, 0), variables, bna.Evidence(model, data, kept))
-    state, infos, seconds = loop.fit(
-        jax.random.fold_in(key, 1),
-        method.step,
-        draw.uniform(batch_size),
-        data,
-        state,
-        num_steps=config.num_steps,
-        on_chunk=lambda done, _, __: report(label, done, config.num_steps),
+    drawn = draw.uniform(batch_size)
+    fit = lambda state, left, on_chunk: loop.fit(
+        jax.random.fold_in(key, 1), method.step, drawn, data, state, num_steps=left, on_chunk=on_chunk
     )
+    state, infos, seconds = stages.run(keep, report, label, state, fit, info=bna.Info, num_steps=config.num_steps)
     return Repaired(method.extract(state), infos, seconds)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import detect, evaluate, loop, sweep
+from jaxbd import detect, evaluate, loop, stages, sweep
 from jaxbd.base import ANY_SOURCE, Batch, Cell, Inversion, Key, Net, Variables
 from jaxbd.data import draw
 from jaxbd.inversion import neural_cleanse, pt_red
@@ -20,6 +20,7 @@ MAKE = {
     name: functools.lru_cache(32)(module.make) for name, module in zip(METHODS, (neural_cleanse, pt_red), strict=True)
 }
 """The factories, remembering what they made, so that nothing is traced twice."""
+INFOS = {"neural-cleanse": neural_cleanse.Info, "pt-red": pt_red.Info}
 EVALUATED = 64
 """Images at a time when a trigger is judged: about as many as one class brings."""
 
@@ -50,6 +51,7 @@ class Lab(NamedTuple):
       search: images the triggers are made on; held_out: others, on which they are judged.
       inversions: by method; last_inversions: for the last estimate.
       progress: (what is running, steps done, steps in all).
+      keep: what may save the searches and go on from there.
     """
 
     key: Key
@@ -61,6 +63,7 @@ class Lab(NamedTuple):
     inversions: Mapping[str, Inversion]
     last_inversions: Mapping[str, Inversion]
     progress: Callable[[str, int, int], None]
+    keep: stages.Keep = stages.through
 
 
 class Joint(NamedTuple):
@@ -102,6 +105,8 @@ def sweep_pairs(lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, ba
         lab.variables,
         num_steps=num_steps,
         on_chunk=lambda at: lab.progress(label, at.steps, at.steps_total),
+        keep=lab.keep,
+        name=label,
         **settings,
     )
     norms = np.full((lab.classes, lab.classes), np.nan)
@@ -140,15 +145,20 @@ def joint(
     for number in sorted(wish.items()):
         key = jax.random.fold_in(key, number[0] * lab.classes + number[1])
     lab.progress(label, 0, num_steps)
-    state, _, seconds = loop.fit(
-        key,
-        inversion.step,
-        draw.uniform(batch_size),
-        data,
-        jax.tree.map(jnp.copy, inversion.init(key)),  # leaves may share memory, which donating forbids
-        Cell(target, jnp.int32(ANY_SOURCE), jnp.float32(0)),
-        lab.variables,
-        num_steps=num_steps,
-        on_chunk=lambda done, _, __: lab.progress(label, done, num_steps),
-    )
+
+    def fit(state, left, on_chunk):
+        return loop.fit(
+            key,
+            inversion.step,
+            draw.uniform(batch_size),
+            data,
+            state,
+            Cell(target, jnp.int32(ANY_SOURCE), jnp.float32(0)),
+            lab.variables,
+            num_steps=left,
+            on_chunk=on_chunk,
+        )
+
+    state = jax.tree.map(jnp.copy, inversion.init(key))  # leaves may share memory, which donating forbids
+    state, _, seconds = stages.run(lab.keep, lab.progress, label, state, fit, info=INFOS[method], num_steps=num_steps)
     return Joint(state, float(sizes(method, state)), bool(reached(method, state)), seconds)

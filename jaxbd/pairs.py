@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import detect, loop, pair_triggers
+from jaxbd import detect, loop, pair_triggers, stages
 from jaxbd.base import Array, Batch, Key, Net, UserError, Variables, check_targets
 from jaxbd.pair_rules import Config, Rules
 from jaxbd.pair_triggers import METHODS, Lab, Pair
@@ -91,12 +91,14 @@ def scan(
     held_out: Batch,
     config: Config,
     progress: Progress | None = None,
+    keep: stages.Keep = stages.through,
 ) -> PairScan:
     """Looks for a backdoor in a net of which nothing is known but its weights, pair by pair.
 
     Args:
       image_shape: (H, W, C); classes: K.
       search: clean images the triggers are made on (uint8 or float); held_out: others, on which they are judged.
+      keep: what may save the searches and estimates and go on from there.
     Raises: UserError when a class brings some images but fewer than `config.least_images`, when no class brings any, or
       on a target out of range; FloatingPointError when a pair diverges.
     """
@@ -120,6 +122,7 @@ def scan(
         inversions,
         joint,
         progress or (lambda *_: None),
+        keep,
     )
     rules = Rules(lab, config, pairs)
     seeds = {method: rules.seeds(method) for method in config.methods}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import devices, loop
+from jaxbd import devices, loop, stages
 from jaxbd import slots as over_slots
 from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables
 from jaxbd.images import to_float
@@ -190,6 +190,8 @@ def search(
     chunk: int = 20,
     on_chunk: Callable[[over_slots.Progress], None] | None = None,
     on_shrink: Callable[[int], None] | None = None,
+    keep: stages.Keep = stages.through,
+    name: str = "search",
 ) -> over_slots.Found:
     """Runs `inversion` for a long list of cells, `slots` of them at a time; all share the victim.
 
@@ -205,6 +207,8 @@ def search(
       on_chunk: called after each chunk with how far all cells are; it may print or raise.
       on_shrink: called with the new number of slots after the device ran out of memory; the cells that were in the
         slots start again.
+      keep, name: what may save the search and go on from there, and the search's name to it. Its state is `slots.Kept`,
+        its steps are those of all cells.
     Returns: states and last infos [N] of every cell as NumPy arrays, see `slots.Found`.
     Raises: FloatingPointError naming the cell whose values stopped being finite; UserError when the budget is too small
       for one cell.
@@ -212,8 +216,9 @@ def search(
     settings = dict(num_steps=num_steps, slots=slots, memory_budget=memory_budget, over_time=over_time, chunk=chunk)
     with _naming(cells):
         return over_slots.run(
-            key, inversion, draw, data, cells, victim, **settings, on_chunk=on_chunk, on_shrink=on_shrink
-        )
+            key, inversion, draw, data, cells, victim, **settings,
+            on_chunk=on_chunk, on_shrink=on_shrink, keep=keep, name=name,
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=32)

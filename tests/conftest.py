@@ -8,6 +8,7 @@ if "xla_force_host_platform_device_count" not in FLAGS:
 # tests compile far more than they run
 QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAXBD_DEVICES", "1")  # of the forced devices; tests that divide work among them say so
 os.environ["XLA_FLAGS"] = FLAGS + QUICK
 
 import jax  # noqa: E402
