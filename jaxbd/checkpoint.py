@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import record
+from jaxbd import devices, record
 from jaxbd.base import ArrayTree, UserError
 
 KEEP = 2
@@ -90,6 +90,8 @@ def resume(
     Raises: UserError as `restore` and `make` do.
     """
     saved = restore(folder, config, state, info, warn, stage)
+    step = str(saved.step if saved else 0)
+    devices.check_same("checkpoint", step.encode(), f"{folder} must lie on a disk that all machines share")
     if saved and saved.step > num_steps:
         raise UserError(f"{folder} is at step {saved.step}, past the {num_steps} asked for; choose another folder")
     on_chunk = make(folder, config, every, state, saved, also, stage)
@@ -198,6 +200,8 @@ def discard(folder: str | pathlib.Path) -> None:
     """
     folder = pathlib.Path(folder).absolute()
     _config(folder)
+    if not devices.is_first():
+        return
     try:
         if folder.exists():
             folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}{DISCARDED}"))
@@ -321,10 +325,16 @@ def _checkpointer():
     """Orbax's synchronous checkpointer, its logger silent: what goes wrong is raised."""
     import orbax.checkpoint as ocp
 
+    # by itself Orbax waits for all processes; here each reads on its own and the first alone writes
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+    )
+    options = {} if jax.process_count() == 1 else {"multiprocessing_options": alone}
     logger = logging.getLogger("absl")
     was, logger.disabled = logger.disabled, True
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(**options), **options) as checkpointer:
             yield checkpointer
     finally:
         logger.disabled = was
@@ -336,6 +346,8 @@ def _write(folder: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) -> No
     Before it, what killed runs left goes, and checkpoints that are not older: `restore` refused them.
     """
     temporary = folder / f"{step}.tmp"
+    if not devices.is_first():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         refused = [folder / str(other) for other in _steps(folder) if other >= step]

@@ -31,7 +31,7 @@ def in_use() -> list[jax.Device]:
     if asked is None:
         return jax.devices()
     if not asked.isdecimal() or not 1 <= int(asked) <= there:
-        raise UserError(f"{asked} devices were asked for; this machine has {there}, give 1..{there}")
+        raise UserError(f"{asked or 'no'} devices were asked for; this machine has {there}, give 1..{there}")
     every = [[d for d in jax.devices() if d.process_index == process] for process in range(jax.process_count())]
     return [device for own in every for device in own[: int(asked)]]
 
@@ -111,7 +111,7 @@ def home(tree: ArrayTree, over: Mesh | None, count: int | None = None) -> ArrayT
 
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints; without others it always is."""
-    return jax.process_count() == 1 or jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0  # asks no device while there is but one
 
 
 def from_all(value: float) -> np.ndarray:

@@ -131,9 +131,7 @@ def run(
     if over is not None and rows % over.size == 0:
         state, args = devices.on_each((state, args), over)
         told = on_chunk and (lambda done, state, infos: on_chunk(done, devices.home(state, over), infos))
-        state, *rest = run(
-            advance, state, *args, num_steps=num_steps, over_time=over_time, chunk=chunk, on_chunk=told
-        )
+        state, *rest = run(advance, state, *args, num_steps=num_steps, over_time=over_time, chunk=chunk, on_chunk=told)
         return devices.home(state, over), *rest
     step, scanned = _programs(advance, chunk)
     over_time = default_time() if over_time == "auto" else over_time

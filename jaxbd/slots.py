@@ -20,8 +20,8 @@ from jaxbd import devices, loop, memory, stages
 from jaxbd.base import Array, ArrayTree, Cell, Inversion, Key, UserError, Variables
 
 DEFAULT, CPU_DEFAULT = 32, 16
-"""Slots of each device where none are asked for and memory allows. Fewer on a CPU, where the arrays of a wide batch outgrow the
-caches."""
+"""Slots of each device where none are asked for and memory allows. Fewer on a CPU, where the arrays of a wide batch
+outgrow the caches."""
 BLANK = np.iinfo(np.int32).max
 """Steps made by a slot without a cell: more than any run asks for, so that it never advances."""
 

@@ -50,7 +50,7 @@ def describe(cells: Cell, index: int) -> str:
 def _advance(
     step: Callable[..., Any], draw: Callable[..., Any], how: How, own_victims: bool, over: Any = None
 ) -> Callable[..., Any]:
-    """`step` for all cells at once ("vmap", "map"), or for one ("loop"); with "map" each device of `over` has its own."""
+    """`step` for all cells at once ("vmap", "map"), or for one ("loop"); "map" gives each device of `over` its own."""
 
     def one(state, key, cell, victim, data):
         draw_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxbd import record, workflow
+from jaxbd import devices, record, workflow
 from jaxbd.base import ArrayTree, Batch, Dataset, UserError
 from jaxbd.cli import flags
 from jaxbd.data import load
@@ -147,6 +147,8 @@ def write_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> No
 
     What was at `path` has passed `check_output` and is deleted only once the new folder stands.
     """
+    if not devices.is_first():
+        return
     path = path.expanduser().absolute()
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)

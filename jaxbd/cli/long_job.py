@@ -7,6 +7,7 @@ an unfinished run, and `OUT.metrics.jsonl`.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import time
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbd import checkpoint, record, stages
+from jaxbd import checkpoint, devices, record, stages
 from jaxbd.base import ArrayTree, UserError
 from jaxbd.cli import show, signals
 from jaxbd.loop import Seconds
@@ -104,6 +105,10 @@ class Job:
         """
         self.resumed: dict[str, Any] | None = None
         self._files, self._flags, self._config = files, flags, config
+        known = json.dumps(record.plain(config)).encode()
+        devices.check_same(
+            "model, data, flags or versions", known, "start the same command with the same files everywhere"
+        )
         self._count, self._started = 0, time.perf_counter()
 
     def __enter__(self) -> "Job":
@@ -144,7 +149,8 @@ class Job:
 
             def on_chunk(done: int, now: ArrayTree, infos: ArrayTree) -> None:
                 nonlocal stopping, ending
-                stopping = self._watch.caught  # asked once: a signal from here on is for the next chunk
+                # asked once: a signal from here on is for the next chunk; a signal to one process is for all
+                stopping = int(devices.from_all(self._watch.caught or 0).max()) or None
                 ending = done == left and time.perf_counter() - self._started >= SHORT
                 save(done, now, infos)
                 if stopping is not None:
@@ -212,7 +218,7 @@ class Metrics:
         self._path, self._started = path, time.perf_counter()
 
     def __enter__(self) -> "Metrics":
-        self._file = self._path.open("ab", buffering=0)
+        self._file = (self._path if devices.is_first() else pathlib.Path(os.devnull)).open("ab", buffering=0)
         return self
 
     def __exit__(self, *_) -> None:

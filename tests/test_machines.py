@@ -1,0 +1,128 @@
+"""Several processes are one run: two on this machine, with two devices each, joined over the loopback interface."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxbd import devices
+from jaxbd.cli import machines
+
+HERE = pathlib.Path(__file__).parent
+PROGRAM = f"""
+import sys
+import jaxbd.cli
+from jaxbd.cli import main
+jaxbd.cli.__path__.append({str(HERE)!r})
+main.VERBS["probe"] = ""
+sys.exit(main.main(["probe", *sys.argv[1:]]))
+"""
+PATIENCE = 1200.0
+"""Seconds for what takes a few on an idle machine."""
+
+
+def start(*flags: str, **environment: str) -> subprocess.Popen:
+    """The verb of `probe.py` in a process of its own."""
+    given = {name: value for name, value in os.environ.items() if name not in (devices.LIMIT, "XLA_FLAGS")}
+    given |= {
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_ENABLE_X64": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *flags], env=given | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def start_two(*flags: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    who = {machines.ADDRESS: address, machines.COUNT: "2"}
+    return [start(*flags, **who, **{machines.NUMBER: str(number)}) for number in range(2)]
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)"""
+    try:
+        said = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    return process.returncode, *said
+
+
+def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(path) as found:
+        return dict(found)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process on one device finds."""
+    out = tmp_path_factory.mktemp("alone") / "out.npz"
+    code, said, complaints = ended(start("--out", str(out), "--devices", "1"))
+    assert code == 0, complaints
+    assert said.endswith("1 devices, resumed None\n")
+    return arrays(out)
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 8
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(alone, tmp_path):
+    out = tmp_path / "out.npz"
+    (code, said, complaints), (other_code, *other_said) = map(ended, start_two("--out", str(out)))
+    assert (code, other_code) == (0, 0), (complaints, other_said)
+    assert "process 1 has another number than process 0; count anew" in said
+    assert said.endswith("4 devices, resumed None\n") and "Gloo" not in said + complaints
+    assert other_said == ["", ""]
+    assert_same(arrays(out), alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_a_lost_process_ends_the_run_in_one_line_and_it_can_be_resumed(alone, tmp_path):
+    out = tmp_path / "out.npz"
+    first, second = start_two("--out", str(out), "--stall-at", "6")
+    stalled, deadline = out.with_suffix(".stalled"), time.monotonic() + PATIENCE
+    while not stalled.exists() and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.05)
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    code, said, complaints = ended(first)
+    second.communicate()
+    assert stalled.exists(), complaints
+    assert time.monotonic() - killed < machines.HEARTBEAT + 60
+    assert code == 2 and complaints in [f"jaxbd: {who}{machines.LOST}\n" for who in ("", "process 0: ")]
+    assert "five: step 4" in said and not out.exists()
+
+    resumed = [ended(process) for process in start_two("--out", str(out), "--resume")]
+    assert [code for code, *_ in resumed] == [0, 0], resumed
+    assert "resumed {'stage': 'five', 'step': " in resumed[0][1]
+    assert_same(arrays(out), alone)
+
+
+def test_who_is_who_must_be_known(tmp_path):
+    given = {name: "" for name in (machines.ADDRESS, machines.COUNT, machines.NUMBER)}
+    code, said, complaints = ended(start("--out", str(tmp_path / "out.npz"), "--distributed", **given))
+    assert (code, said) == (2, "")
+    assert complaints.startswith("jaxbd: no Slurm, no cloud TPU: JAX_COORDINATOR_ADDRESS") and complaints.count("\n") == 1
+
+
+def test_flags_about_machines_are_taken_out_wherever_they_stand(monkeypatch):
+    monkeypatch.delenv(machines.ADDRESS, raising=False)
+    assert machines.taken(["m.pth", "--devices", "4", "--data", "d"]) == (False, "4", ["m.pth", "--data", "d"])
+    assert machines.taken(["--distributed", "m.pth", "--devices=2"]) == (True, "2", ["m.pth"])
+    monkeypatch.setenv(machines.ADDRESS, "host:1")
+    assert machines.taken(["m.pth"]) == (True, None, ["m.pth"])
