@@ -3,11 +3,12 @@
 import dataclasses
 import pathlib
 import time
+from typing import Annotated
 
 import jax
 import numpy as np
 import toys
-from test_sweep_slots import BY_SIZE, KEY, LINEAR, Told
+import tyro
 
 from jaxbd import devices, record, stages, sweep
 from jaxbd.base import UserError
@@ -21,16 +22,19 @@ class Args:
 
     Attributes:
       out: arrays of all results.
-      stall_at: step at which process 1 says so, by a file beside the output, and waits for its end.
+      stall_at: step at which process `stalls` says so, by a file beside the output, and waits for its end.
       job: how it may be stopped.
     """
 
     out: pathlib.Path
     stall_at: int = 0
-    job: long_job.Flags = long_job.Flags(save_every=2)
+    stalls: int = 1
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=2)
 
 
 def run(args: Args) -> int:
+    from test_sweep_slots import BY_SIZE, KEY, LINEAR, Told  # here, because it computes when it is imported
+
     data, drawn = toys.quadrants(0, 40, np.float64), draw.uniform(8)
     cells = toys.widen(sweep.grid(range(4), source=range(4)))
     five = jax.tree.map(lambda leaf: leaf[:5], cells)
@@ -38,7 +42,7 @@ def run(args: Args) -> int:
 
     def note(what: str, done: int, total: int) -> None:
         print(f"{what}: step {done}", flush=True)
-        if args.stall_at == done and jax.process_index() == 1:
+        if args.stall_at == done and jax.process_index() == args.stalls:
             args.out.with_suffix(".stalled").touch()
             time.sleep(600)
 

@@ -13,11 +13,12 @@ import toys
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_sweep_slots import BY_SIZE, KEY, LINEAR, NUDGING
 
-from jaxbd import devices, loop, slots, supervised, sweep, workflow
+from jaxbd import devices, erase, loop, slots, supervised, sweep, workflow
 from jaxbd.base import Inversion, Net, UserError
 from jaxbd.data import draw
 from jaxbd.inversion import mesa
 from jaxbd.models import build
+from jaxbd.repair import dhbe
 
 COLLECTIVE = re.compile(r"\b(all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter)\b")
 DRAW = draw.uniform(6)
@@ -119,6 +120,22 @@ def test_a_batch_that_the_devices_cannot_share_evenly_stays_whole(use, wide):
     expected = train(wide, 10)
     use(8)
     toys.assert_close(train(wide, 10), expected, 0)
+
+
+def test_erasing_without_data_is_divided_too(use):
+    """What the generators make is divided with their noise; in float32, so only the first iterations are compared."""
+    config = dhbe.Config(
+        batch_size=8, width=2, noise_dim=4, trigger_size=3, inner_steps=1, num_steps=2, learning_rate=0.01
+    )
+    spec = build.Spec(arch="cnn", classes=4, image_shape=(8, 8, 1), options={"width": 3, "stages": 1})
+    variables = build.net(spec).init(jax.random.key(0))
+    run = lambda: erase.run(KEY, build.net(spec), spec.image_shape, variables, config)
+    expected = run()
+    use(8)
+    found = run()
+    toys.assert_close(found.variables, expected.variables, 1e-4)
+    prepared = erase._prepared(build.net(spec), spec.image_shape, erase.settled(config))
+    assert ["all-reduce" in kinds for kinds in collectives(loop._programs(prepared[1], 10)[0])] == [True]
 
 
 STUDENTS = Inversion(

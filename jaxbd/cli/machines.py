@@ -97,7 +97,7 @@ def join() -> None:
 
     from jaxbd.base import UserError
 
-    numbers = {"num_processes": os.environ.get(COUNT), "process_id": os.environ.get(NUMBER)}
+    numbers = {"num_processes": os.environ.get(COUNT) or None, "process_id": os.environ.get(NUMBER) or None}
     wrong = [f"{COUNT}={numbers['num_processes']}", f"{NUMBER}={numbers['process_id']}"]
     if not all(value is None or value.isdecimal() for value in numbers.values()):
         raise UserError(f"{' and '.join(wrong)} are to be numbers")
