@@ -350,7 +350,7 @@ def pair_scan(victim, monkeypatch):
     ran = []
 
     def install(verdict: str, targets: list[int]) -> list:
-        def scan(key, net, variables, image_shape, classes, search, held_out, config, progress=None):
+        def scan(key, net, variables, image_shape, classes, search, held_out, config, progress, keep):
             ran.append(config)
             loaded = trigger.load(str(victim / "trigger.npz"))
             attack, model = given.make(image_shape, classes, given.Config(target=3, place="random"), loaded)

@@ -95,7 +95,7 @@ class Job:
     order each time. Stages that are saved whole are not run again.
 
     Attributes:
-      resumed: {"stage", "step"} with which this process began; None when it did all of the run.
+      resumed: {"stage", "step"} of the last stage that was saved before; None when this process did all of the run.
     """
 
     def __init__(self, files: Files | None, flags: Flags, config: dict[str, Any]):
