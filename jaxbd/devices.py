@@ -94,7 +94,8 @@ def fetch(tree: ArrayTree) -> ArrayTree:
 
     def on_every_machine(leaf):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+            # one exchange at a time: of several under way, two processes may each wait for what the other does later
+            return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec())).block_until_ready()
         return leaf
 
     return jax.device_get(jax.tree.map(on_every_machine, tree))

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -43,12 +44,15 @@ def start(*flags: str, **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def start_two(*flags: str) -> list[subprocess.Popen]:
+def start_two(*flags: str, outs: Sequence[pathlib.Path]) -> list[subprocess.Popen]:
+    """Two processes with the same flags, but for the output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     who = {machines.ADDRESS: address, machines.COUNT: "2"}
-    return [start(*flags, **who, **{machines.NUMBER: str(number)}) for number in range(2)]
+    return [
+        start("--out", str(out), *flags, **who, **{machines.NUMBER: str(number)}) for number, out in enumerate(outs)
+    ]
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -82,8 +86,8 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(alone, tmp_path):
-    out = tmp_path / "out.npz"
-    (code, said, complaints), (other_code, *other_said) = map(ended, start_two("--out", str(out)))
+    out, others = tmp_path / "out.npz", tmp_path / "other" / "out.npz"
+    (code, said, complaints), (other_code, *other_said) = map(ended, start_two(outs=(out, others)))
     assert (code, other_code) == (0, 0), (complaints, other_said)
     assert "process 1 has another number than process 0; count anew" in said
     assert said.endswith("4 devices, resumed None\n") and "Gloo" not in said + complaints
@@ -95,7 +99,7 @@ def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(alone, tmp
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_run_in_one_line_and_it_can_be_resumed(lost, alone, tmp_path):
     out = tmp_path / "out.npz"
-    both = start_two("--out", str(out), "--stall-at", "6", "--stalls", str(lost))
+    both = start_two("--stall-at", "6", "--stalls", str(lost), outs=(out, out))
     stalled, deadline = out.with_suffix(".stalled"), time.monotonic() + PATIENCE
     while not stalled.exists() and time.monotonic() < deadline and all(process.poll() is None for process in both):
         time.sleep(0.05)
