@@ -54,7 +54,8 @@ VERBS = {
     "pairs": ["scan", "MODEL", "--method", "pairs", *FEW, *PAIRS],
     "unlearn": ["repair", "MODEL", *FEW, "--target", "3", "--num-steps", "60", *prefixed(MASKS, "search")],
     "bna": [
-        "repair", "MODEL", "--method", "bna", *FEW, "--correction.num-steps", "40", "--rounds", "1", *prefixed(PAIRS, "search"),
+        "repair", "MODEL", "--method", "bna", *FEW, "--correction.num-steps", "40", "--rounds", "1",
+        *prefixed(PAIRS, "search"),
     ],
 }  # fmt: skip
 """Verb or method -> its command, all but where it writes; MODEL stands for a victim."""
