@@ -110,12 +110,14 @@ def estimated(setting, key, case: study.Case, scan: pairs.Config, correction: bn
         jax.random.fold_in(key, 0), case.net, case.variables, case.image_shape, setting.size.spec.classes,
         search, held_out, scan, units.progress("adaptive"),
     )  # fmt: skip
-    corrections = {}
-    for target, trigger in found.triggers.items():
-        corrections[target] = corrected_with(
-            setting, jax.random.fold_in(key, 1 + target), case, *pairs.trigger(found, target),
-            (trigger.sources, target), correction,
-        )  # fmt: skip
+    suspect = correct.Suspect(case.net, case.variables, case.image_shape, setting.size.spec.classes)
+    corrections = {
+        target: correct.detected(
+            jax.random.fold_in(key, 1 + target), suspect, found, target, data, correction, scan,
+            batch_size=setting.size.batch_size, progress=units.progress("adaptive"),
+        ).variables
+        for target in found.targets
+    }  # fmt: skip
     return corrections, found.targets
 
 

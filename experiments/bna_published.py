@@ -72,7 +72,7 @@ def one_model(name: str, settings: bna_rows.Settings) -> dict[str, Any]:
 def unit(name: str) -> dict[str, Any]:
     """`one_model`, kept under `runs/`."""
     settings = bna_rows.Settings(SCAN, bna.Config())
-    wanted = [HELD, TESTED, *map(units.settings_of, settings)]
+    wanted = [HELD, TESTED, *bna_rows.as_settings(settings)]
     return units.unit(NAME, name, wanted, lambda: one_model(name, settings))
 
 

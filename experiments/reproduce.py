@@ -19,6 +19,7 @@ SECTIONS = {
     "mesa": "experiments.reproduce_mesa",
     "import": "experiments.reproduce_import",
     "bna": "experiments.reproduce_bna",
+    "dhbe": "experiments.reproduce_dhbe",
 }
 
 
@@ -37,15 +38,15 @@ class Check(NamedTuple):
         return self.value <= self.limit if self.kind == "at most" else self.value >= self.limit
 
 
-def main(section: Literal["mesa", "import", "bna"], /, quick: bool = False, parts: tuple[str, ...] = ()) -> int:
+def main(section: Literal["mesa", "import", "bna", "dhbe"], /, quick: bool = False, parts: tuple[str, ...] = ()) -> int:
     """Reproduces one section.
 
     Args:
-      section: mesa (detection, unlearning and maps), import (foreign model files) or bna (class pairs, correction and
-        test-time detection).
+      section: mesa (detection, unlearning and maps), import (foreign model files), bna (class pairs, correction and
+        test-time detection) or dhbe (erasure without data).
       quick: a smaller honest version, in under 5 minutes.
       parts: only these parts of a long section, whose record then holds no others; bna: digits, variations, published,
-        cifar, adaptive.
+        cifar, adaptive; dhbe: digits, attacks, sweeps, distances, cifar, published.
     """
     units.use_cache()
     module = importlib.import_module(SECTIONS[section])

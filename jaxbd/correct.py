@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import evaluate, histogram, loop, losses, stages
+from jaxbd import evaluate, histogram, loop, losses, pairs, stages
 from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
 from jaxbd.data import draw
 from jaxbd.images import to_float
@@ -61,6 +61,62 @@ def trigger(
     )
     state, infos, seconds = stages.run(keep, report, label, state, fit, info=bna.Info, num_steps=config.num_steps)
     return Repaired(method.extract(state), infos, seconds)
+
+
+class Suspect(NamedTuple):
+    """The net under correction: its architecture, weights, image shape (H, W, C), number of classes."""
+
+    net: Net
+    variables: Variables
+    image_shape: tuple[int, int, int]
+    classes: int
+
+
+def detected(
+    key: Key,
+    suspect: Suspect,
+    found: pairs.PairScan,
+    target: int,
+    data: Batch,
+    config: bna.Config,
+    scan: pairs.Config,
+    *,
+    rounds: int = 2,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    label: str = "bna",
+    keep: stages.Keep = stages.through,
+) -> Repaired:
+    """Corrects the net for a detected target, then for what still leads there, `rounds` times.
+
+    The estimated trigger is not the attacker's, and a correction for the one may let the other through. So a trigger is
+    estimated for the corrected net too, and the net as it came is corrected anew for all triggers so far.
+
+    # Differs from paper: it corrects once, for the one trigger it estimates
+
+    Args:
+      found: what `pairs.scan` found with the settings `scan`.
+      data: clean images of all classes; see `trigger`.
+    Returns: the last correction, with the seconds of all. Raises: UserError as `trigger` does.
+    """
+    first = found.triggers[target]
+    triggers, spent = pairs.estimates(found, target), []
+    clean, kept = of_classes(data, first.sources), of_classes(data, (target,))
+    for number in range(rounds + 1):
+        part = f"{label}, round {number + 1} of {rounds + 1}" if rounds else label
+        repaired = trigger(
+            jax.random.fold_in(key, number), suspect.net, suspect.variables, *pairs.together(triggers), clean, config,
+            kept=kept, batch_size=batch_size, progress=progress, label=part, keep=keep,
+        )  # fmt: skip
+        spent.append(repaired.seconds)
+        if number < rounds:
+            left, seconds = pairs.again(
+                jax.random.fold_in(key, 100 + number), suspect.net, repaired.variables, suspect.classes,
+                suspect.image_shape, data, first, target, scan, progress, keep,
+            )  # fmt: skip
+            triggers.append(left)
+            spent.append(seconds)
+    return repaired._replace(seconds=loop.total(*spent))
 
 
 @functools.lru_cache(maxsize=32)

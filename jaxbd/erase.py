@@ -5,14 +5,18 @@ Composition like `workflow`: nothing is printed, no file is opened, and nothing 
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxbd import loop
-from jaxbd.base import Key, Net, Variables
+from jaxbd.base import Key, Net, UserError, Variables
 from jaxbd.models.norm import NORMALISATIONS
+from jaxbd.models.synthesis import SampleGenerator, TriggerGenerator, to_pixels
 from jaxbd.repair import dhbe
 from jaxbd.workflow import Progress, Repaired
 
@@ -108,3 +112,85 @@ def run(
         rows=config.batch_size,
     )
     return Repaired(method.extract(state), infos, seconds)
+
+
+def samples(
+    key: Key, state: dhbe.State, image_shape: tuple[int, int, int], config: dhbe.Config, count: int
+) -> np.ndarray:
+    """Images uint8 [count, H, W, C] that the sample generator makes of noise drawn with `key`.
+
+    As in training they are normalised by the moments of a batch, of `config.batch_size` or of `count` if that is more;
+    running moments are not used. `config` as `settled` gives it; values outside [0, 1] are cut off.
+
+    Raises: UserError when count is less than 1.
+    """
+    module = SampleGenerator(tuple(image_shape), config.width)
+    made = _generated(module, key, state.generator, config, count)
+    return _stored(to_pixels(made, config.mean, config.std))
+
+
+def triggers(
+    key: Key, state: dhbe.State, image_shape: tuple[int, int, int], config: dhbe.Config, count: int
+) -> np.ndarray:
+    """Triggers uint8 [count, side, side, C] that the trigger generator makes, on batch moments as `samples`.
+
+    Triggers are added to images, so mid-grey stands for 0, black and white for -1 and +1 times `config.trigger_scale`.
+
+    Raises: UserError when count is less than 1.
+    """
+    module = TriggerGenerator(config.trigger_size, image_shape[-1], config.width)
+    return _stored(0.5 + 0.5 * _generated(module, key, state.trigger, config, count))
+
+
+def _generated(module: nn.Module, key: Key, learner: dhbe.Learner, config: dhbe.Config, count: int) -> jax.Array:
+    """The first `count` that the module makes of a batch of noise; its own running moments stay as they are."""
+    if count < 1:
+        raise UserError(f"{count} images were asked for; give at least 1")
+    noise = jax.random.normal(key, (max(count, config.batch_size), config.noise_dim))
+    return module.apply(learner.variables, noise, train=True, mutable=["batch_stats"])[0][:count]
+
+
+def _stored(images: jax.Array) -> np.ndarray:
+    """Pixels in [0, 1] as uint8."""
+    return np.asarray(jnp.round(255 * jnp.clip(images, 0, 1)).astype(jnp.uint8))
+
+
+class Picture(NamedTuple):
+    """What the generators made after `step` iterations: samples uint8 [n, H, W, C], triggers uint8 [n, h, w, C]."""
+
+    step: int
+    samples: np.ndarray
+    triggers: np.ndarray
+
+
+class Album:
+    """Pictures of a few moments of a run, always of the same noise; give `on_chunk` to `run`.
+
+    A moment is the end of the first chunk after it. A run that goes on from a saved state has pictures from there on.
+
+    Attributes:
+      pictures: in order of time.
+    """
+
+    def __init__(
+        self,
+        key: Key,
+        image_shape: tuple[int, int, int],
+        config: dhbe.Config,
+        *,
+        shares: Sequence[float] = (0.0, 0.1, 0.3, 1.0),
+        count: int = 12,
+    ):
+        """`shares` of the run's iterations in [0, 1] are the moments; `count` images each; `config` as `settled`."""
+        self.pictures: list[Picture] = []
+        self._key, self._image_shape, self._config, self._count = key, tuple(image_shape), config, count
+        self._left = sorted({share * config.num_steps for share in shares})
+
+    def on_chunk(self, done: int, state: dhbe.State, infos: Any = None) -> None:
+        """Adds a picture when a moment has come; `infos` is not looked at."""
+        due = [moment for moment in self._left if moment <= done]
+        if due:
+            self._left = self._left[len(due) :]
+            shown = (state, self._image_shape, self._config, self._count)
+            one, other = jax.random.split(self._key)
+            self.pictures.append(Picture(done, samples(one, *shown), triggers(other, *shown)))

@@ -22,6 +22,7 @@ INVERSIONS = {
     "mesa": "jaxbd.inversion.mesa",
     "neural-cleanse": "jaxbd.inversion.neural_cleanse",
     "pixel": "jaxbd.inversion.pixel",
+    "plain": "jaxbd.inversion.plain",
     "pt-red": "jaxbd.inversion.pt_red",
 }
 REPAIRS = {"bna": "jaxbd.repair.bna", "dhbe": "jaxbd.repair.dhbe", "unlearn": "jaxbd.repair.unlearn"}

@@ -21,7 +21,10 @@ How two searches become one answer (the paper chooses the search by the attack, 
    (`intrinsic_factor`) they do not share one, and only the source with the smallest trigger is kept (appendix C).
 6. Where the other search too has a trigger that works for those sources, and is not much larger than its single ones,
    it is kept beside the first: which of them activates the net as the attacker's does is not known, so a correction is
-   made with both (`pairs.trigger`).
+   made with both (`pairs.together`).
+7. Where the trigger is a small patch, and a patch of one colour that fills its box works as well, that one is taken in
+   place of all others: the smallest mask is speckled and only just works, while an attacker's patch is solid and works
+   by far, and a correction for the one is none for the other.
 """
 
 import dataclasses
@@ -64,6 +67,7 @@ class Config:
       lone_factor: times the threshold, the score from which a pair counts that stands alone.
       intrinsic_factor: a joint trigger larger than this times the largest single one shows that the sources do not
         share a trigger (appendix C: 27.18 against 7.95).
+      plain_share: largest share of the image that the box of a patch may take for rule 7; 0 leaves the rule out.
       least_images: images that a source class has to bring.
       neural_cleanse: settings of the search for patches.
       pt_red: settings of the search for perturbations.
@@ -85,6 +89,7 @@ class Config:
     coverage: float = 0.75
     lone_factor: float = 2.0
     intrinsic_factor: float = 3.0
+    plain_share: float = 0.1
     least_images: int = 5
     neural_cleanse: NeuralCleanseConfig = dataclasses.field(default_factory=neural_cleanse.for_pairs)
     pt_red: PtRedConfig = dataclasses.field(default_factory=pt_red.Config)
@@ -101,6 +106,8 @@ class Config:
             raise UserError("pairs: working_rate, joint_rate and coverage must be in (0, 1]")
         if not (self.threshold > 0 and self.group >= 2):
             raise UserError("pairs: need threshold > 0 and group >= 2")
+        if not 0 <= self.plain_share <= 1:
+            raise UserError(f"pairs: plain_share {self.plain_share} is not in [0, 1]")
         if not min(self.intrinsic_factor, self.lone_factor) >= 1:
             raise UserError("pairs: intrinsic_factor and lone_factor must be at least 1")
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxbd import detect, evaluate, loop, stages, sweep
 from jaxbd.base import ANY_SOURCE, Batch, Cell, Inversion, Key, Net, Variables
 from jaxbd.data import draw
-from jaxbd.inversion import neural_cleanse, pt_red
+from jaxbd.inversion import neural_cleanse, plain, pt_red
 
 Pair = tuple[int, int]
 """(source, target)"""
@@ -21,6 +21,7 @@ MAKE = {
 }
 """The factories, remembering what they made, so that nothing is traced twice."""
 INFOS = {"neural-cleanse": neural_cleanse.Info, "pt-red": pt_red.Info}
+make_plain = functools.lru_cache(32)(plain.make)
 EVALUATED = 64
 """Images at a time when a trigger is judged: about as many as one class brings."""
 
@@ -117,12 +118,17 @@ def sweep_pairs(lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, ba
 
 def outcomes(lab: Lab, method: str, state: Any, sources: Sequence[int]) -> np.ndarray:
     """[K, K]: share of the held-out images of each of `sources` that a trigger sends to each class; nan elsewhere."""
+    return sent(lab, lab.inversions[method].stamp, state, sources)
+
+
+def sent(lab: Lab, stamp: Any, state: Any, sources: Sequence[int]) -> np.ndarray:
+    """As `outcomes`, of any trigger (stamp, state)."""
     shares = np.full((lab.classes, lab.classes), np.nan)
     chosen = np.isin(lab.held_out.labels, sources)
     if not chosen.any():
         return shares
     data = Batch(lab.held_out.images[chosen], lab.held_out.labels[chosen])
-    key, stamp = jax.random.fold_in(lab.key, 10), lab.inversions[method].stamp
+    key = jax.random.fold_in(lab.key, 10)
     logits = evaluate.triggered_logits(key, lab.net, lab.variables, stamp, state, data, batch_size=EVALUATED)
     counts = np.zeros_like(shares)
     np.add.at(counts, (data.labels, logits.argmax(-1)), 1)
@@ -135,30 +141,48 @@ def joint(
     lab: Lab, method: str, inversion: Inversion, wish: Mapping[int, int], num_steps: int, batch_size: int
 ) -> Joint:
     """One trigger that sends the images of every source in `wish` to its target."""
+    label = f"{method}: one trigger for {len(wish)} source(s)"
+    key = jax.random.fold_in(lab.key, 20)
+    for number in sorted(wish.items()):
+        key = jax.random.fold_in(key, number[0] * lab.classes + number[1])
+    info, state = INFOS[method], inversion.init(key)
+    state, seconds = _fitted(lab, key, inversion, info, state, wish, num_steps, batch_size, label)
+    return Joint(state, float(sizes(method, state)), bool(reached(method, state)), seconds)
+
+
+def box(method: str, state: Any) -> np.ndarray | None:
+    """[4], see `plain.box_of`, around the mask of a patch; None for a perturbation."""
+    return plain.box_of(state.best_mask) if method == "neural-cleanse" else None
+
+
+def plain_patch(
+    lab: Lab,
+    image_shape: tuple[int, int, int],
+    box: np.ndarray,
+    wish: Mapping[int, int],
+    num_steps: int,
+    batch_size: int,
+) -> tuple[Inversion, Any, loop.Seconds]:
+    """A patch of one colour that fills `box` [4], for all of `wish`: (inversion, its state, seconds)."""
+    inversion = make_plain(lab.net, tuple(image_shape), plain.Config())
+    state = inversion.init(lab.key)._replace(box=jnp.asarray(box))
+    label, key = "plain patch", jax.random.fold_in(lab.key, 30)
+    state, seconds = _fitted(lab, key, inversion, plain.Info, state, wish, num_steps, batch_size, label)
+    return inversion, state, seconds
+
+
+def _fitted(lab, key, inversion, info, state, wish, num_steps, batch_size, label) -> tuple[Any, loop.Seconds]:
+    """(state, seconds) of an inversion on all images of the sources in `wish`, each with its target."""
     labels = np.asarray(lab.search.labels)
     # as many rows as the whole set has, so that one program serves all sets of sources
     rows = jnp.asarray(np.resize(np.flatnonzero(np.isin(labels, list(wish))), len(labels)))
     data = jax.tree.map(lambda leaf: leaf[rows], lab.search)
     target = jnp.array([wish.get(source, 0) for source in range(lab.classes)], jnp.int32)
-    label = f"{method}: one trigger for {len(wish)} source(s)"
-    key = jax.random.fold_in(lab.key, 20)
-    for number in sorted(wish.items()):
-        key = jax.random.fold_in(key, number[0] * lab.classes + number[1])
+    cell, drawn = Cell(target, jnp.int32(ANY_SOURCE), jnp.float32(0)), draw.uniform(batch_size)
     lab.progress(label, 0, num_steps)
-
-    def fit(state, left, on_chunk):
-        return loop.fit(
-            key,
-            inversion.step,
-            draw.uniform(batch_size),
-            data,
-            state,
-            Cell(target, jnp.int32(ANY_SOURCE), jnp.float32(0)),
-            lab.variables,
-            num_steps=left,
-            on_chunk=on_chunk,
-        )
-
-    state = jax.tree.map(jnp.copy, inversion.init(key))  # leaves may share memory, which donating forbids
-    state, _, seconds = stages.run(lab.keep, lab.progress, label, state, fit, info=INFOS[method], num_steps=num_steps)
-    return Joint(state, float(sizes(method, state)), bool(reached(method, state)), seconds)
+    fit = lambda state, left, on_chunk: loop.fit(
+        key, inversion.step, drawn, data, state, cell, lab.variables, num_steps=left, on_chunk=on_chunk
+    )
+    state = jax.tree.map(jnp.copy, state)  # leaves may share memory, which donating forbids
+    state, _, seconds = stages.run(lab.keep, lab.progress, label, state, fit, info=info, num_steps=num_steps)
+    return state, seconds

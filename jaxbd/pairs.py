@@ -7,7 +7,8 @@ the searches for patches and for perturbations become one answer is written down
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import detect, loop, pair_triggers, stages
-from jaxbd.base import Array, Batch, Key, Net, UserError, Variables, check_targets
+from jaxbd.base import Array, Batch, Inversion, Key, Net, UserError, Variables, check_targets
 from jaxbd.pair_rules import Config, Rules
 from jaxbd.pair_triggers import METHODS, Lab, Pair
 
-__all__ = ["METHODS", "Config", "Estimate", "Pair", "PairScan", "Progress", "scan", "searched", "trigger"]
+__all__ = [
+    "METHODS",
+    "Config",
+    "Estimate",
+    "Pair",
+    "PairScan",
+    "Progress",
+    "again",
+    "estimates",
+    "scan",
+    "searched",
+    "together",
+]
 
 Stamp = Callable[[Key, Any, Array], Array]
 """(key, model, images) -> images"""
@@ -32,10 +45,10 @@ class Estimate(NamedTuple):
     """A trigger estimated for one target.
 
     Attributes:
-      method: the search behind it.
+      method: the search behind it; "plain" for a patch of one colour, see rule 7 of `pair_rules`.
       stamp: (key, model, images) -> images; model: its state.
       sources: classes whose images it was made on.
-      norm: L1 norm of the mask, or L2 norm of the perturbation.
+      norm: L1 norm of the mask (of a plain patch its area), or L2 norm of the perturbation.
       attack_success_rate: on held-out images of the sources; nan without any.
     """
 
@@ -103,15 +116,7 @@ def scan(
       on a target out of range; FloatingPointError when a pair diverges.
     """
     pairs, missing = searched(np.asarray(search.labels), classes, config)
-    settings = {"neural-cleanse": config.neural_cleanse, "pt-red": config.pt_red}
-    strict = {
-        "neural-cleanse": dataclasses.replace(config.neural_cleanse, attack_threshold=config.joint_rate),
-        "pt-red": dataclasses.replace(config.pt_red, success_rate=config.joint_rate),
-    }
-    inversions, joint = (
-        {method: pair_triggers.MAKE[method](net, image_shape, kind[method]) for method in config.methods}
-        for kind in (settings, strict)
-    )
+    inversions, joint = (_inversions(net, image_shape, config, config.methods, last=last) for last in (False, True))
     lab = Lab(
         key,
         net,
@@ -126,7 +131,18 @@ def scan(
     )
     rules = Rules(lab, config, pairs)
     seeds = {method: rules.seeds(method) for method in config.methods}
-    return _result(rules, seeds, missing)
+    return _result(rules, image_shape, seeds, missing)
+
+
+def _inversions(net, image_shape, config: Config, methods: Sequence[str], *, last: bool) -> dict[str, Inversion]:
+    """The searches by method; the `last` ones have to reach `joint_rate`."""
+    settings = {"neural-cleanse": config.neural_cleanse, "pt-red": config.pt_red}
+    if last:
+        settings = {
+            "neural-cleanse": dataclasses.replace(config.neural_cleanse, attack_threshold=config.joint_rate),
+            "pt-red": dataclasses.replace(config.pt_red, success_rate=config.joint_rate),
+        }
+    return {method: pair_triggers.MAKE[method](net, image_shape, settings[method]) for method in methods}
 
 
 def searched(labels: np.ndarray, classes: int, config: Config) -> tuple[list[Pair], tuple[int, ...]]:
@@ -158,10 +174,31 @@ def _estimate(rules: Rules, method: str, target: int, sources: list[int]) -> Est
 
 def _judged(rules: Rules, method: str, target: int, sources: list[int], found: pair_triggers.Joint) -> Estimate:
     """A trigger of several pairs with its rate on held-out images."""
-    rates = pair_triggers.outcomes(rules.lab, method, found.state, sources)[sources, target]
-    rate = float(rates[np.isfinite(rates)].mean()) if np.isfinite(rates).any() else float("nan")
+    rate = _rate(pair_triggers.outcomes(rules.lab, method, found.state, sources), dict.fromkeys(sources, target))
     stamp = rules.lab.inversions[method].stamp
     return Estimate(method, stamp, found.state, tuple(sources), found.norm, rate)
+
+
+def _rate(shares: np.ndarray, wish: Mapping[int, int]) -> float:
+    """Mean share [K, K] of the pairs in `wish` that could be judged; nan without any."""
+    rates = np.array([shares[pair] for pair in wish.items()])
+    return float(rates[np.isfinite(rates)].mean()) if np.isfinite(rates).any() else float("nan")
+
+
+def _plain(rules: Rules, image_shape: tuple[int, int, int], target: int, estimate: Estimate) -> Estimate | None:
+    """A patch of one colour in place of a small speckled one; None where that does not work as well: rule 7."""
+    box = pair_triggers.box(estimate.method, estimate.model)
+    if box is None or math.prod(box[2:] - box[:2]) > rules.config.plain_share * math.prod(image_shape[:2]):
+        return None
+    wish, config = dict.fromkeys(estimate.sources, target), rules.config
+    inversion, state, seconds = pair_triggers.plain_patch(
+        rules.lab, image_shape, box, wish, config.joint_steps, config.joint_batch_size
+    )
+    rules.spend(config.joint_steps * config.joint_batch_size, seconds)
+    rate = _rate(pair_triggers.sent(rules.lab, inversion.stamp, state, list(wish)), wish)
+    area = float(math.prod(box[2:] - box[:2]))
+    found = Estimate("plain", inversion.stamp, state, estimate.sources, area, rate)
+    return found if rate >= estimate.attack_success_rate else None
 
 
 def _other(rules: Rules, target: int, estimate: Estimate) -> Estimate | None:
@@ -175,10 +212,44 @@ def _other(rules: Rules, target: int, estimate: Estimate) -> Estimate | None:
     return None
 
 
-def trigger(found: PairScan, target: int) -> tuple[Stamp, Any]:
-    """(stamp, model) for the correction of a detected target: of two estimates, one is drawn for each image."""
-    # Differs from paper: it has one trigger, of the search that suits the attack
-    estimates = [found.triggers[target], *([found.others[target]] if target in found.others else [])]
+def estimates(found: PairScan, target: int) -> list[Estimate]:
+    """All that was estimated for a detected target."""
+    return [found.triggers[target], *([found.others[target]] if target in found.others else [])]
+
+
+def again(
+    key: Key,
+    net: Net,
+    variables: Variables,
+    classes: int,
+    image_shape: tuple[int, int, int],
+    search: Batch,
+    first: Estimate,
+    target: int,
+    config: Config,
+    progress: Progress | None = None,
+    keep: stages.Keep = stages.through,
+) -> tuple[Estimate, loop.Seconds]:
+    """What leads to `target` in a net after its correction: one trigger for the sources of `first`, the first estimate.
+
+    Args:
+      variables: of the corrected net.
+      keep: see `scan`.
+    Returns: the estimate (its rate is that on `search`), and the seconds it took.
+    """
+    method = first.method if first.method in METHODS else "neural-cleanse"
+    inversions = _inversions(net, image_shape, config, (method,), last=True)
+    batch = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
+    held = Batch(np.asarray(search.images), np.asarray(search.labels))
+    lab = Lab(key, net, variables, classes, batch, held, inversions, inversions, progress or (lambda *_: None), keep)
+    wish = dict.fromkeys(first.sources, target)
+    found = pair_triggers.joint(lab, method, inversions[method], wish, config.joint_steps, config.joint_batch_size)
+    rate = _rate(pair_triggers.outcomes(lab, method, found.state, list(wish)), wish)
+    return Estimate(method, inversions[method].stamp, found.state, first.sources, found.norm, rate), found.seconds
+
+
+def together(estimates: Sequence[Estimate]) -> tuple[Stamp, Any]:
+    """(stamp, model) of several estimates: one of them is drawn for each image."""
     if len(estimates) == 1:
         return estimates[0].stamp, estimates[0].model
     return _either(tuple(each.stamp for each in estimates)), tuple(each.model for each in estimates)
@@ -197,7 +268,9 @@ def _either(stamps: tuple[Stamp, ...]) -> Stamp:
     return stamp
 
 
-def _result(rules: Rules, tried: dict[str, tuple[dict[Pair, float], list[Pair]]], missing: tuple[int, ...]) -> PairScan:
+def _result(
+    rules: Rules, image_shape, tried: dict[str, tuple[dict[Pair, float], list[Pair]]], missing: tuple[int, ...]
+) -> PairScan:
     """What `tried`, each search's seeds and pairs that did not work, come to."""
     seeds = {method: working for method, (working, _) in tried.items()}
     found, rule = rules.detected(seeds)
@@ -205,7 +278,9 @@ def _result(rules: Rules, tried: dict[str, tuple[dict[Pair, float], list[Pair]]]
     for method, pairs in found:
         for target in sorted({t for _, t in pairs}):
             triggers[target] = _estimate(rules, method, target, [s for s, t in pairs if t == target])
-    others = {target: _other(rules, target, estimate) for target, estimate in triggers.items()}
+    patches = {target: _plain(rules, image_shape, target, estimate) for target, estimate in triggers.items()}
+    triggers |= {target: patch for target, patch in patches.items() if patch is not None}
+    others = {t: None if patches[t] else _other(rules, t, estimate) for t, estimate in triggers.items()}
     pairs = sorted((source, target) for target, estimate in triggers.items() for source in estimate.sources)
     doubts = rules.doubts(seeds, any(failed for _, failed in tried.values()))
     verdict = "backdoored" if found else "inconclusive" if doubts else "clean"

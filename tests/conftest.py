@@ -28,6 +28,13 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = FLAGS  # read by now; programs that tests start shall run at full speed
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are forgotten after each file of tests, or a worker ends with gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"):
         return

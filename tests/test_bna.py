@@ -374,3 +374,39 @@ def test_total_variations_tells_moved_channels_apart():
     moved[:50, 2] = 9  # a quarter of one channel's values
     found = correct.total_variations(clean, moved, 0.1, 100)
     assert found[0] == 0 and 0.8 < found[1] < 1 and 0.15 < found[2] <= 0.25  # the last interval holds clean ones too
+
+
+def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
+    """Each round corrects the net as it came, for all triggers so far, and the next trigger is sought in its result."""
+    from jaxbd import pairs
+
+    seen, sought = [], []
+
+    def trigger(key, net, variables, stamp, model, data, config, **settings):
+        seen.append(
+            (variables, model, sorted(set(data.labels.tolist())), sorted(set(settings["kept"].labels.tolist())))
+        )
+        return correct.Repaired(f"corrected {len(seen)}", None, loop.Seconds(1.0, 2.0))
+
+    def again(key, net, variables, classes, image_shape, search, first, target, config, progress):
+        sought.append((variables, first.model, target))
+        return first._replace(model=f"again {len(sought)}"), loop.Seconds(0.5, 0.5)
+
+    monkeypatch.setattr(correct, "trigger", trigger)
+    monkeypatch.setattr(pairs, "again", again)
+    first = pairs.Estimate("pt-red", lambda key, model, images: images, "first", (0, 1), 1.0, 1.0)
+    found = pairs.PairScan(
+        "backdoored", [2], [], None, "", {}, {}, {2: first}, {2: first._replace(model="other")}, (), {}, 0,
+        loop.Seconds(0.0, 0.0),
+    )  # fmt: skip
+    data = Batch(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9) % 3)
+    suspect = correct.Suspect(toys.NET, "as it came", (2, 2, 1), 3)
+    result = correct.detected(
+        jax.random.key(0), suspect, found, 2, data, bna.Config(), pairs.Config(), rounds=2, batch_size=2
+    )
+    assert [models for _, models, _, _ in seen] == [
+        ("first", "other"), ("first", "other", "again 1"), ("first", "other", "again 1", "again 2")
+    ]  # fmt: skip
+    assert all((v, labels, kept) == ("as it came", [0, 1], [2]) for v, _, labels, kept in seen)
+    assert sought == [("corrected 1", "first", 2), ("corrected 2", "first", 2)]
+    assert (result.variables, result.seconds) == ("corrected 3", loop.Seconds(4.0, 7.0))

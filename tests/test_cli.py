@@ -362,7 +362,7 @@ def pair_scan(victim, monkeypatch):
             return pairs.PairScan(
                 verdict=verdict, targets=targets, pairs=[(s, t) for t in targets for s in sources],
                 setting="all-to-one" if targets else None, decided_by="a rule", statistics=by_method, scores=by_method,
-                triggers=triggers, missing=(), steps=dict.fromkeys(config.methods, 7), image_steps=70,
+                triggers=triggers, others={}, missing=(), steps=dict.fromkeys(config.methods, 7), image_steps=70,
                 seconds=loop.Seconds(1.0, 2.0),
             )  # fmt: skip
 
@@ -593,11 +593,11 @@ def test_the_demo_writes_all_it_names(tmp_path, monkeypatch, capsys):
 
     accused = detect.Decision("backdoored", [7], [0.0] * 10)
     monkeypatch.setattr(detect, "decide", lambda rates, config: accused)
-    few = [word for what in ("train", "scan", "repair", "bna") for word in (f"--{what}-steps", "2")]
+    few = [word for what in ("train", "scan", "repair", "bna", "dhbe") for word in (f"--{what}-steps", "2")]
     assert main(["demo", *few, "--baseline-runs", "1", "--levels", "0.9", "--out", str(tmp_path / "demo")]) == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "verdicts are not what was planted" in out and "suspect, twin, repaired, guarded, scan.json" in out
-    written = "guarded repair.json repaired report.html scan-twin.json scan.json suspect twin"
+    assert "verdicts are not what was planted" in out and "repaired, guarded, second-suspect, erased, scan.json" in out
+    written = "erased guarded repair.json repaired report.html scan-twin.json scan.json second-suspect suspect twin"
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == written.split()
     table = [row["method"] for row in read(tmp_path / "demo" / "repair.json")["table"]]
     assert table[0] == "before" and {"MESA level 0.9", "MESA mixture", "ideal (true trigger)"} < set(table)
@@ -609,4 +609,11 @@ def test_the_demo_writes_all_it_names(tmp_path, monkeypatch, capsys):
     assert line in out and f"{found['after']['source_inference_accuracy']:.3f} of triggered images get their" in out
     page = (tmp_path / "demo" / "report.html").read_text()
     assert 'id="activations"' in page and "BNA, guarded" in page and "Flagged" in page
+    found = read(tmp_path / "demo" / "erased" / "repair.json")
+    assert found["method"] == "dhbe" and found["config"]["num_steps"] == 2
+    assert list(found["amplified"]) == ["1", "4", "9"]
+    assert found["amplified"]["1"] == [found[when]["attack_success_rate"] for when in ("before", "after")]
+    rates = " / ".join(f"{after:.3f}" for _, after in found["amplified"].values())
+    assert f"before, {rates} after" in out and "DHBE, no data" in out
+    assert 'id="erased"' in page and page.count("after 2 iterations") == 2 and "logit difference" in page
     assert main(["inspect", str(tmp_path / "demo" / "guarded")]) == 0

@@ -32,7 +32,7 @@ from jaxbd.attacks import (
     wanet,
 )
 from jaxbd.base import Batch, Cell, UserError
-from jaxbd.inversion import mesa, neural_cleanse, pixel, pt_red
+from jaxbd.inversion import mesa, neural_cleanse, pixel, plain, pt_red
 from jaxbd.models import build
 from jaxbd.repair import bna, dhbe, unlearn
 
@@ -214,6 +214,7 @@ METHODS = [
     ("mesa-searched", inversion, mesa, mesa.Config(place="searched", **SMALL)),
     ("mesa-fixed", inversion, mesa, mesa.Config(place="fixed", row=5, column=5, **SMALL)),
     ("pixel", inversion, pixel, pixel.Config()),
+    ("plain", inversion, plain, plain.Config()),
     ("pixel-image", inversion, pixel, pixel.Config(place="image", patch=2)),
     ("pixel-fixed", inversion, pixel, pixel.Config(place="fixed", row=1)),
     ("neural-cleanse", inversion, neural_cleanse, neural_cleanse.Config()),

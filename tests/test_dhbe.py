@@ -18,6 +18,7 @@ from jaxbd import erase, losses
 from jaxbd.base import Batch, UserError
 from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
+from jaxbd.models.synthesis import SampleGenerator, TriggerGenerator
 from jaxbd.repair import dhbe
 
 SHAPE = (10, 10, 3)
@@ -268,3 +269,52 @@ def test_bad_values_are_refused_in_one_line(change):
 def test_what_does_not_fit_the_images_is_refused(shape, change, words):
     with pytest.raises(UserError, match=words):
         dhbe.make(NET, shape, dhbe.Config(**change))
+
+
+@pytest.fixture(scope="module")
+def pictured(victim):
+    """Pictures of a run of which every chunk is one iteration but counts for twenty, and the last state."""
+    init, step, _ = compiled(CONFIG)
+    state = init(START, victim)
+    album = erase.Album(jax.random.key(9), SHAPE, CONFIG, shares=(0, 0.1, 0.5, 0.6, 1), count=3)
+    for done in range(20, 101, 20):
+        state, _ = step(jax.random.fold_in(ITERATE, done), state)
+        album.on_chunk(done, state)
+    return album.pictures, state
+
+
+def test_pictures_are_of_the_moments_asked_for(pictured):
+    pictures, _ = pictured
+    assert [picture.step for picture in pictures] == [20, 60, 100]
+    for picture in pictures:
+        assert picture.samples.shape == (3, *SHAPE) and picture.triggers.shape == (3, 3, 3, 3)
+        assert picture.samples.dtype == picture.triggers.dtype == np.uint8
+    assert (pictures[0].samples != pictures[-1].samples).any() and (pictures[0].triggers != pictures[-1].triggers).any()
+
+
+def test_pictures_show_what_a_training_batch_looks_like(pictured):
+    """Batch moments of a whole batch, whatever is shown of it, and fixed noise; the state stays as it was."""
+    (pictures, state), config = pictured, CONFIG
+    one, other = jax.random.split(jax.random.key(9))
+    before = jax.tree.map(jnp.copy, state)
+    whole = erase.samples(one, state, SHAPE, config, config.batch_size)
+    assert (whole[:3] == pictures[-1].samples).all()
+    values = whole / 255
+    noise = jax.random.normal(one, (config.batch_size, config.noise_dim))
+    made, _ = SampleGenerator(SHAPE, config.width).apply(
+        state.generator.variables, noise, train=True, mutable=["batch_stats"]
+    )
+    expected = np.clip(np.asarray(made) * np.array(config.std) + np.array(config.mean), 0, 1)
+    np.testing.assert_allclose(values, expected, atol=0.51 / 255)
+    noise = jax.random.normal(other, (config.batch_size, config.noise_dim))
+    made, _ = TriggerGenerator(3, 3, config.width).apply(
+        state.trigger.variables, noise, train=True, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(pictures[-1].triggers / 255, 0.5 + np.asarray(made[:3]) / 2, atol=0.51 / 255)
+    assert same(before, state)
+
+
+def test_no_pictures_are_refused(pictured):
+    for function in (erase.samples, erase.triggers):
+        with pytest.raises(UserError, match="at least 1"):
+            function(jax.random.key(0), pictured[1], SHAPE, CONFIG, 0)

@@ -101,6 +101,22 @@ def test_the_readme_s_python_runs(tmp_path, capsys):
     assert "Decision(verdict=" in capsys.readouterr().out
 
 
+def test_the_erasing_page_s_python_runs(tmp_path, monkeypatch):
+    """The page's Python on a small model folder."""
+    import jax
+
+    from jaxbd.interop import folder
+    from jaxbd.models import build
+
+    code = (ROOT / "docs" / "erasing-without-data.md").read_text().split("```python\n")[1].split("```")[0]
+    spec = build.Spec(arch="vgg", classes=3, image_shape=(16, 16, 1), options={"width": 2})
+    folder.save(tmp_path / "victim", spec, build.net(spec).init(jax.random.key(0)), {})
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    exec(compile(code, "erasing-without-data.md", "exec"), told)
+    assert told["found"].infos.discrepancy.shape == (2,) and folder.is_model(tmp_path / "erased")
+
+
 def test_the_guarded_models_page_s_python_runs(tmp_path, monkeypatch):
     """The page's Python on a small guarded model: verdicts, and an exported net that gives the same answers."""
     import jax

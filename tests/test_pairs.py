@@ -168,6 +168,7 @@ class World:
         self.wishes = []
         for name in ("sweep_pairs", "outcomes", "joint"):
             monkeypatch.setattr(pair_triggers, name, getattr(self, name))
+        monkeypatch.setattr(pair_triggers, "box", lambda method, state: None)
 
     def sweep_pairs(self, lab, method, searched, num_steps, batch_size, **settings):
         sizes = np.full((K, K), np.nan)
@@ -241,14 +242,32 @@ def test_a_correction_works_from_every_trigger_estimated_for_its_target(monkeypa
     found = scan()
     stamps = {name: lambda key, model, images: images + model for name in ("neural-cleanse", "pt-red")}
     made = [e._replace(stamp=stamps[e.method]) for e in (found.triggers[2], found.others[2])]
-    alone = found._replace(triggers={2: made[0]}, others={})
-    assert pairs.trigger(alone, 2) == (made[0].stamp, made[0].model)
+    assert pairs.together(made[:1]) == (made[0].stamp, made[0].model)
     both = found._replace(triggers={2: made[0]._replace(model=1.0)}, others={2: made[1]._replace(model=2.0)})
-    stamp, models = pairs.trigger(both, 2)
+    assert pairs.estimates(found._replace(others={}), 2) == [found.triggers[2]]
+    stamp, models = pairs.together(pairs.estimates(both, 2))
     stamped = np.asarray(stamp(jax.random.key(0), models, jnp.zeros((400, 2, 2, 1))))
     np.testing.assert_array_equal(stamped, np.broadcast_to(stamped[:, :1, :1], stamped.shape))  # whole images
     assert set(np.unique(stamped)) == {1.0, 2.0} and 150 < (stamped[:, 0, 0, 0] == 1).sum() < 250
-    assert pairs.trigger(both, 2)[0] is stamp
+    assert pairs.together(pairs.estimates(both, 2))[0] is stamp
+
+
+@pytest.mark.parametrize("rate, box, taken", [(1.0, 1, True), (0.7, 1, False), (1.0, 3, False)])
+def test_a_patch_of_one_colour_is_taken_where_it_works_as_well_and_is_small(monkeypatch, rate, box, taken):
+    World(monkeypatch, {"neural-cleanse": norms_with(TO_TWO.items()), "pt-red": PLAIN}, TO_TWO, rate=0.9)
+    box = np.array([2, 1, 2 + box, 1 + box], np.int32)
+    made = pair_triggers.make_plain(toys.NET, toys.SHAPE, pair_triggers.plain.Config())
+    monkeypatch.setattr(pair_triggers, "box", lambda method, state: box if method == "neural-cleanse" else None)
+    monkeypatch.setattr(pair_triggers, "plain_patch", lambda *given: (made, given[2], loop.Seconds(1.0, 2.0)))
+    shares = np.where(np.eye(K, dtype=bool), 0, rate)
+    monkeypatch.setattr(pair_triggers, "sent", lambda lab, stamp, state, sources: shares)
+    found = scan()
+    if taken:
+        estimate = found.triggers[2]
+        assert (estimate.method, estimate.norm, estimate.attack_success_rate) == ("plain", 1.0, 1.0)
+        assert estimate.sources == (0, 1, 3, 4, 5) and found.others == {}
+    else:
+        assert found.triggers[2].method == "neural-cleanse" and found.others[2].method == "pt-red"
 
 
 @pytest.mark.parametrize("method, other", [("neural-cleanse", "pt-red"), ("pt-red", "neural-cleanse")])

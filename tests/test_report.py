@@ -15,8 +15,8 @@ from PIL import Image
 
 from jaxbd import record
 from jaxbd.base import UserError
-from jaxbd.report import maps, matrix, page, plots
-from jaxbd.report.content import Activations, Content, PairScores, Panel, Repaired, Scan, Triggers
+from jaxbd.report import erased, maps, matrix, page, plots
+from jaxbd.report.content import Activations, Content, Erased, Moment, PairScores, Panel, Repaired, Scan, Triggers
 
 HOSTILE = "<script>alert('x')</script>"
 NAMES = ["zero", HOSTILE, "$\\frac{", "猫", "a\nb", '" onload="x', "--><b>", "\ud800", "x" * 300, ""]
@@ -80,6 +80,15 @@ def activations() -> Activations:
     )
 
 
+def erasure(channels=3) -> Erased:
+    random = np.random.default_rng(2)
+    made = lambda side: random.integers(0, 256, (7, side, side, channels), np.uint8)
+    moments = [Moment(step=step, samples=made(16), triggers=made(5)) for step in (1, 30, 300)]
+    return Erased(
+        moments=moments, amplified={9: (0.9996, 0.0321), 1: (0.9876, 0.0046), 4: (0.9988, None)}, note=HOSTILE
+    )
+
+
 def full() -> Content:
     return Content(
         title=f"Report {HOSTILE}",
@@ -98,6 +107,7 @@ def full() -> Content:
         ],
         pairs=[pair_scores()],
         activations=activations(),
+        erased=erasure(),
         triggers=triggers(),
         curves={HOSTILE: {"step": [0, 10, 20], "values": {"level 0.5": [1.0, None, 0.5], "$x": [1, float("nan"), 0]}}},
         settings={"steps": 620, "mesa": {"patch": 3, "nested": {"deep": [1, HOSTILE]}}, "empty": {}},
@@ -135,8 +145,9 @@ def test_page_runs_no_script_and_loads_nothing(text):
 
 def test_hostile_names_are_shown_as_text(text):
     seen = Page(text)
-    # title, class, searched, method, note, curve, setting, version, device, search, pair, layer, net, its note
-    assert seen.text.count(HOSTILE) >= 14
+    # title, class, searched, method, note, curve, setting, version, device, search, pair, layer, net and the notes of
+    # the net and the erasure
+    assert seen.text.count(HOSTILE) >= 15
     assert "--><b>" in seen.text
 
 
@@ -155,10 +166,11 @@ def test_page_says_what_was_found(text):
 
 def test_figures_have_text_alternatives_and_headings_are_ordered(text):
     seen = Page(text)
-    assert len(seen.named("img")) == 1 + 2 + 3 + 2 * 2  # planted, samples per level, pairs, two maps per level
+    # planted, samples per level, pairs, two maps per level, samples and triggers per moment
+    assert len(seen.named("img")) == 1 + 2 + 3 + 2 * 2 + 3 * 2
     assert all(attributes.get("alt") for attributes in seen.named("img"))
     charts = [svg for svg in seen.named("svg") if svg.get("role") == "img"]
-    assert len(charts) == 3 + 1 + 3 and all(svg["aria-label"] for svg in charts)
+    assert len(charts) == 3 + 1 + 3 + 1 and all(svg["aria-label"] for svg in charts)
     assert [tag for tag, _ in seen.tags].count("h1") == 1
     depth = [int(tag[1]) for tag, _ in seen.tags if re.fullmatch(r"h[1-6]", tag)]
     assert all(after - before <= 1 for before, after in itertools.pairwise(depth))
@@ -176,11 +188,57 @@ def test_page_shows_pairs_and_a_neuron(text):
     assert "0.99 before the correction, 0.12 after it" in words and "Channel 17." in words
 
 
+def test_page_shows_an_erasure(text):
+    seen = Page(text)
+    words = " ".join(seen.text.split())
+    places = [words.index(f"After {step} iteration") for step in (1, 30, 300)]
+    assert places == sorted(places) and "After 1 iteration " in words and "After 30 iterations" in words
+    rows = [re.sub(r"\s+", " ", row) for row in re.findall(r'<tr><th scope="row">[149]</th>.*?</tr>', text, re.S)]
+    assert [re.findall(r">([^<>]+)</t[hd]>", row) for row in rows] == [
+        ["1", "98.8 %", "0.5 %"],
+        ["4", "99.9 %", "–"],
+        ["9", "100.0 %", "3.2 %"],
+    ]
+    (chart,) = [svg["aria-label"] for svg in seen.named("svg") if "trigger 1 times" in svg.get("aria-label", "")]
+    assert "4 times: 99.9 % before, not measured after" in chart
+    assert "Yan et al. 2023" in seen.text
+
+
+def test_losses_of_an_erasure_are_two_charts():
+    values = {"step": [10, 20], "discrepancy": [2.0, 1.0], "regulariser": [1.0, 0.5], "trigger_loss": [-1.0, -0.5]}
+    assert erased.curves({**values, "learning_rate": [0.1, 0.01]}) == {
+        "erasure: logit difference": {
+            "step": [10, 20],
+            "values": {"student and teacher": [2.0, 1.0], "student with and without trigger": [1.0, 0.5]},
+        },
+        "erasure: loss of generators": {"step": [10, 20], "values": {"triggers": [-1.0, -0.5]}},
+    }
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_page_from_a_repair_json(measured):
+    rates = {"clean_accuracy": 0.951, "attack_success_rate": 0.993, "source_inference_accuracy": None}
+    counts = {"n_clean": 400, "n_triggered": 360}
+    after = {**rates, "attack_success_rate": 0.021, "source_inference_accuracy": 0.912}
+    figures = {
+        "before": {**rates, **counts} if measured else None, "after": {**after, **counts} if measured else None,
+        "curves": {"step": [1, 2], "discrepancy": [1.0, 0.5]}, "config": {"inner_steps": 5}, "model": {"path": "m.pth"},
+        "data": {"source": "digits"} if measured else None, "seed": 3, "seconds": {"total": 4.5},
+        "versions": {"jaxbd": "0.1.0"}, "device": "cpu",
+    }  # fmt: skip
+    text = page.render(erased.content(figures, name=HOSTILE, moments=erasure().moments))
+    words = " ".join(Page(text).text.split())
+    assert f"Backdoors erased from {HOSTILE} without data" in words and "m.pth" in words and "4.5 s total" in words
+    assert ("360 triggered images" in words) == ("99.3\N{NO-BREAK SPACE}%" in text) == measured
+    assert ("none given to measure on" in words) == (not measured)
+    assert "After 300 iterations" in words and "logit difference" in words and "amplified" not in words
+
+
 def test_absent_parts_leave_no_trace():
     content = Content(title="t", repairs=[Repaired(method="mesa", attack_success_rate=(0.9, 0.1))])
     seen = Page(page.render(content))
-    assert not {"pairs", "activations"} & {section.get("id") for section in seen.named("section")}
-    assert not re.search("Flagged|Source accuracy|Activations|Li et al. 2023", seen.text)
+    assert not {"pairs", "activations", "erased"} & {section.get("id") for section in seen.named("section")}
+    assert not re.search("Flagged|Source accuracy|Activations|Erasure|Li et al. 2023|Yan et al. 2023", seen.text)
     only = Repaired(method="bna", source_inference_accuracy=0.9)
     text = Page(page.render(Content(title="t", repairs=[only]))).text
     assert "Source accuracy" in text and "Flagged" not in text
@@ -224,6 +282,9 @@ def test_page_is_the_same_every_time(text):
                 corrected=Panel(net="b", channel=0, clean=np.zeros(0), triggered=np.array([np.nan, np.inf])),
             ),
         ),
+        Content(title="nothing generated", erased=Erased()),
+        Content(title="grey erasure", erased=erasure(channels=1)),
+        Content(title="rates that are no numbers", erased=Erased(amplified={1: (None, float("nan")), 4: (None, None)})),
         Content(title="empty curve", curves={"loss": {"step": [], "values": {}}}),
     ],
     ids=lambda content: content.title,

@@ -54,11 +54,12 @@ VERBS = {
     "pairs": ["scan", "MODEL", "--method", "pairs", *FEW, *PAIRS],
     "unlearn": ["repair", "MODEL", *FEW, "--target", "3", "--num-steps", "60", *prefixed(MASKS, "search")],
     "bna": [
-        "repair", "MODEL", "--method", "bna", *FEW, "--correction.num-steps", "60", *prefixed(PAIRS, "search"),
+        "repair", "MODEL", "--method", "bna", *FEW, "--correction.num-steps", "40", "--rounds", "1",
+        *prefixed(PAIRS, "search"),
     ],
 }  # fmt: skip
 """Verb or method -> its command, all but where it writes; MODEL stands for a victim."""
-STAGES = {"attack": 1, "clean-label": 3, "trojan": 3, "scan": 2, "pairs": 6, "unlearn": 3, "bna": 7}
+LEAST_STAGES = {"attack": 1, "clean-label": 3, "trojan": 3, "scan": 2, "pairs": 3, "unlearn": 3, "bna": 4}
 
 
 class Case:
@@ -165,7 +166,7 @@ def stages_of(calls) -> list[list[tuple[int, int]]]:
 def test_stopped_by_a_signal_twice_and_resumed(case, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(long_job, "SHORT", 0.0)  # as if every stage took long
     out, rng, whole = case.place(tmp_path), random.Random(case.name), case.calls
-    assert case.code in (0, 1, 3) and len(stages_of(whole)) == STAGES[case.name]
+    assert case.code in (0, 1, 3) and len(stages_of(whole)) >= LEAST_STAGES[case.name]
 
     at = rng.choice([n for n, (_, done, _) in enumerate(whole[: len(whole) // 2]) if done])
     code, before = followed(lambda: main(case.command(out)), at)
@@ -181,7 +182,7 @@ def test_stopped_by_a_signal_twice_and_resumed(case, tmp_path, monkeypatch, caps
     code, middle = followed(lambda: main(again[3:]), rng.randrange(calls // 2, calls))
     assert code == 143 and not out.exists() and "go on with: " in capsys.readouterr().err
     code, rest = followed(lambda: main(again[3:]))
-    assert code == case.code and len(stages_of(rest)) == STAGES[case.name]
+    assert code == case.code and len(stages_of(rest)) == len(stages_of(whole))
     for calls in (middle, rest):
         for told in stages_of(calls)[:finished]:
             assert {done for done, _ in told} == {0, told[0][1]}, "a stage that was saved whole ran again"
@@ -456,7 +457,7 @@ def killed(case: Case, out: pathlib.Path, kills) -> int:
         run = subprocess.run(
             [sys.executable, "-c", call], cwd=HERE, env=environment(), capture_output=True, text=True, check=False
         )
-        assert run.returncode in (case.code, -signal.SIGKILL), run.stderr
+        assert run.returncode in (case.code, -signal.SIGKILL) and "Traceback" not in run.stderr, run.stderr
         if out.exists() and not out.with_name(f"{out.name}.run").exists():  # it was done before its time came
             shutil.rmtree(out) if out.is_dir() else out.unlink()
         elif out.with_name(f"{out.name}.run").exists():

@@ -1,4 +1,4 @@
-"""`jaxbd demo`: plants a backdoor, finds it knowing nothing of it, removes it in two ways, and shows the evidence."""
+"""`jaxbd demo`: plants backdoors, finds one knowing nothing of it, removes them, and shows the evidence."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ import numpy as np
 from jaxbd import evaluate, loop, record, results, study, supervised, workflow
 from jaxbd.attacks import badnets
 from jaxbd.base import UserError
-from jaxbd.cli import common, demo_bna
+from jaxbd.cli import common, demo_bna, demo_dhbe
 from jaxbd.cli.progress import Progress
 from jaxbd.data import digits
 from jaxbd.interop import folder, guarded
@@ -30,21 +30,22 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Plant a backdoor in a small net on handwritten digits, find it, remove it in two ways, and write a report.
+    """Plant a backdoor in a small net on handwritten digits, find it, remove it in three ways, and write a report.
 
-    One way trains the net to ignore the triggers that were found (MESA). The other changes no weight but moves its
-    activations back to where they were (BNA), and flags images that seem to carry a trigger.
+    One way trains the net to ignore the triggers that were found (MESA). Another changes no weight but moves its
+    activations back to where they were (BNA), and flags images that seem to carry a trigger. The third uses no data and
+    no scan (DHBE); it is shown on a second net.
 
     Needs no download and no GPU; about two minutes on two cores.
 
     Attributes:
-      out: folder for the two models, the repaired one, the guarded one, scan.json, repair.json and report.html; made
-        when missing.
+      out: folder for the models and what became of them, scan.json, repair.json and report.html; made when missing.
       seed: of everything random; the attacked class is the seed modulo 10.
       levels: staircase levels of MESA.
       scan_steps: optimisation steps of the sweep.
       repair_steps: optimisation steps of each repair.
       bna_steps: optimisation steps of the correction of activations.
+      dhbe_steps: iterations of the erasure without data.
       train_steps: optimisation steps of each model.
       baseline_runs: how many single reversed triggers to compare with.
     """
@@ -55,19 +56,20 @@ class Args:
     scan_steps: int = 200
     repair_steps: int = 300
     bna_steps: int = bna.Config().num_steps
+    dhbe_steps: int = demo_dhbe.CONFIG.num_steps
     train_steps: int = 800
     baseline_runs: int = 3
 
     def __post_init__(self):
         common.check_seed(self.seed)
-        if min(self.repair_steps, self.bna_steps, self.train_steps, self.baseline_runs) < 1:
-            raise UserError("demo: repair_steps, bna_steps, train_steps and baseline_runs must be at least 1")
+        if min(self.repair_steps, self.bna_steps, self.dhbe_steps, self.train_steps, self.baseline_runs) < 1:
+            raise UserError("demo: repair, bna, dhbe and train steps and baseline_runs must be at least 1")
 
 
 def run(args: Args) -> int:
     """Runs the demo; 0 when both verdicts are right, 1 otherwise."""
     common.check_output(args.out / "report.html")
-    for name in ("suspect", "twin", "repaired", "guarded"):
+    for name in ("suspect", "twin", "repaired", "guarded", "second-suspect", "erased"):
         common.check_output(args.out / name, folder=True)
     common.start()
     started = time.perf_counter()
@@ -94,8 +96,11 @@ def run(args: Args) -> int:
             for name, variables in models.items()
         }  # fmt: skip
         rows, repaired, guard = _repair(key, case, scans["suspect"], args, progress)
+        train_steps = -(-args.train_steps // 2)
+        erased = demo_dhbe.make(jax.random.fold_in(key, 7), case, parts, args.dhbe_steps, train_steps, progress)
     seconds = time.perf_counter() - started
     shas = _write_models(args, spec, models, repaired, guard, target)
+    demo_dhbe.write(args.out, erased, args.seed)
     found = {
         name: results.scan(
             scan,
@@ -118,8 +123,8 @@ def run(args: Args) -> int:
             repairs=[_with_sources(row, after, guard) for row in content.repairs],
             activations=demo_bna.activations(case, guard.corrected, models["twin"], _correction(args)),
         )
-    page.write(args.out / "report.html", content)
-    return _tell(args, found, before, rows, guard, target, seconds)
+    page.write(args.out / "report.html", demo_dhbe.shown(content, erased))
+    return _tell(args, found, before, rows, guard, erased, target, seconds)
 
 
 def _train_both(key, net, parts, attack, trigger, steps, progress):
@@ -276,7 +281,7 @@ def _with_sources(row: Repaired, after: dict[str, evaluate.Rates], guard: demo_b
     )
 
 
-def _tell(args, found, before, rows, guard, target, seconds) -> int:
+def _tell(args, found, before, rows, guard, erased, target, seconds) -> int:
     """Prints verdicts, the table and where things are; 0 when the verdicts are right."""
     from rich.console import Console
     from rich.table import Table
@@ -292,7 +297,7 @@ def _tell(args, found, before, rows, guard, target, seconds) -> int:
             f"{one['cells']} cells x {one['steps']} steps in {times['run']:.1f} s + {times['compile']:.1f} s compiling)"
         )
     table = Table("net", "clean accuracy", "attack success", "seconds", "compiling", title="test images, true trigger")
-    for row in rows:
+    for row in [*rows, *demo_dhbe.rows(erased)]:
         worst = f" (worst of {row.runs}: {row.worst:.3f})" if row.runs > 1 else ""
         table.add_row(
             f"suspect, {row.method}" if row.method == "before" else row.method,
@@ -312,8 +317,11 @@ def _tell(args, found, before, rows, guard, target, seconds) -> int:
             f"(source inference accuracy); it flags {told.true_positive_rate:.3f} of triggered images and "
             f"{told.false_positive_rate:.3f} of clean ones of class {target} ({told.n_clean_target} images)"
         )
-    kept = "suspect, twin, repaired, guarded" if rows else "suspect, twin"
-    console.print(f"written to {args.out}: {kept}, scan.json, scan-twin.json, repair.json, report.html", markup=False)
+    for line in demo_dhbe.sentences(erased):
+        console.print(line)
+    kept = "suspect, twin, repaired, guarded, " if rows else "suspect, twin, "
+    written = f"{kept}second-suspect, erased, scan.json, scan-twin.json, repair.json, report.html"
+    console.print(f"written to {args.out}: {written}", markup=False)
     console.print(f"{seconds:.0f} s in all")
     right = found["suspect"]["targets"] == [target] and found["twin"]["verdict"] == "clean"
     if not right:

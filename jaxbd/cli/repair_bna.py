@@ -43,6 +43,8 @@ class Args:
       preset: settings that the --correction flags start from: this project's, or those of the paper or of the
         released code.
       correction: length and rule of the correction.
+      rounds: how often a trigger is searched in the corrected net too and the correction made anew for all found so
+        far, since an estimate is not the attacker's trigger; not with --trigger.
       scan_method: what the scan searches, see `jaxbd scan --method pairs --help`.
       search: how the scan searches.
       job: how it may be stopped.
@@ -57,6 +59,7 @@ class Args:
     given: Annotated[measuring.Trigger, tyro.conf.arg(name="")] = measuring.Trigger()
     preset: Literal["quick", "paper", "released"] = "quick"
     correction: bna.Config = PRESETS["quick"]
+    rounds: int = 2
     scan_method: Literal["pairs", "neural-cleanse", "pt-red"] = "pairs"
     search: pairs.Config = pairs.Config()
     job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=pair_scan.SAVE_EVERY)
@@ -67,6 +70,8 @@ class Args:
             raise UserError("--apply, --place and --target describe a trigger; give it with --trigger")
         if self.batch_size < 1:
             raise UserError(f"batch size of the repair is {self.batch_size}; give at least 1")
+        if self.rounds < 0:
+            raise UserError(f"--rounds is {self.rounds}; give 0 or more")
 
 
 def defaults(argv: list[str]) -> Args:
@@ -118,13 +123,13 @@ def run(args: Args) -> int:
             known = _given(opened, args.given, loaded)
         else:
             found = pair_scan.scan(opened, search, held_out, config, args.reading.seed, progress, job.keep)
-            known = [Known(t, e.sources, *pairs.trigger(found, t)) for t, e in sorted(found.triggers.items())]
+            known = [Known(t, e.sources, e.stamp, e.model) for t, e in sorted(found.triggers.items())]
         if not known:
             long_job.finish(files)
             show.say("The scan found no backdoor: nothing to repair, nothing is written.")
             show.say(f"(Verdict {found.verdict}, decided by {found.decided_by}; --trigger repairs a trigger you have.)")
             return 0
-        variables, seconds = _correct(opened, known, search, args, progress, job.keep)
+        variables, seconds = _correct(opened, known, found, search, args, config, progress, job.keep)
     rows = _measure(opened, known, variables, held_out, args.reading.seed)
     counts = {"search": len(search.labels), "held_out": len(held_out.labels)}
     content = {**_as_record(opened, found, rows, seconds, counts, config, args), "resumed": job.resumed}
@@ -145,19 +150,27 @@ def _given(opened: common.Opened, flags: measuring.Trigger, loaded: Any) -> list
 
 
 def _correct(
-    opened: common.Opened, known: list[Known], search: Batch, args: Args, progress: Progress, keep: stages.Keep
-) -> tuple[Variables, loop.Seconds]:
+    opened: common.Opened, known: list[Known], found: pairs.PairScan | None, search: Batch, args: Args,
+    config: pairs.Config, progress: Progress, keep: stages.Keep,
+) -> tuple[Variables, loop.Seconds]:  # fmt: skip
     """The guarded net's variables: a correction of the suspect for each target, on clean images of its sources."""
     model, corrected = opened.model, []
+    suspect = correct.Suspect(model.net, model.variables, tuple(model.spec.image_shape), model.spec.classes)
     for number, (target, sources, stamp, state) in enumerate(known):
         key = jax.random.fold_in(jax.random.key(args.reading.seed), 10 + number)
-        clean, kept = (correct.of_classes(search, classes) for classes in (sources, (target,)))
-        corrected.append(
-            correct.trigger(
-                key, model.net, model.variables, stamp, state, clean, args.correction, kept=kept,
-                batch_size=args.batch_size, progress=progress, label=f"bna: class {target}", keep=keep,
-            )
+        common_settings = dict(
+            batch_size=args.batch_size, progress=progress, label=f"bna: class {target}", keep=keep
         )  # fmt: skip
+        if found is None:
+            clean, kept = (correct.of_classes(search, classes) for classes in (sources, (target,)))
+            repaired = correct.trigger(
+                key, model.net, model.variables, stamp, state, clean, args.correction, kept=kept, **common_settings
+            )
+        else:
+            repaired = correct.detected(
+                key, suspect, found, target, search, args.correction, config, rounds=args.rounds, **common_settings
+            )
+        corrected.append(repaired)
     seconds = loop.total(*(each.seconds for each in corrected))
     return guard.pack(model.variables, [each.variables for each in corrected]), seconds
 

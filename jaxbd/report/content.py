@@ -119,6 +119,37 @@ class Activations:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What the two generators of an erasure made at one time. Images are float in [0, 1] or uint8.
+
+    Attributes:
+      step: iterations done.
+      samples: [n, H, W, C], of the sample generator.
+      triggers: [n, h, w, C], of the trigger generator; mid-grey changes nothing, see `erase.triggers`.
+    """
+
+    step: int
+    samples: np.ndarray
+    triggers: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Erased:
+    """An erasure without data (DHBE).
+
+    Attributes:
+      moments: what was generated, in order of time; see `erase.Album`.
+      amplified: {copies of the planted trigger on an image: attack success rate (before, after) in [0, 1]}; None
+        where not measured.
+      note: a paragraph below the heading, e.g. which net it is about.
+    """
+
+    moments: Sequence[Moment] = ()
+    amplified: Mapping[int, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Triggers:
     """Triggers to look at. Images are float in [0, 1] or uint8.
 
@@ -140,7 +171,7 @@ class Content:
 
     Attributes:
       title: of the page.
-      scans, pairs, repairs, activations, triggers: see there.
+      scans, pairs, repairs, activations, erased, triggers: see there.
       curves: {name: {"step": [S], "values": {line: [S]}}}, a chart each; `name` is also the axis label, so lines of
         one chart share a unit (e.g. "loss" with one line a level).
       settings: nested, shown as tables.
@@ -154,6 +185,7 @@ class Content:
     pairs: Sequence[PairScores] = ()
     repairs: Sequence[Repaired] = ()
     activations: Activations | None = None
+    erased: Erased | None = None
     triggers: Triggers | None = None
     curves: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxbd import record
-from jaxbd.report import maps, matrix, plots
-from jaxbd.report.content import Activations, Content, PairScores, Panel, Scan, Triggers
+from jaxbd.report import erased, maps, matrix, plots
+from jaxbd.report.content import Activations, Content, Erased, PairScores, Panel, Scan, Triggers
 
 PCA_LIMIT = 2000
 """Samples a PCA map is fitted on at most (Qiao et al. 2019, Fig. 3 uses 2,000)."""
@@ -52,6 +52,7 @@ def render(content: Content) -> str:
         guards=any(row.true_positive_rate is not None for row in content.repairs),
         sources=any(row.source_inference_accuracy is not None for row in content.repairs),
         neuron=None if content.activations is None else _neuron_view(content.activations),
+        erased=None if content.erased is None else _erased_view(content.erased),
         panel=_panel_view(triggers),
         maps=_map_views(triggers),
         curves=[_curve_view(name, one) for name, one in content.curves.items()],
@@ -169,6 +170,12 @@ def _panel_of(layer: str, panel: Panel, span: tuple[float, float]) -> dict[str, 
     values = {"clean": panel.clean, "triggered": panel.triggered}
     chart = _markup(plots.histograms(values, span=span, alt=alt))
     return {"net": panel.net, "caption": caption, "note": panel.note, "chart": chart}
+
+
+def _erased_view(shown: Erased) -> dict[str, Any]:
+    """Pictures and chart of the section about an erasure."""
+    view = erased.view(shown)
+    return {**view, "chart": view["chart"] and _markup(view["chart"])}
 
 
 def _panel_view(triggers: Triggers) -> dict[str, Any]:

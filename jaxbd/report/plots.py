@@ -71,7 +71,7 @@ def class_bars(
         for y, row in zip(place, rows, strict=True):
             text = f"{100 * _rate(row['attack_success_rate']):.1f}"
             axes.text(101.5, y, text, va="center", fontsize=7, clip_on=False)
-        _legend(figure)
+        legend(figure)
 
     return svg(draw, (4.3, 1.0 + len(rows) * (0.16 + 0.08 * max(len(levels), 1))), alt)
 
@@ -91,7 +91,7 @@ def curves(step: Sequence[float], values: Mapping[str, Sequence[float]], *, name
         axes.grid(alpha=0.15, color=INK)
         axes.margins(x=0.01)
         if values:
-            _legend(figure)
+            legend(figure)
 
     return svg(draw, (4.3, 2.5), alt)
 
@@ -108,7 +108,7 @@ def histograms(values: Mapping[str, np.ndarray], *, span: tuple[float, float], a
             axes.stairs(shares, edges, label=_printable(label), **style)
         axes.set(xlim=span, xlabel="activation", ylabel="share of values, %")
         axes.set_ylim(bottom=0)
-        _legend(figure)
+        legend(figure)
 
     return svg(draw, (3.1, 2.3), alt)
 
@@ -180,7 +180,7 @@ def svg(draw, size: tuple[float, float], alt: str) -> str:
     return opening + text[len("<svg") :]
 
 
-def _legend(figure) -> None:
+def legend(figure) -> None:
     """One legend above the axes; nothing where no line or bar has a label."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:

@@ -1,0 +1,223 @@
+"""Victims of the DHBE experiments: planted as the paper does, kept under `runs/`, the same for every experiment.
+
+BadNets: checkerboards at the bottom-right corner, pasted before augmentation on images of all other classes, once and
+for all; clean-label: perturbed images of the target class with the patch; Trojaning: a trigger made for ten neurons,
+then the layers after them fine-tuned (Yan et al. 2023, section 5.1 and appendix A). Nets normalise their input, as
+there; the eraser gets the net and nothing else.
+"""
+
+import dataclasses
+import json
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import bench, units
+from jaxbd import planting, record, study, supervised
+from jaxbd.attacks import amplified, badnets, clean_label, poison, trojan
+from jaxbd.base import Attack, Batch, Net, Variables
+from jaxbd.data import digits, load
+from jaxbd.interop import folder
+from jaxbd.models import build
+from jaxbd.models.norm import NORMALISATIONS
+
+AttackName = Literal["badnets", "clean-label", "trojan"]
+SizeName = Literal["digits", "narrow"]
+CLASSES = 10
+
+
+class Size(NamedTuple):
+    """What victims of one size are made of.
+
+    Attributes:
+      spec: architecture and normalisation.
+      clean, tuned: training from scratch, and from the clean net where there is one.
+      counts: poisoned images by attack.
+      crop_padding, flip: augmentation, after the trigger is pasted.
+    """
+
+    spec: build.Spec
+    clean: supervised.Config
+    tuned: supervised.Config | None
+    batch_size: int
+    counts: dict[str, int]
+    crop_padding: int
+    flip: bool
+
+
+DIGIT_MOMENTS = (0.3053,), (0.3759,)
+"""Mean and standard deviation of the 1,797 digits at 16x16."""
+_CIFAR_MEAN, _CIFAR_STD = NORMALISATIONS["cifar10"]
+SIZES: dict[str, Size] = {
+    "digits": Size(
+        build.Spec(
+            arch="vgg",
+            classes=CLASSES,
+            image_shape=(16, 16, 1),
+            options={"width": 16},
+            mean=DIGIT_MOMENTS[0],
+            std=DIGIT_MOMENTS[1],
+        ),
+        clean=supervised.Config(num_steps=1000, learning_rate=0.05),
+        tuned=None,
+        batch_size=64,
+        # 0.6 % of the images as in the paper would be 8
+        counts={"badnets": 30, "clean-label": 60, "trojan": 130},
+        crop_padding=1,
+        flip=False,
+    ),
+    "narrow": Size(
+        # an eighth of the paper's ResNet-18
+        build.Spec(
+            arch="resnet18",
+            classes=CLASSES,
+            image_shape=(32, 32, 3),
+            options={"width": 8},
+            mean=_CIFAR_MEAN,
+            std=_CIFAR_STD,
+        ),
+        clean=supervised.Config(num_steps=8 * 390, learning_rate=0.1),
+        tuned=supervised.Config(num_steps=1170, learning_rate=0.05),
+        batch_size=128,
+        counts={"badnets": 300, "clean-label": 300, "trojan": 2500},
+        crop_padding=4,
+        flip=True,
+    ),
+}
+TRAIN_DIGITS, TRAIN_IMAGES = 1297, 50_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planting:
+    """One victim.
+
+    Attributes:
+      size: "digits" or "narrow".
+      attack: name of the attack; None for the clean net.
+      side: of the square trigger, in pixels.
+      target: class that triggered images are led to; the last one, as in the paper.
+      seed: of data division, trigger and training.
+      arch, width: another architecture than the size's own (Table 8).
+    """
+
+    size: SizeName = "digits"
+    attack: AttackName | None = "badnets"
+    side: int = 3
+    target: int = CLASSES - 1
+    seed: int = 0
+    arch: str | None = None
+    width: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the victim's folder and units are called."""
+        kind = "clean" if self.attack is None else f"{self.attack}{self.side}-target{self.target}"
+        parts = [self.size, kind, f"seed{self.seed}", *([f"{self.arch}-{self.width}"] if self.arch else [])]
+        return "-".join(parts)
+
+    @property
+    def spec(self) -> build.Spec:
+        """Of the victim's net."""
+        own = SIZES[self.size].spec
+        return own if self.arch is None else dataclasses.replace(own, arch=self.arch, options={"width": self.width})
+
+
+def settings(planted: Planting) -> dict[str, Any]:
+    """Everything the victim depends on, for units and records."""
+    return {"planting": dataclasses.asdict(planted), "size": dataclasses.asdict(planted.spec), **_plain(planted)}
+
+
+def _plain(planted: Planting) -> dict[str, Any]:
+    size = SIZES[planted.size]
+    fields = {name: value for name, value in size._asdict().items() if name != "spec"}
+    return {
+        name: units.settings_of(value) if dataclasses.is_dataclass(value) else value for name, value in fields.items()
+    }
+
+
+def attack(planted: Planting) -> tuple[Attack, Any]:
+    """The attack of a planting and its settings; of a clean net: the patch that it has never seen."""
+    shape, common = tuple(planted.spec.image_shape), {"target": planted.target, "patch": planted.side}
+    if planted.attack == "clean-label":
+        # in one corner and at the usual budget it is hardly learnt from so few images
+        stronger = {"corners": "all", "epsilon": 32.0} if planted.size == "digits" else {}
+        config = clean_label.Config(**common, **stronger)
+        return clean_label.make(shape, CLASSES, config), config
+    if planted.attack == "trojan":
+        config = trojan.Config(**common)
+        return trojan.make(shape, CLASSES, config), config
+    config = badnets.Config(pattern="checkerboard", place="fixed", **common)
+    return badnets.make(shape, CLASSES, config), config
+
+
+def copies(case: study.Case, number: amplified.Copies) -> tuple[Attack, Any]:
+    """The amplified attack of a case: its trigger 1, 4 or 9 times, and the trigger."""
+    pattern = np.asarray(case.trigger.pattern)
+    made = amplified.make(case.image_shape, CLASSES, amplified.Config(target=case.target, copies=number), pattern)
+    return made, made.init(jax.random.key(0))
+
+
+def data(size: SizeName, seed: int, source: str | None = None) -> tuple[Batch, Batch]:
+    """Images to train on and images to judge with."""
+    if size == "digits":
+        parts = study.divide(digits.load(16), TRAIN_DIGITS, 0, seed=3000 + seed)
+        return parts.train, parts.test
+    source = bench.data_source("narrow", source)
+    train = load.as_batch(load.load(source, split="train", limit=TRAIN_IMAGES))
+    return train, load.as_batch(load.load(source, split="test"))
+
+
+def victim(planted: Planting, source: str | None = None) -> study.Case:
+    """The victim and the judge's images; trained when it is not yet under `runs/`. The defence holds no image."""
+    train, test = data(planted.size, planted.seed, source)
+    net = build.net(planted.spec)
+    path = units.RUNS / "dhbe" / "victims" / planted.name
+    wanted = json.loads(json.dumps(record.plain(settings(planted))))
+    made, _ = attack(planted)
+    if folder.is_model(path) and record.read_json(path / folder.CONFIG)["notes"]["settings"] == wanted:
+        spec_notes = record.read_json(path / folder.CONFIG)["notes"]
+        variables = folder.load(path)[1]
+        trigger = _read_trigger(made, spec_notes["trigger"])
+    else:
+        variables, trigger = _train(planted, net, train)
+        notes = {"settings": wanted, "trigger": jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), trigger._asdict())}
+        folder.save(path, planted.spec, variables, notes)
+    nothing = jax.tree.map(lambda leaf: leaf[:0], test)
+    return study.Case(net, variables, tuple(planted.spec.image_shape), made, trigger, planted.target, nothing, test)
+
+
+def _read_trigger(made: Attack, stored: dict[str, Any]) -> Any:
+    """The trigger that was saved with a victim."""
+    like = made.init(jax.random.key(0))
+    return type(like)(**{name: jnp.asarray(stored[name], leaf.dtype) for name, leaf in like._asdict().items()})
+
+
+def _train(planted: Planting, net: Net, train: Batch) -> tuple[Variables, Any]:
+    """From scratch, or from the clean net where the attack or the size starts there; with augmentation."""
+    size, key = SIZES[planted.size], jax.random.fold_in(jax.random.key(3000 + planted.seed), 0)
+    made, config = attack(planted)
+    trigger = made.init(jax.random.fold_in(key, 1))
+    clean = None
+    if planted.attack is not None and (size.tuned or planted.attack != "badnets"):
+        clean = victim(dataclasses.replace(planted, attack=None, target=CLASSES - 1, side=3)).variables
+    count, report = size.counts.get(planted.attack, 0), units.progress("victim")
+    rows, poison_key = Batch(*map(np.asarray, train)), jax.random.fold_in(key, 2)
+    if planted.attack == "trojan":
+        found = planting.trojan_net(
+            poison_key, net, clean, train, CLASSES, config, count=count, batch_size=size.batch_size,
+            crop_padding=size.crop_padding, flip=size.flip, progress=report,
+        )  # fmt: skip
+        return found.variables, found.trigger
+    if planted.attack == "clean-label":
+        rows = planting.hide(poison_key, net, clean, made, trigger, rows, config, count, progress=report).data
+    elif planted.attack == "badnets":
+        rows = poison.static(poison_key, made, trigger, rows, count)
+    start = clean if size.tuned and planted.attack == "badnets" else None
+    config = size.clean if start is None else size.tuned
+    variables, _, _ = study.train(
+        jax.random.fold_in(key, 3), net, Batch(*map(jnp.asarray, rows)), config,
+        variables=start, batch_size=size.batch_size, crop_padding=size.crop_padding, flip=size.flip, progress=report,
+    )  # fmt: skip
+    return variables, trigger

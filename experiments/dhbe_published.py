@@ -1,0 +1,43 @@
+"""DHBE on a published backdoored model, without data: clean accuracy and attack success rate before and after.
+
+    python -m experiments.dhbe_published             # an hour or so on 2 cores
+    python -m experiments.dhbe_published --smoke     # few steps; checks that it runs
+
+Needs the models and CIFAR-10 images in `shared/` beside the repository; 2,000 test images judge.
+"""
+
+from typing import Any
+
+import tyro
+
+from experiments import bna_published, dhbe_rows, units
+from jaxbd.interop import load as models
+from jaxbd.repair import dhbe
+
+NAME, MODEL = "dhbe/published", "badnets_8_02"
+ERASURE = dhbe.Config(num_steps=300, inner_steps=3, batch_size=32, width=16)
+
+
+def one_model(config: dhbe.Config) -> dict[str, Any]:
+    """The model before and after, as JSON."""
+    case = bna_published.case(MODEL)
+    spec = models.open_model(bna_published.folder() / f"{MODEL}_ckpt.pth").spec
+    variables, spent = dhbe_rows.erased(case, spec, config)
+    before, after = (dhbe_rows.judged(case, each, ()) for each in (case.variables, variables))
+    return {"name": MODEL, "target": case.target, "before": before, "after": after, **spent}
+
+
+def unit() -> dict[str, Any]:
+    """`one_model`, kept under `runs/`."""
+    return units.unit(NAME, MODEL, units.settings_of(ERASURE), lambda: one_model(ERASURE))
+
+
+def main(smoke: bool = False) -> None:
+    """Runs the experiment and prints its table."""
+    units.use_cache()
+    found = one_model(dhbe_rows.SMOKE) if smoke else unit()
+    print(units.table([dhbe_rows.row(found, model=MODEL)]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

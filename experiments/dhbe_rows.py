@@ -1,0 +1,128 @@
+"""DHBE on planted victims: accuracy, attack success with 1, 4 and 9 triggers, and what triggers still move.
+
+Claims (Yan et al. 2023): without any data the attack success rate falls to a few percent while accuracy stays (Tables
+3 and 5), it stays low when the trigger is repeated (Table 6), and triggers move the repaired net's activations little
+(Fig. 7). Pure adversarial distillation hands the backdoor on (Fig. 9).
+
+    python -m experiments.dhbe_rows                          # digits, BadNets, one seed
+    python -m experiments.dhbe_rows --size narrow            # CIFAR-10 images, ResNet-18 of width 8
+    python -m experiments.dhbe_rows --smoke                  # checks that it runs, not the claims
+
+The eraser gets the net's weights. Test images judge the result and choose nothing.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import dhbe_cases, units
+from experiments.dhbe_cases import Planting
+from jaxbd import differences, erase, evaluate, study
+from jaxbd.base import Batch, Variables
+from jaxbd.repair import dhbe
+
+NAME = "dhbe/rows"
+ERASURE = {
+    "digits": dhbe.Config(
+        num_steps=600,
+        inner_steps=3,
+        batch_size=64,
+        width=16,
+        learning_rate=0.05,
+        generator_rate=1e-4,
+        regularisation=0.1,
+    ),
+    "narrow": dhbe.Config(num_steps=600, batch_size=64, width=16),
+}
+SHOWN = 500
+"""Test images behind the activation differences."""
+
+
+def erased(case: study.Case, spec: Any, config: dhbe.Config, seed: int = 0) -> tuple[Variables, dict[str, Any]]:
+    """The repaired net's variables; the last losses and the seconds."""
+    result = erase.run(
+        jax.random.key(9000 + seed), case.net, case.image_shape, case.variables, config,
+        mean=tuple(spec.mean), std=tuple(spec.std), progress=units.progress(NAME),
+    )  # fmt: skip
+    losses = {name: float(np.mean(values[-10:])) for name, values in result.infos._asdict().items()}
+    return result.variables, {"losses": losses, "seconds": result.seconds._asdict()}
+
+
+def judged(case: study.Case, variables: Variables, numbers: tuple[int, ...] = (1, 4, 9)) -> dict[str, Any]:
+    """Accuracy, ASR of the trigger as planted and of 1, 4 and 9 copies, and activation differences."""
+    key = jax.random.key(0)
+    found = dataclasses.asdict(evaluate.rates(key, case.net, variables, case.test, case.attack, case.trigger))
+    for number in numbers:
+        attack, trigger = dhbe_cases.copies(case, number)
+        rates = evaluate.rates(key, case.net, variables, case.test, attack, trigger)
+        found[f"x{number}"] = rates.attack_success_rate
+        found[f"x{number}, correct only"] = rates.attack_success_rate_correct_only
+    others = np.flatnonzero(np.asarray(case.test.labels) != case.target)[:SHOWN]
+    data = Batch(np.asarray(case.test.images)[others], np.asarray(case.test.labels)[others])
+    moved = differences.activation_differences(case.net, variables, data, case.attack.stamp, case.trigger)
+    found["differences"] = {name: dataclasses.asdict(box) for name, box in differences.boxes(moved).items()}
+    return found
+
+
+def copies_that_fit(planted: Planting) -> tuple[int, ...]:
+    """Nine copies of a large trigger overlap on a small image; a trigger in all corners is not repeated."""
+    side, image = planted.side, planted.spec.image_shape[0]
+    if planted.attack == "clean-label" and planted.size == "digits":
+        return ()
+    return (1, 4, 9) if 3 * side <= image else (1, 4)
+
+
+def one_victim(planted: Planting, config: dhbe.Config) -> dict[str, Any]:
+    """A planted victim before and after its erasure, as JSON."""
+    case = dhbe_cases.victim(planted)
+    variables, spent = erased(case, planted.spec, config, planted.seed)
+    before, after = (judged(case, each, copies_that_fit(planted)) for each in (case.variables, variables))
+    return {"name": planted.name, "target": planted.target, "before": before, "after": after, **spent}
+
+
+def unit(planted: Planting, config: dhbe.Config | None = None, name: str = "") -> dict[str, Any]:
+    """`one_victim`, kept under `runs/`; `name` tells other settings from the usual ones."""
+    config = ERASURE[planted.size] if config is None else config
+    wanted = [dhbe_cases.settings(planted), units.settings_of(config)]
+    return units.unit(NAME, planted.name + (f"-{name}" if name else ""), wanted, lambda: one_victim(planted, config))
+
+
+def row(result: dict[str, Any], **first: Any) -> dict[str, Any]:
+    """A line of Tables 3 and 6: accuracy and ASR before and after."""
+    before, after = result["before"], result["after"]
+    found = {**first, "ACC before": before["clean_accuracy"], "ASR before": before["attack_success_rate"]}
+    found |= {"ACC": after["clean_accuracy"], "ASR": after["attack_success_rate"]}
+    return found | {f"ASR x{number}": after.get(f"x{number}", "") for number in (4, 9)}
+
+
+def differences_row(result: dict[str, Any], **first: Any) -> list[dict[str, Any]]:
+    """Lines of Fig. 7: medians of the activation differences before and after."""
+    medians = lambda which: {name: box["median"] for name, box in result[which]["differences"].items()}
+    return [{**first, "net": which, **medians(key)} for which, key in (("backdoored", "before"), ("DHBE", "after"))]
+
+
+SMOKE = dhbe.Config(num_steps=2, inner_steps=1, batch_size=4, width=2, trigger_size=3)
+
+
+def main(size: dhbe_cases.SizeName = "digits", smoke: bool = False) -> None:
+    """Runs the experiment and prints its tables."""
+    units.use_cache()
+    planted = Planting(size=size)
+    results = [one_victim(planted, SMOKE)] if smoke else [unit(planted), unit(planted, pure(ERASURE[size]), "pure")]
+    print(
+        units.table([row(one, erasure=name) for one, name in zip(results, ("DHBE", "pure distillation"), strict=False)])
+    )
+    print()
+    print(units.table(differences_row(results[0], victim=results[0]["name"])))
+
+
+def pure(config: dhbe.Config) -> dhbe.Config:
+    """Adversarial distillation without triggers (Fig. 9)."""
+    return dataclasses.replace(config, pure=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,77 @@
+"""How much DHBE depends on its settings: lambda, the student's learning rate, and the size of generated triggers.
+
+Claims (Yan et al. 2023): lambda from 0.01 to 0.2 (Fig. 8) and learning rates from 0.01 to 0.2, the generators' in step
+with it (Fig. 10), make little difference; triggers of other sizes than the generator's are erased too (Fig. 11).
+
+    python -m experiments.dhbe_sweeps            # digits
+    python -m experiments.dhbe_sweeps --smoke
+"""
+
+import dataclasses
+from typing import Any
+
+import tyro
+
+from experiments import dhbe_rows, units
+from experiments.dhbe_cases import Planting
+from jaxbd.repair import dhbe
+
+BASE = dhbe_rows.ERASURE["digits"]
+WEIGHTS, RATES = (0.01, 0.05, 0.1, 0.2), (0.01, 0.05, 0.1, 0.2)
+SIDES, GENERATED = (1, 2, 3, 5), (3, 5, 7)
+SEED = 5
+"""Of the victim: none of those of the main table."""
+
+
+def weights(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
+    """Fig. 8: over lambda; 0, at which triggers still pass through the student, and pure distillation beside it."""
+    rows = []
+    for weight in (0.0, *WEIGHTS):
+        found = dhbe_rows.unit(
+            Planting(seed=SEED), dataclasses.replace(base, regularisation=weight), f"lambda{weight:g}"
+        )
+        rows.append(dhbe_rows.row(found, **{"lambda": f"{weight:g}"}))
+    found = dhbe_rows.unit(Planting(seed=SEED), dhbe_rows.pure(base), "pure")
+    return [*rows, dhbe_rows.row(found, **{"lambda": "pure distillation"})]
+
+
+def rates(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
+    """Fig. 10: over the student's learning rate; those of the generators keep their ratio to it."""
+    rows = []
+    for rate in RATES:
+        factor = rate / base.learning_rate
+        config = dataclasses.replace(
+            base,
+            learning_rate=rate,
+            generator_rate=base.generator_rate * factor,
+            trigger_rate=base.trigger_rate * factor,
+        )
+        found = dhbe_rows.unit(Planting(seed=SEED), config, f"rate{rate:g}")
+        rows.append(dhbe_rows.row(found, **{"learning rate": f"{rate:g}"}))
+    return rows
+
+
+def sides(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
+    """Fig. 11: over the trigger's size and that of the generated ones."""
+    rows = []
+    for side in SIDES:
+        for generated in GENERATED:
+            config = dataclasses.replace(base, trigger_size=generated)
+            found = dhbe_rows.unit(Planting(side=side, seed=SEED), config, f"generated{generated}")
+            rows.append(dhbe_rows.row(found, trigger=f"{side}x{side}", generated=f"{generated}x{generated}"))
+    return rows
+
+
+def main(smoke: bool = False) -> None:
+    """Runs the experiment and prints its tables."""
+    units.use_cache()
+    if smoke:
+        found = dhbe_rows.one_victim(Planting(side=1), dataclasses.replace(dhbe_rows.SMOKE, regularisation=0.01))
+        print(units.table([dhbe_rows.row(found, **{"lambda": "0.01"})]))
+        return
+    for rows in (weights(), rates(), sides()):
+        print(units.table(rows), "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,126 @@
+"""The part of a page about an erasure without data (DHBE), from plain values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxbd.report import plots
+from jaxbd.report.content import Content, Erased, Moment, Repaired
+
+CHARTS = {
+    "erasure: logit difference": {
+        "student and teacher": "discrepancy",
+        "student with and without trigger": "regulariser",
+    },
+    "erasure: loss of generators": {"samples": "generator_loss", "triggers": "trigger_loss"},
+}
+"""Chart -> label of a line -> its name in `repair.dhbe.Info`; lines of one chart share a unit."""
+COLUMNS = 6
+
+
+def curves(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """For `Content.curves`: the losses of an erasure over its iterations.
+
+    Args:
+      values: "step" [S] and, each [S], fields of `repair.dhbe.Info`; as `curves` of a repair.json.
+    """
+    found = {}
+    for chart, lines in CHARTS.items():
+        known = {label: values[name] for label, name in lines.items() if name in values}
+        if known:
+            found[chart] = {"step": values["step"], "values": known}
+    return found
+
+
+def content(
+    figures: Mapping[str, Any],
+    *,
+    name: str,
+    moments: Sequence[Moment] = (),
+    amplified: Mapping[int, tuple[float | None, float | None]] | None = None,
+) -> Content:
+    """A whole page about one erasure.
+
+    Args:
+      figures: what repair.json holds: "curves" (see `curves`), "config", "model", "seed", "seconds", "versions",
+        "device"; "before", "after" (rates) and "data" are None where nothing was measured.
+      name: what the reader calls the model.
+      moments: see `Erased`.
+      amplified: see `Erased`.
+    """
+    before, after = figures.get("before") or {}, figures.get("after") or {}
+    rates = lambda field: (before.get(field), after.get(field))
+    row = Repaired(
+        method="DHBE",
+        clean_accuracy=rates("clean_accuracy"),
+        attack_success_rate=rates("attack_success_rate"),
+        source_inference_accuracy=after.get("source_inference_accuracy"),
+        seconds=figures["seconds"],
+        n_clean=after.get("n_clean"),
+        n_triggered=after.get("n_triggered"),
+        note="no data was used" if after else "no data was used, and none given to measure on",
+    )
+    known = {part: figures[part] for part in ("model", "data") if figures.get(part)}
+    return Content(
+        title=f"Backdoors erased from {name} without data",
+        repairs=[row],
+        erased=Erased(moments=moments, amplified=amplified or {}),
+        curves=curves(figures["curves"]),
+        settings={"erasure": figures["config"], **known},
+        seeds={"erasure": figures["seed"]},
+        versions=figures["versions"],
+        device=figures["device"],
+    )
+
+
+def view(erased: Erased) -> dict[str, Any]:
+    """What the template shows: (iteration, how many, samples, triggers) per moment, chart and rows of the rates."""
+    rows = [(copies, *pair) for copies, pair in sorted(erased.amplified.items())]
+    known = [row for row in rows if any(rate is not None for rate in row[1:])]
+    said = "; ".join(
+        f"{copies} times: {_percent(before)} before, {_percent(after)} after" for copies, before, after in known
+    )
+    return {
+        "note": erased.note,
+        "moments": [
+            (
+                moment.step,
+                len(moment.samples),
+                plots.grid(moment.samples, columns=COLUMNS, side=54, gap=3),
+                plots.grid(moment.triggers, columns=COLUMNS, side=36, gap=9),
+            )
+            for moment in erased.moments
+            if len(moment.samples) and len(moment.triggers)
+        ],
+        "chart": amplified_bars(known, alt=f"Attack success rate with the trigger {said}.") if known else None,
+        "rows": known,
+    }
+
+
+def amplified_bars(rows: Sequence[tuple[int, float | None, float | None]], *, alt: str = "") -> str:
+    """Bars of attack success rate before and after for each (copies of the trigger, before, after), as inline SVG.
+
+    A rate that is None or not a number has no bar.
+    """
+
+    def draw(figure):
+        axes, place, depth = figure.subplots(), np.arange(len(rows)), 0.38
+        for i, label in enumerate(("before", "after")):
+            rates = 100 * np.array([np.nan if row[1 + i] is None else row[1 + i] for row in rows], float)
+            at = place + (i - 0.5) * depth
+            axes.barh(at, np.nan_to_num(rates), depth * 0.92, color=plots.PALETTE[i], label=label)
+            for y, rate in zip(at, rates, strict=True):
+                if np.isfinite(rate):
+                    axes.text(rate + 1, y, f"{rate:.1f}", va="center", fontsize=7, clip_on=False)
+        axes.set(xlim=(0, 106), ylim=(len(rows) - 0.5, -0.5), xlabel="attack success rate, %")
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_yticks(place, [f"×{copies}" for copies, *_ in rows])
+        axes.set_ylabel("copies of the trigger")
+        plots.legend(figure)
+
+    return plots.svg(draw, (4.3, 0.9 + 0.5 * len(rows)), alt)
+
+
+def _percent(rate: float | None) -> str:
+    return "not measured" if rate is None or not np.isfinite(rate) else f"{100 * rate:.1f} %"
