@@ -199,9 +199,9 @@ def discard(folder: str | pathlib.Path) -> None:
     Raises: UserError when the folder is something else, or cannot be deleted.
     """
     folder = pathlib.Path(folder).absolute()
-    _config(folder)
-    if not devices.is_first():
+    if not devices.is_first():  # the first may be deleting what another would look at
         return
+    _config(folder)
     try:
         if folder.exists():
             folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}{DISCARDED}"))

@@ -97,6 +97,7 @@ def detected(
     Args:
       found: what `pairs.scan` found with the settings `scan`.
       data: clean images of all classes; see `trigger`.
+      keep: what may save every round's correction and search, each a stage of its own, and go on from there.
     Returns: the last correction, with the seconds of all. Raises: UserError as `trigger` does.
     """
     first = found.triggers[target]
@@ -112,7 +113,7 @@ def detected(
         if number < rounds:
             left, seconds = pairs.again(
                 jax.random.fold_in(key, 100 + number), suspect.net, repaired.variables, suspect.classes,
-                suspect.image_shape, data, first, target, scan, progress, keep,
+                suspect.image_shape, data, first, target, scan, progress, keep, f"{part}: what is left",
             )  # fmt: skip
             triggers.append(left)
             spent.append(seconds)

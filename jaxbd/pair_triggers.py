@@ -95,8 +95,13 @@ def reached(method: str, states: Any) -> np.ndarray:
 def sweep_pairs(lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, batch_size: int, **settings: Any):
     """One trigger for every pair of `pairs`: (Search, what `sweep.search` found); `settings` are its own."""
     sources, targets = (jnp.array(side, jnp.int32) for side in zip(*pairs, strict=True))
-    label = f"{method}: {len(pairs)} pairs"
+    label = told = f"{method}: {len(pairs)} pairs"
     lab.progress(label, 0, num_steps * len(pairs))
+
+    def shrunk(slots: int) -> None:
+        nonlocal told
+        told = f"{label}, out of memory, {slots} at a time from here on"
+
     found = sweep.search(
         jax.random.fold_in(lab.key, METHODS.index(method)),
         lab.inversions[method],
@@ -105,7 +110,8 @@ def sweep_pairs(lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, ba
         Cell(targets, sources, jnp.zeros(len(pairs))),
         lab.variables,
         num_steps=num_steps,
-        on_chunk=lambda at: lab.progress(label, at.steps, at.steps_total),
+        on_chunk=lambda at: lab.progress(told, at.steps, at.steps_total),
+        on_shrink=shrunk,
         keep=lab.keep,
         name=label,
         **settings,
@@ -138,10 +144,15 @@ def sent(lab: Lab, stamp: Any, state: Any, sources: Sequence[int]) -> np.ndarray
 
 
 def joint(
-    lab: Lab, method: str, inversion: Inversion, wish: Mapping[int, int], num_steps: int, batch_size: int
+    lab: Lab,
+    method: str,
+    inversion: Inversion,
+    wish: Mapping[int, int],
+    num_steps: int,
+    batch_size: int,
+    label: str,
 ) -> Joint:
-    """One trigger that sends the images of every source in `wish` to its target."""
-    label = f"{method}: one trigger for {len(wish)} source(s)"
+    """One trigger that sends the images of every source in `wish` to its target; `label` is the stage's name."""
     key = jax.random.fold_in(lab.key, 20)
     for number in sorted(wish.items()):
         key = jax.random.fold_in(key, number[0] * lab.classes + number[1])
@@ -162,11 +173,15 @@ def plain_patch(
     wish: Mapping[int, int],
     num_steps: int,
     batch_size: int,
+    label: str,
 ) -> tuple[Inversion, Any, loop.Seconds]:
-    """A patch of one colour that fills `box` [4], for all of `wish`: (inversion, its state, seconds)."""
+    """A patch of one colour that fills `box` [4], for all of `wish`: (inversion, its state, seconds).
+
+    `label` is the stage's name.
+    """
     inversion = make_plain(lab.net, tuple(image_shape), plain.Config())
     state = inversion.init(lab.key)._replace(box=jnp.asarray(box))
-    label, key = "plain patch", jax.random.fold_in(lab.key, 30)
+    key = jax.random.fold_in(lab.key, 30)
     state, seconds = _fitted(lab, key, inversion, plain.Info, state, wish, num_steps, batch_size, label)
     return inversion, state, seconds
 

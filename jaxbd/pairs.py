@@ -192,7 +192,7 @@ def _plain(rules: Rules, image_shape: tuple[int, int, int], target: int, estimat
         return None
     wish, config = dict.fromkeys(estimate.sources, target), rules.config
     inversion, state, seconds = pair_triggers.plain_patch(
-        rules.lab, image_shape, box, wish, config.joint_steps, config.joint_batch_size
+        rules.lab, image_shape, box, wish, config.joint_steps, config.joint_batch_size, f"plain patch: class {target}"
     )
     rules.spend(config.joint_steps * config.joint_batch_size, seconds)
     rate = _rate(pair_triggers.sent(rules.lab, inversion.stamp, state, list(wish)), wish)
@@ -229,12 +229,13 @@ def again(
     config: Config,
     progress: Progress | None = None,
     keep: stages.Keep = stages.through,
+    label: str = "what is left",
 ) -> tuple[Estimate, loop.Seconds]:
     """What leads to `target` in a net after its correction: one trigger for the sources of `first`, the first estimate.
 
     Args:
       variables: of the corrected net.
-      keep: see `scan`.
+      keep, label: what may save the search and go on from there, and the search's name to it.
     Returns: the estimate (its rate is that on `search`), and the seconds it took.
     """
     method = first.method if first.method in METHODS else "neural-cleanse"
@@ -243,7 +244,8 @@ def again(
     held = Batch(np.asarray(search.images), np.asarray(search.labels))
     lab = Lab(key, net, variables, classes, batch, held, inversions, inversions, progress or (lambda *_: None), keep)
     wish = dict.fromkeys(first.sources, target)
-    found = pair_triggers.joint(lab, method, inversions[method], wish, config.joint_steps, config.joint_batch_size)
+    sizes = config.joint_steps, config.joint_batch_size
+    found = pair_triggers.joint(lab, method, inversions[method], wish, *sizes, label)
     rate = _rate(pair_triggers.outcomes(lab, method, found.state, list(wish)), wish)
     return Estimate(method, inversions[method].stamp, found.state, first.sources, found.norm, rate), found.seconds
 

@@ -22,7 +22,8 @@ class Args:
 
     Attributes:
       out: arrays of all results.
-      stall_at: step at which process `stalls` says so, by a file beside the output, and waits for its end.
+      stall_at: step at which process `stalls` says so, by a file beside the output, and waits for its end; -1 for
+        before it has begun.
       job: how it may be stopped.
     """
 
@@ -40,16 +41,21 @@ def run(args: Args) -> int:
     five = jax.tree.map(lambda leaf: leaf[:5], cells)
     victim = {"params": {"w": 0.3 * np.random.default_rng(0).normal(size=(64, 4))}}
 
-    def note(what: str, done: int, total: int) -> None:
-        print(f"{what}: step {done}", flush=True)
-        if args.stall_at == done and jax.process_index() == args.stalls:
+    def stall(at: int) -> None:
+        if args.stall_at == at and jax.process_index() == args.stalls:
             args.out.with_suffix(".stalled").touch()
             time.sleep(600)
+
+    def note(what: str, done: int, total: int) -> None:
+        print(f"{what}: step {done}", flush=True)
+        if done:
+            stall(done)
 
     def fit(states, left, on_chunk):
         settings = dict(states=states, num_steps=left, chunk=2, on_chunk=on_chunk)
         return sweep.fit(KEY, BY_SIZE, drawn, data, five, victim, **settings)
 
+    stall(-1)
     files = long_job.prepare(args.out, args.job)
     with long_job.Job(files, args.job, {"cells": 5}) as job:
         states = sweep.init(KEY, BY_SIZE, five)

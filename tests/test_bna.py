@@ -380,16 +380,23 @@ def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
     """Each round corrects the net as it came, for all triggers so far, and the next trigger is sought in its result."""
     from jaxbd import pairs
 
-    seen, sought = [], []
+    seen, sought, names = [], [], []
+
+    def nowhere(*args, **settings):
+        raise AssertionError("nothing runs here")
 
     def trigger(key, net, variables, stamp, model, data, config, **settings):
         seen.append(
             (variables, model, sorted(set(data.labels.tolist())), sorted(set(settings["kept"].labels.tolist())))
         )
+        names.append(settings["label"])
+        assert settings["keep"] is nowhere
         return correct.Repaired(f"corrected {len(seen)}", None, loop.Seconds(1.0, 2.0))
 
-    def again(key, net, variables, classes, image_shape, search, first, target, config, progress):
+    def again(key, net, variables, classes, image_shape, search, first, target, config, progress, keep, label):
         sought.append((variables, first.model, target))
+        names.append(label)
+        assert keep is nowhere
         return first._replace(model=f"again {len(sought)}"), loop.Seconds(0.5, 0.5)
 
     monkeypatch.setattr(correct, "trigger", trigger)
@@ -402,7 +409,7 @@ def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
     data = Batch(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9) % 3)
     suspect = correct.Suspect(toys.NET, "as it came", (2, 2, 1), 3)
     result = correct.detected(
-        jax.random.key(0), suspect, found, 2, data, bna.Config(), pairs.Config(), rounds=2, batch_size=2
+        jax.random.key(0), suspect, found, 2, data, bna.Config(), pairs.Config(), rounds=2, batch_size=2, keep=nowhere
     )
     assert [models for _, models, _, _ in seen] == [
         ("first", "other"), ("first", "other", "again 1"), ("first", "other", "again 1", "again 2")
@@ -410,3 +417,4 @@ def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
     assert all((v, labels, kept) == ("as it came", [0, 1], [2]) for v, _, labels, kept in seen)
     assert sought == [("corrected 1", "first", 2), ("corrected 2", "first", 2)]
     assert (result.variables, result.seconds) == ("corrected 3", loop.Seconds(4.0, 7.0))
+    assert len({*names}) == 5, "stages of one name"

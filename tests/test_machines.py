@@ -55,6 +55,13 @@ def start_two(*flags: str, outs: Sequence[pathlib.Path]) -> list[subprocess.Pope
     ]
 
 
+def wait_for(file: pathlib.Path, processes: Sequence[subprocess.Popen]) -> None:
+    """Until the file is there, or a process has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists() and time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+
+
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)"""
     try:
@@ -100,9 +107,7 @@ def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(alone, tmp
 def test_a_lost_process_ends_the_run_in_one_line_and_it_can_be_resumed(lost, alone, tmp_path):
     out = tmp_path / "out.npz"
     both = start_two("--stall-at", "6", "--stalls", str(lost), outs=(out, out))
-    stalled, deadline = out.with_suffix(".stalled"), time.monotonic() + PATIENCE
-    while not stalled.exists() and time.monotonic() < deadline and all(process.poll() is None for process in both):
-        time.sleep(0.05)
+    wait_for(stalled := out.with_suffix(".stalled"), both)
     both[lost].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     code, said, complaints = ended(both[1 - lost])
@@ -117,6 +122,21 @@ def test_a_lost_process_ends_the_run_in_one_line_and_it_can_be_resumed(lost, alo
     assert code == 0, complaints
     assert "resumed {'stage': 'five', 'step': " in said and said.endswith("}\n")
     assert_same(arrays(out), alone)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ctrl_c_before_the_work_ends_one_at_once_and_the_other_with_a_line(first, tmp_path):
+    """They have not agreed to end, so the one does not wait for the other, which waits for the one."""
+    out = tmp_path / "out.npz"
+    both = start_two("--stall-at", "-1", "--stalls", str(first), outs=(out, out))
+    wait_for(out.with_suffix(".stalled"), both)
+    both[first].send_signal(signal.SIGINT)
+    interrupted = time.monotonic()
+    codes, _, complaints = zip(*map(ended, both), strict=True)
+    assert time.monotonic() - interrupted < machines.HEARTBEAT + 60
+    assert (codes[first], codes[1 - first]) == (130, 2), complaints
+    assert "interrupted; no file was left half-written" in complaints[first]
+    assert machines.LOST in complaints[1 - first] and complaints[1 - first].count("\n") == 1
 
 
 def test_who_is_who_must_be_known(tmp_path):

@@ -105,7 +105,7 @@ class Job:
         """
         self.resumed: dict[str, Any] | None = None
         self._files, self._flags, self._config = files, flags, config
-        known = json.dumps(record.plain(config)).encode()
+        known = json.dumps([record.plain(config), files is None]).encode()
         devices.check_same(
             "model, data, flags or versions", known, "start the same command with the same files everywhere"
         )
@@ -113,8 +113,9 @@ class Job:
 
     def __enter__(self) -> "Job":
         if self._files is not None:
-            if not checkpoint.is_started(self._files.checkpoints):
+            if devices.is_first() and not checkpoint.is_started(self._files.checkpoints):
                 checkpoint.discard(self._files.checkpoints)  # killed before its first checkpoint, it binds nobody
+            devices.from_all(0.0)  # no process looks at the folder before that is done
             self._watch = signals.Watch().__enter__()
         return self
 

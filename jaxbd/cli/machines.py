@@ -55,7 +55,11 @@ def supervised(work: Callable[[], int]) -> int:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _end(_alone(work))
+        try:
+            code, agreed = _alone(work), True
+        except KeyboardInterrupt:
+            code, agreed = 128 + signal.SIGINT, False
+        _end(code, agreed)
     # Slurm gives a signal to every process of its own accord; a second one would end the child without saving
     forwarded = "SLURM_JOB_ID" not in os.environ
     for number in signals.SIGNALS:
@@ -149,9 +153,9 @@ def _own_name() -> str:
     return next((f"process {os.environ[name]}: " for name in NUMBERS if name in os.environ), "")
 
 
-def _end(code: int) -> None:
+def _end(code: int, agreed: bool) -> None:
     """Ends this process with `code`; where all went well or was agreed, when the others have come to their end too."""
-    if code != 2 and joined():
+    if code != 2 and agreed and joined():
         with contextlib.suppress(Exception):  # the work is done; a process that goes now takes nothing with it
             sys.modules["jax"].distributed.shutdown()
     for stream in (sys.stdout, sys.stderr):

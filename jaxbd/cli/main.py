@@ -82,6 +82,8 @@ def _attempt(argv: list[str], rest: list[str], joins: bool = False) -> int:
         return stop.code
     except KeyboardInterrupt:
         _fail("interrupted; no file was left half-written")
+        if machines.joined():
+            raise  # the others did not agree to end, and are not to be waited for
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe went away; a second complaint at exit would help nobody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,6 +97,8 @@ def _attempt(argv: list[str], rest: list[str], joins: bool = False) -> int:
             return _fail(f"{error}; lower the learning rate, or check the model's weights")
         if _expected(error):
             return _fail(str(error))
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _fail("the device ran out of memory; use smaller batches, or fewer cells at a time")
         # Python's own exit code for a crash is 1, which says "backdoored" here
         return _fail(f"internal error, {type(error).__name__}: {error}; JAXBD_DEBUG=1 shows where, please report it")
 
