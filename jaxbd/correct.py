@@ -82,23 +82,27 @@ def detected(
     scan: pairs.Config,
     *,
     rounds: int = 2,
+    false_alarms: float = 0.1,
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",
     keep: stages.Keep = stages.through,
 ) -> Repaired:
-    """Corrects the net for a detected target, then for what still leads there, `rounds` times.
+    """Corrects the net for a detected target, then for what still leads there, up to `rounds` times.
 
     The estimated trigger is not the attacker's, and a correction for the one may let the other through. So a trigger is
-    estimated for the corrected net too, and the net as it came is corrected anew for all triggers so far.
+    estimated for the corrected net too, and the net as it came is corrected anew for all triggers so far. Without a
+    shortcut left, such a trigger is what the class looks like, and a correction for it hits clean images of the class:
+    a round that takes more than `false_alarms` of them for another class is undone, and is the last.
 
     # Differs from paper: it corrects once, for the one trigger it estimates
 
     Args:
       found: what `pairs.scan` found with the settings `scan`.
-      data: clean images of all classes; see `trigger`.
+      data: clean images of all classes; see `trigger`. Those of the target tell whether a round is kept.
+      false_alarms: share of images that the net gave to the target and a later correction does not; 0 to 1.
       keep: what may save every round's correction and search, each a stage of its own, and go on from there.
-    Returns: the last correction, with the seconds of all. Raises: UserError as `trigger` does.
+    Returns: the last correction that is kept, with the seconds of all. Raises: UserError as `trigger` does.
     """
     first = found.triggers[target]
     triggers, spent = pairs.estimates(found, target), []
@@ -110,6 +114,9 @@ def detected(
             kept=kept, batch_size=batch_size, progress=progress, label=part, keep=keep,
         )  # fmt: skip
         spent.append(repaired.seconds)
+        if number and _lost(suspect, repaired.variables, target, kept) > false_alarms:
+            break
+        best = repaired
         if number < rounds:
             left, seconds = pairs.again(
                 jax.random.fold_in(key, 100 + number), suspect.net, repaired.variables, suspect.classes,
@@ -117,7 +124,22 @@ def detected(
             )  # fmt: skip
             triggers.append(left)
             spent.append(seconds)
-    return repaired._replace(seconds=loop.total(*spent))
+    return best._replace(seconds=loop.total(*spent))
+
+
+def _lost(suspect: Suspect, corrected: Variables, target: int, images: Batch) -> float:
+    """Share of the images that the suspect gives to the target and the corrected net does not; 0 without any."""
+    key, tell = jax.random.key(0), _labeller(suspect.net)
+    asked = evaluate.per_image(key, tell, suspect.variables, images) == target if len(images.labels) else np.zeros(0)
+    if not asked.any():
+        return 0.0
+    return float((evaluate.per_image(key, tell, corrected, images)[asked] != target).mean())
+
+
+@functools.lru_cache(maxsize=32)
+def _labeller(net: Net) -> Callable[[Key, Variables, Array], Array]:
+    """(key, variables, images) -> classes [B]; the same function for the same net."""
+    return lambda _, variables, images: net.apply(variables, images, train=False)[0].argmax(-1)
 
 
 @functools.lru_cache(maxsize=32)

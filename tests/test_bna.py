@@ -376,8 +376,11 @@ def test_total_variations_tells_moved_channels_apart():
     assert found[0] == 0 and 0.8 < found[1] < 1 and 0.15 < found[2] <= 0.25  # the last interval holds clean ones too
 
 
-def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
-    """Each round corrects the net as it came, for all triggers so far, and the next trigger is sought in its result."""
+def rounds_of(monkeypatch, lost, **settings):
+    """`correct.detected` with corrections and searches that only say what they were asked for.
+
+    Of 4 images of the target the net as it came recognises all, the correction number n all but `lost[n - 1]`.
+    """
     from jaxbd import pairs
 
     seen, sought, names = [], [], []
@@ -386,18 +389,20 @@ def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
         raise AssertionError("nothing runs here")
 
     def trigger(key, net, variables, stamp, model, data, config, **settings):
-        seen.append(
-            (variables, model, sorted(set(data.labels.tolist())), sorted(set(settings["kept"].labels.tolist())))
-        )
+        seen.append((variables, model, sorted({*data.labels.tolist()}), sorted({*settings["kept"].labels.tolist()})))
         names.append(settings["label"])
         assert settings["keep"] is nowhere
-        return correct.Repaired(f"corrected {len(seen)}", None, loop.Seconds(1.0, 2.0))
+        return correct.Repaired({"lost": jnp.float32(lost[len(seen) - 1])}, None, loop.Seconds(1.0, 2.0))
 
     def again(key, net, variables, classes, image_shape, search, first, target, config, progress, keep, label):
-        sought.append((variables, first.model, target))
+        sought.append((float(variables["lost"]), first.model, target))
         names.append(label)
         assert keep is nowhere
         return first._replace(model=f"again {len(sought)}"), loop.Seconds(0.5, 0.5)
+
+    def apply(variables, images, *, train):
+        label = jnp.where(images[:, 0, 0, 0] < variables["lost"], 0, 2)
+        return jax.nn.one_hot(label, 3), {}
 
     monkeypatch.setattr(correct, "trigger", trigger)
     monkeypatch.setattr(pairs, "again", again)
@@ -406,15 +411,33 @@ def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
         "backdoored", [2], [], None, "", {}, {}, {2: first}, {2: first._replace(model="other")}, (), {}, 0,
         loop.Seconds(0.0, 0.0),
     )  # fmt: skip
-    data = Batch(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9) % 3)
-    suspect = correct.Suspect(toys.NET, "as it came", (2, 2, 1), 3)
+    images = np.repeat(np.arange(4), 3).reshape(12, 1, 1, 1).astype(np.float32) * np.ones((1, 2, 2, 1), np.float32)
+    data = Batch(images, np.arange(12) % 3)
+    suspect = correct.Suspect(toys.NET._replace(apply=apply), {"lost": jnp.float32(0)}, (2, 2, 1), 3)
     result = correct.detected(
-        jax.random.key(0), suspect, found, 2, data, bna.Config(), pairs.Config(), rounds=2, batch_size=2, keep=nowhere
+        jax.random.key(0), suspect, found, 2, data, bna.Config(), pairs.Config(), batch_size=2, keep=nowhere, **settings
     )
+    assert len({*names}) == len(names) == len(seen) + len(sought), "stages of one name"
+    return seen, sought, result
+
+
+def test_a_detected_target_is_corrected_in_rounds(monkeypatch):
+    """Each round corrects the net as it came, for all triggers so far, and the next trigger is sought in its result."""
+    seen, sought, result = rounds_of(monkeypatch, [3, 1, 2], rounds=2, false_alarms=0.5)
     assert [models for _, models, _, _ in seen] == [
         ("first", "other"), ("first", "other", "again 1"), ("first", "other", "again 1", "again 2")
     ]  # fmt: skip
-    assert all((v, labels, kept) == ("as it came", [0, 1], [2]) for v, _, labels, kept in seen)
-    assert sought == [("corrected 1", "first", 2), ("corrected 2", "first", 2)]
-    assert (result.variables, result.seconds) == ("corrected 3", loop.Seconds(4.0, 7.0))
-    assert len({*names}) == 5, "stages of one name"
+    assert all((v["lost"], labels, kept) == (0, [0, 1], [2]) for v, _, labels, kept in seen)
+    assert sought == [(3, "first", 2), (1, "first", 2)]
+    assert (result.variables["lost"], result.seconds) == (2, loop.Seconds(4.0, 7.0))
+
+
+def test_a_round_that_costs_too_many_clean_images_of_the_target_is_undone_and_the_last(monkeypatch):
+    seen, sought, result = rounds_of(monkeypatch, [1, 3, 0], rounds=2, false_alarms=0.5)
+    assert (len(seen), len(sought)) == (2, 1)
+    assert (result.variables["lost"], result.seconds) == (1, loop.Seconds(2.5, 4.5))
+
+
+def test_the_first_correction_is_kept_whatever_it_costs(monkeypatch):
+    _, _, result = rounds_of(monkeypatch, [4], rounds=0, false_alarms=0.0)
+    assert result.variables["lost"] == 4

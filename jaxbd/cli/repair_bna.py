@@ -45,6 +45,8 @@ class Args:
       correction: length and rule of the correction.
       rounds: how often a trigger is searched in the corrected net too and the correction made anew for all found so
         far, since an estimate is not the attacker's trigger; not with --trigger.
+      false_alarms: a round that takes more than this share of the clean images of the class for another class is
+        undone, and is the last.
       scan_method: what the scan searches, see `jaxbd scan --method pairs --help`.
       search: how the scan searches.
       job: how it may be stopped.
@@ -60,6 +62,7 @@ class Args:
     preset: Literal["quick", "paper", "released"] = "quick"
     correction: bna.Config = PRESETS["quick"]
     rounds: int = 2
+    false_alarms: float = 0.1
     scan_method: Literal["pairs", "neural-cleanse", "pt-red"] = "pairs"
     search: pairs.Config = pairs.Config()
     job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=pair_scan.SAVE_EVERY)
@@ -72,6 +75,8 @@ class Args:
             raise UserError(f"batch size of the repair is {self.batch_size}; give at least 1")
         if self.rounds < 0:
             raise UserError(f"--rounds is {self.rounds}; give 0 or more")
+        if not 0 <= self.false_alarms <= 1:
+            raise UserError(f"--false-alarms is {self.false_alarms}; give a share from 0 to 1")
 
 
 def defaults(argv: list[str]) -> Args:
@@ -168,8 +173,9 @@ def _correct(
             )
         else:
             repaired = correct.detected(
-                key, suspect, found, target, search, args.correction, config, rounds=args.rounds, **common_settings
-            )
+                key, suspect, found, target, search, args.correction, config, rounds=args.rounds,
+                false_alarms=args.false_alarms, **common_settings,
+            )  # fmt: skip
         corrected.append(repaired)
     seconds = loop.total(*(each.seconds for each in corrected))
     return guard.pack(model.variables, [each.variables for each in corrected]), seconds

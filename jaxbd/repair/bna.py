@@ -62,7 +62,7 @@ class Config:
     moments: Literal["stored", "triggered"] = "stored"
     start_upper: float | None = None
     # Differs from paper: without it a small net's correction takes clean images of the target class for triggered ones
-    keep: float = 0.3
+    keep: float = 1.0
     learning_rate: float = 0.03
     # Differs from paper: it takes the last parameters
     average: bool = True
