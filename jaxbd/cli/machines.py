@@ -62,8 +62,14 @@ def supervised(work: Callable[[], int]) -> int:
         _end(code, agreed)
     # Slurm gives a signal to every process of its own accord; a second one would end the child without saving
     forwarded = "SLURM_JOB_ID" not in os.environ
+
+    def forward(number: int, _) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if forwarded:
+                os.kill(child, number)
+
     for number in signals.SIGNALS:
-        signal.signal(number, lambda number, _: forwarded and os.kill(child, number))
+        signal.signal(number, forward)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code >= 0:
         return code
