@@ -1,5 +1,6 @@
 """Correction of activation distributions for one trigger, and what it did to them. Composition, as `workflow`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ make_bna = functools.lru_cache(32)(bna.make)
 Stamp = Callable[[Key, Any, Array], Array]
 
 
+LEFT, HALVINGS = 0.03, 2
+"""Share of triggered images that a correction may leave with the target, and how often it is tried anew for them."""
+
+
 def trigger(
     key: Key,
     net: Net,
@@ -32,6 +37,7 @@ def trigger(
     config: bna.Config,
     *,
     kept: Batch | None = None,
+    false_alarms: float = 0.1,
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",
@@ -39,28 +45,70 @@ def trigger(
 ) -> Repaired:
     """Corrects the net for one trigger, see `repair.bna`: `variables` with changed moments and with `bounds`.
 
+    How much the target class has to give way differs between nets. Where more than `LEFT` of the triggered images keep
+    their target, the correction is made anew with half the weight on what keeps the class, up to `HALVINGS` times and
+    as long as that takes no more than `false_alarms` of the images in `kept` from it.
+
     Args:
       stamp, model: `stamp(key, model, images)` puts the trigger on images.
       data: clean images of the source classes (uint8 or float); batches are drawn from them.
       kept: clean images of the target class, whose activations are to stay; see `bna.Config.keep`.
+      false_alarms: share of the images that the net gives to the target and its correction does not; 0 to 1.
+    Returns: the last correction that holds to it, or the first, with the seconds of all.
     Raises: UserError when there are fewer images than a batch, or the net shows no layer to correct.
     """
     if len(data.labels) < batch_size:
         raise UserError(f"{len(data.labels)} images to correct with, fewer than a batch of {batch_size}; bring more")
     data = Batch(jnp.asarray(data.images), jnp.asarray(data.labels))
-    kept = kept if kept is not None and len(kept.labels) else None
+    kept = kept if kept is not None and len(kept.labels) and config.keep else None
     layers = bna.trained_layers(net, variables, to_float(data.images[:1]), config)
     config = bna.lengthened(config, len(layers), -(-len(data.labels) // batch_size))
-    method = make_bna(net, stamp, config)
-    report = progress or (lambda *_: None)
-    report(label, 0, config.num_steps)
-    state = _starter(method.init)(jax.random.fold_in(key, 0), variables, bna.Evidence(model, data, kept))
-    drawn = draw.uniform(batch_size)
+    # one compiled step for all weights: the state brings them
+    method = make_bna(net, stamp, dataclasses.replace(config, keep=float(kept is not None)))
+    weight, spent, report = config.keep, [], progress or (lambda *_: None)
     fit = lambda state, left, on_chunk: loop.fit(
-        jax.random.fold_in(key, 1), method.step, drawn, data, state, num_steps=left, on_chunk=on_chunk
-    )
-    state, infos, seconds = stages.run(keep, report, label, state, fit, info=bna.Info, num_steps=config.num_steps)
-    return Repaired(method.extract(state), infos, seconds)
+        jax.random.fold_in(key, 1), method.step, draw.uniform(batch_size), data, state, num_steps=left,
+        on_chunk=on_chunk,
+    )  # fmt: skip
+    for attempt in range(1 + (HALVINGS if kept is not None else 0)):
+        part = f"{label}, keep {weight:g}" if attempt else label
+        report(part, 0, config.num_steps)
+        state = _starter(method.init)(jax.random.fold_in(key, 0), variables, bna.Evidence(model, data, kept))
+        state = state._replace(keep=jnp.float32(weight))
+        state, infos, seconds = stages.run(keep, report, part, state, fit, info=bna.Info, num_steps=config.num_steps)
+        spent.append(seconds)
+        corrected = method.extract(state)
+        if attempt and _lost(net, variables, corrected, kept) > false_alarms:
+            break
+        best = Repaired(corrected, infos, seconds)
+        if kept is None or _left(net, variables, corrected, stamp, model, data, int(kept.labels[0])) <= LEFT:
+            break
+        weight /= 2
+    return best._replace(seconds=loop.total(*spent))
+
+
+def _left(net: Net, variables: Variables, corrected: Variables, stamp, model, data: Batch, target: int) -> float:
+    """Share of the images, but those that the net as it came gives to the target anyway, that are sent there."""
+    key, tell = jax.random.key(0), _labeller(net)
+    asked = evaluate.per_image(key, tell, variables, data) != target
+    sent = evaluate.per_image(key, tell, corrected, data, stamp, model) == target
+    return float(sent[asked].mean()) if asked.any() else 0.0
+
+
+def _lost(net: Net, variables: Variables, corrected: Variables, kept: Batch) -> float:
+    """Share of the images, all of one class, that the net as it came gives to that class and the corrected does not."""
+    if not len(kept.labels):
+        return 0.0
+    key, tell, label = jax.random.key(0), _labeller(net), int(kept.labels[0])
+    asked = evaluate.per_image(key, tell, variables, kept) == label
+    lost = evaluate.per_image(key, tell, corrected, kept) != label
+    return float(lost[asked].mean()) if asked.any() else 0.0
+
+
+@functools.lru_cache(maxsize=32)
+def _labeller(net: Net) -> Callable[[Key, Variables, Array], Array]:
+    """(key, variables, images) -> classes [B]; the same function for the same net."""
+    return lambda _, variables, images: net.apply(variables, images, train=False)[0].argmax(-1)
 
 
 class Suspect(NamedTuple):
@@ -100,8 +148,8 @@ def detected(
     Args:
       found: what `pairs.scan` found with the settings `scan`.
       data: clean images of all classes; see `trigger`. Those of the target tell whether a round is kept.
-      false_alarms: share of images that the net gave to the target and a later correction does not; 0 to 1.
-      keep: what may save every round's correction and search, each a stage of its own, and go on from there.
+      false_alarms: share of the images that the net gives to the target and its correction does not; 0 to 1.
+      keep: what may save every round's corrections and search, each a stage of its own, and go on from there.
     Returns: the last correction that is kept, with the seconds of all. Raises: UserError as `trigger` does.
     """
     first = found.triggers[target]
@@ -111,10 +159,10 @@ def detected(
         part = f"{label}, round {number + 1} of {rounds + 1}" if rounds else label
         repaired = trigger(
             jax.random.fold_in(key, number), suspect.net, suspect.variables, *pairs.together(triggers), clean, config,
-            kept=kept, batch_size=batch_size, progress=progress, label=part, keep=keep,
+            kept=kept, false_alarms=false_alarms, batch_size=batch_size, progress=progress, label=part, keep=keep,
         )  # fmt: skip
         spent.append(repaired.seconds)
-        if number and _lost(suspect, repaired.variables, target, kept) > false_alarms:
+        if number and _lost(suspect.net, suspect.variables, repaired.variables, kept) > false_alarms:
             break
         best = repaired
         if number < rounds:
@@ -125,21 +173,6 @@ def detected(
             triggers.append(left)
             spent.append(seconds)
     return best._replace(seconds=loop.total(*spent))
-
-
-def _lost(suspect: Suspect, corrected: Variables, target: int, images: Batch) -> float:
-    """Share of the images that the suspect gives to the target and the corrected net does not; 0 without any."""
-    key, tell = jax.random.key(0), _labeller(suspect.net)
-    asked = evaluate.per_image(key, tell, suspect.variables, images) == target if len(images.labels) else np.zeros(0)
-    if not asked.any():
-        return 0.0
-    return float((evaluate.per_image(key, tell, corrected, images)[asked] != target).mean())
-
-
-@functools.lru_cache(maxsize=32)
-def _labeller(net: Net) -> Callable[[Key, Variables, Array], Array]:
-    """(key, variables, images) -> classes [B]; the same function for the same net."""
-    return lambda _, variables, images: net.apply(variables, images, train=False)[0].argmax(-1)
 
 
 @functools.lru_cache(maxsize=32)

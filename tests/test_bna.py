@@ -441,3 +441,50 @@ def test_a_round_that_costs_too_many_clean_images_of_the_target_is_undone_and_th
 def test_the_first_correction_is_kept_whatever_it_costs(monkeypatch):
     _, _, result = rounds_of(monkeypatch, [4], rounds=0, false_alarms=0.0)
     assert result.variables["lost"] == 4
+
+
+@pytest.mark.parametrize(
+    "left, lost, weights, best",
+    [
+        ([0.5, 0.04, 0.03], [0.0, 0.1], [0.8, 0.4, 0.2], 2),
+        ([0.9] * 4, [0.0, 0.1], [0.8, 0.4, 0.2], 2),
+        ([0.03], [], [0.8], 0),
+        ([0.5, 0.5], [0.1, 0.11], [0.8, 0.4, 0.2], 1),
+        ([0.5], [0.11], [0.8, 0.4], 0),
+    ],
+)
+def test_the_target_class_weighs_half_as_much_where_the_trigger_still_works(left, lost, weights, best, monkeypatch):
+    """While more than 3 % are left, twice at most, and the last that takes 10 % of the class or less is the result."""
+    tried, shares, lost = [], iter(left), iter(lost)
+
+    def fit(key, step, drawn, data, state, *, num_steps, on_chunk):
+        tried.append(float(state.keep))
+        return state, len(tried) - 1, loop.Seconds(1.0, 2.0)
+
+    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(correct, "_left", lambda *known: next(shares))
+    monkeypatch.setattr(correct, "_lost", lambda *known: next(lost))
+    _, _, variables, data, _ = tiny()
+    stamp = lambda key, model, images: images + model
+    kept, config = Batch(data.images[:9], data.labels[:9] + 1), bna.Config(keep=0.8)
+    run = lambda kept: correct.trigger(
+        jax.random.key(0), TINY, variables, stamp, jnp.float32(0.1), data, config, kept=kept, batch_size=8
+    )
+    result = run(kept)
+    assert tried == pytest.approx(weights) and result.infos == best
+    assert result.seconds == loop.Seconds(len(weights), 2 * len(weights))
+    run(None)
+    assert len(tried) == len(weights) + 1
+
+
+def test_what_is_left_counts_images_that_the_trigger_sends_to_the_target():
+    """Of images 0 to 7 the net gives 6 and 7 to the target as they are; triggered 4 and 5 too, and after it 4."""
+    images = jnp.broadcast_to(jnp.arange(8.0)[:, None, None, None], (8, 2, 2, 1))
+    apply = lambda variables, images, *, train: (
+        jax.nn.one_hot(jnp.where(images[:, 0, 0, 0] >= variables["from"], 2, 0), 3), {}
+    )  # fmt: skip
+    net, data = toys.NET._replace(apply=apply), Batch(images, jnp.zeros(8, jnp.int32))
+    share = lambda limit: correct._left(
+        net, {"from": 6.0}, {"from": limit}, lambda key, model, images: images + model, jnp.float32(2.0), data, 2
+    )
+    assert share(6.0) == pytest.approx(2 / 6) and share(7.0) == pytest.approx(1 / 6) and share(8.0) == 0

@@ -45,8 +45,8 @@ class Args:
       correction: length and rule of the correction.
       rounds: how often a trigger is searched in the corrected net too and the correction made anew for all found so
         far, since an estimate is not the attacker's trigger; not with --trigger.
-      false_alarms: a round that takes more than this share of the clean images of the class for another class is
-        undone, and is the last.
+      false_alarms: a correction made anew that takes more than this share of the clean images of the class for
+        another class is undone.
       scan_method: what the scan searches, see `jaxbd scan --method pairs --help`.
       search: how the scan searches.
       job: how it may be stopped.
@@ -163,9 +163,10 @@ def _correct(
     suspect = correct.Suspect(model.net, model.variables, tuple(model.spec.image_shape), model.spec.classes)
     for number, (target, sources, stamp, state) in enumerate(known):
         key = jax.random.fold_in(jax.random.key(args.reading.seed), 10 + number)
-        common_settings = dict(
-            batch_size=args.batch_size, progress=progress, label=f"bna: class {target}", keep=keep
-        )  # fmt: skip
+        common_settings = {
+            "batch_size": args.batch_size, "false_alarms": args.false_alarms, "progress": progress,
+            "label": f"bna: class {target}", "keep": keep,
+        }  # fmt: skip
         if found is None:
             clean, kept = (correct.of_classes(search, classes) for classes in (sources, (target,)))
             repaired = correct.trigger(
@@ -173,9 +174,8 @@ def _correct(
             )
         else:
             repaired = correct.detected(
-                key, suspect, found, target, search, args.correction, config, rounds=args.rounds,
-                false_alarms=args.false_alarms, **common_settings,
-            )  # fmt: skip
+                key, suspect, found, target, search, args.correction, config, rounds=args.rounds, **common_settings
+            )
         corrected.append(repaired)
     seconds = loop.total(*(each.seconds for each in corrected))
     return guard.pack(model.variables, [each.variables for each in corrected]), seconds

@@ -139,6 +139,7 @@ class State(NamedTuple):
     mean: the parameters averaged since the middle of the run; theta itself before that, or where none is asked for.
     kept: images of the target class and p [C, bins] of their clean activations by layer, on the reference's intervals;
     None where they do not matter.
+    keep: [] float32, weight of what keeps them; `init` takes it from the Config, and a driver may replace it.
     """
 
     step: Array
@@ -149,6 +150,7 @@ class State(NamedTuple):
     variables: Variables
     model: ArrayTree
     kept: tuple[Array, dict[str, Array]] | None
+    keep: Array
 
 
 class Info(NamedTuple):
@@ -225,7 +227,8 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
         opt = {n: rule.init(t) for n, t in theta.items()}
         # drivers donate the state, so no two of its leaves may share memory
         kept = kept if config.keep else None
-        state = State(jnp.zeros((), jnp.int32), theta, theta, opt, reference, variables, model, kept)
+        keep, step = jnp.float32(config.keep), jnp.zeros((), jnp.int32)
+        state = State(step, theta, theta, opt, reference, variables, model, kept, keep)
         return jax.tree.map(jnp.copy, state)
 
     def divergence(theta: dict[str, Theta], state: State, images: Array, p: dict[str, Array]) -> dict[str, Array]:
@@ -240,7 +243,7 @@ def make(net: Net, stamp: Callable[[Key, Any, Array], Array], config: Config) ->
         total = sum(active[n] * d.sum() for n, d in each.items())
         if kept is not None:
             unmoved = divergence(theta, state, kept, state.kept[1])
-            total += config.keep * sum(active[n] * d.sum() for n, d in unmoved.items())
+            total += state.keep * sum(active[n] * d.sum() for n, d in unmoved.items())
         return total, {n: d.mean() for n, d in each.items()}
 
     def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
