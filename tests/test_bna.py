@@ -178,7 +178,7 @@ def tiny():
     variables["batch_stats"]["norm0"] = {"mean": jnp.array([0.1, -0.2]), "var": jnp.array([0.5, 1.3])}
     data = Batch(jnp.asarray(rng.uniform(size=(70, 4, 4, 1)), jnp.float32), jnp.zeros(70, jnp.int32))
     stamp = lambda key, model, images: images.at[:, :2, :2].add(model)
-    method = bna.make(TINY, stamp, bna.Config(tau=40.0, width=0.2, bins=30, learning_rate=0.01))
+    method = bna.make(TINY, stamp, bna.Config(divergence="tv", tau=40.0, width=0.2, bins=30, learning_rate=0.01))
     state = jax.jit(method.init)(jax.random.key(1), variables, bna.Evidence(jnp.float32(ADDED), data))
     nudge = lambda t: t._replace(shift=t.shift + 0.3, log_scale=t.log_scale - 0.2, upper=t.upper - 0.3)
     state = state._replace(theta={name: nudge(theta) for name, theta in state.theta.items()})
@@ -269,11 +269,12 @@ def test_the_reference_is_the_exact_histogram_of_the_clean_images():
 def test_presets():
     # the paper's objective has no second term, its rate is 0.01 (section 5.1), and the last parameters count
     assert (
-        bna.paper() == bna.Config(epochs=30, learning_rate=0.01, keep=0.0, average=False)
+        bna.paper() == bna.Config(divergence="tv", epochs=30, learning_rate=0.01, keep=0.0, average=False)
         and bna.paper(tau=50.0).tau == 50
     )
     code = bna.released()
     assert (code.trained, code.order, code.moments, code.start_upper) == ("upper", "layerwise", "triggered", 3.0)
+    assert code.divergence == "tv"
     assert bna.lengthened(code, 6, 14) == dataclasses.replace(code, num_steps=10 * 14 * 6, epochs=None)
     assert bna.lengthened(bna.paper(), 6, 14).num_steps == 30 * 14
     assert bna.lengthened(bna.Config(), 6, 14) == bna.Config()
