@@ -1,10 +1,11 @@
 """Save, restore and resume a run with Orbax, so that a killed run continues bit for bit.
 
 A checkpoint folder holds `config.json`, what the run depends on, and beside it one folder per saved step, named by the
-step; the newest two are kept. In a step's folder lie named arrays as Orbax writes them, those of the state and of the
-infos of all steps so far, and the SHA-256 of each file, because the format does not notice every damaged byte. It is
-written under a temporary name and renamed, so a run killed while writing leaves the older checkpoints as they were.
-Nothing read from the folder is executed: it is JSON, and arrays through TensorStore.
+step; the newest two are kept. A run of several stages has a folder for each of them, which holds its steps. In a step's
+folder lie named arrays as Orbax writes them, those of the state and of the infos of all steps so far, and the SHA-256
+of each file, because the format does not notice every damaged byte. It is written under a temporary name and renamed,
+so a run killed while writing leaves the older checkpoints as they were. Nothing read from the folder is executed: it is
+JSON, and arrays through TensorStore.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import record
+from jaxbd import devices, record
 from jaxbd.base import ArrayTree, UserError
 
 KEEP = 2
@@ -65,6 +66,7 @@ def resume(
     every: int,
     also: Also = lambda seconds: False,
     warn: Callable[[str], None] = warnings.warn,
+    stage: str | None = None,
 ) -> tuple[ArrayTree, ArrayTree, Any]:
     """Runs `fit` from the newest checkpoint in `folder`, or from `state` where there is none, and saves on the way.
 
@@ -83,13 +85,16 @@ def resume(
       every: saves at the first end of a chunk at which so many steps were done since the last save.
       also: asked at every other end of a chunk whether to save there too, such as before a stop.
       warn: told in one line of each checkpoint that was damaged and not used.
+      stage: name of a folder for this part of the run, which has other parts.
     Returns: the last state, infos [num_steps, …] as NumPy, and the seconds that `fit` returned.
     Raises: UserError as `restore` and `make` do.
     """
-    saved = restore(folder, config, state, info, warn)
+    saved = restore(folder, config, state, info, warn, stage)
+    step = str(saved.step if saved else 0)
+    devices.check_same("checkpoint", step.encode(), f"{folder} must lie on a disk that all machines share")
     if saved and saved.step > num_steps:
         raise UserError(f"{folder} is at step {saved.step}, past the {num_steps} asked for; choose another folder")
-    on_chunk = make(folder, config, every, state, saved, also)
+    on_chunk = make(folder, config, every, state, saved, also, stage)
     if saved is None:
         return fit(state, num_steps, on_chunk)
     state, infos, seconds = fit(saved.state, num_steps - saved.step, on_chunk)
@@ -103,23 +108,23 @@ def make(
     like: ArrayTree,
     saved: Saved | None = None,
     also: Also = lambda seconds: False,
+    stage: str | None = None,
 ) -> OnChunk:
-    """A callback for `loop.run` and `sweep.fit` that saves every `every` steps; makes the folder and its config.
+    """A callback for `loop.run` and `sweep.fit` that saves every `every` steps; makes the folder when it first does.
 
     Args:
       like: the state the run starts from, or its shapes (`jax.eval_shape`).
       saved: what `restore` returned. Checkpoints past it, which it refused, are removed as the run gets there.
-      also: see `resume`.
+      also, stage: see `resume`.
     Raises: UserError when the folder is another run's, cannot be written, or has checkpoints and `saved` is None. The
       callback raises it when a checkpoint cannot be written, and ValueError on a state unlike `like`.
     """
     if every < 1:
         raise UserError(f"checkpoints: every is {every}; give at least 1 step")
     folder = pathlib.Path(folder).absolute()
-    if not _is_of_run(folder, config):
-        record.write_json(folder / CONFIG, {"schema": SCHEMA, "run": config})
-    if saved is None and _steps(folder):
-        raise UserError(f"{folder} has checkpoints of this run; resume from them or delete it to start over")
+    own = folder / (stage or "")
+    if _is_of_run(folder, config) and saved is None and _steps(own):
+        raise UserError(f"{own} has checkpoints of this run; resume from them or delete it to start over")
     done_before, saved_at = saved.step if saved else 0, time.perf_counter()
     wanted = _signature(like)
     chunks, last = [saved.infos] if saved else [], done_before
@@ -132,7 +137,9 @@ def make(
         if done_before + done - last >= every or also(time.perf_counter() - saved_at):
             last = done_before + done
             chunks[:] = [_joined(chunks)]
-            _write(folder, last, {**_named("state", state), **_named("infos", chunks[0])})
+            if not (folder / CONFIG).exists():
+                record.write_json(folder / CONFIG, {"schema": SCHEMA, "run": config})
+            _write(own, last, {**_named("state", state), **_named("infos", chunks[0])})
             saved_at = time.perf_counter()
 
     return on_chunk
@@ -144,6 +151,7 @@ def restore(
     like: ArrayTree,
     info: type,
     warn: Callable[[str], None] = warnings.warn,
+    stage: str | None = None,
 ) -> Saved | None:
     """The newest checkpoint in `folder` that is whole; None when the folder is absent or has none yet.
 
@@ -152,32 +160,37 @@ def restore(
       like: a state or its shapes (`jax.eval_shape`): gives structure, shapes, types and placement.
       info: the method's `Info`, a NamedTuple class.
       warn: told in one line of each checkpoint that was damaged and not used.
+      stage: see `resume`.
     Raises: UserError when the folder belongs to another run or is no checkpoint folder, naming what differs, and when
       every checkpoint in it is damaged.
     """
     folder = pathlib.Path(folder).absolute()
     if not _is_of_run(folder, config):
         return None
-    steps = _steps(folder)
+    own = folder / (stage or "")
+    steps = _steps(own)
     for step in reversed(steps):
         try:
-            arrays = _read(folder / str(step))
+            arrays = _read(own / str(step))
         except Exception as error:  # what damaged bytes make Orbax raise has no common type
-            warn(f"checkpoint {folder / str(step)} is damaged and was not used: {_reason(error)}")
+            warn(f"checkpoint {own / str(step)} is damaged and was not used: {_reason(error)}")
             continue
-        infos = {name.removeprefix("infos/"): value for name, value in arrays.items() if name.startswith("infos/")}
+        infos = _infos(arrays)
         if infos.keys() != set(info._fields):
-            raise UserError(f"{folder} {OTHERS}: its infos are {', '.join(sorted(infos))}; {CHOOSE}")
-        return Saved(_filled(like, arrays, folder), info(**infos), step)
+            raise UserError(f"{own} {OTHERS}: its infos are {', '.join(sorted(infos))}; {CHOOSE}")
+        return Saved(_filled(like, arrays, own), info(**infos), step)
     if steps:
-        raise UserError(f"{folder}: every checkpoint is damaged (steps {steps}); delete the folder to start over")
+        raise UserError(f"{own}: every checkpoint is damaged (steps {steps}); delete the folder to start over")
     return None
 
 
 def is_started(folder: str | pathlib.Path) -> bool:
-    """Whether the folder has checkpoints, of whatever run. Raises: UserError when it is no checkpoint folder."""
+    """Whether the folder has checkpoints, of whatever run and stage.
+
+    Raises: UserError when it is no checkpoint folder.
+    """
     folder = pathlib.Path(folder).absolute()
-    return _config(folder) is not None and bool(_steps(folder))
+    return _config(folder) is not None and any(map(_steps, (folder, *filter(pathlib.Path.is_dir, folder.iterdir()))))
 
 
 def discard(folder: str | pathlib.Path) -> None:
@@ -186,6 +199,8 @@ def discard(folder: str | pathlib.Path) -> None:
     Raises: UserError when the folder is something else, or cannot be deleted.
     """
     folder = pathlib.Path(folder).absolute()
+    if not devices.is_first():  # the first may be deleting what another would look at
+        return
     _config(folder)
     try:
         if folder.exists():
@@ -234,7 +249,21 @@ def _difference(theirs: Any, ours: Any, field: str = "config") -> str | None:
 
 def _steps(folder: pathlib.Path) -> list[int]:
     """Steps that have a folder, in order."""
-    return sorted(int(entry.name) for entry in folder.iterdir() if re.fullmatch("[1-9][0-9]*", entry.name))
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if re.fullmatch("[1-9][0-9]*", entry.name))
+
+
+def _infos(arrays: dict[str, np.ndarray]) -> dict[str, ArrayTree]:
+    """Infos by field; those of a field that is a dictionary by their names in it."""
+    infos: dict[str, ArrayTree] = {}
+    for name, value in arrays.items():
+        kind, _, rest = name.partition("/")
+        field, _, key = rest.partition("/")
+        if kind == "infos" and key:
+            infos.setdefault(field, {})[key] = value
+        elif kind == "infos":
+            infos[field] = value
+    return infos
 
 
 def _named(prefix: str, tree: ArrayTree) -> dict[str, np.ndarray]:
@@ -262,7 +291,9 @@ def _filled(like: ArrayTree, arrays: dict[str, np.ndarray], folder: pathlib.Path
     return structure.unflatten(map(_placed, (arrays[name] for name in wanted), jax.tree.leaves(like)))
 
 
-def _placed(value: np.ndarray, like: Any) -> jax.Array:
+def _placed(value: np.ndarray, like: Any) -> Any:
+    if isinstance(like, np.ndarray):  # kept in the host's memory
+        return value
     where = like.sharding if getattr(like, "committed", False) else None
     if _is_key(like):
         value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(jnp.zeros((), like.dtype)))
@@ -294,10 +325,16 @@ def _checkpointer():
     """Orbax's synchronous checkpointer, its logger silent: what goes wrong is raised."""
     import orbax.checkpoint as ocp
 
+    # by itself Orbax waits for all processes; here each reads on its own and the first alone writes
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+    )
+    options = {} if jax.process_count() == 1 else {"multiprocessing_options": alone}
     logger = logging.getLogger("absl")
     was, logger.disabled = logger.disabled, True
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(**options), **options) as checkpointer:
             yield checkpointer
     finally:
         logger.disabled = was
@@ -309,7 +346,10 @@ def _write(folder: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) -> No
     Before it, what killed runs left goes, and checkpoints that are not older: `restore` refused them.
     """
     temporary = folder / f"{step}.tmp"
+    if not devices.is_first():
+        return
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         refused = [folder / str(other) for other in _steps(folder) if other >= step]
         for left in (*folder.glob(TEMPORARY), *refused):
             shutil.rmtree(left)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import evaluate, histogram, loop, losses, pairs
+from jaxbd import evaluate, histogram, loop, losses, pairs, stages
 from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
 from jaxbd.data import draw
 from jaxbd.images import to_float
@@ -41,6 +41,7 @@ def trigger(
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",
+    keep: stages.Keep = stages.through,
 ) -> Repaired:
     """Corrects the net for one trigger, see `repair.bna`: `variables` with changed moments and with `bounds`.
 
@@ -66,19 +67,16 @@ def trigger(
     # one compiled step for all weights: the state brings them
     method = make_bna(net, stamp, dataclasses.replace(config, keep=float(kept is not None)))
     weight, spent, report = config.keep, [], progress or (lambda *_: None)
+    fit = lambda state, left, on_chunk: loop.fit(
+        jax.random.fold_in(key, 1), method.step, draw.uniform(batch_size), data, state, num_steps=left,
+        on_chunk=on_chunk,
+    )  # fmt: skip
     for attempt in range(1 + (HALVINGS if kept is not None else 0)):
         part = f"{label}, keep {weight:g}" if attempt else label
         report(part, 0, config.num_steps)
         state = _starter(method.init)(jax.random.fold_in(key, 0), variables, bna.Evidence(model, data, kept))
-        state, infos, seconds = loop.fit(
-            jax.random.fold_in(key, 1),
-            method.step,
-            draw.uniform(batch_size),
-            data,
-            state._replace(keep=jnp.float32(weight)),
-            num_steps=config.num_steps,
-            on_chunk=lambda done, _, __, part=part: report(part, done, config.num_steps),
-        )
+        state = state._replace(keep=jnp.float32(weight))
+        state, infos, seconds = stages.run(keep, report, part, state, fit, info=bna.Info, num_steps=config.num_steps)
         spent.append(seconds)
         corrected = method.extract(state)
         if attempt and _lost(net, variables, corrected, kept) > false_alarms:
@@ -137,6 +135,7 @@ def detected(
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "bna",
+    keep: stages.Keep = stages.through,
 ) -> Repaired:
     """Corrects the net for a detected target, then for what still leads there, up to `rounds` times.
 
@@ -151,6 +150,7 @@ def detected(
       found: what `pairs.scan` found with the settings `scan`.
       data: clean images of all classes; see `trigger`. Those of the target tell whether a round is kept.
       false_alarms: share of the images that the net gives to the target and its correction does not; 0 to 1.
+      keep: what may save every round's corrections and search, each a stage of its own, and go on from there.
     Returns: the last correction that is kept, with the seconds of all. Raises: UserError as `trigger` does.
     """
     first = found.triggers[target]
@@ -160,7 +160,7 @@ def detected(
         part = f"{label}, round {number + 1} of {rounds + 1}" if rounds else label
         repaired = trigger(
             jax.random.fold_in(key, number), suspect.net, suspect.variables, *pairs.together(triggers), clean, config,
-            kept=kept, false_alarms=false_alarms, batch_size=batch_size, progress=progress, label=part,
+            kept=kept, false_alarms=false_alarms, batch_size=batch_size, progress=progress, label=part, keep=keep,
         )  # fmt: skip
         spent.append(repaired.seconds)
         if number and _lost(suspect.net, suspect.variables, repaired.variables, kept) > false_alarms:
@@ -169,7 +169,7 @@ def detected(
         if number < rounds:
             left, seconds = pairs.again(
                 jax.random.fold_in(key, 100 + number), suspect.net, repaired.variables, suspect.classes,
-                suspect.image_shape, data, first, target, scan, progress,
+                suspect.image_shape, data, first, target, scan, progress, keep, f"{part}: what is left",
             )  # fmt: skip
             triggers.append(left)
             spent.append(seconds)

@@ -109,6 +109,7 @@ def run(
         over_time=over_time,
         chunk=chunk,
         on_chunk=after_chunk,
+        rows=config.batch_size,
     )
     return Repaired(method.extract(state), infos, seconds)
 

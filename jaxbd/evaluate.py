@@ -5,7 +5,7 @@ One of the three places that call `jax.jit`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -149,6 +149,7 @@ def per_image(
     trigger: Any = (),
     *,
     batch_size: int = 256,
+    numbers: Container[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """What a pure `measure(key, known, images [B, H, W, C]) -> pytree of [B, …]` says of each image, as NumPy [N, …].
@@ -156,10 +157,13 @@ def per_image(
     Args:
       known: what `measure` needs beside the images, such as a net's variables.
       stamp, trigger: where given, every image is first stamped by `stamp(key, trigger, images)`.
-      progress: called as progress(images done, N) after each batch.
+      numbers: batches to measure, counted from 0, where not all of them; N is of their images.
+      progress: called as progress(images done, of all images) after each batch.
     """
     program, parts, total = _measuring(measure, stamp), [], len(data.labels)
     for number, (images, _, real) in enumerate(batches(data, batch_size)):
+        if numbers is not None and number not in numbers:
+            continue
         found = program(jax.random.fold_in(key, number), known, trigger, images)
         parts.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[real], found))
         if progress is not None:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd.base import Array, Key
+from jaxbd.base import Array, ArrayTree, Key
 
 
 def to_float(images: Array) -> Array:
@@ -13,6 +13,19 @@ def to_float(images: Array) -> Array:
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     return images.astype(jnp.float32) / 255
+
+
+def divided(batch: ArrayTree) -> ArrayTree:
+    """`batch`, leaves [B, …], with its rows divided among the devices on the "data" axis of the program's mesh.
+
+    For what a compiled step draws or makes itself, which no caller can place. Changes no value, and nothing at all
+    where there is no such mesh or B is no multiple of its devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape.get("data", 1)
+    if ways == 1 or jax.tree.leaves(batch)[0].shape[0] % ways:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, jax.sharding.PartitionSpec("data"))
 
 
 def to_uint8_grid(images: Array) -> Array:

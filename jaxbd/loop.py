@@ -5,6 +5,7 @@ host loop of one compiled step: on XLA:CPU a convolution's weight gradient insid
 orders of magnitude (`scripts/bench_time_loops.py` measures it), so the CPU default is "host".
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxbd import devices
 from jaxbd.base import ArrayTree, Key
 
 Time = Literal["auto", "scan", "host"]
@@ -74,12 +76,20 @@ class Program:
         )
         if signature not in self._compiled:
             started = time.perf_counter()
-            self._compiled[signature] = self._jitted.lower(*args).compile()
+            with _mesh_of(leaves):
+                self._compiled[signature] = self._jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - started
         return self._compiled[signature]
 
     def __call__(self, *args):
         return self.compiled(*args)(*args)
+
+
+def _mesh_of(leaves: list[Any]) -> contextlib.AbstractContextManager:
+    """Makes the mesh on which arguments lie known to `images.divided` while the function is traced."""
+    places = (getattr(leaf, "sharding", None) for leaf in leaves)
+    meshes = (place.mesh for place in places if isinstance(place, jax.sharding.NamedSharding))
+    return next((jax.set_mesh(mesh) for mesh in meshes if mesh.shape.get("data", 1) > 1), contextlib.nullcontext())
 
 
 def default_time() -> Time:
@@ -105,15 +115,24 @@ def run(
     over_time: Time = "auto",
     chunk: int = 20,
     on_chunk: Callable[[int, ArrayTree, ArrayTree], None] | None = None,
+    rows: int | None = None,
 ) -> tuple[ArrayTree, ArrayTree, Seconds]:
     """Applies `advance(state, *args) -> (state, info)` `num_steps` times.
 
     `state` is donated: the caller's copy is gone afterwards. `on_chunk(steps_done, state, infos of the chunk)` runs
-    after each chunk; it may save, print or raise.
+    after each chunk; it may save, print or raise. `rows` is the size of the batches that `advance` marks with
+    `images.divided`: the devices in use share them, unless the caller has placed `state` on several or they do not
+    divide it, and state and result lie on one device all the same.
 
     Returns: the last state, the infos as NumPy arrays stacked on a leading axis [num_steps], and the seconds.
     Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
     """
+    over = devices.mesh("data") if rows and not devices.lies_on_several(state) else None
+    if over is not None and rows % over.size == 0:
+        state, args = devices.on_each((state, args), over)
+        told = on_chunk and (lambda done, state, infos: on_chunk(done, devices.home(state, over), infos))
+        state, *rest = run(advance, state, *args, num_steps=num_steps, over_time=over_time, chunk=chunk, on_chunk=told)
+        return devices.home(state, over), *rest
     step, scanned = _programs(advance, chunk)
     over_time = default_time() if over_time == "auto" else over_time
     compiled_before = step.compile_seconds + scanned.compile_seconds
@@ -122,13 +141,13 @@ def run(
         size = min(chunk, num_steps - done)
         if over_time == "scan" and size == chunk:
             state, infos = scanned(state, *args)
-            infos = jax.tree.map(np.asarray, jax.device_get(infos))
+            infos = jax.tree.map(np.asarray, devices.fetch(infos))
         else:
-            rows = []
+            each = []
             for _ in range(size):
                 state, info = step(state, *args)
-                rows.append(info)
-            infos = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(rows))
+                each.append(info)
+            infos = jax.tree.map(lambda *leaves: np.stack(leaves), *devices.fetch(each))
         _check_finite(infos, done)
         collected.append(infos)
         done += size
@@ -178,6 +197,9 @@ def fit(
     `state.step` alone, so a run resumed from a saved state continues bit for bit. See `run` for the rest.
     """
     advance = _trained(step, draw)
+    drawn = jax.eval_shape(draw, key, data) if devices.mesh("data") else None
+    rows = jax.tree.leaves(drawn)[0].shape[0] if drawn else None
     return run(
-        advance, state, key, data, extra, num_steps=num_steps, over_time=over_time, chunk=chunk, on_chunk=on_chunk
-    )
+        advance, state, key, data, extra,
+        num_steps=num_steps, over_time=over_time, chunk=chunk, on_chunk=on_chunk, rows=rows,
+    )  # fmt: skip

@@ -119,6 +119,7 @@ class Rules:
         self.lab, self.config, self.pairs = lab, config, pairs
         self.searches: dict[str, Search] = {}
         self.steps, self.image_steps, self.seconds = {}, 0, loop.Seconds(0.0, 0.0)
+        self.joints = 0
         for method in config.methods:
             self.sweep(method)
 
@@ -142,9 +143,12 @@ class Rules:
 
     def joint(self, method: str, wish: dict[int, int], *, last: bool = False) -> pair_triggers.Joint:
         """One trigger for all of `wish`, source -> target; the `last` one is made for `joint_rate`."""
-        config = self.config
+        config, self.joints = self.config, self.joints + 1
         inversion = (self.lab.last_inversions if last else self.lab.inversions)[method]
-        found = pair_triggers.joint(self.lab, method, inversion, wish, config.joint_steps, config.joint_batch_size)
+        label = f"{method}: joint trigger {self.joints}, for {len(wish)} source(s)"
+        found = pair_triggers.joint(
+            self.lab, method, inversion, wish, config.joint_steps, config.joint_batch_size, label
+        )
         self.spend(config.joint_steps * config.joint_batch_size, found.seconds)
         return found
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import detect, evaluate, loop, sweep
+from jaxbd import detect, evaluate, loop, stages, sweep
 from jaxbd.base import ANY_SOURCE, Batch, Cell, Inversion, Key, Net, Variables
 from jaxbd.data import draw
 from jaxbd.inversion import neural_cleanse, plain, pt_red
@@ -20,6 +20,7 @@ MAKE = {
     name: functools.lru_cache(32)(module.make) for name, module in zip(METHODS, (neural_cleanse, pt_red), strict=True)
 }
 """The factories, remembering what they made, so that nothing is traced twice."""
+INFOS = {"neural-cleanse": neural_cleanse.Info, "pt-red": pt_red.Info}
 make_plain = functools.lru_cache(32)(plain.make)
 EVALUATED = 64
 """Images at a time when a trigger is judged: about as many as one class brings."""
@@ -51,6 +52,7 @@ class Lab(NamedTuple):
       search: images the triggers are made on; held_out: others, on which they are judged.
       inversions: by method; last_inversions: for the last estimate.
       progress: (what is running, steps done, steps in all).
+      keep: what may save the searches and go on from there.
     """
 
     key: Key
@@ -62,6 +64,7 @@ class Lab(NamedTuple):
     inversions: Mapping[str, Inversion]
     last_inversions: Mapping[str, Inversion]
     progress: Callable[[str, int, int], None]
+    keep: stages.Keep = stages.through
 
 
 class Joint(NamedTuple):
@@ -92,8 +95,13 @@ def reached(method: str, states: Any) -> np.ndarray:
 def sweep_pairs(lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, batch_size: int, **settings: Any):
     """One trigger for every pair of `pairs`: (Search, what `sweep.search` found); `settings` are its own."""
     sources, targets = (jnp.array(side, jnp.int32) for side in zip(*pairs, strict=True))
-    label = f"{method}: {len(pairs)} pairs"
+    label = told = f"{method}: {len(pairs)} pairs"
     lab.progress(label, 0, num_steps * len(pairs))
+
+    def shrunk(slots: int) -> None:
+        nonlocal told
+        told = f"{label}, out of memory, {slots} at a time from here on"
+
     found = sweep.search(
         jax.random.fold_in(lab.key, METHODS.index(method)),
         lab.inversions[method],
@@ -102,7 +110,10 @@ def sweep_pairs(lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, ba
         Cell(targets, sources, jnp.zeros(len(pairs))),
         lab.variables,
         num_steps=num_steps,
-        on_chunk=lambda at: lab.progress(label, at.steps, at.steps_total),
+        on_chunk=lambda at: lab.progress(told, at.steps, at.steps_total),
+        on_shrink=shrunk,
+        keep=lab.keep,
+        name=label,
         **settings,
     )
     norms = np.full((lab.classes, lab.classes), np.nan)
@@ -133,14 +144,20 @@ def sent(lab: Lab, stamp: Any, state: Any, sources: Sequence[int]) -> np.ndarray
 
 
 def joint(
-    lab: Lab, method: str, inversion: Inversion, wish: Mapping[int, int], num_steps: int, batch_size: int
+    lab: Lab,
+    method: str,
+    inversion: Inversion,
+    wish: Mapping[int, int],
+    num_steps: int,
+    batch_size: int,
+    label: str,
 ) -> Joint:
-    """One trigger that sends the images of every source in `wish` to its target."""
-    label = f"{method}: one trigger for {len(wish)} source(s)"
+    """One trigger that sends the images of every source in `wish` to its target; `label` is the stage's name."""
     key = jax.random.fold_in(lab.key, 20)
     for number in sorted(wish.items()):
         key = jax.random.fold_in(key, number[0] * lab.classes + number[1])
-    state, seconds = _fitted(lab, key, inversion, inversion.init(key), wish, num_steps, batch_size, label)
+    info, state = INFOS[method], inversion.init(key)
+    state, seconds = _fitted(lab, key, inversion, info, state, wish, num_steps, batch_size, label)
     return Joint(state, float(sizes(method, state)), bool(reached(method, state)), seconds)
 
 
@@ -156,32 +173,31 @@ def plain_patch(
     wish: Mapping[int, int],
     num_steps: int,
     batch_size: int,
+    label: str,
 ) -> tuple[Inversion, Any, loop.Seconds]:
-    """A patch of one colour that fills `box` [4], for all of `wish`: (inversion, its state, seconds)."""
+    """A patch of one colour that fills `box` [4], for all of `wish`: (inversion, its state, seconds).
+
+    `label` is the stage's name.
+    """
     inversion = make_plain(lab.net, tuple(image_shape), plain.Config())
     state = inversion.init(lab.key)._replace(box=jnp.asarray(box))
-    label, key = "plain patch", jax.random.fold_in(lab.key, 30)
-    state, seconds = _fitted(lab, key, inversion, state, wish, num_steps, batch_size, label)
+    key = jax.random.fold_in(lab.key, 30)
+    state, seconds = _fitted(lab, key, inversion, plain.Info, state, wish, num_steps, batch_size, label)
     return inversion, state, seconds
 
 
-def _fitted(lab, key, inversion, state, wish, num_steps, batch_size, label) -> tuple[Any, loop.Seconds]:
+def _fitted(lab, key, inversion, info, state, wish, num_steps, batch_size, label) -> tuple[Any, loop.Seconds]:
     """(state, seconds) of an inversion on all images of the sources in `wish`, each with its target."""
     labels = np.asarray(lab.search.labels)
     # as many rows as the whole set has, so that one program serves all sets of sources
     rows = jnp.asarray(np.resize(np.flatnonzero(np.isin(labels, list(wish))), len(labels)))
     data = jax.tree.map(lambda leaf: leaf[rows], lab.search)
     target = jnp.array([wish.get(source, 0) for source in range(lab.classes)], jnp.int32)
+    cell, drawn = Cell(target, jnp.int32(ANY_SOURCE), jnp.float32(0)), draw.uniform(batch_size)
     lab.progress(label, 0, num_steps)
-    state, _, seconds = loop.fit(
-        key,
-        inversion.step,
-        draw.uniform(batch_size),
-        data,
-        jax.tree.map(jnp.copy, state),  # leaves may share memory, which donating forbids
-        Cell(target, jnp.int32(ANY_SOURCE), jnp.float32(0)),
-        lab.variables,
-        num_steps=num_steps,
-        on_chunk=lambda done, _, __: lab.progress(label, done, num_steps),
+    fit = lambda state, left, on_chunk: loop.fit(
+        key, inversion.step, drawn, data, state, cell, lab.variables, num_steps=left, on_chunk=on_chunk
     )
+    state = jax.tree.map(jnp.copy, state)  # leaves may share memory, which donating forbids
+    state, _, seconds = stages.run(lab.keep, lab.progress, label, state, fit, info=info, num_steps=num_steps)
     return state, seconds

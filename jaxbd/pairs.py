@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import detect, loop, pair_triggers
+from jaxbd import detect, loop, pair_triggers, stages
 from jaxbd.base import Array, Batch, Inversion, Key, Net, UserError, Variables, check_targets
 from jaxbd.pair_rules import Config, Rules
 from jaxbd.pair_triggers import METHODS, Lab, Pair
@@ -104,12 +104,14 @@ def scan(
     held_out: Batch,
     config: Config,
     progress: Progress | None = None,
+    keep: stages.Keep = stages.through,
 ) -> PairScan:
     """Looks for a backdoor in a net of which nothing is known but its weights, pair by pair.
 
     Args:
       image_shape: (H, W, C); classes: K.
       search: clean images the triggers are made on (uint8 or float); held_out: others, on which they are judged.
+      keep: what may save the searches and estimates and go on from there.
     Raises: UserError when a class brings some images but fewer than `config.least_images`, when no class brings any, or
       on a target out of range; FloatingPointError when a pair diverges.
     """
@@ -125,6 +127,7 @@ def scan(
         inversions,
         joint,
         progress or (lambda *_: None),
+        keep,
     )
     rules = Rules(lab, config, pairs)
     seeds = {method: rules.seeds(method) for method in config.methods}
@@ -189,7 +192,7 @@ def _plain(rules: Rules, image_shape: tuple[int, int, int], target: int, estimat
         return None
     wish, config = dict.fromkeys(estimate.sources, target), rules.config
     inversion, state, seconds = pair_triggers.plain_patch(
-        rules.lab, image_shape, box, wish, config.joint_steps, config.joint_batch_size
+        rules.lab, image_shape, box, wish, config.joint_steps, config.joint_batch_size, f"plain patch: class {target}"
     )
     rules.spend(config.joint_steps * config.joint_batch_size, seconds)
     rate = _rate(pair_triggers.sent(rules.lab, inversion.stamp, state, list(wish)), wish)
@@ -225,20 +228,24 @@ def again(
     target: int,
     config: Config,
     progress: Progress | None = None,
+    keep: stages.Keep = stages.through,
+    label: str = "what is left",
 ) -> tuple[Estimate, loop.Seconds]:
     """What leads to `target` in a net after its correction: one trigger for the sources of `first`, the first estimate.
 
     Args:
       variables: of the corrected net.
+      keep, label: what may save the search and go on from there, and the search's name to it.
     Returns: the estimate (its rate is that on `search`), and the seconds it took.
     """
     method = first.method if first.method in METHODS else "neural-cleanse"
     inversions = _inversions(net, image_shape, config, (method,), last=True)
     batch = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
     held = Batch(np.asarray(search.images), np.asarray(search.labels))
-    lab = Lab(key, net, variables, classes, batch, held, inversions, inversions, progress or (lambda *_: None))
+    lab = Lab(key, net, variables, classes, batch, held, inversions, inversions, progress or (lambda *_: None), keep)
     wish = dict.fromkeys(first.sources, target)
-    found = pair_triggers.joint(lab, method, inversions[method], wish, config.joint_steps, config.joint_batch_size)
+    sizes = config.joint_steps, config.joint_batch_size
+    found = pair_triggers.joint(lab, method, inversions[method], wish, *sizes, label)
     rate = _rate(pair_triggers.outcomes(lab, method, found.state, list(wish)), wish)
     return Estimate(method, inversions[method].stamp, found.state, first.sources, found.norm, rate), found.seconds
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import evaluate, loop
+from jaxbd import evaluate, loop, stages
 from jaxbd.attacks import clean_label, later_layers, poison, trojan
 from jaxbd.attacks.patch import Trigger
 from jaxbd.base import Attack, Batch, Key, Net, UserError, Variables
@@ -65,6 +65,7 @@ def hide(
     batch_size: int = 100,
     progress: Progress | None = None,
     label: str = "perturb",
+    keep: stages.Keep = stages.through,
 ) -> Hidden:
     """Poisons `count` images of the target class without changing a label (Turner et al. 2019, section 4).
 
@@ -72,6 +73,7 @@ def hide(
 
     Args:
       count: images, or below 1 a share of the target class; `config.poison_rate` of it by default.
+      keep: what may save what is done and go on from there; its steps are batches.
     Raises: UserError when the target class has fewer images.
     """
     choose_key, climb_key, stamp_key = jax.random.split(key, 3)
@@ -83,16 +85,30 @@ def hide(
     if not len(rows):
         raise UserError(f"clean-label: no image of class {config.target} to poison; choose a class of the data")
     chosen = Batch(np.asarray(to_float(jnp.asarray(np.asarray(data.images)[rows]))), labels[rows])
-    harder, report = make_harder(net, config), progress or (lambda *_: None)
-    report(label, 0, len(rows))
-    perturbed = evaluate.per_image(
-        climb_key, harder, variables, chosen, batch_size=min(batch_size, len(rows)),
-        progress=lambda done, total: report(label, done, total),
-    )  # fmt: skip
+    report = progress or (lambda *_: None)
+    perturbed = _climb(climb_key, make_harder(net, config), variables, chosen, batch_size, report, label, keep)
     seen = evaluate.logits(net, variables, Batch(perturbed, chosen.labels)).argmax(-1)
     images = poison.to_uint8(np.array(data.images))
     images[rows] = poison.stamped(attack.stamp, stamp_key, trigger, poison.to_uint8(perturbed))
     return Hidden(Batch(images, labels), rows, float((seen == config.target).mean()))
+
+
+def _climb(key, harder, variables, chosen: Batch, batch_size, report, label, keep) -> np.ndarray:
+    """The images of `chosen` made hard to recognise, batch by batch."""
+    batch_size = min(batch_size, len(chosen.labels))
+    total = -(-len(chosen.labels) // batch_size)
+    report(label, 0, total)
+
+    def fit(images, left, on_chunk):
+        images = np.array(images)
+        for number in range(total - left, total):
+            part = evaluate.per_image(key, harder, variables, chosen, batch_size=batch_size, numbers=(number,))
+            images[number * batch_size :][: len(part)] = part
+            on_chunk(number + 1 - total + left, images, stages.NoInfo())
+        return images, None, loop.Seconds(0.0, 0.0)
+
+    images, *_ = stages.run(keep, report, label, np.asarray(chosen.images), fit, info=stages.NoInfo, num_steps=total)
+    return images
 
 
 def trojan_net(
@@ -109,18 +125,20 @@ def trojan_net(
     flip: bool = False,
     progress: Progress | None = None,
     label: str = "trojan",
+    keep: stages.Keep = stages.through,
 ) -> Trojaned:
     """Turns a clean net with weights `variables` into a Trojaned one (Liu et al. 2018): trigger first, then the net.
 
     Args:
       data: images to search the trigger and to fine-tune on.
       count: images to stamp once and for all, see `poison.static`; by default other ones in every batch.
+      keep: what may save search and fine-tuning and go on from there.
     Raises: UserError when the layer, its neurons, or the trigger's place do not fit the net.
     """
     image_shape = tuple(data.images.shape[1:])
     search_key, tune_key, poison_key = jax.random.split(key, 3)
     trigger, neurons, seen, searched = _searched(
-        search_key, net, variables, data, classes, config, batch_size, progress, f"{label}: trigger"
+        search_key, net, variables, data, classes, config, batch_size, progress, f"{label}: trigger", keep
     )
     attack, name = trojan.make(image_shape, classes, config), trojan.layer(net, variables, image_shape, config)
     which = later_layers.later(net, variables, image_shape, name)
@@ -133,15 +151,16 @@ def trojan_net(
         source = Batch(*map(jnp.asarray, poison.static(poison_key, attack, trigger, data, count)))
     report, tuning = progress or (lambda *_: None), f"{label}: fine-tune"
     report(tuning, 0, config.retrain_steps)
-    state, infos, tuned = loop.fit(
-        tune_key, trainer.step, drawn, source, trainer.init(variables),
-        num_steps=config.retrain_steps,
-        on_chunk=lambda done, _, __: report(tuning, done, config.retrain_steps),
-    )  # fmt: skip
+    fit = lambda state, left, on_chunk: loop.fit(
+        tune_key, trainer.step, drawn, source, state, num_steps=left, on_chunk=on_chunk
+    )
+    state, infos, tuned = stages.run(
+        keep, report, tuning, trainer.init(variables), fit, info=later_layers.Info, num_steps=config.retrain_steps
+    )
     return Trojaned(state.variables, trigger, neurons, seen, infos, loop.total(searched, tuned))
 
 
-def _searched(key, net, variables, data, classes, config, batch_size, progress, label):
+def _searched(key, net, variables, data, classes, config, batch_size, progress, label, keep):
     """Trigger, neurons, infos and seconds of the search."""
     image_shape = tuple(data.images.shape[1:])
     # what only the fine-tuning looks at does not make another search
@@ -149,10 +168,12 @@ def _searched(key, net, variables, data, classes, config, batch_size, progress, 
     search = make_search(net, image_shape, classes, dataclasses.replace(config, **plain))
     report = progress or (lambda *_: None)
     report(label, 0, config.search_steps)
-    state, infos, seconds = loop.fit(
-        jax.random.fold_in(key, 1), search.step, draw.uniform(batch_size), data,
-        search.init(jax.random.fold_in(key, 0), variables), variables,
-        num_steps=config.search_steps,
-        on_chunk=lambda done, _, __: report(label, done, config.search_steps),
+    drawn = draw.uniform(batch_size)
+    fit = lambda state, left, on_chunk: loop.fit(
+        jax.random.fold_in(key, 1), search.step, drawn, data, state, variables, num_steps=left, on_chunk=on_chunk
+    )
+    state, infos, seconds = stages.run(
+        keep, report, label, search.init(jax.random.fold_in(key, 0), variables), fit,
+        info=trojan.Info, num_steps=config.search_steps,
     )  # fmt: skip
     return search.extract(state), np.asarray(state.neurons), infos, seconds

@@ -6,11 +6,13 @@ import json
 import os
 import pathlib
 import platform
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from jaxbd import devices
 from jaxbd.base import UserError
 
 PACKAGES = ("jaxbd", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -54,7 +56,14 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling of `path` that takes its place when the block ends, or vanishes when it raises."""
+    """Yields a temporary sibling of `path` that takes its place when the block ends, or vanishes when it raises.
+
+    Of several processes the first alone writes; to the others it yields a file that vanishes.
+    """
+    if not devices.is_first():
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     sibling = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:

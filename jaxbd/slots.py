@@ -2,7 +2,8 @@
 
 Cells wait in a list and S of them advance together. A cell that is done leaves for the host's memory, and the next one
 takes its slot; when none is left to take it, the batch narrows to a power of two. What a cell becomes depends on its
-number in the list alone: a cell that is done stays as it is until the host looks.
+number in the list alone: a cell that is done stays as it is until the host looks. The devices in use have equally many
+slots each.
 """
 
 import collections
@@ -15,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import loop, memory
+from jaxbd import devices, loop, memory, stages
 from jaxbd.base import Array, ArrayTree, Cell, Inversion, Key, UserError, Variables
 
 DEFAULT, CPU_DEFAULT = 32, 16
-"""Slots where none are asked for and memory allows. Fewer on a CPU, where the arrays of a wide batch outgrow the
-caches."""
+"""Slots of each device where none are asked for and memory allows. Fewer on a CPU, where the arrays of a wide batch
+outgrow the caches."""
 BLANK = np.iinfo(np.int32).max
 """Steps made by a slot without a cell: more than any run asks for, so that it never advances."""
 
@@ -39,6 +40,27 @@ class Slots(NamedTuple):
     info: ArrayTree
     made: Array
     broke: Array
+
+
+class Kept(NamedTuple):
+    """What a run needs to go on; NumPy arrays. A cell's place says which of its rows count.
+
+    Attributes:
+      states: [N, …], of the cells that are done or in a slot.
+      infos: [N], of their last steps.
+      steps: [N] int32, steps made by them.
+      place: [N] int32, slot of the cell; `WAITING` or `DONE`.
+      width, widest: [] int32, slots now and at most; 0 before the start.
+      pushed: [] int32, steps of all slots, those without a cell included.
+    """
+
+    states: ArrayTree
+    infos: ArrayTree
+    steps: np.ndarray
+    place: np.ndarray
+    width: np.ndarray
+    widest: np.ndarray
+    pushed: np.ndarray
 
 
 class Progress(NamedTuple):
@@ -77,6 +99,9 @@ class Found(NamedTuple):
     image_steps_pushed: int
     seconds: loop.Seconds
     slots: int
+
+
+WAITING, DONE = -1, -2
 
 
 def _never(state: ArrayTree) -> bool:
@@ -143,22 +168,23 @@ class _Run:
     def __init__(self, key, inversion, draw, data, cells, victim, num_steps, over_time, chunk):
         over_time = loop.default_time() if over_time == "auto" else over_time
         self.refill, self.program = _programs(inversion, draw, over_time)
-        self.host = over_time == "host"
-        self.key, self.shared = key, (key, victim, data)
+        self.host, self.over = over_time == "host", devices.mesh()
         self.cells = jax.tree.map(np.asarray, cells)
         self.total, self.num_steps, self.chunk = len(self.cells.target), num_steps, chunk
-        self.limit = jnp.int32(num_steps)
-        self.slot, self.batch_size = _shapes(inversion, draw, self.cells, *self.shared)
+        self.slot, self.batch_size = _shapes(inversion, draw, self.cells, key, victim, data)
+        self.limit, *self.shared = devices.on_each((jnp.int32(num_steps), key, victim, data), self.over)
         empty = lambda tree: jax.tree.map(lambda leaf: np.zeros((self.total, *leaf.shape), leaf.dtype), tree)
         self.states, self.infos = empty(self.slot.state), empty(self.slot.info)
         self.steps = np.zeros(self.total, np.int32)
         self.waiting = collections.deque(range(self.total))
-        self.pushed = 0
+        self.numbers = np.zeros(0, int)
+        self.widest = self.pushed = 0
 
     def open(self, width: int) -> None:
-        """A batch of `width` slots without cells."""
+        """A batch of `width` slots without cells, or of a few more where the devices ask for it."""
+        width = devices.even(width, self.over)
         blank = jax.tree.map(lambda leaf: jnp.zeros((width, *leaf.shape), leaf.dtype), self.slot)
-        self.slots = blank._replace(made=jnp.full((width,), BLANK, jnp.int32))
+        self.slots = devices.by_cell(blank._replace(made=jnp.full((width,), BLANK, jnp.int32)), self.over)
         self.place(np.full(width, -1))
         self.made = np.zeros(width, np.int32)
 
@@ -166,10 +192,11 @@ class _Run:
         """Notes which cell [S] is in which slot, -1 for none."""
         self.numbers = numbers
         index = np.maximum(numbers, 0)
-        self.placed = jnp.asarray(index, jnp.int32), jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), self.cells)
+        placed = jnp.asarray(index, jnp.int32), jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), self.cells)
+        self.placed = devices.by_cell(placed, self.over)
 
     def arguments(self, count: int) -> tuple:
-        return (self.slots, jnp.int32(count), *self.placed, self.limit, *self.shared)
+        return (self.slots, devices.on_each(jnp.int32(count), self.over), *self.placed, self.limit, *self.shared)
 
     def live(self) -> np.ndarray:
         """Positions of slots that hold a cell."""
@@ -183,9 +210,10 @@ class _Run:
             numbers[free], taken[free] = [self.waiting.popleft() for _ in free], True
             self.place(numbers)
             self.made[free] = 0
-            self.slots = self.refill(self.slots, jnp.asarray(taken), self.placed[0], self.key)
+            taken = devices.by_cell(jnp.asarray(taken), self.over)
+            self.slots = self.refill(self.slots, taken, self.placed[0], self.shared[0])
             return
-        width = fitting(len(self.live()), len(self.numbers))
+        width = devices.even(fitting(len(self.live()), len(self.numbers)), self.over)
         if width < len(self.numbers) and self.ahead() > self.chunk:  # a chunk is too little to compile for
             self.narrow(width)
 
@@ -197,7 +225,8 @@ class _Run:
         """Moves the cells into a batch of `width`; what is over of it repeats the first and is nobody's."""
         live = self.live()
         index = np.concatenate([live, np.full(width - len(live), live[0])])
-        self.slots = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[index]), self.slots)
+        moved = jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), devices.fetch(self.slots))
+        self.slots = devices.by_cell(moved, self.over)
         self.made = self.made[index]
         self.place(np.where(np.arange(width) < len(live), self.numbers[index], -1))
 
@@ -208,7 +237,7 @@ class _Run:
         for _ in range(count if self.host else 1):
             self.slots, done = self.program(self.slots, *arguments[1:])
         self.pushed += count * len(self.numbers)
-        done, made, broke = jax.device_get((done, self.slots.made, self.slots.broke))
+        done, made, broke = devices.fetch((done, self.slots.made, self.slots.broke))
         live = self.live()
         if (broke[live] >= 0).any():
             first = broke[live][broke[live] >= 0].min()
@@ -217,18 +246,51 @@ class _Run:
         leaving = live[done[live]]
         if len(leaving):
             self.store(leaving)
+            self.numbers = self.numbers.copy()
+            self.numbers[leaving] = -1
 
-    def store(self, leaving: np.ndarray) -> None:
-        """Copies the slots at the positions `leaving` to the host and frees them."""
-        numbers = self.numbers[leaving]
+    def store(self, positions: np.ndarray) -> None:
+        """Copies the slots at `positions` to the host."""
+        numbers = self.numbers[positions]
 
         def keep(kept, leaf):
-            kept[numbers] = np.asarray(leaf)[leaving]
+            kept[numbers] = leaf[positions]
 
-        jax.tree.map(keep, (self.states, self.infos), (self.slots.state, self.slots.info))
-        self.steps[numbers] = self.made[leaving]
-        self.numbers = self.numbers.copy()
-        self.numbers[leaving] = -1
+        jax.tree.map(keep, (self.states, self.infos), devices.fetch((self.slots.state, self.slots.info)))
+        self.steps[numbers] = self.made[positions]
+
+    def kept(self) -> Kept:
+        """Where the run stands; the arrays are its own."""
+        live, place = self.live(), np.full(self.total, DONE, np.int32)
+        place[list(self.waiting)] = WAITING
+        place[self.numbers[live]] = live
+        if len(live):
+            self.store(live)
+        counts = (np.asarray(count, np.int32) for count in (len(self.numbers), self.widest, self.pushed))
+        return Kept(self.states, self.infos, self.steps, place, *counts)
+
+    def go_on(self, kept: Kept) -> None:
+        """Puts every cell where it was; a slot without a cell is blank, whatever it held."""
+        self.states, self.infos, self.steps = jax.tree.map(np.array, (kept.states, kept.infos, kept.steps))
+        self.widest, self.pushed = int(kept.widest), int(kept.pushed)
+        self.waiting = collections.deque(np.flatnonzero(kept.place == WAITING).tolist())
+        self.open(int(kept.width))
+        numbers = np.flatnonzero(kept.place >= 0)
+        positions, placed = kept.place[numbers], self.numbers.copy()
+        placed[positions], self.made[positions] = numbers, self.steps[numbers]
+
+        def fill(slot, cells):
+            slot = np.array(slot)
+            slot[positions] = cells[numbers]
+            return jnp.asarray(slot)
+
+        mine = Slots(self.states, self.infos, self.steps, np.full(self.total, -1, np.int32))
+        self.slots = devices.by_cell(jax.tree.map(fill, devices.fetch(self.slots), mine), self.over)
+        self.place(placed)
+
+    def can_shrink(self) -> bool:
+        """Whether fewer slots are possible; other machines, whose memory may suffice, would not know of it."""
+        return len(self.numbers) > devices.even(1, self.over) and jax.process_count() == 1
 
     def restart(self, width: int) -> None:
         """Cells in the slots go back to the head of the list and start again in a batch of `width`."""
@@ -269,13 +331,14 @@ def even(total: int, widest: int) -> int:
 def _open(state: _Run, slots: int | None, budget: int | None) -> None:
     """The widest batch within the budget; asked-for slots without a budget are taken as they are."""
     default = CPU_DEFAULT if jax.default_backend() == "cpu" else DEFAULT
-    state.open(even(state.total, slots or default))
+    narrowest = devices.even(1, state.over)
+    state.open(even(state.total, slots or default * narrowest))
     if slots is not None and budget is None:
         return
-    budget = memory.available() if budget is None else budget
+    budget = int(devices.from_all(memory.available()).min()) if budget is None else budget
     while (needed := memory.needed(state.program.compiled(*state.arguments(1)))) > budget:
         width = len(state.numbers)
-        if width == 1:
+        if width == narrowest:
             raise UserError(
                 f"one cell needs {needed:,} bytes and the memory budget is {budget:,}; use smaller batches, or raise it"
             )
@@ -297,6 +360,8 @@ def run(
     chunk: int = 20,
     on_chunk: Callable[[Progress], None] | None = None,
     on_shrink: Callable[[int], None] | None = None,
+    keep: stages.Keep = stages.through,
+    name: str = "search",
 ) -> Found:
     """See `sweep.search`, which names the cells of errors.
 
@@ -311,24 +376,46 @@ def run(
     state = _Run(key, inversion, draw, data, cells, victim, num_steps, over_time, chunk)
     compiled = lambda: state.refill.compile_seconds + state.program.compile_seconds
     compiled_before = compiled()
-    _open(state, slots, memory_budget)
-    widest = len(state.numbers)
+
+    def fit(kept: Kept, left: int, save: Callable[[int, Kept, stages.NoInfo], None]):
+        before = state.total * num_steps - left
+        if kept.width:
+            state.go_on(kept)
+        else:
+            _open(state, slots, memory_budget)
+            state.widest = len(state.numbers)
+        if before and on_chunk is not None:
+            on_chunk(state.progress())
+
+        def after_chunk() -> None:
+            if on_chunk is not None:
+                on_chunk(state.progress())
+            save(state.progress().steps - before, state.kept(), stages.NoInfo())
+
+        _run(state, after_chunk, on_shrink)
+        took = time.perf_counter() - started - compiled() + compiled_before
+        return state.kept(), None, loop.Seconds(compiled() - compiled_before, took)
+
+    *_, seconds = keep(name, state.kept(), fit, info=stages.NoInfo, num_steps=state.total * num_steps)
+    images = state.batch_size * int(state.steps.sum()), state.batch_size * state.pushed
+    return Found(state.states, state.infos, state.steps, *images, seconds, state.widest)
+
+
+def _run(state: _Run, after_chunk: Callable[[], None], on_shrink: Callable[[int], None] | None) -> None:
+    """Chunk after chunk until all cells are done."""
     while state.waiting or len(state.live()):
         failed = False
         try:
             state.arrange()
             state.advance()
         except jax.errors.JaxRuntimeError as error:
-            if not memory.ran_out(error) or len(state.numbers) == 1:
+            if not memory.ran_out(error) or not state.can_shrink():
                 raise
             failed = True
         if failed:  # outside the handler, whose traceback would keep the old batch alive
-            widest = len(state.numbers) // 2
-            state.restart(widest)
+            state.restart(len(state.numbers) // 2)
+            state.widest = len(state.numbers)
             if on_shrink is not None:
-                on_shrink(widest)
-        elif on_chunk is not None:
-            on_chunk(state.progress())
-    seconds = loop.Seconds(compiled() - compiled_before, time.perf_counter() - started - compiled() + compiled_before)
-    images = state.batch_size * int(state.steps.sum()), state.batch_size * state.pushed
-    return Found(state.states, state.infos, state.steps, *images, seconds, widest)
+                on_shrink(state.widest)
+        else:
+            after_chunk()

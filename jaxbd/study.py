@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import evaluate, loop, supervised, sweep, workflow
+from jaxbd import evaluate, loop, stages, supervised, sweep, workflow
 from jaxbd.attacks import latent, poison
 from jaxbd.base import ANY_SOURCE, Attack, Batch, Cell, Dataset, Key, Net, Variables
 from jaxbd.data import draw
@@ -48,6 +48,7 @@ def train(
     flip: bool = False,
     progress: workflow.Progress | None = None,
     label: str = "train",
+    keep: stages.Keep = stages.through,
 ) -> tuple[Variables, Any, loop.Seconds]:
     """Trains a net, with dynamic poisoning when an attack is given; from `variables` or from scratch.
 
@@ -61,14 +62,11 @@ def train(
         drawn, source = poison.dynamic(attack, drawn), (data, trigger)
     report = progress or (lambda *_: None)
     report(label, 0, config.num_steps)
-    state, infos, seconds = loop.fit(
-        jax.random.fold_in(key, 1),
-        trainer.step,
-        drawn,
-        source,
-        trainer.init(variables),
-        num_steps=config.num_steps,
-        on_chunk=lambda done, _, __: report(label, done, config.num_steps),
+    fit = lambda state, left, on_chunk: loop.fit(
+        jax.random.fold_in(key, 1), trainer.step, drawn, source, state, num_steps=left, on_chunk=on_chunk
+    )
+    state, infos, seconds = stages.run(
+        keep, report, label, trainer.init(variables), fit, info=supervised.Info, num_steps=config.num_steps
     )
     return state.variables, infos, seconds
 

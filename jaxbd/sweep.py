@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import loop
+from jaxbd import devices, loop, stages
 from jaxbd import slots as over_slots
 from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables
 from jaxbd.images import to_float
@@ -47,8 +47,10 @@ def describe(cells: Cell, index: int) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _advance(step: Callable[..., Any], draw: Callable[..., Any], how: How, own_victims: bool) -> Callable[..., Any]:
-    """`step` for all cells at once ("vmap", "map"), or for one ("loop")."""
+def _advance(
+    step: Callable[..., Any], draw: Callable[..., Any], how: How, own_victims: bool, over: Any = None
+) -> Callable[..., Any]:
+    """`step` for all cells at once ("vmap", "map"), or for one ("loop"); "map" gives each device of `over` its own."""
 
     def one(state, key, cell, victim, data):
         draw_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -63,7 +65,12 @@ def _advance(step: Callable[..., Any], draw: Callable[..., Any], how: How, own_v
             return jax.lax.map(lambda each: one(*each, data), (states, keys, cells, victim))
         return jax.lax.map(lambda each: one(*each, victim, data), (states, keys, cells))
 
-    return mapped if how == "map" else one
+    if over is None or how == "loop":
+        return mapped if how == "map" else one
+    cell, each = (jax.sharding.PartitionSpec(*axis) for axis in (("cell",), ()))
+    places = (cell, cell, cell, cell if own_victims else each, each)
+    # with check_vma, zeros made inside count as the same on all devices, and their gradients are added up across them
+    return jax.shard_map(mapped, mesh=over, in_specs=places, out_specs=cell, check_vma=False)
 
 
 @functools.lru_cache(maxsize=32)
@@ -94,6 +101,9 @@ def fit(
 ) -> tuple[ArrayTree, ArrayTree, loop.Seconds]:
     """Runs `inversion` for every cell; with "vmap" the victim is shared and all cells advance as one program.
 
+    The devices in use share the cells, see `devices`, unless `how` is "loop" or the caller has placed `states` on
+    several; results lie on one device all the same.
+
     Args:
       draw: (key, data, source) -> Batch; every cell draws batches of its own.
       data: whatever `draw` reads, as arrays.
@@ -107,12 +117,32 @@ def fit(
     """
     states = init(key, inversion, cells) if states is None else states
     cell_keys = keys(jax.random.fold_in(key, 1), size(cells))
-    advance = _advance(inversion.step, draw, how, own_victims)
+    over = None if how == "loop" or devices.lies_on_several(states) else devices.mesh()
+    advance = _advance(inversion.step, draw, how, own_victims, over if how == "map" else None)
     settings = dict(num_steps=num_steps, over_time=over_time, chunk=chunk)
     with _naming(cells):
-        if how != "loop":
-            return loop.run(advance, states, cell_keys, cells, victim, data, **settings, on_chunk=on_chunk)
-        return _fit_one_by_one(advance, states, cell_keys, cells, victim, data, own_victims, settings, on_chunk)
+        if how == "loop":
+            return _fit_one_by_one(advance, states, cell_keys, cells, victim, data, own_victims, settings, on_chunk)
+        count = size(cells)
+        states, cell_keys, cells = devices.by_cell((states, cell_keys, cells), over)
+        victim, data = (devices.by_cell if own_victims else devices.on_each)(victim, over), devices.on_each(data, over)
+        told = on_chunk if over is None else _telling(on_chunk, over, count)
+        states, infos, seconds = loop.run(advance, states, cell_keys, cells, victim, data, **settings, on_chunk=told)
+        return devices.home(states, over, count), _first_cells(infos, count), seconds
+
+
+def _telling(on_chunk, over, count):
+    """`on_chunk` with states and infos of the first `count` cells, on one device."""
+
+    def told(done, states, infos):
+        on_chunk(done, devices.home(states, over, count), _first_cells(infos, count))
+
+    return on_chunk and told
+
+
+def _first_cells(infos: ArrayTree, count: int) -> ArrayTree:
+    """Infos [steps, N, …] without the cells from `count` on, which fill up the devices."""
+    return jax.tree.map(lambda leaf: leaf[:, :count], infos)
 
 
 @contextlib.contextmanager
@@ -121,7 +151,7 @@ def _naming(cells: Cell):
     try:
         yield
     except loop.NotFinite as error:
-        names = ", ".join(describe(cells, index) for index in error.index)
+        names = ", ".join(describe(cells, index) for index in error.index if index < size(cells))
         raise FloatingPointError(f"{names}: {error}; lower the learning rate or check the victim's weights") from None
 
 
@@ -160,6 +190,8 @@ def search(
     chunk: int = 20,
     on_chunk: Callable[[over_slots.Progress], None] | None = None,
     on_shrink: Callable[[int], None] | None = None,
+    keep: stages.Keep = stages.through,
+    name: str = "search",
 ) -> over_slots.Found:
     """Runs `inversion` for a long list of cells, `slots` of them at a time; all share the victim.
 
@@ -175,6 +207,8 @@ def search(
       on_chunk: called after each chunk with how far all cells are; it may print or raise.
       on_shrink: called with the new number of slots after the device ran out of memory; the cells that were in the
         slots start again.
+      keep, name: what may save the search and go on from there, and the search's name to it. Its state is `slots.Kept`,
+        its steps are those of all cells.
     Returns: states and last infos [N] of every cell as NumPy arrays, see `slots.Found`.
     Raises: FloatingPointError naming the cell whose values stopped being finite; UserError when the budget is too small
       for one cell.
@@ -182,8 +216,9 @@ def search(
     settings = dict(num_steps=num_steps, slots=slots, memory_budget=memory_budget, over_time=over_time, chunk=chunk)
     with _naming(cells):
         return over_slots.run(
-            key, inversion, draw, data, cells, victim, **settings, on_chunk=on_chunk, on_shrink=on_shrink
-        )
+            key, inversion, draw, data, cells, victim, **settings,
+            on_chunk=on_chunk, on_shrink=on_shrink, keep=keep, name=name,
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=32)
@@ -216,12 +251,14 @@ def attack_success(
     The fraction of images not of the target class (of the source class, where the cell has one) that the victim sends
     to the target when each carries a trigger drawn from the cell's state.
     """
-    program = _counter(net.apply, inversion.stamp)
-    hits, counted = np.zeros(size(cells)), np.zeros(size(cells))
-    for number, (images, labels, real) in enumerate(batches(data, batch_size)):
-        cell_keys = keys(jax.random.fold_in(key, number), size(cells))
-        good, total = program(cell_keys, states, cells, victim, images, labels, real)
-        hits, counted = hits + np.asarray(good), counted + np.asarray(total)
+    program, count = _counter(net.apply, inversion.stamp), size(cells)
+    over = None if devices.lies_on_several(states) else devices.mesh()
+    (states, cells), victim = devices.by_cell((states, cells), over), devices.on_each(victim, over)
+    hits, counted = np.zeros(count), np.zeros(count)
+    for number, batch in enumerate(batches(data, batch_size)):
+        cell_keys = devices.by_cell(keys(jax.random.fold_in(key, number), count), over)
+        good, total = devices.fetch(program(cell_keys, states, cells, victim, *devices.on_each(batch, over)))
+        hits, counted = hits + good[:count], counted + total[:count]
     return hits / np.maximum(counted, 1)
 
 
@@ -248,17 +285,19 @@ def pair_success(
     images, cells = np.asarray(data.images), jax.tree.map(np.asarray, cells)
     rows = [np.flatnonzero(_counts(labels, cells, index)) for index in range(total)]
     batch_size = max(min(batch_size, max(map(len, rows))), 1)
-    program, hits = _counter(net.apply, inversion.stamp, True), np.zeros(total)
-    width = over_slots.even(total, slots)
+    program, hits, over = _counter(net.apply, inversion.stamp, True), np.zeros(total), devices.mesh()
+    width, victim = devices.even(over_slots.even(total, slots), over), devices.on_each(victim, over)
     for start in range(0, total, width):
         chosen = range(start, min(start + width, total))
         group = np.minimum(np.arange(start, start + width), total - 1)  # the last group repeats the last cell
-        part, own_cells = jax.tree.map(lambda leaf, group=group: np.asarray(leaf)[group], (states, cells))
+        own = jax.tree.map(lambda leaf, group=group: np.asarray(leaf)[group], (states, cells))
+        part, own_cells = devices.by_cell(own, over)
         for number in range(-(-max(len(rows[i]) for i in chosen) // batch_size)):
             index, real = _padded([rows[i] for i in group], number, batch_size)
             group_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), jnp.asarray(group))
-            good, _ = program(group_keys, part, own_cells, victim, images[index], labels[index], real)
-            hits[chosen] += np.asarray(good)[: len(chosen)]
+            group_keys, *batch = devices.by_cell((group_keys, images[index], labels[index], real), over)
+            good, _ = devices.fetch(program(group_keys, part, own_cells, victim, *batch))
+            hits[chosen] += good[: len(chosen)]
     return hits / np.maximum([len(own) for own in rows], 1)
 
 

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import detect, loop, sweep
+from jaxbd import detect, loop, stages, sweep
 from jaxbd.base import Array, Batch, Cell, Inversion, Key, Net, UserError, Variables, check_targets
 from jaxbd.data import draw
 from jaxbd.inversion import mesa, neural_cleanse, pixel
 from jaxbd.repair import unlearn
 
-Progress = Callable[[str, int, int], None]
-"""(what is running, steps done, steps in all)"""
+Progress = stages.Progress
 
 make_mesa, make_pixel, make_neural_cleanse, make_unlearn = (
     functools.lru_cache(32)(factory) for factory in (mesa.make, pixel.make, neural_cleanse.make, unlearn.make)
@@ -31,6 +30,7 @@ twice for another victim of the same shape."""
 MesaConfig, NeuralCleanseConfig, PixelConfig = mesa.Config, neural_cleanse.Config, pixel.Config
 """Named apart, since fields of `ScanConfig` bear the modules' names."""
 METHODS = ("auto", "mesa", "neural-cleanse", "pixel")
+INFOS = {"mesa": mesa.Info, "pixel": pixel.Info}
 LEAST_MASKS = 3
 """Masks without which none can be called unusually small: of two, either is as far from their median."""
 
@@ -148,12 +148,14 @@ def scan(
     held_out: Batch,
     config: ScanConfig,
     progress: Progress | None = None,
+    keep: stages.Keep = stages.through,
 ) -> Scan:
     """Looks for a backdoor in a net of which nothing is known but its weights.
 
     Args:
       image_shape: (H, W, C); classes: K.
       search: clean images the triggers are optimised on (uint8 or float); held_out: others, on which they are judged.
+      keep: what may save the sweeps and go on from there.
     Raises: UserError when there are fewer images than a batch; FloatingPointError when a cell diverges.
     """
     if len(search.labels) < config.batch_size:
@@ -163,9 +165,9 @@ def scan(
         )
     check_targets(config.targets, classes)
     search = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
-    stages = {"mesa": _scan_patches, "pixel": _scan_patches, "neural-cleanse": _scan_masks, "auto": _scan_auto}
-    return stages[config.method](
-        key, net, variables, image_shape, classes, search, held_out, config, progress or _no_progress
+    ways = {"mesa": _scan_patches, "pixel": _scan_patches, "neural-cleanse": _scan_masks, "auto": _scan_auto}
+    return ways[config.method](
+        key, net, variables, image_shape, classes, search, held_out, config, progress or _no_progress, keep
     )
 
 
@@ -185,7 +187,7 @@ def _by_class(values: np.ndarray, rows: Sequence[int], classes: int, missing: fl
     return every
 
 
-def _scan_patches(key, net, variables, image_shape, classes, search, held_out, config, progress) -> Scan:
+def _scan_patches(key, net, variables, image_shape, classes, search, held_out, config, progress, keep) -> Scan:
     """Every class x level as one sweep, decided by the rate on held-out images."""
     if config.method == "pixel":
         inversion, levels = make_pixel(net, image_shape, config.pixel), config.levels[-1:]
@@ -196,7 +198,7 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     label = f"{config.method}: {sweep.size(cells)} cells"
     states, infos, seconds = _sweep(
         jax.random.fold_in(key, 2), label, inversion, variables, search, cells, None,
-        config.batch_size, config.steps, progress,
+        config.batch_size, config.steps, progress, keep, INFOS[config.method],
     )  # fmt: skip
     rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, states, cells, variables, held_out)
     level_rates = _by_class(rates.reshape(len(rows), len(levels)), rows, classes)
@@ -211,23 +213,21 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     )  # fmt: skip
 
 
-def _sweep(key, label, inversion, variables, search, cells, states, batch_size, num_steps, progress):
-    """`sweep.fit` with progress that is on screen before the first compile."""
+def _sweep(key, label, inversion, variables, search, cells, states, batch_size, num_steps, progress, keep, info):
+    """`sweep.fit` as one stage, with progress that is on screen before the first compile."""
     progress(label, 0, num_steps)
-    return sweep.fit(
-        key,
-        inversion,
-        draw.uniform(batch_size),
-        search,
-        cells,
-        variables,
-        num_steps=num_steps,
-        states=states,
-        on_chunk=lambda done, _, __: progress(label, done, num_steps),
+    drawn = draw.uniform(batch_size)
+    fit = lambda states, left, on_chunk: sweep.fit(
+        key, inversion, drawn, search, cells, variables, num_steps=left, states=states, on_chunk=on_chunk
     )
+    states = sweep.init(key, inversion, cells) if states is None else states
+    return stages.run(keep, progress, label, states, fit, info=info, num_steps=num_steps)
 
 
-def locate(key, net, variables, image_shape, classes, search, config: ScanConfig, progress: Progress, side: int):
+def locate(
+    key, net, variables, image_shape, classes, search, config: ScanConfig, progress: Progress, side: int,
+    keep: stages.Keep = stages.through,
+):  # fmt: skip
     """Neural Cleanse on every class searched: (inversion, cells, Located, infos, seconds); windows are side x side."""
     inversion = make_neural_cleanse(net, image_shape, config.neural_cleanse)
     rows = searched(classes, config)
@@ -235,7 +235,7 @@ def locate(key, net, variables, image_shape, classes, search, config: ScanConfig
     label = f"neural-cleanse: {len(rows)} classes"
     states, infos, seconds = _sweep(
         jax.random.fold_in(key, 1), label, inversion, variables, search, cells, None,
-        config.batch_size, config.locate_steps, progress,
+        config.batch_size, config.locate_steps, progress, keep, neural_cleanse.Info,
     )  # fmt: skip
     norms = np.asarray(states.best_norm, float)
     norms[~np.isfinite(norms)] = np.nan
@@ -247,11 +247,11 @@ def locate(key, net, variables, image_shape, classes, search, config: ScanConfig
     return inversion, cells, found, infos, seconds
 
 
-def _scan_masks(key, net, variables, image_shape, classes, search, held_out, config, progress) -> Scan:
+def _scan_masks(key, net, variables, image_shape, classes, search, held_out, config, progress, keep) -> Scan:
     """Neural Cleanse alone, decided by the anomaly index of the mask sizes (Wang et al. 2019)."""
     side = config.mesa.patch
     inversion, cells, found, infos, seconds = locate(
-        key, net, variables, image_shape, classes, search, config, progress, side
+        key, net, variables, image_shape, classes, search, config, progress, side, keep
     )
     rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, found.states, cells, variables, held_out)
     rates = _by_class(rates, searched(classes, config), classes)
@@ -271,10 +271,10 @@ def _scan_masks(key, net, variables, image_shape, classes, search, held_out, con
     )  # fmt: skip
 
 
-def _scan_auto(key, net, variables, image_shape, classes, search, held_out, config, progress) -> Scan:
+def _scan_auto(key, net, variables, image_shape, classes, search, held_out, config, progress, keep) -> Scan:
     """Neural Cleanse says where to look and at which classes first; MESA's rate there decides."""
     side = config.mesa.patch
-    *_, found, _, located_in = locate(key, net, variables, image_shape, classes, search, config, progress, side)
+    *_, found, _, located_in = locate(key, net, variables, image_shape, classes, search, config, progress, side, keep)
     chosen = candidates(found, config)
     inversion, everywhere = (
         make_mesa(net, image_shape, dataclasses.replace(config.mesa, place=place, row=0, column=0))
@@ -286,7 +286,7 @@ def _scan_auto(key, net, variables, image_shape, classes, search, held_out, conf
     label = f"mesa: classes {', '.join(map(str, chosen))} at the located place"
     states, infos, seconds = _sweep(
         jax.random.fold_in(key, 2), label, inversion, variables, search, cells, states,
-        config.batch_size, config.steps, progress,
+        config.batch_size, config.steps, progress, keep, mesa.Info,
     )  # fmt: skip
     level_rates, anywhere = (
         _by_class(
@@ -369,6 +369,7 @@ def unlearn_trigger(
     batch_size: int = 64,
     progress: Progress | None = None,
     label: str = "unlearn",
+    keep: stages.Keep = stages.through,
 ) -> Repaired:
     """Unlearning on clean `data` (uint8 or float), see `repair.unlearn`."""
     if len(data.labels) < batch_size:
@@ -377,15 +378,11 @@ def unlearn_trigger(
     state = method.init(jax.random.fold_in(key, 0), variables, evidence)
     report = progress or _no_progress
     report(label, 0, config.num_steps)
-    state, infos, seconds = loop.fit(
-        jax.random.fold_in(key, 1),
-        method.step,
-        draw.uniform(batch_size),
-        Batch(jnp.asarray(data.images), jnp.asarray(data.labels)),
-        state,
-        num_steps=config.num_steps,
-        on_chunk=lambda done, _, __: report(label, done, config.num_steps),
+    data, drawn = Batch(jnp.asarray(data.images), jnp.asarray(data.labels)), draw.uniform(batch_size)
+    fit = lambda state, left, on_chunk: loop.fit(
+        jax.random.fold_in(key, 1), method.step, drawn, data, state, num_steps=left, on_chunk=on_chunk
     )
+    state, infos, seconds = stages.run(keep, report, label, state, fit, info=unlearn.Info, num_steps=config.num_steps)
     return Repaired(method.extract(state), infos, seconds)
 
 

@@ -1,13 +1,14 @@
-"""Strict settings for every test: four CPU devices, no silent rank promotion, a compile cache that survives a run."""
+"""Strict settings for every test: eight CPU devices, no silent rank promotion, a compile cache that survives a run."""
 
 import os
 
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in FLAGS:
-    FLAGS += " --xla_force_host_platform_device_count=4"
+    FLAGS += " --xla_force_host_platform_device_count=8"
 # tests compile far more than they run
 QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAXBD_DEVICES", "1")  # of the forced devices; tests that divide work among them say so
 os.environ["XLA_FLAGS"] = FLAGS + QUICK
 
 import jax  # noqa: E402

@@ -3,17 +3,20 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
 import jaxbd
+from jaxbd.cli import main
 
 PACKAGE = pathlib.Path(jaxbd.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
 SHARED = {"base", "histogram", "images", "losses"}
-DRIVERS = {"loop", "memory", "slots", "sweep", "evaluate", "detect", "checkpoint", "record"}
+DRIVERS = {"devices", "loop", "memory", "slots", "stages", "sweep", "evaluate", "detect", "checkpoint", "record"}
 METHODS = {"attacks", "inversion", "repair", "strip", "supervised"}
 BELOW_METHODS = SHARED | {"data", "models"}
 COMPOSITION = {
@@ -133,6 +136,24 @@ def test_no_torch_and_slow_imports_inside_functions_only(path):
     assert "torch" not in {name.split(".")[0] for name in imported(SOURCES[path])}
     top = ast.Module([node for node in SOURCES[path].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     assert not {name.split(".")[0] for name in imported(top)} & SLOW_TO_IMPORT
+
+
+def test_no_verb_computes_when_it_is_imported():
+    """Other machines are joined after a verb's module is imported, and before anything is computed."""
+    verbs = {*main.VERBS, *(module for variants in main.VARIANTS.values() for module in variants.values())}
+    program = f"""
+import importlib
+for verb in {sorted(verbs)}:
+    importlib.import_module("jaxbd.cli." + verb)
+import jax
+jax.config.update("jax_platforms", "no device is asked for by this name")
+try:
+    jax.devices()
+except RuntimeError:
+    print("not yet")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "not yet\n", done.stderr
 
 
 def text_files() -> list[pathlib.Path]:

@@ -384,14 +384,21 @@ def rounds_of(monkeypatch, lost, **settings):
     """
     from jaxbd import pairs
 
-    seen, sought = [], []
+    seen, sought, names = [], [], []
+
+    def nowhere(*args, **settings):
+        raise AssertionError("nothing runs here")
 
     def trigger(key, net, variables, stamp, model, data, config, **settings):
         seen.append((variables, model, sorted({*data.labels.tolist()}), sorted({*settings["kept"].labels.tolist()})))
+        names.append(settings["label"])
+        assert settings["keep"] is nowhere
         return correct.Repaired({"lost": jnp.float32(lost[len(seen) - 1])}, None, loop.Seconds(1.0, 2.0))
 
-    def again(key, net, variables, classes, image_shape, search, first, target, config, progress):
+    def again(key, net, variables, classes, image_shape, search, first, target, config, progress, keep, label):
         sought.append((float(variables["lost"]), first.model, target))
+        names.append(label)
+        assert keep is nowhere
         return first._replace(model=f"again {len(sought)}"), loop.Seconds(0.5, 0.5)
 
     def apply(variables, images, *, train):
@@ -409,8 +416,9 @@ def rounds_of(monkeypatch, lost, **settings):
     data = Batch(images, np.arange(12) % 3)
     suspect = correct.Suspect(toys.NET._replace(apply=apply), {"lost": jnp.float32(0)}, (2, 2, 1), 3)
     result = correct.detected(
-        jax.random.key(0), suspect, found, 2, data, bna.Config(), pairs.Config(), batch_size=2, **settings
+        jax.random.key(0), suspect, found, 2, data, bna.Config(), pairs.Config(), batch_size=2, keep=nowhere, **settings
     )
+    assert len({*names}) == len(names) == len(seen) + len(sought), "stages of one name"
     return seen, sought, result
 
 

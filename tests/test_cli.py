@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -350,7 +351,7 @@ def pair_scan(victim, monkeypatch):
     ran = []
 
     def install(verdict: str, targets: list[int]) -> list:
-        def scan(key, net, variables, image_shape, classes, search, held_out, config, progress=None):
+        def scan(key, net, variables, image_shape, classes, search, held_out, config, progress, keep):
             ran.append(config)
             loaded = trigger.load(str(victim / "trigger.npz"))
             attack, model = given.make(image_shape, classes, given.Config(target=3, place="random"), loaded)
@@ -519,7 +520,7 @@ def test_progress_shows_a_bar_on_a_terminal():
 
 
 def test_interrupting_says_so_in_one_line(monkeypatch, capsys):
-    def interrupted(verb, argv):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(entry, "_run", interrupted)
@@ -528,13 +529,22 @@ def test_interrupting_says_so_in_one_line(monkeypatch, capsys):
 
 
 def test_a_crash_is_no_verdict(monkeypatch, capsys):
-    def crash(verb, argv):
+    def crash(*args):
         raise ZeroDivisionError("division\nby zero")
 
     monkeypatch.delenv("JAXBD_DEBUG", raising=False)
     monkeypatch.setattr(entry, "_run", crash)
     assert main(["scan"]) == 2
     assert capsys.readouterr().err.startswith("jaxbd: internal error, ZeroDivisionError: division by zero;")
+
+
+def test_out_of_memory_is_no_internal_error(monkeypatch, capsys):
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+
+    monkeypatch.setattr(entry, "_run", full)
+    assert main(["scan"]) == 2
+    assert capsys.readouterr().err.startswith("jaxbd: the device ran out of memory; use smaller batches")
 
 
 def test_a_given_trigger_changes_its_own_pixels_only(tmp_path):

@@ -179,7 +179,7 @@ class World:
         found = slots.Found((), (), np.full(len(searched), 10), 10, 20, loop.Seconds(1.0, 2.0), 1)
         return pair_triggers.Search(rows, np.array(searched), sizes, scores), found
 
-    def joint(self, lab, method, inversion, wish, num_steps, batch_size):
+    def joint(self, lab, method, inversion, wish, num_steps, batch_size, label):
         self.wishes.append((method, dict(wish)))
         return pair_triggers.Joint(dict(wish), self.joint_norm(wish), self.reached, loop.Seconds(1.0, 2.0))
 
@@ -467,6 +467,30 @@ def test_the_estimated_trigger_works_through_the_result_alone():
     images = trigger.stamp(jax.random.key(0), trigger.model, jnp.asarray(held_out.images / 255.0, jnp.float32))
     answers = np.asarray(toys.NET.apply(VICTIMS["all-to-one"][1], images)[0].argmax(-1))
     assert (answers[held_out.labels != 2] == 2).mean() > 0.9
+
+
+def test_a_search_that_runs_out_of_memory_says_so(monkeypatch):
+    """The progress of what is left bears it in its name."""
+    told = []
+
+    def search(*args, on_chunk, on_shrink, name, **settings):
+        on_chunk(slots.Progress(0, 2, 10, 100, 4))
+        on_shrink(2)
+        on_chunk(slots.Progress(0, 2, 20, 100, 2))
+        assert name == "pt-red: 2 pairs"
+        return slots.Found(None, None, np.zeros(2), 0, 0, loop.Seconds(0.0, 0.0), 2)
+
+    monkeypatch.setattr(pair_triggers.sweep, "search", search)
+    monkeypatch.setattr(pair_triggers, "reached", lambda method, states: np.zeros(2, bool))
+    monkeypatch.setattr(pair_triggers, "sizes", lambda method, states: np.ones(2))
+    lab = pair_triggers.Lab(
+        jax.random.key(0), toys.NET, toys.victim(0), K, None, None, {"pt-red": None}, {}, lambda *now: told.append(now)
+    )
+    pair_triggers.sweep_pairs(lab, "pt-red", [(0, 1), (1, 0)], 50, 4)
+    assert told == [
+        ("pt-red: 2 pairs", 0, 100), ("pt-red: 2 pairs", 10, 100),
+        ("pt-red: 2 pairs, out of memory, 2 at a time from here on", 20, 100),
+    ]  # fmt: skip
 
 
 def test_a_scan_is_the_same_whatever_the_slots():

@@ -276,10 +276,10 @@ def test_stopped_by_a_signal_and_resumed(victim, whole, tmp_path, monkeypatch, c
         assert main(command(victim, out)) == code
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith(f"jaxbd: stopped at step 8 of {STEPS}, saved in {out}.run; go on with: ")
+    assert told[-1].startswith(f"jaxbd: stopped at step 7 of {STEPS}, saved in {out}.run; go on with: ")
     again = shlex.split(told[-1].split("go on with: ")[1])
     assert again[1:] == ["-m", "jaxbd", *command(victim, out), "--resume"] and pathlib.Path(again[0]).exists()
-    assert not out.exists() and saved_steps(out) == [5, 8] and len(lines(out)) == 8
+    assert not out.exists() and saved_steps(out) == [5, 7] and len(lines(out)) == 7
 
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert main(command(victim, out)) == 2
@@ -293,7 +293,7 @@ def test_stopped_by_a_signal_and_resumed(victim, whole, tmp_path, monkeypatch, c
     assert main(again[3:]) == 0
     assert_same(out, whole)
     resumed = read(out / "repair.json")["resumed"]
-    assert resumed["step"] == 8 and resumed["seconds"] == lines(out)[7]["seconds"]
+    assert resumed["step"] == 7 and resumed["seconds"] == lines(out)[6]["seconds"]
     capsys.readouterr()
     assert main(again[3:]) == 2 and "nothing to resume" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import tyro
 from jaxbd import evaluate, record, results, study, supervised
 from jaxbd.attacks import badnets, paper_counts, poison
 from jaxbd.base import Batch, Dataset, Key, UserError
-from jaxbd.cli import attacks, common, flags, show
+from jaxbd.cli import attacks, common, flags, long_job, show
 from jaxbd.cli.attacks import ATTACKS, POISON_RATE, Planting, as_given
 from jaxbd.cli.progress import Progress
 from jaxbd.data import load
@@ -29,6 +29,10 @@ class Args:
     """Trains a classifier with a backdoor in it, or a clean one, and writes it as a model folder.
 
     Each attack has flags of its own: `jaxbd attack --attack wanet --help` shows those of WaNet.
+
+    While it trains, the folder OUT.run beside the output holds checkpoints. Ctrl-C or SIGTERM ends it after the current
+    steps, saves, and prints the command to go on with; a second one ends it at once. After a crash too, --resume goes
+    on from the last checkpoint. OUT.run is removed once the output is written.
 
     Attributes:
       data: training images with labels: digits, a .npz or .parquet file, a folder of class sub-folders or parquet
@@ -62,6 +66,7 @@ class Args:
       seed: of everything random.
       planting: what the attack plants.
       training: length and rule of training.
+      job: how it may be stopped.
     """
 
     data: str
@@ -102,6 +107,7 @@ class Args:
         poison_rate=POISON_RATE
     )
     training: Annotated[supervised.Config, tyro.conf.arg(name="")] = supervised.Config(num_steps=800)
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags()
 
     def __post_init__(self):
         common.check_seed(self.seed)
@@ -146,6 +152,7 @@ def run(args: Args) -> int:
     common.start()
     count = _poison_count(args)
     common.check_output(args.out, folder=True)
+    files = long_job.prepare(args.out, args.job)
     clean = attacks.open_clean(args.clean_model)
     show.note(f"reading {args.data} …")
     train, test = _data(args, clean)
@@ -155,23 +162,28 @@ def run(args: Args) -> int:
     attack = None if args.no_attack else attacks.make(args.attack, args.planting, spec, args.picture)
     if attack and clean is None and args.attack in attacks.NEEDS_CLEAN:
         show.note(f"{args.attack} starts from a clean net; there is no --clean-model, so one is trained first")
-    with Progress() as progress:
-        planted = _plant(args, key, net, spec, attack, load.as_batch(train), clean, count, progress)
+    identity = common.identity(
+        "attack", args, None if clean is None else common.model_record(clean),
+        data=[(each.images, each.labels) for each in (train, test)], trigger=attack and attack.init(key),
+    )  # fmt: skip
+    with long_job.Job(files, args.job, identity) as job, Progress() as progress:
+        planted = _plant(args, key, net, spec, attack, load.as_batch(train), clean, count, progress, job.keep)
     test_data = load.as_batch(test)
     found = evaluate.rates(jax.random.fold_in(key, 3), net, planted.variables, test_data, attack, planted.trigger)
-    content = _as_record(args, spec, train, test, found, planted)
+    content = {**_as_record(args, spec, train, test, found, planted), "resumed": job.resumed}
     common.write_folder(args.out, lambda path: _write(path, spec, planted, content, args))
+    long_job.finish(files)
     show.rates([("victim" if attack else "clean model", results.rates(found))])
     show.say(f"Trained in {show.seconds(results.seconds(planted.seconds))}.")
     show.written(args.out)
     return 0
 
 
-def _plant(args: Args, key, net, spec, attack, data: Batch, clean, count, progress: Progress) -> attacks.Planted:
+def _plant(args: Args, key, net, spec, attack, data: Batch, clean, count, progress: Progress, keep) -> attacks.Planted:
     """The victim, or its clean twin."""
     how = dict(
-        batch_size=args.batch_size, crop_padding=args.crop_padding or 0, flip=args.flip, progress=progress
-    )  # fmt: skip
+        batch_size=args.batch_size, crop_padding=args.crop_padding or 0, flip=args.flip, progress=progress, keep=keep
+    )
 
     def train(key: Key, data: Batch, label: str, **poisoning: Any):
         progress(label, 0, args.training.num_steps)
@@ -264,6 +276,7 @@ def _write(path: pathlib.Path, spec, planted: attacks.Planted, content: dict[str
 def _as_record(args: Args, spec, train, test, found, planted: attacks.Planted) -> dict[str, Any]:
     """The content of attack.json."""
     settings = dataclasses.asdict(args)
+    del settings["job"]
     nested = {args.attack: settings.pop("planting"), "training": settings.pop("training")}
     return {
         "schema": f"{results.SCHEMA}/attack",

@@ -153,7 +153,7 @@ def from_clean(
 
     Args:
       count: images to poison statically; None for the share that the settings say.
-      how: batch_size, crop_padding, flip and progress of the fine-tuning.
+      how: batch_size, crop_padding, flip, progress and keep of the fine-tuning.
     """
     spent = loop.Seconds(0.0, 0.0)
     if clean is None:
@@ -174,8 +174,9 @@ def from_clean(
     attack = clean_label.make(tuple(data.images.shape[1:]), classes, settings)
     planted = attack.init(jax.random.fold_in(key, 0))
     hidden = planting.hide(
-        jax.random.fold_in(key, 1), net, variables, attack, planted, data, settings, count, progress=how["progress"]
-    )
+        jax.random.fold_in(key, 1), net, variables, attack, planted, data, settings, count,
+        progress=how["progress"], keep=how["keep"],
+    )  # fmt: skip
     facts |= {"poisoned": len(hidden.rows), "recognised": hidden.recognised}
     poisoned = Batch(*map(jax.numpy.asarray, hidden.data))
     variables, infos, trained = train(jax.random.fold_in(key, 2), poisoned, "train")

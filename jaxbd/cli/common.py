@@ -1,6 +1,7 @@
 """What the verbs share: flags about model and data, opening both, splitting images, and checking outputs early."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import shutil
@@ -9,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
-from jaxbd import workflow
-from jaxbd.base import Batch, Dataset, UserError
+from jaxbd import devices, record, workflow
+from jaxbd.base import ArrayTree, Batch, Dataset, UserError
 from jaxbd.cli import flags
 from jaxbd.data import load
 from jaxbd.interop import load as models
@@ -34,6 +36,8 @@ COMPANIONS = {
     "repair.json",
 }
 """What the verbs write into a model folder; a folder with anything else in it is not replaced."""
+PLACES = ("model", "data", "test_data", "clean_model", "scan", "out", "report", "job")
+"""Flags that say where things are or how a job may be stopped: they may change between its parts."""
 SEARCH_SHARE = 0.75
 """Share of the given images on which triggers are searched and nets repaired; the others judge."""
 
@@ -143,6 +147,8 @@ def write_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> No
 
     What was at `path` has passed `check_output` and is deleted only once the new folder stands.
     """
+    if not devices.is_first():
+        return
     path = path.expanduser().absolute()
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +236,23 @@ def model_record(model: models.Model) -> dict[str, Any]:
 def data_record(dataset: Dataset, reading: Reading, **counts: int) -> dict[str, Any]:
     """What results say about the images; `counts` are numbers of images by use."""
     return {"source": dataset.name, "split": reading.split, "images": len(dataset.labels), **counts}
+
+
+def identity(verb: str, args: Any, model: dict[str, Any] | None, **read: ArrayTree) -> dict[str, Any]:
+    """What a job depends on, for its checkpoints: flags, the `model_record`, contents of what was read, versions."""
+    given = {name: value for name, value in dataclasses.asdict(args).items() if name not in PLACES}
+    contents = {name: _digest(arrays) for name, arrays in read.items()}
+    known = None if model is None else {**model, "path": None}
+    return {"verb": verb, "flags": given, "model": known, "read": contents, "versions": record.versions()}
+
+
+def _digest(arrays: ArrayTree) -> str:
+    """SHA-256 of the arrays' types, shapes and values; of what is no array, as it is written."""
+    digest = hashlib.sha256()
+    for leaf in map(np.asarray, jax.tree.leaves(arrays)):
+        digest.update(f"{leaf.dtype} {leaf.shape} ".encode())
+        digest.update(str(leaf).encode() if leaf.dtype.kind == "U" else np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def class_names(opened: Opened) -> tuple[str, ...]:

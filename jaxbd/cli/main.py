@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from jaxbd.cli import flags, signals
+from jaxbd.cli import flags, machines, signals
 
 VERBS = {
     "demo": "plant a backdoor in a small model, find it, remove it, and show all of it on one page",
@@ -42,7 +42,10 @@ Finds and removes backdoors in image classifiers.
 
 {verbs}
 
-`jaxbd VERB --help` explains a verb and its flags.
+`jaxbd VERB --help` explains a verb and its flags. Every verb takes these two as well:
+  --devices N    use N devices of this machine; all of them without it
+  --distributed  share the work with the same command on other machines (Slurm, cloud TPU, or JAX_COORDINATOR_ADDRESS)
+
 Exit codes: 0 done (scan: clean), 1 scan found a backdoor, 3 scan cannot tell, 2 could not run, 130 stopped by
 Ctrl-C, 143 by SIGTERM.
 """
@@ -60,8 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if argv[0] not in VERBS:
         return _fail(f"unknown verb {argv[0]!r}; known: {', '.join(VERBS)}")
+    joins, devices, rest = machines.taken(argv[1:])
+    if devices is not None:
+        os.environ["JAXBD_DEVICES"] = devices
+    if joins and not {"-h", "--help"} & {*rest}:
+        return machines.supervised(lambda: _attempt(argv, rest, True))
+    return _attempt(argv, rest)
+
+
+def _attempt(argv: list[str], rest: list[str], joins: bool = False) -> int:
+    """Runs the verb of `argv` with the flags `rest`; the exit code, after a line about what went wrong."""
     try:
-        return _run(argv[0], argv[1:])
+        return _run(argv[0], rest, joins)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except signals.Stopped as stop:
@@ -69,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code
     except KeyboardInterrupt:
         _fail("interrupted; no file was left half-written")
+        if machines.joined():
+            raise  # the others did not agree to end, and are not to be waited for
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe went away; a second complaint at exit would help nobody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,10 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("JAXBD_DEBUG"):
             traceback.print_exc()
+        if not _expected(error) and machines.lost(error):
+            return _fail(machines.LOST)
         if isinstance(error, FloatingPointError) and ";" not in str(error):
             return _fail(f"{error}; lower the learning rate, or check the model's weights")
         if _expected(error):
             return _fail(str(error))
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _fail("the device ran out of memory; use smaller batches, or fewer cells at a time")
         # Python's own exit code for a crash is 1, which says "backdoored" here
         return _fail(f"internal error, {type(error).__name__}: {error}; JAXBD_DEBUG=1 shows where, please report it")
 
@@ -90,13 +109,15 @@ def help_text() -> str:
     return HELP.format(verbs="\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
 
 
-def _run(verb: str, argv: list[str]) -> int:
-    """Parses the verb's flags and runs it."""
+def _run(verb: str, argv: list[str], joins: bool) -> int:
+    """Parses the verb's flags and runs it, together with other machines if it `joins` them."""
     module = importlib.import_module(f"jaxbd.cli.{_module(verb, argv)}")
     defaults = getattr(module, "defaults", None)
     args = parse(module.Args, argv, f"jaxbd {verb}", None if defaults is None else defaults(argv))
     if isinstance(args, str):
         return _fail(args)
+    if joins:
+        machines.join()
     return module.run(args)
 
 

@@ -9,14 +9,16 @@ import jax
 import tyro
 
 from jaxbd import pairs as pairwise
-from jaxbd import record, results
+from jaxbd import record, results, stages
 from jaxbd.base import Batch, UserError
-from jaxbd.cli import common, show
+from jaxbd.cli import common, long_job, show
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import preprocess
 
 METHODS = {"pairs": pairwise.METHODS, "neural-cleanse": ("neural-cleanse",), "pt-red": ("pt-red",)}
 """`--method` -> inversions that run."""
+SAVE_EVERY = 100_000
+"""Steps, of all pairs together, between two checkpoints where no flag says otherwise."""
 LISTED = 12
 """Pairs that the table lists."""
 
@@ -26,6 +28,9 @@ class Args:
     """Looks for a backdoor between every two classes: a trigger is searched from each class to each other one.
 
     A trigger that is much smaller than those of the other pairs betrays a backdoor. K classes make K (K - 1) searches.
+
+    It can be stopped and resumed where --out or --report is given, as `jaxbd scan --help` says; the steps of
+    --save-every are those of all pairs together.
 
     Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run.
 
@@ -38,6 +43,7 @@ class Args:
       out: write the result here as JSON (scan.json).
       report: write one self-contained HTML page here.
       search: what is searched, and how long.
+      job: how it may be stopped.
       reading: how model and data are read.
     """
 
@@ -48,6 +54,7 @@ class Args:
     out: pathlib.Path | None = None
     report: pathlib.Path | None = None
     search: Annotated[pairwise.Config, tyro.conf.arg(name="")] = pairwise.Config()
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=SAVE_EVERY)
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
 
@@ -57,13 +64,15 @@ def run(args: Args) -> int:
     common.check_output(args.out)
     common.check_output(args.report)
     config = chosen(args.search, args.method)
+    files = long_job.prepare(args.out or args.report, args.job)
     show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
     opened = common.open_both(args.model, args.data, args.reading)
     search, held_out = common.search_and_held_out(opened.dataset, args.reading.seed, config.batch_size)
     show.preprocessing(opened.table)
-    with Progress() as progress:
-        found = scan(opened, search, held_out, config, args.reading.seed, progress)
-    content = as_record(opened, found, search, held_out, config, args)
+    identity = common.identity("scan", args, common.model_record(opened.model), data=(search, held_out))
+    with long_job.Job(files, args.job, identity) as job, Progress() as progress:
+        found = scan(opened, search, held_out, config, args.reading.seed, progress, job.keep)
+    content = {**as_record(opened, found, search, held_out, config, args), "resumed": job.resumed}
     say(content)
     if args.out is not None:
         record.write_json(args.out, content)
@@ -71,6 +80,7 @@ def run(args: Args) -> int:
         from jaxbd.cli import report
 
         report.write_pairs(args.report, content, found, held_out, config, verdict(content))
+    long_job.finish(files)
     show.written(args.out, args.report)
     return common.EXIT[found.verdict]
 
@@ -83,13 +93,19 @@ def chosen(search: pairwise.Config, method: str) -> pairwise.Config:
 
 
 def scan(
-    opened: common.Opened, search: Batch, held_out: Batch, config: pairwise.Config, seed: int, progress: Progress
+    opened: common.Opened,
+    search: Batch,
+    held_out: Batch,
+    config: pairwise.Config,
+    seed: int,
+    progress: Progress,
+    keep: stages.Keep = stages.through,
 ) -> pairwise.PairScan:
     """`pairwise.scan` on an opened model."""
     model = opened.model
     return pairwise.scan(
         jax.random.key(seed), model.net, model.variables, tuple(model.spec.image_shape), model.spec.classes,
-        search, held_out, config, progress,
+        search, held_out, config, progress, keep,
     )  # fmt: skip
 
 

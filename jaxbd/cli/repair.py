@@ -12,7 +12,7 @@ import tyro
 
 from jaxbd import evaluate, record, results, workflow
 from jaxbd.base import Array, Attack, Batch, UserError, Variables
-from jaxbd.cli import common, convert, show
+from jaxbd.cli import common, convert, long_job, show
 from jaxbd.cli import evaluate as measuring
 from jaxbd.cli import scan as scanning
 from jaxbd.cli.progress import Progress
@@ -28,6 +28,10 @@ class Args:
     --method bna changes no weight and writes a guarded model, which also flags triggered images; it has flags of its
     own, see `jaxbd repair --method bna --help`. --method dhbe needs no data at all, see `jaxbd repair --method dhbe
     --help`.
+
+    While it runs, the folder OUT.run beside the output holds checkpoints. Ctrl-C or SIGTERM ends it after the current
+    steps, saves, and prints the command to go on with; a second one ends it at once. After a crash too, --resume goes
+    on from the last checkpoint. OUT.run is removed once the output is written.
 
     Attributes:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
@@ -45,6 +49,7 @@ class Args:
       unlearning: length and rule of unlearning.
       preset: settings that the --search flags start from, see `jaxbd scan --help`.
       search: what is searched, and how long.
+      job: how it may be stopped.
       reading: how model and data are read.
     """
 
@@ -62,6 +67,7 @@ class Args:
     )
     preset: Literal["quick", "released", "paper"] = "quick"
     search: workflow.ScanConfig = workflow.ScanConfig()
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
     def __post_init__(self):
@@ -100,6 +106,7 @@ def run(args: Args) -> int:
     common.check_output(args.out, folder=in_folder)
     beside = figures(args.out)
     common.check_output(None if in_folder else beside)
+    files = long_job.prepare(args.out, args.job)
     loaded = None if args.given.trigger is None else trigger.load(args.given.trigger)
     args = dataclasses.replace(args, search=dataclasses.replace(args.search, targets=_wanted(args)))
     show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
@@ -109,20 +116,26 @@ def run(args: Args) -> int:
     least = max(args.batch_size, args.search.batch_size)
     search, held_out = common.search_and_held_out(opened.dataset, args.reading.seed, least)
     show.preprocessing(opened.table)
-    with Progress() as progress:
+    identity = common.identity(
+        "repair", args, common.model_record(opened.model), data=(search, held_out), trigger=loaded
+    )
+    with long_job.Job(files, args.job, identity) as job, Progress() as progress:
         if loaded is not None:
             known = measuring.settle(opened, args.given, loaded)
             attack, pixels = measuring.make_attack(opened, known, loaded)
             found, evidence = None, [Evidence(known.target, attack.stamp, unlearn.single(pixels))]
         else:
-            found, evidence = _recover(opened, search, held_out, args, progress)
+            found, evidence = _recover(opened, search, held_out, args, progress, job.keep)
         if not evidence:
+            long_job.finish(files)
             show.say("The scan found no backdoor: nothing to repair, nothing is written.", _why(found, opened, args))
             return 0
-        repaired, seconds = _unlearn_all(opened, evidence, search, args, progress)
+        repaired, seconds = _unlearn_all(opened, evidence, search, args, progress, job.keep)
     rows = _measure(opened, evidence, repaired, held_out, args.reading.seed)
     content = _as_record(opened, found, evidence, rows, seconds, len(search.labels), len(held_out.labels), args)
+    content["resumed"] = job.resumed
     save(args.out, opened.model, repaired.variables, content)
+    long_job.finish(files)
     _show(opened, rows, content)
     show.written(args.out, beside)
     return 0
@@ -143,13 +156,14 @@ def _wanted(args: Args) -> tuple[int, ...]:
     return tuple(targets)
 
 
-def _recover(opened: common.Opened, search: Batch, held_out: Batch, args: Args, progress):
+def _recover(opened: common.Opened, search: Batch, held_out: Batch, args: Args, progress, keep):
     """The scan, and the evidence for each class it calls attacked (or that was named)."""
-    found = scanning.scan(opened, search, held_out, args.search, args.reading.seed, progress)
+    found = scanning.scan(opened, search, held_out, args.search, args.reading.seed, progress, keep)
     named = args.search.targets if args.given.target is not None else ()
     targets = sorted({*found.decision.targets, *named})
     if args.evidence == "pixel":
-        return found, [_reversed_pixels(opened, found, target, search, held_out, args, progress) for target in targets]
+        reverse = lambda target: _reversed_pixels(opened, found, target, search, held_out, args, progress, keep)
+        return found, [reverse(target) for target in targets]
     return found, [_distributions(found, target, args) for target in targets]
 
 
@@ -164,7 +178,9 @@ def _distributions(found: workflow.Scan, target: int, args: Args) -> Evidence:
     return Evidence(target, found.inversion.stamp, evidence)
 
 
-def _reversed_pixels(opened, found: workflow.Scan, target: int, search, held_out, args: Args, progress) -> Evidence:
+def _reversed_pixels(
+    opened, found: workflow.Scan, target: int, search, held_out, args: Args, progress, keep
+) -> Evidence:
     """A single reversed trigger of one class, where the scan located one or as configured."""
     settings = args.search.pixel
     if found.located is not None:
@@ -173,18 +189,18 @@ def _reversed_pixels(opened, found: workflow.Scan, target: int, search, held_out
         row, column = min(row, height - settings.patch), min(column, width - settings.patch)
         settings = dataclasses.replace(settings, place="fixed", row=row, column=column)
     config = dataclasses.replace(args.search, method="pixel", targets=(target,), pixel=settings)
-    single = scanning.scan(opened, search, held_out, config, args.reading.seed, progress)
+    single = scanning.scan(opened, search, held_out, config, args.reading.seed, progress, keep)
     return Evidence(target, single.inversion.stamp, unlearn.uniform(workflow.cells_of(single, target)))
 
 
-def _unlearn_all(opened: common.Opened, evidence: list[Evidence], search: Batch, args: Args, progress):
+def _unlearn_all(opened: common.Opened, evidence: list[Evidence], search: Batch, args: Args, progress, keep):
     """Unlearns one class after the other: (model with repaired variables, seconds)."""
     model, seconds = opened.model, []
     for number, (target, stamp, mixture) in enumerate(evidence):
         result = workflow.unlearn_trigger(
             jax.random.fold_in(jax.random.key(args.reading.seed), 10 + number), model.net, model.variables, stamp,
             mixture, search, args.unlearning, batch_size=args.batch_size, progress=progress,
-            label=f"unlearn: class {target}",
+            label=f"unlearn: class {target}", keep=keep,
         )  # fmt: skip
         model = model._replace(variables=result.variables)
         seconds.append(result.seconds)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxbd import correct, evaluate, loop, pairs, record, results
+from jaxbd import correct, evaluate, loop, pairs, record, results, stages
 from jaxbd.base import Array, Attack, Batch, UserError, Variables
-from jaxbd.cli import common, convert, flags, pair_scan, show
+from jaxbd.cli import common, convert, flags, long_job, pair_scan, show
 from jaxbd.cli import evaluate as measuring
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import guarded, preprocess, trigger
@@ -30,6 +30,9 @@ class Args:
     activations on triggered images are moved back to where they lie on clean ones. The result is a folder: the model
     as it was, and its corrections. See `jaxbd guard` for what it says of each image; `jaxbd evaluate` measures it.
 
+    It can be stopped and resumed, as `jaxbd repair --help` says; of the scan, the steps of --save-every are those of
+    all pairs together.
+
     Attributes:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
       data: clean images with labels, see `jaxbd scan --help`.
@@ -46,6 +49,7 @@ class Args:
         another class is undone.
       scan_method: what the scan searches, see `jaxbd scan --method pairs --help`.
       search: how the scan searches.
+      job: how it may be stopped.
       reading: how model and data are read.
     """
 
@@ -61,6 +65,7 @@ class Args:
     false_alarms: float = 0.15
     scan_method: Literal["pairs", "neural-cleanse", "pt-red"] = "pairs"
     search: pairs.Config = pairs.Config()
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=pair_scan.SAVE_EVERY)
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
     def __post_init__(self):
@@ -104,6 +109,7 @@ def run(args: Args) -> int:
     if not convert.is_folder(args.out):
         raise UserError(f"a guarded model is a folder, not a file; give --out a name without {args.out.suffix}")
     common.check_output(args.out, folder=True)
+    files = long_job.prepare(args.out, args.job)
     loaded = None if args.given.trigger is None else trigger.load(args.given.trigger)
     config = pair_scan.chosen(args.search, args.scan_method)
     show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
@@ -113,22 +119,27 @@ def run(args: Args) -> int:
     least = args.batch_size if loaded is not None else max(args.batch_size, config.batch_size)
     search, held_out = common.search_and_held_out(opened.dataset, args.reading.seed, least)
     show.preprocessing(opened.table)
-    with Progress() as progress:
+    identity = common.identity(
+        "repair", args, common.model_record(opened.model), data=(search, held_out), trigger=loaded
+    )
+    with long_job.Job(files, args.job, identity) as job, Progress() as progress:
         found, known = None, []
         if loaded is not None:
             known = _given(opened, args.given, loaded)
         else:
-            found = pair_scan.scan(opened, search, held_out, config, args.reading.seed, progress)
+            found = pair_scan.scan(opened, search, held_out, config, args.reading.seed, progress, job.keep)
             known = [Known(t, e.sources, e.stamp, e.model) for t, e in sorted(found.triggers.items())]
         if not known:
+            long_job.finish(files)
             show.say("The scan found no backdoor: nothing to repair, nothing is written.")
             show.say(f"(Verdict {found.verdict}, decided by {found.decided_by}; --trigger repairs a trigger you have.)")
             return 0
-        variables, seconds = _correct(opened, known, found, search, args, config, progress)
+        variables, seconds = _correct(opened, known, found, search, args, config, progress, job.keep)
     rows = _measure(opened, known, variables, held_out, args.reading.seed)
     counts = {"search": len(search.labels), "held_out": len(held_out.labels)}
-    content = _as_record(opened, found, rows, seconds, counts, config, args)
+    content = {**_as_record(opened, found, rows, seconds, counts, config, args), "resumed": job.resumed}
     _save(args.out, opened, variables, [each.target for each in known], content)
+    long_job.finish(files)
     _show(opened, rows, content)
     show.written(args.out)
     return 0
@@ -145,7 +156,7 @@ def _given(opened: common.Opened, flags: measuring.Trigger, loaded: Any) -> list
 
 def _correct(
     opened: common.Opened, known: list[Known], found: pairs.PairScan | None, search: Batch, args: Args,
-    config: pairs.Config, progress: Progress,
+    config: pairs.Config, progress: Progress, keep: stages.Keep,
 ) -> tuple[Variables, loop.Seconds]:  # fmt: skip
     """The guarded net's variables: a correction of the suspect for each target, on clean images of its sources."""
     model, corrected = opened.model, []
@@ -154,7 +165,7 @@ def _correct(
         key = jax.random.fold_in(jax.random.key(args.reading.seed), 10 + number)
         common_settings = {
             "batch_size": args.batch_size, "false_alarms": args.false_alarms, "progress": progress,
-            "label": f"bna: class {target}",
+            "label": f"bna: class {target}", "keep": keep,
         }  # fmt: skip
         if found is None:
             clean, kept = (correct.of_classes(search, classes) for classes in (sources, (target,)))

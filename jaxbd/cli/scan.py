@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from jaxbd import loop, record, results, workflow
+from jaxbd import loop, record, results, stages, workflow
 from jaxbd.base import Batch
-from jaxbd.cli import common, show
+from jaxbd.cli import common, long_job, show
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import preprocess
 
@@ -23,7 +23,12 @@ class Args:
     neural-cleanse --pairs (patches), or --method pairs (both); they have flags of their own, see
     `jaxbd scan --method pairs --help`.
 
-    Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run.
+    A scan that takes long can be stopped and resumed where --out or --report is given: meanwhile the folder OUT.run
+    beside that file (beside --out, where both are) holds checkpoints. Ctrl-C or SIGTERM ends it after the current
+    steps, saves, and prints the command to go on with; a second one ends it at once. After a crash too, --resume goes
+    on from the last checkpoint.
+
+    Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run, 130 and 143 it was stopped.
 
     Attributes:
       model: the model: a PyTorch file (.pth, .pt, .tar), .safetensors, or a jaxbd model folder. Nothing is executed.
@@ -34,6 +39,7 @@ class Args:
       preset: settings that the flags below start from: "quick", or MESA as in the "released" code or the "paper"
         (every class at random places; hours on a CPU).
       search: what is searched, and how long.
+      job: how it may be stopped.
       reading: how model and data are read.
     """
 
@@ -43,6 +49,7 @@ class Args:
     report: pathlib.Path | None = None
     preset: Literal["quick", "released", "paper"] = "quick"
     search: Annotated[workflow.ScanConfig, tyro.conf.arg(name="")] = workflow.ScanConfig()
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
 
@@ -56,13 +63,15 @@ def run(args: Args) -> int:
     common.start()
     common.check_output(args.out)
     common.check_output(args.report)
+    files = long_job.prepare(args.out or args.report, args.job)
     show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
     opened = common.open_both(args.model, args.data, args.reading)
     search, held_out = common.search_and_held_out(opened.dataset, args.reading.seed, args.search.batch_size)
     show.preprocessing(opened.table)
-    with Progress() as progress:
-        found = scan(opened, search, held_out, args.search, args.reading.seed, progress)
-    content = as_record(opened, found, search, held_out, args)
+    identity = common.identity("scan", args, common.model_record(opened.model), data=(search, held_out))
+    with long_job.Job(files, args.job, identity) as job, Progress() as progress:
+        found = scan(opened, search, held_out, args.search, args.reading.seed, progress, job.keep)
+    content = {**as_record(opened, found, search, held_out, args), "resumed": job.resumed}
     show.scan(content, args.search)
     if args.out is not None:
         record.write_json(args.out, content)
@@ -70,6 +79,7 @@ def run(args: Args) -> int:
         from jaxbd.cli import report
 
         report.write(args.report, content, found, opened, held_out, args.search)
+    long_job.finish(files)
     show.written(args.out, args.report)
     return common.EXIT[found.decision.verdict]
 
@@ -81,12 +91,13 @@ def scan(
     config: workflow.ScanConfig,
     seed: int,
     progress: workflow.Progress,
+    keep: stages.Keep = stages.through,
 ) -> workflow.Scan:
     """`workflow.scan` on an opened model; the seconds are those one waits, with starting up and judging."""
     model, started = opened.model, time.perf_counter()
     found = workflow.scan(
         jax.random.key(seed), model.net, model.variables, tuple(model.spec.image_shape), model.spec.classes,
-        search, held_out, config, progress,
+        search, held_out, config, progress, keep,
     )  # fmt: skip
     waited = time.perf_counter() - started
     return found._replace(seconds=loop.Seconds(found.seconds.compile, waited - found.seconds.compile))

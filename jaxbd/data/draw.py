@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbd.base import ANY_SOURCE, Array, Batch, Key
-from jaxbd.images import augment, to_float
+from jaxbd.images import augment, divided, to_float
 
 
 @functools.lru_cache(maxsize=32)
@@ -22,7 +22,7 @@ def uniform(batch_size: int, *, crop_padding: int = 0, flip: bool = False) -> Ca
         index_key, augment_key = jax.random.split(key)
         index = _indices(index_key, data.labels, jnp.asarray(source), batch_size)
         images = augment(augment_key, to_float(data.images[index]), crop_padding=crop_padding, flip=flip)
-        return Batch(images, data.labels[index])
+        return divided(Batch(images, data.labels[index]))
 
     return draw
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbd import devices
 from jaxbd.base import UserError, Variables
 from jaxbd.interop import fit, safetensors_file
 from jaxbd.interop.files import Limits, Refusal, opened, quote, refusing, sha256
@@ -57,6 +58,8 @@ def write(
       more: (folder as far as it is written) -> what `config.json` says beside the spec.
     """
     path = pathlib.Path(path)
+    if not devices.is_first():
+        return
     _check_replaceable(path)
     with refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

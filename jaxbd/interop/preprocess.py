@@ -5,6 +5,7 @@ clean accuracy is measured under every plausible normalisation, with the channel
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -138,6 +139,7 @@ def _numbers(values) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
+@functools.lru_cache(maxsize=64)
 def _reversed(net: Net) -> Net:
     """`net` fed with the channels the other way round."""
     outputs = None if net.outputs is None else lambda variables, images: net.outputs(variables, images[..., ::-1])

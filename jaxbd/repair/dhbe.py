@@ -191,7 +191,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Repair:
 
     def generate(module, params: ArrayTree, learner: Learner, key: Key) -> tuple[Array, Learner]:
         """What the module makes of fresh noise, on batch moments, and `learner` with its running moments updated."""
-        noise = jax.random.normal(key, (config.batch_size, config.noise_dim))
+        noise = image_ops.divided(jax.random.normal(key, (config.batch_size, config.noise_dim)))
         variables = {**learner.variables, "params": params}
         made, updates = module.apply(variables, noise, train=True, mutable=["batch_stats"])
         return made, learner._replace(variables={**learner.variables, **updates})

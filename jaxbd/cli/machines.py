@@ -1,0 +1,174 @@
+"""Many machines: the same command on every one, joined by `jax.distributed` into one run. Quick to import.
+
+Asked for by `--distributed`, or by an address in JAX_COORDINATOR_ADDRESS. Slurm and cloud TPUs are recognised;
+elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. Process 0 alone writes and prints; the others say what
+went wrong.
+"""
+
+import contextlib
+import ctypes
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+
+from jaxbd.cli import signals
+
+ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+NUMBERS = (NUMBER, "SLURM_PROCID", "CLOUD_TPU_TASK_ID")
+"""Variables that may tell which process this is before it has joined."""
+JOINING, HEARTBEAT, LEAVING = 300, 30, 24 * 3600
+"""Seconds until: one gives up waiting for the others at the start; silence means that a process is lost; those that are
+done stop waiting for the first, which writes."""
+LOST = (
+    "another process was lost, its own output may say why; what was saved is whole: start the same command on every "
+    "machine again, with --resume to go on from the last checkpoint"
+)
+SIGNS_OF_LOSS = re.compile(r"gloo|nccl|coordination|UNAVAILABLE|connection (closed|reset|refused)|heartbeat", re.I)
+DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux."""
+
+
+def taken(argv: list[str]) -> tuple[bool, str | None, list[str]]:
+    """(whether to join other machines, devices to use on this one, `argv` without the flags that say so)."""
+    rest, devices, joins = [], None, bool(os.environ.get(ADDRESS))
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if word == "--distributed":
+            joins = True
+        elif name == "--devices":
+            devices = value or next(words, "")
+        else:
+            rest.append(word)
+    return joins, devices, rest
+
+
+def supervised(work: Callable[[], int]) -> int:
+    """The exit code of `work`, run in a child process, since the runtime aborts a process whose peers are lost.
+
+    What ends the child by force is told in one line, with exit code 2.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            code, agreed = _alone(work), True
+        except KeyboardInterrupt:
+            code, agreed = 128 + signal.SIGINT, False
+        _end(code, agreed)
+    # Slurm gives a signal to every process of its own accord; a second one would end the child without saving
+    forwarded = "SLURM_JOB_ID" not in os.environ
+
+    def forward(number: int, _) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if forwarded:
+                os.kill(child, number)
+
+    for number in signals.SIGNALS:
+        signal.signal(number, forward)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    own = {signal.SIGKILL: f"ended by {name}, for lack of memory perhaps", signal.SIGABRT: LOST}
+    _say(f"jaxbd: {_own_name()}{own.get(-code, f'ended by {name}')}")
+    return 2
+
+
+def _alone(work: Callable[[], int]) -> int:
+    """`work` in a session of its own, so that the terminal's Ctrl-C reaches it once, and not outliving its parent."""
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if "JAXBD_DEBUG" not in os.environ:
+        _silence_native_code()
+    return work()
+
+
+def _silence_native_code() -> None:
+    """Python's own stdout and stderr stay; the runtime's stack traces and remarks go nowhere."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, open(os.dup(number), "w", buffering=1, errors="backslashreplace"))  # noqa: SIM115
+        os.dup2(nowhere, number)
+
+
+def join() -> None:
+    """Waits for the other processes and joins them.
+
+    Raises: UserError when it is not known who they are, or they do not come.
+    """
+    import jax
+
+    from jaxbd.base import UserError
+
+    numbers = {"num_processes": os.environ.get(COUNT) or None, "process_id": os.environ.get(NUMBER) or None}
+    wrong = [f"{COUNT}={numbers['num_processes']}", f"{NUMBER}={numbers['process_id']}"]
+    if not all(value is None or value.isdecimal() for value in numbers.values()):
+        raise UserError(f"{' and '.join(wrong)} are to be numbers")
+    try:
+        jax.distributed.initialize(
+            **{name: value and int(value) for name, value in numbers.items()},
+            initialization_timeout=JOINING, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=LEAVING,
+        )  # fmt: skip
+    except (ValueError, TypeError):
+        raise UserError(
+            f"no Slurm, no cloud TPU: {ADDRESS} (host:port of process 0), {COUNT} and {NUMBER} must say who is who"
+        ) from None
+    except RuntimeError as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from None
+    if jax.process_index() != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = _Complaints(sys.stderr)
+
+
+def joined() -> bool:
+    """Whether this process is one of several."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def lost(error: Exception) -> bool:
+    """Whether `error` is what an exchange with a process that is gone raises."""
+    return joined() and bool(SIGNS_OF_LOSS.search(str(error)))
+
+
+class _Complaints(io.TextIOBase):
+    """A stream that passes on lines that begin with "jaxbd: " alone, and says whose they are."""
+
+    def __init__(self, stream: io.TextIOBase):
+        self._stream, self._line = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if line.startswith("jaxbd: "):
+                self._stream.write(f"jaxbd: {_own_name()}{line.removeprefix('jaxbd: ')}\n")
+                self._stream.flush()
+        return len(text)
+
+
+def _own_name() -> str:
+    """ "process 1: ", as far as that is known."""
+    if joined():
+        return f"process {sys.modules['jax'].process_index()}: "
+    return next((f"process {os.environ[name]}: " for name in NUMBERS if name in os.environ), "")
+
+
+def _end(code: int, agreed: bool) -> None:
+    """Ends this process with `code`; where all went well or was agreed, when the others have come to their end too."""
+    if code != 2 and agreed and joined():
+        with contextlib.suppress(Exception):  # the work is done; a process that goes now takes nothing with it
+            sys.modules["jax"].distributed.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
