@@ -45,12 +45,6 @@ def paste(image: Array, patch: Array, place: Array) -> Array:
     )
 
 
-def add_patch(image: Array, patch: Array, place: Array) -> Array:
-    """Adds `patch` [h, w, C] to `image` [H, W, C] at `place` [2] (row, column) and clips to [0, 1]."""
-    canvas = paste(jnp.zeros_like(image), patch, place)
-    return jnp.clip(image + canvas, 0, 1)
-
-
 def add_on_grid(images: Array, pattern: Array) -> Array:
     """`images` plus `pattern` (shapes that broadcast), clipped to [0, 1] and rounded to multiples of 1/255.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import evaluate, loop, stages
+from jaxbd import evaluate, loop, stages, supervised
 from jaxbd.attacks import clean_label, later_layers, poison, trojan
 from jaxbd.attacks.patch import Trigger
 from jaxbd.base import Attack, Batch, Key, Net, UserError, Variables
@@ -48,7 +48,7 @@ class Trojaned(NamedTuple):
     trigger: Trigger
     neurons: np.ndarray
     search: trojan.Info
-    retraining: later_layers.Info
+    retraining: supervised.Info
     seconds: loop.Seconds
 
 
@@ -142,7 +142,8 @@ def trojan_net(
     )
     attack, name = trojan.make(image_shape, classes, config), trojan.layer(net, variables, image_shape, config)
     which = later_layers.later(net, variables, image_shape, name)
-    trainer = later_layers.trainer(net, which, trojan.optimiser(config))
+    # in evaluation throughout: with moments of the batch, the layers that stay would change what they do
+    trainer = supervised.trainer(net, later_layers.only(which, trojan.optimiser(config)), train=False)
     drawn: Any = draw.uniform(batch_size, crop_padding=crop_padding, flip=flip)
     source: Any = data
     if count is None:

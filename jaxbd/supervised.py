@@ -79,14 +79,18 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 def make(net: Net, config: Config) -> Trainer:
     """Trainer of `net`; BatchNorm runs on batch moments and updates its running ones."""
-    rule = optimiser(config)
+    return trainer(net, optimiser(config))
+
+
+def trainer(net: Net, rule: optax.GradientTransformation, *, train: bool = True) -> Trainer:
+    """Trainer of `net` by any rule; without `train` the net is in evaluation and BatchNorm's moments stay."""
 
     def init(variables: Variables) -> State:
         variables = jax.tree.map(jnp.copy, {"batch_stats": {}, **variables})
         return State(jnp.zeros((), jnp.int32), variables, rule.init(variables["params"]))
 
     def loss(params: ArrayTree, variables: Variables, batch: Batch):
-        logits, stats = net.apply({**variables, "params": params}, batch.images, train=True)
+        logits, stats = net.apply({**variables, "params": params}, batch.images, train=train)
         return losses.cross_entropy(logits, batch.labels), (logits, stats)
 
     def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:

@@ -222,8 +222,8 @@ def search(
 
 
 @functools.lru_cache(maxsize=32)
-def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any], own_images: bool = False) -> loop.Program:
-    """Hits and counted images of every cell on one batch, or on a batch of its own."""
+def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any]) -> loop.Program:
+    """Hits and counted images of every cell on one batch."""
 
     def one(key, state, cell, victim, images, labels, real):
         logits, _ = net_apply(victim, stamp(key, state, to_float(images)), train=False)
@@ -231,8 +231,7 @@ def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any], own_image
         counted = real & (labels != cell.target) & from_source
         return (counted & (logits.argmax(-1) == cell.target)).sum(), counted.sum()
 
-    batch_axis = 0 if own_images else None
-    return loop.Program(jax.vmap(one, (0, 0, 0, None, batch_axis, batch_axis, batch_axis)))
+    return loop.Program(jax.vmap(one, (0, 0, 0, None, None, None, None)))
 
 
 def attack_success(
@@ -260,60 +259,6 @@ def attack_success(
         good, total = devices.fetch(program(cell_keys, states, cells, victim, *devices.on_each(batch, over)))
         hits, counted = hits + good[:count], counted + total[:count]
     return hits / np.maximum(counted, 1)
-
-
-def pair_success(
-    key: Key,
-    net: Net,
-    inversion: Inversion,
-    states: ArrayTree,
-    cells: Cell,
-    victim: Variables,
-    data: Batch,
-    *,
-    batch_size: int = 128,
-    slots: int = 8,
-) -> np.ndarray:
-    """What `attack_success` gives, for cells that each have a source class: only its images are pushed.
-
-    Args:
-      states: [N, …], may lie in host memory; `slots` of them are on the device at a time.
-      batch_size: images per cell and push, at most; fewer when no source has as many.
-    Returns: [N]; 0 where `data` has no image of a cell's source.
-    """
-    total, labels = size(cells), np.asarray(data.labels)
-    images, cells = np.asarray(data.images), jax.tree.map(np.asarray, cells)
-    rows = [np.flatnonzero(_counts(labels, cells, index)) for index in range(total)]
-    batch_size = max(min(batch_size, max(map(len, rows))), 1)
-    program, hits, over = _counter(net.apply, inversion.stamp, True), np.zeros(total), devices.mesh()
-    width, victim = devices.even(over_slots.even(total, slots), over), devices.on_each(victim, over)
-    for start in range(0, total, width):
-        chosen = range(start, min(start + width, total))
-        group = np.minimum(np.arange(start, start + width), total - 1)  # the last group repeats the last cell
-        own = jax.tree.map(lambda leaf, group=group: np.asarray(leaf)[group], (states, cells))
-        part, own_cells = devices.by_cell(own, over)
-        for number in range(-(-max(len(rows[i]) for i in chosen) // batch_size)):
-            index, real = _padded([rows[i] for i in group], number, batch_size)
-            group_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), jnp.asarray(group))
-            group_keys, *batch = devices.by_cell((group_keys, images[index], labels[index], real), over)
-            good, _ = devices.fetch(program(group_keys, part, own_cells, victim, *batch))
-            hits[chosen] += good[: len(chosen)]
-    return hits / np.maximum([len(own) for own in rows], 1)
-
-
-def _counts(labels: np.ndarray, cells: Cell, index: int) -> np.ndarray:
-    """[B] bool: the images on which a cell is judged."""
-    source = cells.source[index]
-    return (labels != cells.target[index]) & ((source == ANY_SOURCE) | (labels == source))
-
-
-def _padded(rows: Sequence[np.ndarray], number: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Batch `number` of each list of rows as [S, batch_size], and which are real; the others are row 0."""
-    index, real = np.zeros((2, len(rows), batch_size), int)
-    for into, told, own in zip(index, real, rows, strict=True):
-        part = own[number * batch_size : (number + 1) * batch_size]
-        into[: len(part)], told[: len(part)] = part, 1
-    return index, real.astype(bool)
 
 
 def batches(data: Batch, batch_size: int):

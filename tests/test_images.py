@@ -30,13 +30,6 @@ def test_paste_moves_a_place_that_is_too_far_back_to_the_last_one(image):
     np.testing.assert_array_equal(far, ops.paste(image, patch, jnp.array([4, 6])))
 
 
-def test_add_patch_clips_and_leaves_the_rest(image):
-    out = np.asarray(ops.add_patch(image, jnp.full((2, 2, 3), 0.5), jnp.array([1, 1])))
-    expected = np.array(image)
-    expected[1:3, 1:3] = np.minimum(expected[1:3, 1:3] + 0.5, 1)
-    np.testing.assert_allclose(out, expected, atol=1e-7)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_blend_is_the_weighted_mean_and_exact_at_the_ends(image, channels):
     mask = np.random.default_rng(2).uniform(size=(7, 9, channels)).astype(np.float32)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -163,28 +164,102 @@ def may_open(path: pathlib.Path, model: pathlib.Path) -> bool:
 def test_data_is_read_once_the_repair_is_written(victim, watched, monkeypatch):
     """And only where it is given; the watch sees it."""
     out, real = pathlib.Path("fixed").absolute(), load.load
+    place = out.with_name("page.html")
 
     def reading(*args, **more):
         assert (out / "model.safetensors").exists() and read(out / "repair.json")["after"] is None
-        assert not out.with_name("fixed.run").exists()
+        assert "nothing was measured" in page(place) and not out.with_name("fixed.run").exists()
         return real(*args, **more)
 
     monkeypatch.setattr(load, "load", reading)
-    trigger = ["--trigger", "white:2x2", "--place", "0,0", "--target", "3"]
+    trigger = ["--trigger", "white:2x2", "--place", "0,0", "--target", "3", "--report", str(place)]
     code, found = watched(*command(victim, out, "--test-data", "digits", "--limit", "50", *trigger))
     assert code == 0 and any("datasets/data" in path for path in found)
     content = read(out / "repair.json")
+    assert content["amplified"].keys() == {"1", "4", "9"}
+    assert content["amplified"]["1"] == [content[which]["attack_success_rate"] for which in ("before", "after")]
+    told = page(place)
+    assert "nothing was measured" not in told and "clean images" in told and "white:2x2" in told
+    for copies, rates in content["amplified"].items():
+        assert " ".join([copies, *(f"{100 * rate:.1f} %" for rate in rates)]) in told
     assert content["after"]["n_clean"] == content["data"]["images"] == 50 and content["data"]["source"] == "digits"
     assert content["before"]["n_triggered"] < 50 and content["trigger"]["target"] == 3
     assert content["config"]["num_steps"] == STEPS
 
 
-def test_a_repair_that_cannot_be_measured_stands(victim, whole, tmp_path, capsys):
+# The page.
+
+
+def page(path) -> str:
+    """What a page says."""
+    return " ".join(re.sub("<style>.*?</style>|<[^>]*>", " ", path.read_text(), flags=re.S).split())
+
+
+def shown(path) -> list[int]:
+    """After how many iterations the page shows what was generated."""
+    return [int(step) for step in re.findall(r"<h4>After (\d+) iteration", path.read_text())]
+
+
+def pictures(path) -> list[str]:
+    """Generated images and triggers in turn, in order of time."""
+    return re.findall('<img [^>]*src="([^"]+)" alt="[0-9]+ generated', path.read_text())
+
+
+def test_a_page_of_what_was_generated(victim, whole, tmp_path, monkeypatch, capsys):
+    """Looking on changes nothing; a run that was stopped shows what it generates from there on, all losses, and why."""
+    out, place = tmp_path / "fixed", tmp_path / "page.html"
+    report = ["--report", str(place)]
+    assert main(command(victim, out, *report)) == 0
+    assert_same(out, whole)
+    assert f"wrote {place}" in capsys.readouterr().out
+    told, made, steps = page(place), pictures(place), shown(place)
+    assert "nothing was measured" in told and "The run went on" not in told and steps == [0, 3, 8, STEPS]
+    assert len(set(made)) == len(made) == 8
+    assert f"over {STEPS} recorded steps" in place.read_text() and "student and teacher" in place.read_text()
+
+    shutil.rmtree(out)
+    place.unlink()
+    with monkeypatch.context() as patch:
+        signalled(patch, 7, signal.SIGTERM)
+        assert main(command(victim, out, *report)) == 143
+    assert not place.exists()
+    assert main(command(victim, out, *report, "--resume")) == 0
+    assert_same(out, whole)
+    stopped = read(out / "repair.json")["resumed"]["step"]
+    assert f"The run went on from iteration {stopped}, which" in page(place)
+    after = [step for step in steps if step > stopped]
+    assert shown(place) == [stopped, *after] and pictures(place)[2:] == made[-2 * len(after) :]
+    assert f"over {STEPS} recorded steps" in place.read_text()
+
+
+def test_pages_that_cannot_be_written(victim, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "model.pth").write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(victim)
     out = tmp_path / "fixed"
-    assert main(command(victim, out, "--test-data", str(tmp_path / "absent"))) == 2
+    for model, where, named in (
+        (victim, tmp_path, "is a folder"),
+        (victim, tmp_path / "file" / "page.html", "writable"),
+        (tmp_path / "model.pth", tmp_path / "model.pth", "--report"),
+        (victim, tmp_path / "link" / "config.json", "--report"),
+        (victim, out, "--report"),
+        (victim, out.with_name("fixed.run") / "page.html", "--report"),
+        (victim, out.with_name("fixed.metrics.jsonl"), "--report"),
+    ):
+        assert main(command(model, out, "--report", str(where))) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1 and named in told[0] and str(where) in told[0]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "model.pth"]
+    assert (tmp_path / "model.pth").read_bytes() == b"precious"
+
+
+def test_a_repair_that_cannot_be_measured_stands(victim, whole, tmp_path, capsys):
+    out, place = tmp_path / "fixed", tmp_path / "page.html"
+    assert main(command(victim, out, "--test-data", str(tmp_path / "absent"), "--report", str(place))) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "is written, but could not be measured" in line and "absent" in line
     assert_same(out, whole)
+    assert shown(place) == [0, 3, 8, STEPS]
 
 
 def test_a_foreign_file_is_repaired_in_its_own_form(victim, whole, tmp_path, capsys):

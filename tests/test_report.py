@@ -228,10 +228,16 @@ def test_a_page_from_a_repair_json(measured):
     }  # fmt: skip
     text = page.render(erased.content(figures, name=HOSTILE, moments=erasure().moments))
     words = " ".join(Page(text).text.split())
-    assert f"Backdoors erased from {HOSTILE} without data" in words and "m.pth" in words and "4.5 s total" in words
+    title = " ".join(f"Backdoors erased from {HOSTILE} without data".split())
+    assert words.count(title) == 2, "as title of the page and as its heading"
+    assert "m.pth" in words and "4.5 s total" in words
     assert ("360 triggered images" in words) == ("99.3\N{NO-BREAK SPACE}%" in text) == measured
-    assert ("none given to measure on" in words) == (not measured)
+    assert ("nothing was measured" in words) == (not measured)
     assert "After 300 iterations" in words and "logit difference" in words and "amplified" not in words
+    assert "A detector" not in words and "Losses on generated images do not tell" in words
+    assert ("finite set of images" in words) == measured and "went on from" not in words
+    resumed = erased.content({**figures, "resumed": {"step": 42, "seconds": 61.7}}, name="m")
+    assert "The run went on from iteration 42, which it had reached after 62 s" in page.render(resumed)
 
 
 def test_absent_parts_leave_no_trace():

@@ -1,37 +1,11 @@
-"""Fine-tuning of what comes after one layer of a net: which parameters that is, and the trainer."""
-
-from collections.abc import Callable
-from typing import NamedTuple
+"""Fine-tuning of what comes after one layer of a net: which parameters that is, and a rule for them alone."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from jaxbd import losses
-from jaxbd.base import Array, ArrayTree, Batch, Key, Net, UserError, Variables
-
-
-class State(NamedTuple):
-    """step [] int32, the net's variables, the optimiser's state (of the trained parameters alone)."""
-
-    step: Array
-    variables: Variables
-    opt: optax.OptState
-
-
-class Info(NamedTuple):
-    """loss [] in nats and accuracy [] on the batch as drawn."""
-
-    loss: Array
-    accuracy: Array
-
-
-class Trainer(NamedTuple):
-    """init: (variables) -> State (the variables are copied); step: (key, state, batch) -> (state, Info)."""
-
-    init: Callable[[Variables], State]
-    step: Callable[[Key, State, Batch], tuple[State, Info]]
+from jaxbd.base import Array, ArrayTree, Net, UserError, Variables
 
 
 def shown(method: str, net: Net, variables: Variables, image_shape: tuple[int, int, int]) -> dict[str, int]:
@@ -71,35 +45,6 @@ def later(net: Net, variables: Variables, image_shape: tuple[int, int, int], lay
     return jax.tree.unflatten(tree, [number not in needed for number in range(len(leaves))])
 
 
-def trainer(net: Net, which: ArrayTree, rule: optax.GradientTransformation) -> Trainer:
-    """The trainer of the parameters of `net` that `which` says, see `later`; the others and BatchNorm's moments stay.
-
-    The net is in evaluation throughout: with moments of the batch, the layers that stay would change what they do.
-    """
-
-    def trained(params: ArrayTree) -> ArrayTree:
-        """`params` with None for those that stay."""
-        return jax.tree.map(lambda wanted, leaf: leaf if wanted else None, which, params)
-
-    def merged(some: ArrayTree, params: ArrayTree) -> ArrayTree:
-        return jax.tree.map(lambda wanted, new, old: new if wanted else old, which, some, params)
-
-    def init(variables: Variables) -> State:
-        variables = jax.tree.map(jnp.copy, {"batch_stats": {}, **variables})
-        return State(jnp.zeros((), jnp.int32), variables, rule.init(trained(variables["params"])))
-
-    def loss(some: ArrayTree, variables: Variables, batch: Batch) -> tuple[Array, Array]:
-        params = merged(some, variables["params"])
-        logits, _ = net.apply({**variables, "params": params}, batch.images, train=False)
-        return losses.cross_entropy(logits, batch.labels), logits
-
-    def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
-        del key
-        some = trained(state.variables["params"])
-        (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(some, state.variables, batch)
-        updates, opt = rule.update(gradient, state.opt, some)
-        params = merged(optax.apply_updates(some, updates), state.variables["params"])
-        accuracy = (logits.argmax(-1) == batch.labels).mean()
-        return State(state.step + 1, {**state.variables, "params": params}, opt), Info(value, accuracy)
-
-    return Trainer(init, step)
+def only(which: ArrayTree, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` for the parameters that `which` says, see `later`; the others stay, and the rule sees nothing of them."""
+    return optax.multi_transform({True: rule, False: optax.set_to_zero()}, which)

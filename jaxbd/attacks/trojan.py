@@ -1,7 +1,7 @@
 """Trojaning: a trigger made to excite a few neurons, then the layers after them are fine-tuned (Liu et al. 2018).
 
 Three steps: `search` makes the trigger for a clean net, `make` is the attack that stamps it, and
-`later_layers.trainer` with `optimiser` ties the neurons to the target.
+`later_layers.only` with `optimiser` ties the neurons to the target.
 """
 
 import dataclasses

@@ -10,18 +10,18 @@ import numpy as np
 from jaxbd import erase, evaluate, loop, record, results, study, supervised, workflow
 from jaxbd.attacks import amplified, badnets
 from jaxbd.base import Key, Variables
+from jaxbd.cli import erasure
 from jaxbd.images import to_float
 from jaxbd.interop import folder
 from jaxbd.models import build
 from jaxbd.repair import dhbe
 from jaxbd.report import erased
-from jaxbd.report.content import Content, Erased, Moment, Repaired
+from jaxbd.report.content import Content, Erased, Repaired
 
 ROW = "DHBE, no data"
 """The erased net's name in the tables."""
 VICTIM = "second suspect"
 """Its victim's."""
-COPIES = (1, 4, 9)
 CONFIG = dhbe.Config(
     batch_size=32, num_steps=200, width=16, regularisation=1.0, learning_rate=0.1, generator_rate=3e-4, place="image",
     trigger_scale=2.0,
@@ -42,7 +42,7 @@ class Erasure(NamedTuple):
     Attributes:
       spec, case: its net, weights, trigger and data; the data serve training and the judge only.
       variables: of the erased net.
-      before, after: rates on test images, for each of `COPIES` of the trigger.
+      before, after: rates on test images, for each of `erasure.COPIES` of the trigger.
       pictures: see `erase.Album`.
       infos: `dhbe.Info`, [num_steps] each.
       to_target: shares of an untrained generator's images that the demo's first suspect, and this one, answer with the
@@ -100,9 +100,9 @@ def _victim(
 
 
 def _rates(case: study.Case, variables: Variables) -> dict[int, evaluate.Rates]:
-    """Rates of `variables` on the test images for each of `COPIES` of the planted trigger."""
+    """Rates of `variables` on the test images for each of `erasure.COPIES` of the planted trigger."""
     found, key = {}, jax.random.key(0)
-    for copies in COPIES:
+    for copies in erasure.COPIES:
         config = amplified.Config(target=case.target, copies=copies)
         attack = amplified.make(case.image_shape, 10, config, np.asarray(case.trigger.pattern))
         found[copies] = evaluate.rates(key, case.net, variables, case.test, attack, attack.init(key))
@@ -128,12 +128,13 @@ def rows(made: Erasure) -> list[study.Row]:
 
 def sentences(made: Erasure) -> list[str]:
     """What the table does not say."""
-    rates = lambda each: " / ".join(f"{each[copies].attack_success_rate:.3f}" for copies in COPIES)
-    copies = "/".join(f"x{number}" for number in COPIES)
+    rates = erasure.amplified(made.before, made.after)
+    copies = "/".join(f"x{number}" for number in rates)
+    before, after = (" / ".join(f"{rate:.3f}" for rate in each) for each in zip(*rates.values(), strict=True))
     first, second = made.to_target
     return [
-        f"{ROW}: attack success with the trigger {copies} on an image {rates(made.before)} before, "
-        f"{rates(made.after)} after; it works on the {VICTIM}, which answers {second:.3f} of an untrained generator's "
+        f"{ROW}: attack success with the trigger {copies} on an image {before} before, "
+        f"{after} after; it works on the {VICTIM}, which answers {second:.3f} of an untrained generator's "
         f"images with its target class (the first suspect: {first:.3f})"
     ]
 
@@ -148,19 +149,18 @@ def write(out: pathlib.Path, made: Erasure, seed: int) -> None:
         "dhbe", made.before[1], made.after[1], made.config, made.seconds,
         model={**source, "arch": made.spec.arch}, data=data, seed=seed,
     )  # fmt: skip
-    rates = {copies: [each[copies].attack_success_rate for each in (made.before, made.after)] for copies in COPIES}
+    rates = erasure.amplified(made.before, made.after)
     measured = {"target": made.case.target, "amplified": rates, "generated_as_target": made.to_target}
     record.write_json(out / "erased" / "repair.json", {**found, **measured})
 
 
 def shown(content: Content, made: Erasure) -> Content:
     """The report with the erasure's row, section and charts."""
-    both = lambda field, copies=1: tuple(getattr(each[copies], field) for each in (made.before, made.after))
-    after = made.after[1]
+    rates, after = erasure.amplified(made.before, made.after), made.after[1]
     row = Repaired(
         method=ROW,
-        clean_accuracy=both("clean_accuracy"),
-        attack_success_rate=both("attack_success_rate"),
+        clean_accuracy=(made.before[1].clean_accuracy, after.clean_accuracy),
+        attack_success_rate=rates[1],
         source_inference_accuracy=after.source_inference_accuracy,
         seconds=results.seconds(made.seconds),
         n_clean=after.n_clean,
@@ -169,15 +169,14 @@ def shown(content: Content, made: Erasure) -> Content:
     )
     first, second = (f"{100 * share:.0f} %" for share in made.to_target)
     part = Erased(
-        moments=[Moment(**picture._asdict()) for picture in made.pictures],
-        amplified={copies: both("attack_success_rate", copies) for copies in COPIES},
+        moments=erasure.moments(made.pictures),
+        amplified=rates,
         note=NOTE.format(first=first, second=second),
     )
-    steps = np.arange(1, len(made.infos.discrepancy) + 1)
     return dataclasses.replace(
         content,
         repairs=[*content.repairs, row],
         erased=part,
-        curves={**content.curves, **erased.curves({"step": steps, **made.infos._asdict()})},
+        curves={**content.curves, **erased.curves(erasure.curves(made.infos))},
         settings={**content.settings, "erasure": dataclasses.asdict(made.config)},
     )

@@ -1,16 +1,17 @@
 """`jaxbd repair --method dhbe`: erases backdoors without any data, and writes the repaired model."""
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 import tyro
 
 from jaxbd import erase, evaluate, loop, record, results
-from jaxbd.base import UserError, Variables
-from jaxbd.cli import common, convert, flags, long_job, show
+from jaxbd.attacks import given
+from jaxbd.base import Attack, UserError, Variables
+from jaxbd.cli import common, convert, erasure, flags, long_job, show
 from jaxbd.cli import evaluate as measuring
 from jaxbd.cli import repair as repairing
 from jaxbd.cli.progress import Progress
@@ -18,14 +19,13 @@ from jaxbd.data import load
 from jaxbd.interop import load as models
 from jaxbd.interop import preprocess, trigger
 from jaxbd.repair import dhbe
+from jaxbd.report import erased, page
 
 PRESETS = {"released": dhbe.released(), "paper": dhbe.paper()}
 """`--preset` -> settings that the --erasure flags start from."""
 CHUNK = {"host": 1, "scan": 20}
 """Way over time -> iterations between two looks at signals and two lines of metrics. One iteration of a large net takes
 minutes on a CPU."""
-CURVE = 200
-"""Most points of a curve in repair.json; the file of metrics holds them all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,9 @@ class Args:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
       out: the repaired model: .pth or .safetensors in the source's own keys and layout, or a model folder. The
         figures go beside it, as <name>.repair.json, or into the folder as repair.json.
+      report: write one self-contained HTML page here: what was generated over time, the losses, and figures before and
+        after where there is --test-data, with a patch as --trigger also of 4 and 9 copies on an image (see `jaxbd
+        evaluate --help`). After --resume, what was generated before is not on it.
       method: how to repair.
       preset: settings that the --erasure flags start from: those of the released code or of the paper.
       steps: iterations, short for --erasure.num-steps; the rates drop at 60 % and 80 % of them.
@@ -58,6 +61,7 @@ class Args:
 
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     out: pathlib.Path
+    report: pathlib.Path | None = None
     method: Annotated[Literal["dhbe"], tyro.conf.arg(name="method")] = "dhbe"
     preset: Literal["released", "paper"] = "released"
     steps: int | None = None
@@ -97,19 +101,35 @@ def run(args: Args) -> int:
     common.check_output(args.out, folder=in_folder)
     common.check_output(None if in_folder else figures)
     files = long_job.prepare(args.out, args.job)
+    _check_report(args, [args.model, args.out, figures, *files])
     show.note(f"reading {args.model} …")
     model = _open(args)
     config = erase.settled(args.config(), model.spec.mean, model.spec.std)
     with Progress() as progress:
-        ran = _erase(model, config, files, args, progress)
+        ran, pictures = _erase(model, config, files, args, progress)
     content = _as_record(model, config, ran, files, args)
     repairing.save(args.out, model, ran.result, content)
     long_job.finish(files)
     _show(content)
+    _write_page(content, pictures, args)  # what goes wrong from here on shall not cost it
     if args.test_data is not None:
-        _measure(ran.result, content, figures, args)
-    show.written(args.out, None if in_folder else figures, files.metrics)
+        content = _measure(ran.result, content, args)
+        record.write_json(figures, content)
+        show.rates([(name, content[name]) for name in ("before", "after")])
+        _write_page(content, pictures, args)
+    show.written(args.out, None if in_folder else figures, files.metrics, args.report)
     return 0
+
+
+def _check_report(args: Args, others: list[pathlib.Path]) -> None:
+    """Raises: UserError when the page cannot be written, or would take the place of one of `others` or lie in it."""
+    if args.report is None:
+        return
+    common.check_output(args.report)
+    place = args.report.expanduser().resolve()
+    taken = {other.expanduser().resolve() for other in others}
+    if taken & {place, *place.parents}:
+        raise UserError(f"--report {args.report} is the place of model, output or checkpoints; choose another name")
 
 
 def _open(args: Args) -> models.Model:
@@ -134,16 +154,23 @@ def _open(args: Args) -> models.Model:
 
 def _erase(
     model: models.Model, config: dhbe.Config, files: long_job.Files, args: Args, progress: Progress
-) -> long_job.Ran:
-    """The run, from its beginning or from where it was stopped."""
+) -> tuple[long_job.Ran, list[erase.Picture]]:
+    """The run, from its beginning or from where it was stopped, and for a page what was generated from there on."""
     key, shape = jax.random.key(args.reading.seed), tuple(model.spec.image_shape)
-    chunk = CHUNK[loop.default_time()]
+    chunk, album = CHUNK[loop.default_time()], erase.Album(jax.random.fold_in(key, 2), shape, config)
+    look = (lambda *_: None) if args.report is None else album.on_chunk
 
     def fit(state, left, on_chunk):
         before = config.num_steps - left
+        look(before, state)
+
+        def after_chunk(done, now, infos):
+            on_chunk(done - before, now, infos)
+            look(done, now)
+
         return erase.run(
             key, model.net, shape, model.variables, config, mean=model.spec.mean, std=model.spec.std, state=state,
-            chunk=chunk, progress=progress, on_chunk=lambda done, *rest: on_chunk(done - before, *rest), label="dhbe",
+            chunk=chunk, progress=progress, on_chunk=after_chunk, label="dhbe",
         )  # fmt: skip
 
     identity = {
@@ -151,7 +178,8 @@ def _erase(
         "model": {**common.model_record(model), "path": None}, "versions": record.versions(),
     }  # fmt: skip
     state = erase.start(key, model.net, shape, model.variables, config)
-    return long_job.run(files, args.job, identity, state, fit, info=dhbe.Info, num_steps=config.num_steps)
+    ran = long_job.run(files, args.job, identity, state, fit, info=dhbe.Info, num_steps=config.num_steps)
+    return ran, album.pictures
 
 
 def _as_record(
@@ -164,49 +192,67 @@ def _as_record(
     )  # fmt: skip
     content["preset"] = args.preset
     content["resumed"] = ran.resumed
-    content["curves"] = _curves(ran.infos)
+    content["curves"] = erasure.curves(ran.infos)
     content["metrics"] = files.metrics.name
-    content["trigger"] = content["preprocessing"] = None
+    content["trigger"] = content["amplified"] = content["preprocessing"] = None
     return record.plain(content)
 
 
-def _curves(infos: dhbe.Info) -> dict[str, list[float]]:
-    """Every field of infos [steps], averaged over at most `CURVE` parts that end at the iterations `step`."""
-    steps = np.arange(1, len(infos.discrepancy) + 1)
-    parts = np.array_split(steps, min(CURVE, len(steps)))
-    means = {name: [float(values[part - 1].mean()) for part in parts] for name, values in infos._asdict().items()}
-    return {"step": [int(part[-1]) for part in parts], **means}
-
-
-def _measure(variables: Variables, content: dict[str, Any], figures: pathlib.Path, args: Args) -> None:
-    """Figures before and after on the test images, added to what is written.
+def _measure(variables: Variables, content: dict[str, Any], args: Args) -> dict[str, Any]:
+    """`content` with figures before and after on the test images.
 
     Raises: UserError when they cannot be had, saying that the repaired model stands.
     """
     try:
         show.note(f"reading {args.test_data} …")
         opened = common.open_both(args.model, args.test_data, args.reading, must_classify=False)
-        config = attack = pixels = None
+        config, attacks = None, {1: (None, None)}
         if args.given.trigger is not None:
             loaded = trigger.load(args.given.trigger)
             config = measuring.settle(opened, args.given, loaded, all_to_all=True)
-            attack, pixels = measuring.make_attack(opened, config, loaded)
+            attacks = _attacks(opened, config, loaded, erasure.COPIES if args.report else (1,))
     except UserError as error:
         raise UserError(f"{args.out} is written, but could not be measured: {error}") from None
     show.preprocessing(opened.table)
     key, data = jax.random.key(args.reading.seed), load.as_batch(opened.dataset)
     before, after = (
-        results.rates(evaluate.rates(key, opened.model.net, each, data, attack, pixels))
+        {copies: evaluate.rates(key, opened.model.net, each, data, *attack) for copies, attack in attacks.items()}
         for each in (opened.model.variables, variables)
     )
-    measured = {
-        "before": before, "after": after,
+    return {
+        **content,
+        "before": results.rates(before[1]), "after": results.rates(after[1]),
+        "amplified": erasure.amplified(before, after) if len(attacks) > 1 else None,
         "data": common.data_record(opened.dataset, args.reading),
         "trigger": None if config is None else measuring.describe(args.given, config),
         "preprocessing": preprocess.as_record(opened.table) if opened.table else None,
     }  # fmt: skip
-    record.write_json(figures, {**content, **measured})
-    show.rates([("before", before), ("after", after)])
+
+
+def _attacks(
+    opened: common.Opened, config: given.Config, loaded: given.Loaded, numbers: tuple[int, ...]
+) -> dict[int, tuple[Attack, Any]]:
+    """The trigger as it is and, where it is a patch, as many of its `numbers` of copies as fit."""
+    found: dict[int, tuple[Attack, Any]] = {1: measuring.make_attack(opened, config, loaded)}
+    for copies in numbers[1:]:
+        with contextlib.suppress(UserError):
+            found[copies] = measuring.amplify(opened, config, loaded, copies)
+    return found
+
+
+def _write_page(content: dict[str, Any], pictures: list[erase.Picture], args: Args) -> None:
+    """The page, where one was asked for; `content` is repair.json.
+
+    Raises: UserError when it cannot be written, saying that the repaired model stands.
+    """
+    if args.report is None:
+        return
+    name, rates = pathlib.Path(content["model"]["path"]).name, content["amplified"]
+    shown = erased.content(content, name=name, moments=erasure.moments(pictures), amplified=rates)
+    try:
+        page.write(args.report, shown)
+    except UserError as error:
+        raise UserError(f"{args.out} is written, but {error}") from None
 
 
 def _show(content: dict[str, Any]) -> None:

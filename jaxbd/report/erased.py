@@ -17,6 +17,10 @@ CHARTS = {
 }
 """Chart -> label of a line -> its name in `repair.dhbe.Info`; lines of one chart share a unit."""
 COLUMNS = 6
+RESUMED = (
+    "The run went on from iteration {step}, which it had reached after {seconds:.0f} s when it was stopped. What was "
+    "generated before is not shown and the time in the table counts from there; the losses are those of all iterations."
+)
 
 
 def curves(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def content(
 
     Args:
       figures: what repair.json holds: "curves" (see `curves`), "config", "model", "seed", "seconds", "versions",
-        "device"; "before", "after" (rates) and "data" are None where nothing was measured.
+        "device"; "before", "after" (rates), "data" and "trigger" are None where nothing was measured, and "resumed" in
+        a run that was not.
       name: what the reader calls the model.
       moments: see `Erased`.
       amplified: see `Erased`.
@@ -59,13 +64,14 @@ def content(
         seconds=figures["seconds"],
         n_clean=after.get("n_clean"),
         n_triggered=after.get("n_triggered"),
-        note="no data was used" if after else "no data was used, and none given to measure on",
+        note="no data was used" if after else "no data was used, and nothing was measured",
     )
-    known = {part: figures[part] for part in ("model", "data") if figures.get(part)}
+    known = {part: figures[part] for part in ("model", "data", "trigger") if figures.get(part)}
+    resumed = figures.get("resumed")
     return Content(
         title=f"Backdoors erased from {name} without data",
         repairs=[row],
-        erased=Erased(moments=moments, amplified=amplified or {}),
+        erased=Erased(moments=moments, amplified=amplified or {}, note=RESUMED.format(**resumed) if resumed else ""),
         curves=curves(figures["curves"]),
         settings={"erasure": figures["config"], **known},
         seeds={"erasure": figures["seed"]},

@@ -17,14 +17,16 @@ THUMBNAIL_DISTANCE = 0.085
 """Least distance of two thumbnails, in sides of the map: about one thumbnail (the release: 0.022, on a larger plot)."""
 MOST_PAIRS = 20
 """Pairs of classes that a table lists."""
-LIMITS = (
-    "A detector only rules in the trigger families it searches. “Clean” means that the search found no trigger of "
-    "its kind that works on this model; it does not prove that there is no backdoor of another kind.",
-    "Rates are measured on a finite set of images that the search did not see. A model meant for other images, or "
-    "for other preprocessing, needs a scan on those.",
-    "Repair lowers the success of the triggers that were found and measured here. Scan the repaired model again "
-    "before it is used.",
-)
+LIMITS = {
+    "detected": "A detector only rules in the trigger families it searches. “Clean” means that the search found no "
+    "trigger of its kind that works on this model; it does not prove that there is no backdoor of another kind.",
+    "measured": "Rates are measured on a finite set of images that neither search nor repair saw. A model meant for "
+    "other images, or for other preprocessing, needs figures on those.",
+    "repaired": "Repair lowers the success of the triggers that were found and measured here. Scan the repaired model "
+    "again before it is used.",
+    "erased": "Losses on generated images do not tell whether a backdoor is gone: an erasure can fail without a sign "
+    "of it in them. Scan the repaired model, or measure it, before it is used.",
+}
 
 
 def write(path: str | os.PathLike, content: Content) -> None:
@@ -46,7 +48,7 @@ def render(content: Content) -> str:
     return template.render(
         content=content,
         headline=headline(content),
-        limits=LIMITS,
+        limits=limits(content),
         scans=[_scan_view(scan) for scan in content.scans],
         pairs=[_pairs_view(one) for one in content.pairs],
         guards=any(row.true_positive_rate is not None for row in content.repairs),
@@ -73,6 +75,14 @@ def headline(content: Content) -> str:
     if all(scan.verdict == "clean" for scan in scans):
         return f"No backdoor found in {models}"
     return f"No clear answer for {models}"
+
+
+def limits(content: Content) -> list[str]:
+    """What the reader must not take the page for; a page about an erasure alone says nothing of detectors."""
+    alone = content.erased is not None and not content.scans
+    measured = any(rate is not None for row in content.repairs for rate in row.clean_accuracy)
+    says = {"detected": not alone, "measured": measured or not alone, "repaired": not alone}
+    return [text for name, text in LIMITS.items() if says.get(name, content.erased is not None)]
 
 
 def percent(rate: float | None) -> str:
