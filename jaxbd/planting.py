@@ -156,7 +156,7 @@ def trojan_net(
         tune_key, trainer.step, drawn, source, state, num_steps=left, on_chunk=on_chunk
     )
     state, infos, tuned = stages.run(
-        keep, report, tuning, trainer.init(variables), fit, info=later_layers.Info, num_steps=config.retrain_steps
+        keep, report, tuning, trainer.init(variables), fit, info=supervised.Info, num_steps=config.retrain_steps
     )
     return Trojaned(state.variables, trigger, neurons, seen, infos, loop.total(searched, tuned))
 
