@@ -1,6 +1,7 @@
 """Strict settings for every test: eight CPU devices, no silent rank promotion, a compile cache that survives a run."""
 
 import os
+import signal
 
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in FLAGS:
@@ -24,6 +25,8 @@ def pytest_configure(config):
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # or no program that tests start heeds Ctrl-C
     jax.devices()
     os.environ["XLA_FLAGS"] = FLAGS  # read by now; programs that tests start shall run at full speed
 
