@@ -215,7 +215,7 @@ def detection_row(result: dict[str, Any]) -> dict[str, Any]:
     found, planted = result["scan"], {tuple(pair) for pair in result["planted"]}
     named = {tuple(pair) for pair in found["pairs"]}
     scores = {m: np.array(s, float) for m, s in found["scores"].items()}
-    best = np.nanmax(np.stack(list(scores.values())), 0)
+    best = np.fmax.reduce(list(scores.values()))  # nan where neither search has a score
     is_planted = np.zeros_like(best, bool)
     for pair in planted:
         is_planted[pair] = True

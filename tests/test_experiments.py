@@ -1,5 +1,6 @@
 """Every experiment runs at its smoke size; the records, the README and the scripts belong together."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments import (  # noqa: E402
+    activation_histograms,
+    adaptive,
     alpha_beta,
+    bench,
+    bna_cases,
+    bna_published,
+    bna_rows,
+    bna_variations,
     defence_triggers,
     detect_targets,
+    dhbe_cases,
+    dhbe_distances,
+    dhbe_published,
+    dhbe_rows,
+    dhbe_sweeps,
     digits_five_seeds,
     distribution_maps,
     reproduce,
@@ -20,16 +33,43 @@ from experiments import (  # noqa: E402
 )
 from jaxbd.base import UserError  # noqa: E402
 
+EXPERIMENTS = (
+    alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps,
+    bna_variations, activation_histograms, adaptive,
+    dhbe_rows, dhbe_sweeps, dhbe_distances,
+)  # fmt: skip
+PUBLISHED = (bna_published, dhbe_published)
+"""Need models and images that may lie beside the repository."""
+SLOW = [pytest.param(experiment, marks=pytest.mark.slow) for experiment in (bna_rows, *PUBLISHED)]
 
-@pytest.mark.parametrize(
-    "experiment",
-    [alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps],
-    ids=lambda module: module.__name__,
-)
-def test_smoke(experiment, capsys, monkeypatch, tmp_path):
-    """The smoke run prints a table with numbers in it."""
-    monkeypatch.setattr(units, "RUNS", tmp_path)
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Clean nets and victims made for one experiment serve the next, as they do in `runs/`."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def briefly(runs, monkeypatch):
+    """Small nets on digits, trained for a few steps: a smoke run checks that all of it runs, not what comes out."""
+    monkeypatch.setattr(units, "RUNS", runs)
     monkeypatch.setattr(units, "use_cache", lambda: None)
+    small = lambda spec: dataclasses.replace(spec, arch="cnn", options={"width": 4})
+    short = lambda config: dataclasses.replace(config, num_steps=20)
+    size, planted = bench.SIZES["digits"], dhbe_cases.SIZES["digits"]
+    size = dataclasses.replace(size, spec=small(size.spec), base=short(size.base), attack=short(size.attack))
+    planted = planted._replace(spec=small(planted.spec), clean=short(planted.clean))
+    monkeypatch.setitem(bench.SIZES, "digits", size)
+    monkeypatch.setitem(dhbe_cases.SIZES, "digits", planted)
+    monkeypatch.setattr(bna_cases, "DIGITS", small(bna_cases.DIGITS))
+    monkeypatch.setitem(bna_cases.TRAINING, "digits", short(bna_cases.TRAINING["digits"]))
+
+
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, *SLOW], ids=lambda module: module.__name__)
+def test_smoke(experiment, capsys, briefly):
+    """The smoke run prints a table with numbers in it."""
+    if experiment in PUBLISHED and not bna_published.available():
+        pytest.skip("the published models and CIFAR-10 images are not beside the repository")
     experiment.main(smoke=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) >= 3
@@ -60,8 +100,6 @@ def test_checks_can_fail():
 
 def test_missing_cifar_is_said(monkeypatch, tmp_path):
     """Sizes that need CIFAR-10 say so in one line when it is not there."""
-    from experiments import bench
-
     monkeypatch.setattr(units, "SHARED", tmp_path)
     with pytest.raises(UserError, match="--data"):
         bench.data_source("cpu", None)
