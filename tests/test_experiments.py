@@ -16,6 +16,7 @@ from experiments import (  # noqa: E402
     digits_five_seeds,
     distribution_maps,
     reproduce,
+    retire,
     units,
 )
 from jaxbd.base import UserError  # noqa: E402
@@ -23,7 +24,7 @@ from jaxbd.base import UserError  # noqa: E402
 
 @pytest.mark.parametrize(
     "experiment",
-    [alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps],
+    [alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps, retire],
     ids=lambda module: module.__name__,
 )
 def test_smoke(experiment, capsys, monkeypatch, tmp_path):
