@@ -16,7 +16,7 @@ from jaxbd.cli import main as entry
 from jaxbd.data import draw
 from jaxbd.inversion import mesa
 
-AFTER = 30
+AFTER = mesa.stop_after(2e-3)
 SMALL = mesa.Config(hidden=32, noise_dim=8, learning_rate=2e-3)
 RULE = mesa.make(toys.NET, toys.SHAPE, dataclasses.replace(SMALL, stop_after=AFTER)).settled
 KEY, DRAW = jax.random.key(0), draw.uniform(16)
@@ -49,7 +49,7 @@ LOW, HIGH, LEVEL_ENTROPY = np.full(80, 0.02), np.full(80, 0.85), np.full(80, 1.0
         (LOW, LEVEL_ENTROPY, AFTER),
         (HIGH, 0.1 * COUNT, None),  # its triggers still grow more diverse
         (np.full(80, 0.6), LEVEL_ENTROPY, None),  # neither at its level nor far below
-        (np.minimum(0.01 * COUNT, 0.8), LEVEL_ENTROPY, None),  # on its way up
+        (np.minimum(0.01 * COUNT, 0.79), LEVEL_ENTROPY, None),  # on its way up
     ],
 )
 def test_a_search_is_settled_at_its_level_with_still_entropy_or_far_below_without_rising(confidence, entropy, expected):
@@ -58,8 +58,10 @@ def test_a_search_is_settled_at_its_level_with_still_entropy_or_far_below_withou
 
 def test_what_rises_late_is_waited_for():
     """Low until shortly before the rule applies, then rising: not hopeless; settled when it has got there."""
-    late = np.where(COUNT < AFTER - 6, 0.02, np.minimum(0.02 + 0.05 * (COUNT - AFTER + 6), 0.82))
-    assert AFTER + 10 < first_settled(late, LEVEL_ENTROPY) < 80
+    steps = np.arange(160)
+    late = np.where(steps < AFTER - 6, 0.02, np.minimum(0.02 + 0.05 * (steps - AFTER + 6), 0.82))
+    assert AFTER + 10 < first_settled(late, np.ones(160)) < 160
+    assert first_settled(np.where(steps < AFTER - 6, 0.02, 0.022), np.ones(160)) == AFTER
 
 
 def test_the_rule_is_off_unless_asked_for():
@@ -71,7 +73,7 @@ def test_the_rule_is_off_unless_asked_for():
     ):
         assert config.stop_after == 0 and mesa.make(toys.NET, toys.SHAPE, config).settled is None
     assert not workflow.ScanConfig().retire and workflow.PRESETS["quick"].retire
-    assert workflow.PRESETS["quick"].modelled().stop_after == mesa.stop_after(1e-3) == 60
+    assert workflow.PRESETS["quick"].modelled().stop_after == mesa.stop_after(1e-3) == 40
     assert dataclasses.replace(SCAN, retire=True, mesa=mesa.Config(stop_after=7)).modelled().stop_after == 7
     with pytest.raises(UserError, match="stop_after is -1"):
         mesa.Config(stop_after=-1)
@@ -181,13 +183,13 @@ def scans():
     }
 
 
-def test_the_verdict_is_that_of_the_full_run_for_a_third_of_the_images(scans):
+def test_the_verdict_is_that_of_the_full_run_for_less_than_half_of_the_images(scans):
     _, found = scans
     for name, verdict in (("attacked", "backdoored"), ("clean", "clean")):
         whole, short = (found[name, retire] for retire in (False, True))
         assert short.decision.verdict == whole.decision.verdict == verdict
         assert short.decision.targets == whole.decision.targets
-        assert whole.image_steps == 8 * 150 * 16 >= 3 * short.image_steps
+        assert whole.image_steps == 8 * 150 * 16 > 2 * short.image_steps
 
 
 def test_retired_cells_leave_a_course_up_to_their_end_and_as_good_triggers(scans):
@@ -200,7 +202,7 @@ def test_retired_cells_leave_a_course_up_to_their_end_and_as_good_triggers(scans
             np.isnan(short.infos.entropy[count:, cell]).all() and np.isfinite(short.infos.entropy[:count, cell]).all()
         )
         np.testing.assert_allclose(short.infos.confidence[:5, cell], whole.infos.confidence[:5, cell], atol=1e-3)
-    assert short.rates[2] > 0.9 and workflow.reached(short, 2).any()
+    assert short.rates[2] > 0.85 and workflow.reached(short, 2).any()
     weights = np.asarray(workflow.entropy_mixture(short, 2).weights)
     assert np.isfinite(weights).all() and weights.sum() == pytest.approx(1)
 

@@ -2,15 +2,15 @@
 
 Stopping rule (not in the paper; off unless `Config.stop_after` is set). A search keeps two exponential means, a fast
 and a slow one, of its batches' margin, which is the confidence on images of other classes minus the level, and of
-their entropy bound. It is settled, from step `stop_after` on, when its margin rises no more (the fast mean is at most
-`RISING` above the slow one) and
+their entropy bound. From step `stop_after` on it is settled when
 
-(a) it has reached its level (the fast mean of the margin is at least -`REACHED`) and its entropy has settled (the two
-    means of the bound differ by less than `STILL` nats); or
-(b) it is hopeless: both means of the margin are below -`FAR`.
+(a) it has reached its level and stays there: the fast mean of the margin is at least -`REACHED` and at most `CALM`
+    above the slow one, and the two means of the entropy bound differ by less than `STILL` nats; or
+(b) it is hopeless: both means of the margin are below -`FAR`, and the fast one is at most `RISING` above the slow one.
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -26,9 +26,9 @@ from jaxbd.models.generators import ConvGenerator, PaperGenerator, ReleasedGener
 PAPER = "https://arxiv.org/abs/1910.04749"
 RATES = (0.1, 0.03)
 """Rates of the fast and the slow mean of the stopping rule; until 1/rate steps are made they are plain means."""
-REACHED, FAR, RISING, STILL = 0.05, 0.3, 0.02, 0.2
+REACHED, CALM, FAR, RISING, STILL = 0.05, 0.03, 0.3, 0.01, 0.2
 """Limits of the stopping rule: of confidence, and of the entropy bound in nats."""
-TRAVEL = 0.06
+TRAVEL = 0.04
 """Steps times learning rate from which the stopping rule applies where nothing else is asked for."""
 GENERATORS = {"released": ReleasedGenerator, "paper": PaperGenerator, "conv": ConvGenerator}
 
@@ -268,15 +268,17 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
     def settled(state: State) -> Array:
         """The stopping rule of this module."""
-        rises = state.margin[0] - state.margin[1] > RISING
-        return (state.step >= config.stop_after) & ~rises & (_reached(state) | _hopeless(state))
+        return (state.step >= config.stop_after) & (_reached(state) | _hopeless(state))
 
     return Inversion(init, step, stamp, sample, settled if config.stop_after else None)
 
 
 def stop_after(learning_rate: float) -> int:
-    """Steps after which the stopping rule may be trusted: Adam moves a weight by about its rate in each."""
-    return max(round(TRAVEL / learning_rate), 1)
+    """Steps after which the stopping rule may be trusted.
+
+    Adam moves a weight by about its rate in each. And before 1/rate steps the slow mean is hardly slower than the fast.
+    """
+    return max(round(TRAVEL / learning_rate), math.ceil(1 / RATES[1]))
 
 
 def _follow(means: Array, value: Array, step: Array) -> Array:
@@ -287,12 +289,14 @@ def _follow(means: Array, value: Array, step: Array) -> Array:
 
 def _reached(state: State) -> Array:
     """Rule (a), [] bool."""
-    return (state.margin[0] >= -REACHED) & (jnp.abs(state.spread[0] - state.spread[1]) < STILL)
+    (fast, slow), still = state.margin, jnp.abs(state.spread[0] - state.spread[1]) < STILL
+    return (fast >= -REACHED) & (fast - slow <= CALM) & still
 
 
 def _hopeless(state: State) -> Array:
     """Rule (b), [] bool."""
-    return state.margin.max() < -FAR
+    fast, slow = state.margin
+    return (jnp.maximum(fast, slow) < -FAR) & (fast - slow <= RISING)
 
 
 def _follow_places(logits: Array, index: Array, reward: Array, config: Config) -> Array:
