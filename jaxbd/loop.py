@@ -85,6 +85,15 @@ class Program:
         return self.compiled(*args)(*args)
 
 
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a part of larger programs: Python traces it once for arguments of the same shapes.
+
+    Under `vmap` the shapes are those of a single row, so batches of every width share the trace, and so does
+    `jax.eval_shape`.
+    """
+    return jax.jit(function, inline=True)
+
+
 def _mesh_of(leaves: list[Any]) -> contextlib.AbstractContextManager:
     """Makes the mesh on which arguments lie known to `images.divided` while the function is traced."""
     places = (getattr(leaf, "sharding", None) for leaf in leaves)

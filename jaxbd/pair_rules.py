@@ -58,7 +58,7 @@ class Config:
       joint_batch_size: images per step of those.
       joint_rate: success rate that the last one is made for, in place of the searches' own.
       slots: pairs that advance together; by default what suits device and memory.
-      memory_budget: bytes that a step may need; by default half of what is free.
+      memory_budget: bytes that a step may need; by default a share of what the device has, see `memory.available`.
       threshold: anomaly score of a pair above which it is a seed (7; 3 for WaNet in appendix C).
       working_rate: least share of a source's held-out images that a trigger has to send to the target. A trigger stops
         at 90 % of the images it is made on, so on others it does less.

@@ -9,7 +9,7 @@ slots each.
 import collections
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +34,14 @@ class Slots(NamedTuple):
       info: of the cell's last step; zeros before its first.
       made: [S] int32, steps made.
       broke: [S] int32, the first step whose info was not finite; -1 for none.
+      recent: infos [S, chunk, …] of the steps of the last chunk; None where no course is kept.
     """
 
     state: ArrayTree
     info: ArrayTree
     made: Array
     broke: Array
+    recent: ArrayTree = None
 
 
 class Kept(NamedTuple):
@@ -52,6 +54,7 @@ class Kept(NamedTuple):
       place: [N] int32, slot of the cell; `WAITING` or `DONE`.
       width, widest: [] int32, slots now and at most; 0 before the start.
       pushed: [] int32, steps of all slots, those without a cell included.
+      course: [num_steps, N], infos of all steps made so far; None where it is not kept.
     """
 
     states: ArrayTree
@@ -61,6 +64,7 @@ class Kept(NamedTuple):
     width: np.ndarray
     widest: np.ndarray
     pushed: np.ndarray
+    course: ArrayTree = None
 
 
 class Progress(NamedTuple):
@@ -90,6 +94,7 @@ class Found(NamedTuple):
       image_steps_pushed: images that went through the victim, those of slots that stood still or were empty included.
       seconds: compiling, and all else.
       slots: the widest batch used; what is left after a device ran out of memory.
+      course: infos [num_steps, N] of every step, from a cell's last one on nan (0 for integers); None unless asked for.
     """
 
     states: ArrayTree
@@ -99,6 +104,7 @@ class Found(NamedTuple):
     image_steps_pushed: int
     seconds: loop.Seconds
     slots: int
+    course: ArrayTree = None
 
 
 WAITING, DONE = -1, -2
@@ -120,8 +126,21 @@ def _finite(info: ArrayTree) -> Array:
 
 
 @functools.lru_cache(maxsize=32)
+def _advance(inversion: Inversion, draw: Callable[..., Any]) -> Callable[..., Any]:
+    """One step of one cell; traced once, however many cells a batch has."""
+
+    def advance(state, number, cell, key, victim, data):
+        key = jax.random.fold_in(jax.random.fold_in(key, 1), number)
+        draw_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))
+        return inversion.step(step_key, state, draw(draw_key, data, cell.source), cell, victim)
+
+    return loop.traced_once(advance)
+
+
+@functools.lru_cache(maxsize=32)
 def _one(inversion: Inversion, draw: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """(fresh, step, done) of one slot; `step` leaves a slot that is done as it is."""
+    advance = _advance(inversion, draw)
 
     def fresh(key, number):
         return inversion.init(jax.random.fold_in(jax.random.fold_in(key, 0), number))
@@ -129,13 +148,13 @@ def _one(inversion: Inversion, draw: Callable[..., Any]) -> tuple[Callable[..., 
     def done(slot, limit):
         return (slot.made >= limit) | (inversion.settled or _never)(slot.state)
 
-    def step(slot, number, cell, limit, key, victim, data):
-        key = jax.random.fold_in(jax.random.fold_in(key, 1), number)
-        draw_key, step_key = jax.random.split(jax.random.fold_in(key, slot.state.step))
-        batch = draw(draw_key, data, cell.source)
-        state, info = inversion.step(step_key, slot.state, batch, cell, victim)
+    def step(slot, number, cell, limit, *rest):
+        state, info = advance(slot.state, number, cell, *rest)
         broke = jnp.where((slot.broke < 0) & ~_finite(info), slot.made, slot.broke)
-        return _choose(done(slot, limit), slot, Slots(state, info, slot.made + 1, broke))
+        recent = slot.recent
+        if recent is not None:  # a cell begins its chunks at multiples of their length
+            recent = jax.tree.map(lambda every, now: every.at[slot.made % every.shape[0]].set(now), recent, info)
+        return _choose(done(slot, limit), slot, Slots(state, info, slot.made + 1, broke, recent))
 
     return fresh, step, done
 
@@ -147,11 +166,13 @@ def _programs(inversion: Inversion, draw: Callable[..., Any], over_time: loop.Ti
     every_step = jax.vmap(step, (0, 0, 0, None, None, None, None))
     every_done = jax.vmap(done, (0, None))
 
-    def refill(slots, taken, numbers, key):
-        """Fresh states where `taken` [S]."""
+    def refill(slots, taken, numbers, key, given):
+        """Fresh states, with the fields that are `given`, where `taken` [S]."""
         states = jax.vmap(fresh, (None, 0))(key, numbers)
+        states = states._replace(**given) if given else states
         zero = jnp.zeros_like(slots.made)
-        return jax.vmap(_choose)(taken, Slots(states, jax.tree.map(jnp.zeros_like, slots.info), zero, zero - 1), slots)
+        new = Slots(states, jax.tree.map(jnp.zeros_like, slots.info), zero, zero - 1, slots.recent)
+        return jax.vmap(_choose)(taken, new, slots)
 
     def advance(slots, count, numbers, cells, limit, *rest):
         """`count` steps ("scan") or one; returns the slots and [S] bool, which are done."""
@@ -165,20 +186,31 @@ def _programs(inversion: Inversion, draw: Callable[..., Any], over_time: loop.Ti
 class _Run:
     """One run: the programs, their shared arguments, the cells that wait, and what has been found."""
 
-    def __init__(self, key, inversion, draw, data, cells, victim, num_steps, over_time, chunk):
+    def __init__(
+        self, key, inversion, draw, data, cells, victim, num_steps, over_time, chunk, given=None, course=False
+    ):
         over_time = loop.default_time() if over_time == "auto" else over_time
         self.refill, self.program = _programs(inversion, draw, over_time)
         self.host, self.over = over_time == "host", devices.mesh()
         self.cells = jax.tree.map(np.asarray, cells)
         self.total, self.num_steps, self.chunk = len(self.cells.target), num_steps, chunk
-        self.slot, self.batch_size = _shapes(inversion, draw, self.cells, key, victim, data)
+        self.slot, self.batch_size = _shapes(inversion, draw, self.cells, key, victim, data, chunk if course else 0)
+        self.given = {
+            name: np.asarray(value, getattr(self.slot.state, name).dtype) for name, value in (given or {}).items()
+        }
         self.limit, *self.shared = devices.on_each((jnp.int32(num_steps), key, victim, data), self.over)
         empty = lambda tree: jax.tree.map(lambda leaf: np.zeros((self.total, *leaf.shape), leaf.dtype), tree)
         self.states, self.infos = empty(self.slot.state), empty(self.slot.info)
+        self.course = jax.tree.map(self.blank_course, self.slot.info) if course else None
         self.steps = np.zeros(self.total, np.int32)
         self.waiting = collections.deque(range(self.total))
         self.numbers = np.zeros(0, int)
         self.widest = self.pushed = 0
+
+    def blank_course(self, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        """[num_steps, N, …]"""
+        blank = np.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
+        return np.full((self.num_steps, self.total, *leaf.shape), blank, leaf.dtype)
 
     def open(self, width: int) -> None:
         """A batch of `width` slots without cells, or of a few more where the devices ask for it."""
@@ -210,8 +242,10 @@ class _Run:
             numbers[free], taken[free] = [self.waiting.popleft() for _ in free], True
             self.place(numbers)
             self.made[free] = 0
-            taken = devices.by_cell(jnp.asarray(taken), self.over)
-            self.slots = self.refill(self.slots, taken, self.placed[0], self.shared[0])
+            index = np.maximum(numbers, 0)
+            given = {name: jnp.asarray(value[index]) for name, value in self.given.items()}
+            taken, given = devices.by_cell((jnp.asarray(taken), given), self.over)
+            self.slots = self.refill(self.slots, taken, self.placed[0], self.shared[0], given)
             return
         width = devices.even(fitting(len(self.live()), len(self.numbers)), self.over)
         if width < len(self.numbers) and self.ahead() > self.chunk:  # a chunk is too little to compile for
@@ -242,12 +276,25 @@ class _Run:
         if (broke[live] >= 0).any():
             first = broke[live][broke[live] >= 0].min()
             raise loop.NotFinite(int(first), tuple(sorted(int(n) for n in self.numbers[live[broke[live] == first]])))
+        if self.course is not None:
+            self.follow(live, made)
         self.made = np.array(made)
         leaving = live[done[live]]
         if len(leaving):
             self.store(leaving)
             self.numbers = self.numbers.copy()
             self.numbers[leaving] = -1
+
+    def follow(self, positions: np.ndarray, made: np.ndarray) -> None:
+        """Copies the infos of the last chunk, after which `made` [S] steps are made, to the host."""
+        recent = devices.fetch(self.slots.recent)
+        for position in positions:
+            first, last, number = self.made[position], made[position], self.numbers[position]
+
+            def add(kept, leaf, position=position, first=first, last=last, number=number):
+                kept[first:last, number] = leaf[position, : last - first]
+
+            jax.tree.map(add, self.course, recent)
 
     def store(self, positions: np.ndarray) -> None:
         """Copies the slots at `positions` to the host."""
@@ -267,11 +314,13 @@ class _Run:
         if len(live):
             self.store(live)
         counts = (np.asarray(count, np.int32) for count in (len(self.numbers), self.widest, self.pushed))
-        return Kept(self.states, self.infos, self.steps, place, *counts)
+        return Kept(self.states, self.infos, self.steps, place, *counts, self.course)
 
     def go_on(self, kept: Kept) -> None:
         """Puts every cell where it was; a slot without a cell is blank, whatever it held."""
-        self.states, self.infos, self.steps = jax.tree.map(np.array, (kept.states, kept.infos, kept.steps))
+        self.states, self.infos, self.steps, self.course = jax.tree.map(
+            np.array, (kept.states, kept.infos, kept.steps, kept.course)
+        )
         self.widest, self.pushed = int(kept.widest), int(kept.pushed)
         self.waiting = collections.deque(np.flatnonzero(kept.place == WAITING).tolist())
         self.open(int(kept.width))
@@ -285,7 +334,9 @@ class _Run:
             return jnp.asarray(slot)
 
         mine = Slots(self.states, self.infos, self.steps, np.full(self.total, -1, np.int32))
-        self.slots = devices.by_cell(jax.tree.map(fill, devices.fetch(self.slots), mine), self.over)
+        blank = self.slots._replace(recent=None)  # every chunk writes its own
+        filled = jax.tree.map(fill, devices.fetch(blank), mine)
+        self.slots = devices.by_cell(filled, self.over)._replace(recent=self.slots.recent)
         self.place(placed)
 
     def can_shrink(self) -> bool:
@@ -305,17 +356,16 @@ class _Run:
         return Progress(finished, self.total, steps, self.total * self.num_steps, len(self.numbers))
 
 
-def _shapes(inversion, draw, cells, key, victim, data) -> tuple[Slots, int]:
-    """Shapes of one slot and the number of images in a batch, without computing anything."""
-
-    def shapes(cell, key, victim, data):
-        state, batch = inversion.init(key), draw(key, data, cell.source)
-        number = jnp.int32(0)
-        return Slots(state, inversion.step(key, state, batch, cell, victim)[1], number, number), batch
-
+def _shapes(inversion, draw, cells, key, victim, data, chunk) -> tuple[Slots, int]:
+    """Shapes of one slot, for a course of `chunk` steps, and images in a batch, without computing anything."""
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     cell = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype), cells)
-    slot, batch = jax.eval_shape(shapes, cell, key, victim, data)
-    return slot, jax.tree.leaves(batch)[0].shape[0]
+    number, state = jax.ShapeDtypeStruct((), jnp.int32), jax.tree.map(shape, jax.eval_shape(inversion.init, key))
+    batch = jax.eval_shape(draw, key, data, cell.source)
+    _, info = jax.eval_shape(_advance(inversion, draw), state, number, cell, key, victim, data)
+    info = jax.tree.map(shape, info)
+    recent = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((chunk, *leaf.shape), leaf.dtype), info) if chunk else None
+    return Slots(state, info, number, number, recent), jax.tree.leaves(batch)[0].shape[0]
 
 
 def fitting(count: int, widest: int) -> int:
@@ -358,6 +408,8 @@ def run(
     memory_budget: int | None = None,
     over_time: loop.Time = "auto",
     chunk: int = 20,
+    given: Mapping[str, Any] | None = None,
+    course: bool = False,
     on_chunk: Callable[[Progress], None] | None = None,
     on_shrink: Callable[[int], None] | None = None,
     keep: stages.Keep = stages.through,
@@ -373,7 +425,7 @@ def run(
     if not len(cells.target):
         raise UserError("a search without cells; give at least one")
     started = time.perf_counter()
-    state = _Run(key, inversion, draw, data, cells, victim, num_steps, over_time, chunk)
+    state = _Run(key, inversion, draw, data, cells, victim, num_steps, over_time, chunk, given, course)
     compiled = lambda: state.refill.compile_seconds + state.program.compile_seconds
     compiled_before = compiled()
 
@@ -398,7 +450,7 @@ def run(
 
     *_, seconds = keep(name, state.kept(), fit, info=stages.NoInfo, num_steps=state.total * num_steps)
     images = state.batch_size * int(state.steps.sum()), state.batch_size * state.pushed
-    return Found(state.states, state.infos, state.steps, *images, seconds, state.widest)
+    return Found(state.states, state.infos, state.steps, *images, seconds, state.widest, state.course)
 
 
 def _run(state: _Run, after_chunk: Callable[[], None], on_shrink: Callable[[int], None] | None) -> None:

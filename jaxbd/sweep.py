@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -188,6 +188,8 @@ def search(
     memory_budget: int | None = None,
     over_time: loop.Time = "auto",
     chunk: int = 20,
+    given: Mapping[str, Any] | None = None,
+    course: bool = False,
     on_chunk: Callable[[over_slots.Progress], None] | None = None,
     on_shrink: Callable[[int], None] | None = None,
     keep: stages.Keep = stages.through,
@@ -204,6 +206,8 @@ def search(
       memory_budget: bytes that the compiled program may take for its arguments, results and what is between; slots are
         halved until it does. None for a share of what the device has, see `memory.available`; where `slots` is given,
         for no check.
+      given: fields of the fresh states, [N, …] each, that the caller sets: `fit` with such `states` starts the same.
+      course: whether to keep the infos of every step, as `fit` does. They lie on the host.
       on_chunk: called after each chunk with how far all cells are; it may print or raise.
       on_shrink: called with the new number of slots after the device ran out of memory; the cells that were in the
         slots start again.
@@ -216,7 +220,7 @@ def search(
     settings = dict(num_steps=num_steps, slots=slots, memory_budget=memory_budget, over_time=over_time, chunk=chunk)
     with _naming(cells):
         return over_slots.run(
-            key, inversion, draw, data, cells, victim, **settings,
+            key, inversion, draw, data, cells, victim, **settings, given=given, course=course,
             on_chunk=on_chunk, on_shrink=on_shrink, keep=keep, name=name,
         )  # fmt: skip
 
@@ -244,20 +248,27 @@ def attack_success(
     data: Batch,
     *,
     batch_size: int = 128,
+    slots: int | None = None,
 ) -> np.ndarray:
     """Attack success rate [N] of each cell's recovered triggers on `data` (images uint8 or float, labels).
 
     The fraction of images not of the target class (of the source class, where the cell has one) that the victim sends
-    to the target when each carries a trigger drawn from the cell's state.
+    to the target when each carries a trigger drawn from the cell's state. `slots` cells at a time are on the device, by
+    default all; the others of `states` may lie in host memory.
     """
     program, count = _counter(net.apply, inversion.stamp), size(cells)
     over = None if devices.lies_on_several(states) else devices.mesh()
-    (states, cells), victim = devices.by_cell((states, cells), over), devices.on_each(victim, over)
+    width, victim = over_slots.even(count, slots or count), devices.on_each(victim, over)
     hits, counted = np.zeros(count), np.zeros(count)
-    for number, batch in enumerate(batches(data, batch_size)):
-        cell_keys = devices.by_cell(keys(jax.random.fold_in(key, number), count), over)
-        good, total = devices.fetch(program(cell_keys, states, cells, victim, *devices.on_each(batch, over)))
-        hits, counted = hits + good[:count], counted + total[:count]
+    for start in range(0, count, width):
+        own, group = slice(start, min(start + width, count)), np.minimum(np.arange(start, start + width), count - 1)
+        pick = lambda leaf, group=group: jnp.asarray(leaf if width == count else leaf[group])  # repeats the last cell
+        some = devices.by_cell(jax.tree.map(pick, (states, cells)), over)
+        for number, batch in enumerate(batches(data, batch_size)):
+            cell_keys = devices.by_cell(keys(jax.random.fold_in(key, number), count)[group], over)
+            good, total = devices.fetch(program(cell_keys, *some, victim, *devices.on_each(batch, over)))
+            length = own.stop - own.start
+            hits[own], counted[own] = hits[own] + good[:length], counted[own] + total[:length]
     return hits / np.maximum(counted, 1)
 
 

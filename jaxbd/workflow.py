@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import detect, loop, stages, sweep
+from jaxbd import detect, loop, slots, stages, sweep
 from jaxbd.base import Array, Batch, Cell, Inversion, Key, Net, UserError, Variables, check_targets
 from jaxbd.data import draw
 from jaxbd.inversion import mesa, neural_cleanse, pixel
@@ -30,7 +30,8 @@ twice for another victim of the same shape."""
 MesaConfig, NeuralCleanseConfig, PixelConfig = mesa.Config, neural_cleanse.Config, pixel.Config
 """Named apart, since fields of `ScanConfig` bear the modules' names."""
 METHODS = ("auto", "mesa", "neural-cleanse", "pixel")
-INFOS = {"mesa": mesa.Info, "pixel": pixel.Info}
+CHUNK = 10
+"""Steps after which cells that have settled leave. Few, since until then they take up their slots."""
 LEAST_MASKS = 3
 """Masks without which none can be called unusually small: of two, either is as far from their median."""
 
@@ -53,6 +54,10 @@ class ScanConfig:
       anomaly_threshold: MAD anomaly index of a mask's size from which "neural-cleanse" calls a class attacked.
       mesa, neural_cleanse, pixel: settings of the methods.
       detection: when a rate counts as an attack.
+      retire: whether MESA's searches end before `steps` once their outcome is decided, by the rule in
+        `inversion.mesa`; from `mesa.stop_after` on, or where that is 0 from the step that suits the learning rate.
+      memory_budget: bytes that the compiled search may take; so many cells run at a time as fit. By default a share of
+        what the device has, see `memory.available`.
     """
 
     method: Literal["auto", "mesa", "neural-cleanse", "pixel"] = "auto"
@@ -69,6 +74,8 @@ class ScanConfig:
     neural_cleanse: NeuralCleanseConfig = dataclasses.field(default_factory=neural_cleanse.Config)
     pixel: PixelConfig = dataclasses.field(default_factory=lambda: pixel.Config(place="image"))
     detection: detect.Config = dataclasses.field(default_factory=detect.Config)
+    retire: bool = False
+    memory_budget: int | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -79,10 +86,18 @@ class ScanConfig:
             raise UserError("steps, locate_steps, batch_size and candidates must be at least 1")
         if self.method == "auto" and self.mesa.place in ("fixed", "searched"):
             raise UserError(f"method auto locates the place itself; a {self.mesa.place} one needs method mesa")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise UserError(f"a memory budget of {self.memory_budget} bytes is none; give at least 1")
+
+    def modelled(self, **changes: Any) -> MesaConfig:
+        """MESA's settings with `changes`, and with its stopping rule where cells retire."""
+        if self.retire and not self.mesa.stop_after:
+            changes["stop_after"] = mesa.stop_after(self.mesa.learning_rate)
+        return dataclasses.replace(self.mesa, **changes)
 
 
 PRESETS = {
-    "quick": ScanConfig(steps=150, locate_steps=150),
+    "quick": ScanConfig(steps=150, locate_steps=150, retire=True),
     "released": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.Config()),
     "paper": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.paper()),
 }
@@ -115,9 +130,11 @@ class Scan(NamedTuple):
       decided_by: the step whose numbers decided, in words.
       rates: attack success rate [K] of each class's recovered triggers on held-out images; nan where not measured.
       level_rates: the same per level [K, L].
-      inversion, cells, states, infos: the sweep behind it, for sampling triggers and plotting curves.
+      inversion, cells, states: the sweep behind it, for sampling triggers; states [N, …] are NumPy.
+      infos: [steps, N] of every step, NumPy; nan from the step on at which a cell had retired.
       located: what Neural Cleanse found, where it ran.
-      steps: optimisation steps of every cell, all stages together; image_steps: images pushed through the victim.
+      steps: optimisation steps of every cell, all stages together, fewer for cells that retired; image_steps: images
+        pushed through the victim by the searches.
       seconds: compile and run.
       anywhere: "auto" only: rate [K] of the same triggers pasted at random places; where it is high for every target,
         `inversion` stamps at random places, otherwise at the located one.
@@ -192,68 +209,77 @@ def _scan_patches(key, net, variables, image_shape, classes, search, held_out, c
     if config.method == "pixel":
         inversion, levels = make_pixel(net, image_shape, config.pixel), config.levels[-1:]
     else:
-        inversion, levels = make_mesa(net, image_shape, config.mesa), config.levels
+        inversion, levels = make_mesa(net, image_shape, config.modelled()), config.levels
     rows = searched(classes, config)
     cells = sweep.grid(rows, levels)
     label = f"{config.method}: {sweep.size(cells)} cells"
-    states, infos, seconds = _sweep(
-        jax.random.fold_in(key, 2), label, inversion, variables, search, cells, None,
-        config.batch_size, config.steps, progress, keep, INFOS[config.method],
-    )  # fmt: skip
-    rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, states, cells, variables, held_out)
+    found = _sweep(
+        jax.random.fold_in(key, 2), label, inversion, variables, search, cells, config.steps, config, progress, keep
+    )
+    rates = sweep.attack_success(
+        jax.random.fold_in(key, 3), net, inversion, found.states, cells, variables, held_out, slots=found.slots
+    )
     level_rates = _by_class(rates.reshape(len(rows), len(levels)), rows, classes)
     best = level_rates.max(1)
-    images = config.steps * config.batch_size * sweep.size(cells)
     rule = f"{config.method}: attack success rate of the recovered triggers on held-out images"
     decision = detect.decide(np.nan_to_num(best), config.detection)
     scores = [float("nan") if np.isnan(rate) else score for rate, score in zip(best, decision.scores, strict=True)]
     return Scan(
-        decision._replace(scores=scores), rule, best, level_rates, inversion, cells, states, infos, None,
-        config.steps, images, seconds,
+        decision._replace(scores=scores), rule, best, level_rates, inversion, cells, found.states, found.course, None,
+        config.steps, found.image_steps_pushed, found.seconds,
     )  # fmt: skip
 
 
-def _sweep(key, label, inversion, variables, search, cells, states, batch_size, num_steps, progress, keep, info):
-    """`sweep.fit` as one stage, with progress that is on screen before the first compile."""
-    progress(label, 0, num_steps)
-    drawn = draw.uniform(batch_size)
-    fit = lambda states, left, on_chunk: sweep.fit(
-        key, inversion, drawn, search, cells, variables, num_steps=left, states=states, on_chunk=on_chunk
-    )
-    states = sweep.init(key, inversion, cells) if states is None else states
-    return stages.run(keep, progress, label, states, fit, info=info, num_steps=num_steps)
+def _sweep(
+    key, label, inversion, variables, search, cells, num_steps, config: ScanConfig, progress, keep, given=None
+) -> slots.Found:
+    """`sweep.search` as one stage, with progress that is on screen before the first compile."""
+    progress(label, 0, num_steps * sweep.size(cells))
+    told = label
+
+    def shrunk(count: int) -> None:
+        nonlocal told
+        told = f"{label}, out of memory, {count} at a time from here on"
+
+    return sweep.search(
+        key, inversion, draw.uniform(config.batch_size), search, cells, variables, num_steps=num_steps,
+        memory_budget=config.memory_budget, chunk=CHUNK, given=given, course=True,
+        on_chunk=lambda at: progress(told, at.steps, at.steps_total), on_shrink=shrunk, keep=keep, name=label,
+    )  # fmt: skip
 
 
 def locate(
     key, net, variables, image_shape, classes, search, config: ScanConfig, progress: Progress, side: int,
     keep: stages.Keep = stages.through,
 ):  # fmt: skip
-    """Neural Cleanse on every class searched: (inversion, cells, Located, infos, seconds); windows are side x side."""
+    """Neural Cleanse on every class searched: (inversion, cells, Located, its sweep); windows are side x side."""
     inversion = make_neural_cleanse(net, image_shape, config.neural_cleanse)
     rows = searched(classes, config)
     cells = sweep.grid(rows)
     label = f"neural-cleanse: {len(rows)} classes"
-    states, infos, seconds = _sweep(
-        jax.random.fold_in(key, 1), label, inversion, variables, search, cells, None,
-        config.batch_size, config.locate_steps, progress, keep, neural_cleanse.Info,
+    made = _sweep(
+        jax.random.fold_in(key, 1), label, inversion, variables, search, cells, config.locate_steps, config, progress,
+        keep,
     )  # fmt: skip
-    norms = np.asarray(states.best_norm, float)
+    norms = np.array(made.states.best_norm, float)
     norms[~np.isfinite(norms)] = np.nan
-    places, share = neural_cleanse.locate(states.best_mask, side)
+    places, share = neural_cleanse.locate(jnp.asarray(made.states.best_mask), side)
     scores = -detect.mad_scores(norms)
     spread = [_by_class(v, rows, classes) for v in (norms, scores, np.asarray(share))]
     places = _by_class(np.asarray(places), rows, classes, missing=-1)
-    found = Located(spread[0], np.nan_to_num(spread[1]), places, spread[2], states)
-    return inversion, cells, found, infos, seconds
+    found = Located(spread[0], np.nan_to_num(spread[1]), places, spread[2], made.states)
+    return inversion, cells, found, made
 
 
 def _scan_masks(key, net, variables, image_shape, classes, search, held_out, config, progress, keep) -> Scan:
     """Neural Cleanse alone, decided by the anomaly index of the mask sizes (Wang et al. 2019)."""
     side = config.mesa.patch
-    inversion, cells, found, infos, seconds = locate(
+    inversion, cells, found, made = locate(
         key, net, variables, image_shape, classes, search, config, progress, side, keep
     )
-    rates = sweep.attack_success(jax.random.fold_in(key, 3), net, inversion, found.states, cells, variables, held_out)
+    rates = sweep.attack_success(
+        jax.random.fold_in(key, 3), net, inversion, found.states, cells, variables, held_out, slots=made.slots
+    )
     rates = _by_class(rates, searched(classes, config), classes)
     small = outliers(found, config)
     working = [k for k in small if rates[k] >= config.detection.threshold]
@@ -264,47 +290,42 @@ def _scan_masks(key, net, variables, image_shape, classes, search, held_out, con
     if verdict == "inconclusive":
         why = f"working masks for fewer than {LEAST_MASKS} classes, too few to compare"
         rule += f"; {why if few else 'a small mask that does not work on held-out images'}"
-    images = config.locate_steps * config.batch_size * sweep.size(cells)
     return Scan(
-        decision, rule, rates, rates[:, None], inversion, cells, found.states, infos, found, config.locate_steps,
-        images, seconds,
+        decision, rule, rates, rates[:, None], inversion, cells, found.states, made.course, found, config.locate_steps,
+        made.image_steps_pushed, made.seconds,
     )  # fmt: skip
 
 
 def _scan_auto(key, net, variables, image_shape, classes, search, held_out, config, progress, keep) -> Scan:
     """Neural Cleanse says where to look and at which classes first; MESA's rate there decides."""
     side = config.mesa.patch
-    *_, found, _, located_in = locate(key, net, variables, image_shape, classes, search, config, progress, side, keep)
+    *_, found, first = locate(key, net, variables, image_shape, classes, search, config, progress, side, keep)
     chosen = candidates(found, config)
     inversion, everywhere = (
-        make_mesa(net, image_shape, dataclasses.replace(config.mesa, place=place, row=0, column=0))
-        for place in ("fixed", "image")
+        make_mesa(net, image_shape, config.modelled(place=place, row=0, column=0)) for place in ("fixed", "image")
     )
     cells = sweep.grid(chosen, config.levels)
     places = np.repeat(found.places[chosen], len(config.levels), axis=0)
-    states = sweep.init(jax.random.fold_in(key, 2), inversion, cells)._replace(place=jnp.asarray(places))
     label = f"mesa: classes {', '.join(map(str, chosen))} at the located place"
-    states, infos, seconds = _sweep(
-        jax.random.fold_in(key, 2), label, inversion, variables, search, cells, states,
-        config.batch_size, config.steps, progress, keep, mesa.Info,
+    made = _sweep(
+        jax.random.fold_in(key, 2), label, inversion, variables, search, cells, config.steps, config, progress, keep,
+        {"place": places},
     )  # fmt: skip
-    level_rates, anywhere = (
-        _by_class(
-            sweep.attack_success(jax.random.fold_in(key, 3), net, at, states, cells, variables, held_out).reshape(
-                len(chosen), -1
-            ),
-            chosen,
-            classes,
+
+    def judged(at: Inversion) -> np.ndarray:
+        rates = sweep.attack_success(
+            jax.random.fold_in(key, 3), net, at, made.states, cells, variables, held_out, slots=made.slots
         )
-        for at in (inversion, everywhere)
-    )
+        return _by_class(rates.reshape(len(chosen), -1), chosen, classes)
+
+    level_rates, anywhere = judged(inversion), judged(everywhere)
     rates, anywhere = np.nan_to_num(level_rates).max(1), anywhere.max(1)
     decision = detect.decide(rates, config.detection)
     # a trigger that works wherever it is pasted has to be unlearned wherever it may be pasted
     if decision.targets and (anywhere[decision.targets] >= config.detection.threshold).all():
         inversion = everywhere
-    images = config.batch_size * (config.locate_steps * len(found.states.step) + config.steps * sweep.size(cells))
-    seconds = loop.total(seconds, located_in)
+    images = first.image_steps_pushed + made.image_steps_pushed
+    seconds = loop.total(made.seconds, first.seconds)
     rule = "mesa at the place that neural-cleanse located: attack success rate on held-out images"
     unconfirmed = sorted({*outliers(found, config)} - {*decision.targets})
     if decision.verdict == "clean" and unconfirmed:
@@ -313,8 +334,8 @@ def _scan_auto(key, net, variables, image_shape, classes, search, held_out, conf
         rule += f"; no patch there works for class {classes_named}, whose smallest mask is unusually small all the same"
     return Scan(
         decision._replace(scores=found.scores.tolist()), rule, np.where(np.isnan(level_rates[:, 0]), np.nan, rates),
-        level_rates, inversion, cells, states, infos, found, config.locate_steps + config.steps, images, seconds,
-        anywhere,
+        level_rates, inversion, cells, made.states, made.course, found, config.locate_steps + config.steps, images,
+        seconds, anywhere,
     )  # fmt: skip
 
 
@@ -335,7 +356,7 @@ def cells_of(result: Scan, target: int) -> Any:
     index = np.flatnonzero(np.asarray(result.cells.target) == target)
     if not index.size:
         raise UserError(f"the scan did not model triggers for class {target}")
-    return jax.tree.map(lambda leaf: leaf[index], result.states)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), result.states)
 
 
 def reached(result: Scan, target: int) -> np.ndarray:
@@ -395,7 +416,7 @@ def equal_mixture(result: Scan, target: int) -> unlearn.Evidence:
 def entropy_mixture(result: Scan, target: int) -> unlearn.Evidence:
     """gamma_i proportional to exp(h_i) / g'(g^-1(beta_i)) over the same sub-models (Algorithm 1), for a linear g.
 
-    h_i is the bound on the entropy of sub-model i, averaged over the last 20 steps of its search.
+    h_i is the bound on the entropy of sub-model i, averaged over the last 20 steps that its search made.
 
     Raises: UserError for a scan method that models no distributions.
     """
@@ -405,7 +426,8 @@ def entropy_mixture(result: Scan, target: int) -> unlearn.Evidence:
         )
     chosen = np.flatnonzero(reached(result, target))
     index = np.flatnonzero(np.asarray(result.cells.target) == target)[chosen]
-    entropy = jnp.asarray(result.infos.entropy[-20:, index].mean(0))
+    courses = [course[np.isfinite(course)][-20:] for course in np.asarray(result.infos.entropy)[:, index].T]
+    entropy = jnp.asarray([course.mean() for course in courses])
     models = jax.tree.map(lambda leaf: leaf[chosen], cells_of(result, target))
     return unlearn.entropy_weighted(models, entropy, jnp.ones_like(entropy))
 

@@ -29,6 +29,7 @@ from experiments import (  # noqa: E402
     digits_five_seeds,
     distribution_maps,
     reproduce,
+    retire,
     units,
 )
 from jaxbd.base import UserError  # noqa: E402
@@ -37,6 +38,7 @@ EXPERIMENTS = (
     alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps,
     bna_variations, activation_histograms, adaptive,
     dhbe_rows, dhbe_sweeps, dhbe_distances,
+    retire,
 )  # fmt: skip
 PUBLISHED = (bna_published, dhbe_published)
 """Need models and images that may lie beside the repository."""

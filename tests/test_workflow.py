@@ -123,9 +123,9 @@ def test_auto_does_not_call_an_unexplained_small_mask_clean(planted, parts, monk
     real = workflow.locate
 
     def shrunk(*arguments):
-        inversion, cells, found, infos, seconds = real(*arguments)
+        inversion, cells, found, made = real(*arguments)
         norms = np.where(np.arange(10) == 7, 1.0, 30.0 + np.arange(10))
-        return inversion, cells, found._replace(norms=norms, scores=-workflow.detect.mad_scores(norms)), infos, seconds
+        return inversion, cells, found._replace(norms=norms, scores=-workflow.detect.mad_scores(norms)), made
 
     monkeypatch.setattr(workflow, "locate", shrunk)
     found = scan(planted, parts, method="auto", targets=(5, 7), locate_steps=1, steps=1)

@@ -36,6 +36,9 @@ VARIANTS = {
 }
 """Verb -> value of `--method` -> module in place of the verb's own, for methods that have other flags."""
 
+SEARCHES = {"scan": "", "pair_scan": "", "repair": "search.", "repair_bna": "search."}
+"""Module of a verb that searches triggers -> what the flags of its search begin with."""
+
 HELP = """usage: jaxbd VERB [flags]
 
 Finds and removes backdoors in image classifiers.
@@ -111,7 +114,9 @@ def help_text() -> str:
 
 def _run(verb: str, argv: list[str], joins: bool) -> int:
     """Parses the verb's flags and runs it, together with other machines if it `joins` them."""
-    module = importlib.import_module(f"jaxbd.cli.{_module(verb, argv)}")
+    name = _module(verb, argv)
+    module = importlib.import_module(f"jaxbd.cli.{name}")
+    argv = flags.budgeted(argv, SEARCHES[name]) if name in SEARCHES else argv
     defaults = getattr(module, "defaults", None)
     args = parse(module.Args, argv, f"jaxbd {verb}", None if defaults is None else defaults(argv))
     if isinstance(args, str):

@@ -30,7 +30,7 @@ class Args:
     A trigger that is much smaller than those of the other pairs betrays a backdoor. K classes make K (K - 1) searches.
 
     It can be stopped and resumed where --out or --report is given, as `jaxbd scan --help` says; the steps of
-    --save-every are those of all pairs together.
+    --save-every are those of all pairs together. --memory-budget takes units: 500MB, 2GiB, or plain bytes.
 
     Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run.
 

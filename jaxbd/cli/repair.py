@@ -31,7 +31,10 @@ class Args:
 
     While it runs, the folder OUT.run beside the output holds checkpoints. Ctrl-C or SIGTERM ends it after the current
     steps, saves, and prints the command to go on with; a second one ends it at once. After a crash too, --resume goes
-    on from the last checkpoint. OUT.run is removed once the output is written.
+    on from the last checkpoint. OUT.run is removed once the output is written. Of a scan, the steps of --save-every are
+    those of all cells (class x level) together.
+
+    --memory-budget, short for --search.memory-budget, takes units: 500MB, 2GiB, or plain bytes.
 
     Attributes:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
@@ -67,7 +70,7 @@ class Args:
     )
     preset: Literal["quick", "released", "paper"] = "quick"
     search: workflow.ScanConfig = workflow.ScanConfig()
-    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags()
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=scanning.SAVE_EVERY)
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
     def __post_init__(self):

@@ -31,7 +31,7 @@ class Args:
     as it was, and its corrections. See `jaxbd guard` for what it says of each image; `jaxbd evaluate` measures it.
 
     It can be stopped and resumed, as `jaxbd repair --help` says; of the scan, the steps of --save-every are those of
-    all pairs together.
+    all pairs together. --memory-budget, short for --search.memory-budget, takes units: 500MB, 2GiB, or plain bytes.
 
     Attributes:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.

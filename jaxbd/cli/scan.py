@@ -14,6 +14,9 @@ from jaxbd.cli import common, long_job, show
 from jaxbd.cli.progress import Progress
 from jaxbd.interop import preprocess
 
+SAVE_EVERY = 15_000
+"""Steps, of all cells together, between two checkpoints where no flag says otherwise."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
@@ -26,7 +29,9 @@ class Args:
     A scan that takes long can be stopped and resumed where --out or --report is given: meanwhile the folder OUT.run
     beside that file (beside --out, where both are) holds checkpoints. Ctrl-C or SIGTERM ends it after the current
     steps, saves, and prints the command to go on with; a second one ends it at once. After a crash too, --resume goes
-    on from the last checkpoint.
+    on from the last checkpoint. The steps of --save-every are those of all cells (class x level) together.
+
+    --memory-budget takes units: 500MB, 2GiB, or plain bytes.
 
     Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run, 130 and 143 it was stopped.
 
@@ -49,7 +54,7 @@ class Args:
     report: pathlib.Path | None = None
     preset: Literal["quick", "released", "paper"] = "quick"
     search: Annotated[workflow.ScanConfig, tyro.conf.arg(name="")] = workflow.ScanConfig()
-    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags()
+    job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=SAVE_EVERY)
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
 

@@ -95,7 +95,8 @@ def scan(content: dict[str, Any], config: ScanConfig) -> None:
         say(f"({len(rows) - len(listed)} classes with lower rates are not listed)")
     say(verdict(content), f"Decided by {content['decided_by']}.", f"Searched: {searched(config)}.")
     say("Not ruled out: backdoors of any other kind. “Clean” means that nothing of the searched kind works.")
-    say(f"{content['cells']} cells, {content['steps']} steps, {seconds(content['seconds'])}, {content['device']}.")
+    steps = f"{content['steps']} steps{' at most' if config.retire else ''}"
+    say(f"{content['cells']} cells, {steps}, {seconds(content['seconds'])}, {content['device']}.")
 
 
 def verdict(content: dict[str, Any]) -> str:

@@ -1,6 +1,16 @@
-"""MESA: models the whole distribution of valid triggers, one sub-model per staircase level (Qiao et al. 2019)."""
+"""MESA: models the whole distribution of valid triggers, one sub-model per staircase level (Qiao et al. 2019).
+
+Stopping rule (not in the paper; off unless `Config.stop_after` is set). A search keeps two exponential means, a fast
+and a slow one, of its batches' margin, which is the confidence on images of other classes minus the level, and of
+their entropy bound. From step `stop_after` on it is settled when
+
+(a) it has reached its level and stays there: the fast mean of the margin is at least -`REACHED` and at most `CALM`
+    above the slow one, and the two means of the entropy bound differ by less than `STILL` nats; or
+(b) it is hopeless: both means of the margin are below -`FAR`, and the fast one is at most `RISING` above the slow one.
+"""
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,6 +24,12 @@ from jaxbd.models.critic import StatisticsNetwork
 from jaxbd.models.generators import ConvGenerator, PaperGenerator, ReleasedGenerator
 
 PAPER = "https://arxiv.org/abs/1910.04749"
+RATES = (0.1, 0.03)
+"""Rates of the fast and the slow mean of the stopping rule; until 1/rate steps are made they are plain means."""
+REACHED, CALM, FAR, RISING, STILL = 0.05, 0.03, 0.3, 0.01, 0.2
+"""Limits of the stopping rule: of confidence, and of the entropy bound in nats."""
+TRAVEL = 0.04
+"""Steps times learning rate from which the stopping rule applies where nothing else is asked for."""
 GENERATORS = {"released": ReleasedGenerator, "paper": PaperGenerator, "conv": ConvGenerator}
 
 
@@ -41,6 +57,7 @@ class Config:
         one place.
       leaky_output: LeakyReLU on the statistics network's scalar (released).
       debias_rate: rate of the moving average in the bias-corrected gradient (released: 0.001).
+      stop_after: steps after which the stopping rule applies, see the module; 0 for never.
     """
 
     patch: int = 3
@@ -60,6 +77,7 @@ class Config:
     place_temperature: float = 0.1
     leaky_output: bool = True
     debias_rate: float = 0.001
+    stop_after: int = 0
 
     def __post_init__(self):
         check_choices("mesa", self)
@@ -79,6 +97,8 @@ class Config:
             raise UserError("mesa: debias_rate and place_rate must be in (0, 1] and place_temperature > 0")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
             raise UserError(f"mesa: Adam's b1 and b2 must be in [0, 1), not {self.b1} and {self.b2}")
+        if self.stop_after < 0:
+            raise UserError(f"mesa: stop_after is {self.stop_after}; give a number of steps, or 0 for never")
 
 
 def paper(**changes) -> Config:
@@ -99,6 +119,7 @@ class State(NamedTuple):
       place: [2] int32 (row, column) of the top-left corner, used when `place="fixed"`; `init` takes it from the
         Config, and a driver may replace it to give every cell of a sweep a place of its own.
       place_logits: [P] unnormalised log-probabilities of the P places (P = 1 unless `place="searched"`).
+      margin, spread: [2] fast and slow means of the stopping rule: of the margin, and of the entropy bound in nats.
     """
 
     step: Array
@@ -109,6 +130,8 @@ class State(NamedTuple):
     log_mean_exp: Array
     place: Array
     place_logits: Array
+    margin: Array
+    spread: Array
 
 
 class Info(NamedTuple):
@@ -149,7 +172,8 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         place = jnp.array([config.row, config.column], jnp.int32)
         logits = jnp.zeros((rows * columns if searched else 1,))
         opts = optimiser.init(variables["params"]), optimiser.init(params)
-        return State(jnp.zeros((), jnp.int32), variables, params, *opts, jnp.zeros(()), place, logits)
+        zero, means = jnp.zeros(()), jnp.zeros((2,))
+        return State(jnp.zeros((), jnp.int32), variables, params, *opts, zero, place, logits, means, means)
 
     def draw_places(key: Key, state: State, count: int) -> tuple[Array, Array]:
         """Places [count, 2] and, when searched, the index of each in `place_logits` [count]."""
@@ -222,9 +246,14 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         counted = (batch.labels != cell.target).astype(jnp.float32)
         success = (hit * counted).sum() / jnp.maximum(counted.sum(), 1)
         variables = {"params": params, "batch_stats": stats}
+        # images of the target class are no evidence: they are sent there without a trigger
+        sent = (confidence * counted).sum() / jnp.maximum(counted.sum(), 1)
+        margin = _follow(state.margin, sent - cell.level, state.step)
+        spread = _follow(state.spread, entropy, state.step)
         state = State(
-            state.step + 1, variables, critic_params, generator_opt, critic_opt, average, state.place, place_logits
-        )
+            state.step + 1, variables, critic_params, generator_opt, critic_opt, average, state.place, place_logits,
+            margin, spread,
+        )  # fmt: skip
         return state, Info(success, confidence.mean(), entropy, loss, critic_value)
 
     def sample(key: Key, state: State, count: int) -> Array:
@@ -237,7 +266,37 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         places, _ = draw_places(place_key, state, images.shape[0])
         return jax.vmap(image_ops.paste)(images, sample(sample_key, state, images.shape[0]), places)
 
-    return Inversion(init, step, stamp, sample)
+    def settled(state: State) -> Array:
+        """The stopping rule of this module."""
+        return (state.step >= config.stop_after) & (_reached(state) | _hopeless(state))
+
+    return Inversion(init, step, stamp, sample, settled if config.stop_after else None)
+
+
+def stop_after(learning_rate: float) -> int:
+    """Steps after which the stopping rule may be trusted.
+
+    Adam moves a weight by about its rate in each. And before 1/rate steps the slow mean is hardly slower than the fast.
+    """
+    return max(round(TRAVEL / learning_rate), math.ceil(1 / RATES[1]))
+
+
+def _follow(means: Array, value: Array, step: Array) -> Array:
+    """The fast and the slow mean [2] after `value` [] of step number `step` []."""
+    rates = jnp.maximum(jnp.asarray(RATES, means.dtype), 1 / (step + 1).astype(means.dtype))
+    return means + rates * (value - means)
+
+
+def _reached(state: State) -> Array:
+    """Rule (a), [] bool."""
+    (fast, slow), still = state.margin, jnp.abs(state.spread[0] - state.spread[1]) < STILL
+    return (fast >= -REACHED) & (fast - slow <= CALM) & still
+
+
+def _hopeless(state: State) -> Array:
+    """Rule (b), [] bool."""
+    fast, slow = state.margin
+    return (jnp.maximum(fast, slow) < -FAR) & (fast - slow <= RISING)
 
 
 def _follow_places(logits: Array, index: Array, reward: Array, config: Config) -> Array:
