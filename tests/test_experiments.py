@@ -15,7 +15,9 @@ from experiments import (  # noqa: E402
     detect_targets,
     digits_five_seeds,
     distribution_maps,
+    many_cells,
     reproduce,
+    startup,
     units,
 )
 from jaxbd.base import UserError  # noqa: E402
@@ -23,7 +25,7 @@ from jaxbd.base import UserError  # noqa: E402
 
 @pytest.mark.parametrize(
     "experiment",
-    [alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps],
+    [alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps, many_cells, startup],
     ids=lambda module: module.__name__,
 )
 def test_smoke(experiment, capsys, monkeypatch, tmp_path):

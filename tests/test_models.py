@@ -2,6 +2,7 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,3 +207,13 @@ def test_frozen_variables_cannot_be_trained():
     net, _, frozen, images = _frozen("cnn")
     with pytest.raises(UserError, match="folded"):
         net.apply(frozen, images.astype(jnp.float32), train=True)
+
+
+def test_bfloat16_sums_in_float32():
+    """4,096 ones make 4,096; summed in bfloat16 they would stop at 256."""
+    ones = jnp.ones((1, 8, 8, 64), jnp.bfloat16)
+    conv = nn.Conv(1, (8, 8), padding=0, use_bias=False, kernel_init=nn.initializers.ones, dtype=jnp.bfloat16)
+    dense = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.ones, dtype=jnp.bfloat16)
+    for layer, x in ((conv, ones), (dense, ones.reshape(1, -1))):
+        assert jax.jit(lambda x, layer=layer: layer.init_with_output(jax.random.key(0), x)[0])(x).ravel() == 4096
+    assert jax.jit(lambda x: x.sum())(ones) == 4096

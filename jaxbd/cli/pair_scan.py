@@ -74,7 +74,8 @@ def run(args: Args) -> int:
     identity = common.identity("scan", args, common.model_record(opened.model), data=(search, held_out))
     with long_job.Job(files, args.job, identity) as job, Progress() as progress:
         found = scan(opened, search, held_out, config, args.reading.seed, progress, job.keep, args.compute_dtype)
-    content = {**as_record(opened, found, search, held_out, config, args), "compute_dtype": args.compute_dtype, "resumed": job.resumed}
+    content = {**as_record(opened, found, search, held_out, config, args), "resumed": job.resumed}
+    content["compute_dtype"] = args.compute_dtype
     say(content)
     if args.out is not None:
         record.write_json(args.out, content)

@@ -74,7 +74,8 @@ def run(args: Args) -> int:
     identity = common.identity("scan", args, common.model_record(opened.model), data=(search, held_out))
     with long_job.Job(files, args.job, identity) as job, Progress() as progress:
         found = scan(opened, search, held_out, args.search, args.reading.seed, progress, job.keep, args.compute_dtype)
-    content = {**as_record(opened, found, search, held_out, args), "compute_dtype": args.compute_dtype, "resumed": job.resumed}
+    content = {**as_record(opened, found, search, held_out, args), "resumed": job.resumed}
+    content["compute_dtype"] = args.compute_dtype
     show.scan(content, args.search)
     if args.out is not None:
         record.write_json(args.out, content)
