@@ -49,8 +49,8 @@ def main(
         test-time detection), dhbe (erasure without data) or scale (speed, memory, start-up).
       quick: a smaller honest version, in under 5 minutes.
       parts: only these parts of a long section, whose record then holds no others; bna: digits, variations, published,
-        cifar, adaptive; dhbe: digits, attacks, sweeps, distances, cifar, published; scale: bench, retire, executors,
-        memory, startup.
+        cifar, adaptive; dhbe: digits, attacks, sweeps, distances, cifar, published; scale: bench, retire, race,
+        executors, memory, startup.
     """
     units.use_cache()
     module = importlib.import_module(SECTIONS[section])

@@ -8,15 +8,18 @@ import tempfile
 from typing import Any
 
 from experiments import many_cells, startup, units
+from experiments import race as racing
 from experiments.reproduce import Check
 from jaxbd import record
 
 TIME = (
-    "about 60 minutes on 2 cores, half of it 20 models scanned twice; finished parts are kept, interrupt and start "
+    "about 80 minutes on 2 cores, a third of it 20 models scanned twice; finished parts are kept, interrupt and start "
     "again as you like; let nothing else run meanwhile, these are measurements of time"
 )
 QUICK_TIME = "about 4 minutes on 2 cores: one small sweep beside PyTorch's, 2 models, 90 cells; its figures are rough"
-PARTS = ("bench", "retire", "executors", "memory", "startup")
+PARTS = ("bench", "retire", "race", "executors", "memory", "startup")
+LONG = ("race",)
+"""Parts that --quick leaves out."""
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 ARCHS = ("wrn16-1", "vgg")
 QUICK_CASE = ("--side", 16, "--classes", 3, "--hidden", 64, "--width", 8, "--rounds", 3)
@@ -25,20 +28,15 @@ RUNTIME_MB = 600
 """What compiler and runtime may add to a process on top of a search's memory budget."""
 FEWEST_IMAGES, FEWEST_STEPS, FASTER, HELP_SECONDS = 0.8, 3.0, 3.0, 1.0
 """Stated: share of PyTorch's images/s; image-steps without retiring over those with it; the same of time; seconds."""
-SEQUENTIAL = (
-    "times as fast to the verdict, {} (PyTorch's seconds for all image-steps at its images/s, over ours at our "
-    "images/s for those that retiring leaves)"
-)
 
 
 def run(quick: bool, parts: tuple[str, ...] = PARTS):
     """(tables by title, checks, details) of the chosen parts."""
     tables, checks, details = {}, [], {}
-    for part in (part for part in PARTS if part in parts):
-        found = {"bench": bench, "retire": retire, "executors": executors, "memory": memory, "startup": start}[part]
-        found(quick, tables, checks, details)
-    if "bench" in details and "retire" in details:
-        checks += faster(details["bench"], details["retire"])
+    ways = dict(zip(PARTS, (bench, retire, race, executors, memory, start), strict=True))
+    for part in PARTS:
+        if part in parts and not (quick and part in LONG):
+            ways[part](quick, tables, checks, details)
     return tables, checks, details
 
 
@@ -107,28 +105,26 @@ def shown(row: dict, name: str) -> dict:
 def retire(quick: bool, tables: dict, checks: list, details: dict) -> None:
     """The same verdicts from fewer image-steps."""
     retire = importlib.import_module("experiments.retire")
-    found = retire.run(quick=True) if quick else retire.run()
+    found = retire.run(1) if quick else retire.run()
     details["retire"] = found
     tables["Handwritten digits: scans with settled cells retired, beside full ones"] = found["rows"]
     checks.append(
         Check("image-steps of full scans over those with retiring", found["saving"], FEWEST_STEPS, "at least")
     )
     name = f"models of {found['models']} with the verdict of the full scan"
-    checks.append(Check(name, found["verdicts_equal"], found["models"], "exactly"))
+    checks.append(Check(name, found["same_verdict"], found["models"], "exactly"))
 
 
-def faster(bench_rows: list[dict], retired: dict) -> list[Check]:
-    """What one program and retiring make together, against PyTorch's cells one after another to the end."""
-    return [
-        Check(
-            SEQUENTIAL.format(row["case"]["arch"]),
-            row["torch_over_jaxbd"]["median"] * retired["saving"],
-            FASTER,
-            "at least",
-        )
-        for row in bench_rows
-        if row["case"]["task"] == "mesa"
-    ]
+def race(quick: bool, tables: dict, checks: list, details: dict) -> None:
+    """One program with retiring cells against PyTorch's cells one after another, to the same verdict."""
+    found = racing.run()
+    details["race"] = found
+    tables["To the verdict: retiring cells of one program against PyTorch's cells one after another"] = found["rows"]
+    for row in found["rows"]:
+        name = f"PyTorch's seconds (per step, times all steps) over ours with retiring, {row['net']}"
+        checks.append(Check(name, row["PyTorch / retiring"], FASTER, "at least"))
+        same = row["verdict, full"] == row["verdict, retiring"]
+        checks.append(Check(f"the verdict of the full scan with retiring, {row['net']}", int(same), 1, "exactly"))
 
 
 def executors(quick: bool, tables: dict, checks: list, details: dict) -> None:

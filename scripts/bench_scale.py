@@ -110,8 +110,8 @@ def pixels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return images, (np.arange(IMAGES) % CLASSES).astype(np.int32)
 
 
-def in_jax(case: Case, unfolded: bool = False) -> dict[str, Side]:
-    """This package's forms, compiled; `unfolded` adds the first with BatchNorm as it is."""
+def in_jax(case: Case, steps: int, unfolded: bool = False) -> dict[str, Side]:
+    """This package's forms, compiled for turns of so many steps; `unfolded` adds one with BatchNorm as it is."""
     net = net_of(case)
     variables = net.init(jax.random.key(0))
     data = Batch(*map(jnp.asarray, pixels(case)))
@@ -121,14 +121,20 @@ def in_jax(case: Case, unfolded: bool = False) -> dict[str, Side]:
     inversion = mesa.make(net, case.shape, mesa_config(case))
     if case.task == "cleanse":
         inversion = neural_cleanse.make(net, case.shape, neural_cleanse.for_pairs())
-    victim = net.frozen(variables)
-    task = (inversion, draw.uniform(case.batch), data, case.cells, victim)
-    compiled = sweep.compiled_step(jax.random.key(1), *task)
-    counted = bench_dhbe.operations(compiled)
-    sides = {"jaxbd": _sweep(task, "vmap", count, counted), "loop": _sweep(task, "loop", count, counted)}
-    if unfolded:
-        sides["unfolded"] = _sweep((*task[:-1], variables), "vmap", count, counted)
-    return sides
+    task = (inversion, draw.uniform(case.batch), data, case.cells)
+    frozen = net.frozen(variables)
+    victims = {"jaxbd": frozen, "loop": frozen, **({"unfolded": variables} if unfolded else {})}
+    sides = {name: _sweep((*task, victim), "loop" if name == "loop" else "vmap", count, steps)
+             for name, victim in victims.items()}  # fmt: skip
+    counted = bench_dhbe.operations(
+        sweep.compiled_step(jax.random.key(1), *task, victims["jaxbd"], chunk=_chunk(steps))
+    )
+    return {name: side._replace(operations=counted) for name, side in sides.items()}
+
+
+def _chunk(steps: int) -> int:
+    """Steps that are one program where time goes by `lax.scan`; elsewhere it makes no difference."""
+    return 20 if loop.default_time() == "host" else steps
 
 
 def mesa_config(case: Case) -> mesa.Config:
@@ -136,21 +142,27 @@ def mesa_config(case: Case) -> mesa.Config:
     return mesa.Config(hidden=case.hidden)
 
 
-def _sweep(task: tuple, how: sweep.How, count: tuple[int, ...], counted: float | None) -> Side:
-    """`sweep.fit` in one form, after its first step."""
+def _sweep(task: tuple, how: sweep.How, count: tuple[int, ...], steps: int) -> Side:
+    """`sweep.fit` in one form, after its first turn."""
     inversion, drawn, data, cells, victim = task
-    key = jax.random.key(1)
-    holder = [sweep.init(key, inversion, cells)]
-    advance = loop.default_time()
+    holder = [sweep.init(jax.random.key(1), inversion, cells)]
 
     def run(steps: int) -> loop.Seconds:
         holder[0], _, seconds = sweep.fit(
-            key, inversion, drawn, data, cells, victim, num_steps=steps, states=holder[0], how=how, over_time=advance,
-            chunk=20 if advance == "host" else steps,
-        )  # fmt: skip
+            jax.random.key(1),
+            inversion,
+            drawn,
+            data,
+            cells,
+            victim,
+            num_steps=steps,
+            states=holder[0],
+            how=how,
+            chunk=_chunk(steps),
+        )
         return seconds
 
-    return Side(run, count, 0.0, counted)
+    return Side(run, count, run(steps).compile, None)
 
 
 def _training(case: Case, net: Any, variables: Any, data: Batch, count: tuple[int, ...]) -> Side:
@@ -243,11 +255,10 @@ def bench(
 ) -> dict[str, Any]:
     """The row of one case. Raises: UserError when the nets of the two sides are not of one size."""
     say(f"{label(dataclasses.asdict(case))}: compiling")
-    sides = {**in_jax(case, unfolded), "torch": in_torch(case, threads)}
+    sides = {**in_jax(case, steps, unfolded), "torch": in_torch(case, threads)}
     if len({side.parameters for side in sides.values()}) > 1:
         sizes = ", ".join(f"{name} {side.parameters[0]}" for name, side in sides.items())
         raise UserError(f"{case.arch}: the nets of the sides differ in parameters: {sizes}")
-    sides = {name: _warm(side, steps) for name, side in sides.items()}
     say(f"{label(dataclasses.asdict(case))}: {rounds} rounds of {steps} steps each")
     seconds = bench_dhbe.measure(sides, rounds, steps)
     over = {
@@ -266,12 +277,6 @@ def bench(
         **{name: _figures(case, side, seconds[name], peak) for name, side in sides.items()},
         **{f"{name}_over_jaxbd": ratio for name, ratio in over.items()},
     }
-
-
-def _warm(side: Side, steps: int) -> Side:
-    """The side after one turn, with what it told of compiling in it."""
-    told = side.run(steps)
-    return side._replace(seconds_compile=told.compile) if isinstance(told, loop.Seconds) else side
 
 
 def _figures(case: Case, side: Side, seconds: list[float], peak: float) -> dict[str, Any]:
