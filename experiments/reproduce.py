@@ -20,6 +20,7 @@ SECTIONS = {
     "import": "experiments.reproduce_import",
     "bna": "experiments.reproduce_bna",
     "dhbe": "experiments.reproduce_dhbe",
+    "scale": "experiments.reproduce_scale",
 }
 
 
@@ -38,15 +39,18 @@ class Check(NamedTuple):
         return self.value <= self.limit if self.kind == "at most" else self.value >= self.limit
 
 
-def main(section: Literal["mesa", "import", "bna", "dhbe"], /, quick: bool = False, parts: tuple[str, ...] = ()) -> int:
+def main(
+    section: Literal["mesa", "import", "bna", "dhbe", "scale"], /, quick: bool = False, parts: tuple[str, ...] = ()
+) -> int:
     """Reproduces one section.
 
     Args:
       section: mesa (detection, unlearning and maps), import (foreign model files), bna (class pairs, correction and
-        test-time detection) or dhbe (erasure without data).
+        test-time detection), dhbe (erasure without data) or scale (speed, memory, start-up).
       quick: a smaller honest version, in under 5 minutes.
       parts: only these parts of a long section, whose record then holds no others; bna: digits, variations, published,
-        cifar, adaptive; dhbe: digits, attacks, sweeps, distances, cifar, published.
+        cifar, adaptive; dhbe: digits, attacks, sweeps, distances, cifar, published; scale: bench, retire, race,
+        executors, memory, startup.
     """
     units.use_cache()
     module = importlib.import_module(SECTIONS[section])

@@ -51,16 +51,20 @@ class Net(NamedTuple):
 
     Attributes:
       init: (key) -> variables.
-      apply: (variables, images [B, H, W, C] in [0, 1], *, train=False) -> (logits [B, K], batch_stats). With
+      apply: (variables, images [B, H, W, C] in [0, 1], *, train=False) -> (logits [B, K], batch_stats). Logits are
+        float32 at least, whatever the net computes in. With
         `train=True` normalisation uses the batch's moments and `batch_stats` are the updated running moments;
         otherwise they come back unchanged. Input normalisation is the net's own first operation.
       outputs: (variables, images) -> (logits, {"layer/path": [B, …, C]}), what `apply` gives in evaluation and the
         output of every layer that a defence may correct, in order of execution; None where a net shows no layers.
+      frozen: (variables) -> variables with which `apply` and `outputs` give the same in evaluation, up to rounding, for
+        less work; they cannot be trained. None where there is nothing to gain.
     """
 
     init: Callable[..., Variables]
     apply: Callable[..., tuple[Array, ArrayTree]]
     outputs: Callable[..., tuple[Array, dict[str, Array]]] | None = None
+    frozen: Callable[[Variables], Variables] | None = None
 
 
 class Decoy(NamedTuple):

@@ -116,6 +116,11 @@ def _programs(advance: Callable[..., Any], chunk: int) -> tuple[Program, Program
     return Program(advance, donate=(0,)), Program(scanned, donate=(0,))
 
 
+def one_step(advance: Callable[..., Any], chunk: int = 20) -> Program:
+    """The program of one step of `advance`, as `run` uses it with the same `chunk`."""
+    return _programs(advance, chunk)[0]
+
+
 def run(
     advance: Callable[..., tuple[ArrayTree, ArrayTree]],
     state: ArrayTree,

@@ -131,6 +131,22 @@ def fit(
         return devices.home(states, over, count), _first_cells(infos, count), seconds
 
 
+def compiled_step(
+    key: Key,
+    inversion: Inversion,
+    draw: Callable[..., Batch],
+    data: Any,
+    cells: Cell,
+    victim: Variables,
+    *,
+    chunk: int = 20,
+) -> jax.stages.Compiled:
+    """The program of one step of all cells as `fit` runs it on one device, to ask what it costs."""
+    states, cell_keys = init(key, inversion, cells), keys(jax.random.fold_in(key, 1), size(cells))
+    advance = _advance(inversion.step, draw, "vmap", False)
+    return loop.one_step(advance, chunk).compiled(states, cell_keys, cells, victim, data)
+
+
 def _telling(on_chunk, over, count):
     """`on_chunk` with states and infos of the first `count` cells, on one device."""
 

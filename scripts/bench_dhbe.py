@@ -11,6 +11,7 @@ k of triggered ones an iteration. Floating-point operations are counted by XLA i
 """
 
 import dataclasses
+import importlib
 import os
 import pathlib
 import random
@@ -148,13 +149,8 @@ def operations(compiled: Any) -> float | None:
 
 def in_torch(case: Case, threads: int) -> Side:
     """The plain PyTorch iteration, on the same kind of device."""
-    plain, torch = _torch()
-    device = torch.device("cpu" if jax.default_backend() == "cpu" else "cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("this PyTorch sees no GPU but JAX does; install one for this GPU, or set JAX_PLATFORMS=cpu")
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    random.seed(0)
+    (plain,), torch = pytorch("dhbe_in_torch")
+    device = torch_device(torch, threads)
     config, sizes = method_config(case), (case.channels, case.side, CLASSES, case.width)
     names = [name for name in plain.Settings._fields if name not in ("mean", "std", "autocast")]
     autocast = None if case.dtype == "float32" else torch.bfloat16
@@ -178,17 +174,26 @@ def in_torch(case: Case, threads: int) -> Side:
     return Side(run, tuple(map(count, (student, samples, triggers))), 0.0, None)
 
 
-def _torch():
-    """The PyTorch side and PyTorch itself. Raises: UserError where it is not installed."""
+def pytorch(*names: str) -> tuple[list[Any], Any]:
+    """The named files of the PyTorch side, and PyTorch itself. Raises: UserError where it is not installed."""
     try:
         import torch
     except ImportError:
         raise UserError(
             "this benchmark compares with PyTorch, which is not installed; run pip install 'jaxbd[bench]'"
         ) from None
-    import dhbe_in_torch
+    return [importlib.import_module(name) for name in names], torch
 
-    return dhbe_in_torch, torch
+
+def torch_device(torch: Any, threads: int) -> Any:
+    """PyTorch's device of the kind that JAX uses, seeded, with so many threads. Raises: UserError where it has none."""
+    device = torch.device("cpu" if jax.default_backend() == "cpu" else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("this PyTorch sees no GPU but JAX does; install one for this GPU, or set JAX_PLATFORMS=cpu")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    random.seed(0)
+    return device
 
 
 def measure(sides: dict[str, Side], rounds: int, iterations: int) -> dict[str, list[float]]:
@@ -311,7 +316,7 @@ def main(
       quick: smallest sizes instead; writes only where --out says.
       out: the JSON file; experiments/results/bench_dhbe.json by default.
     """
-    threads = _bind(threads)
+    threads = bind(threads)
     given = dict(
         width=width, side=side, channels=channels, batch=batch, inner_steps=inner_steps,
         generator_width=generator_width, trigger_size=trigger_size,
@@ -320,7 +325,7 @@ def main(
     if quick:
         changes, rounds, iterations = {**QUICK, **changes}, 1, 1
     cases = [dataclasses.replace(CASES[name], dtype=dtype, **changes) for name in arch]
-    _, torch = _torch()
+    _, torch = pytorch()
     say = lambda text: print(text, file=sys.stderr, flush=True)
     rows = [bench(case, rounds, iterations, threads, say) for case in cases]
     print(f"{jax.default_backend()}: {record.device()}, {threads} threads a side, torch {torch.__version__}")
@@ -339,7 +344,7 @@ def main(
         record.write_json(out, content)
 
 
-def _bind(threads: int | None) -> int:
+def bind(threads: int | None) -> int:
     """How many threads each side has: the cores this process may use, first cut down to `threads` where given.
 
     XLA makes as many threads as there are such cores when JAX first looks for devices, so nothing may have done so.

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from jaxbd import loop, record, supervised, sweep
-from jaxbd.base import Batch, Inversion
+from jaxbd.base import Batch, Inversion, Net
 from jaxbd.data import draw
 from jaxbd.inversion import mesa
 from jaxbd.models import build
@@ -30,6 +31,8 @@ from jaxbd.models import build
 RESULT = pathlib.Path(__file__).resolve().parents[1] / "experiments" / "results" / "bench_time_loops.json"
 CLASSES = 10
 OVER_CELLS, OVER_TIME = get_args(sweep.How), ("host", "scan")
+PATCHES = "patches"
+"""A way over cells: vmap of a net whose convolutions are products of patches and a matrix."""
 USUAL = {"mesa": "vmap", "students": "loop"}
 """How each task is run over cells: the default of `sweep.fit`, and what it recommends for cells with own weights."""
 
@@ -67,9 +70,10 @@ QUICK = Settings(side=8, width=4, stages=1, batch=4, cells=2, chunk=2, seconds=0
 
 
 class Task(NamedTuple):
-    """A method in the form that `sweep.fit` runs, and the victim it shares."""
+    """A method in the form that `sweep.fit` runs, the same with convolutions as products, and the victim it shares."""
 
     method: Inversion
+    by_patches: Inversion | None
     victim: Any
 
 
@@ -78,23 +82,56 @@ def tasks(settings: Settings) -> dict[str, Task]:
     shape = (settings.side, settings.side, 3)
     options = {"width": settings.width, "stages": settings.stages}
     net = build.net(build.Spec(arch="cnn", classes=CLASSES, image_shape=shape, options=options))
+    students, by_patches = _students(net), _students(with_patches(net))
+    trained = sweep.init(jax.random.key(1), students, sweep.grid(target=range(settings.cells))).variables
+    victim = jax.tree.map(lambda leaf: leaf[0], trained)
+    inversion = mesa.make(net, shape, mesa.Config(hidden=64))
+    return {"mesa": Task(inversion, None, victim), "students": Task(students, by_patches, {})}
+
+
+def _students(net: Net) -> Inversion:
+    """Training of one net per cell."""
     trainer = supervised.make(net, supervised.Config(learning_rate=1e-3))
-    students = Inversion(
+    return Inversion(
         init=lambda key: trainer.init(net.init(key)),
         step=lambda key, state, batch, cell, victim: trainer.step(key, state, batch),
         stamp=None,  # students stamp nothing: only init and step are timed
         sample=None,
     )
-    trained = sweep.init(jax.random.key(1), students, sweep.grid(target=range(settings.cells))).variables
-    victim = jax.tree.map(lambda leaf: leaf[0], trained)
-    inversion = mesa.make(net, shape, mesa.Config(hidden=64))
-    return {"mesa": Task(inversion, victim), "students": Task(students, {})}
 
 
-def ways(name: str) -> list[tuple[sweep.How, loop.Time]]:
+def with_patches(net: Net) -> Net:
+    """`net` with every ungrouped convolution of its Flax modules as a product of patches and a matrix."""
+
+    def swapped(call, args, kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, nn.Conv) and module.feature_group_count == 1:
+            object.__setattr__(module, "conv_general_dilated", by_patches)
+        return call(*args, **kwargs)
+
+    def apply(variables, images, *, train=False):
+        with nn.intercept_methods(swapped):
+            return net.apply(variables, images, train=train)
+
+    return Net(net.init, apply)
+
+
+def by_patches(x, kernel, strides, padding, *, dimension_numbers, **settings):
+    """`jax.lax.conv_general_dilated` of images [B, H, W, C] and a kernel [h, w, C, D], without dilation or groups."""
+    del settings
+    layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    assert layout.lhs_spec == (0, 3, 1, 2) and layout.rhs_spec == (3, 2, 0, 1)
+    patches = jax.lax.conv_general_dilated_patches(
+        x, kernel.shape[:2], strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[3])  # patches come channel by channel
+    return patches @ matrix
+
+
+def ways(name: str) -> list[tuple[str, loop.Time]]:
     """(over cells, over time) of a task: each axis varied on its own, the other at its default."""
     usual = loop.default_time()
-    cells = [(how, usual) for how in OVER_CELLS]
+    cells = [(how, usual) for how in (*OVER_CELLS, *([PATCHES] if name == "students" else []))]
     return cells + [(USUAL[name], over_time) for over_time in OVER_TIME if over_time != usual]
 
 
@@ -135,7 +172,8 @@ def bench(settings: Settings, say: Callable[[str], None]) -> list[dict]:
         found = []
         for how, over_time in ways(name):
             say(f"{name}: {how} over cells, {over_time} over time")
-            measured = measure(settings, task.method, task.victim, how, over_time)
+            method, cells = (task.by_patches, "vmap") if how == PATCHES else (task.method, how)
+            measured = measure(settings, method, task.victim, cells, over_time)
             found.append({"task": name, "over_cells": how, "over_time": over_time, **measured})
         fastest = max(row["images_per_second"] for row in found)
         rows += [{**row, "slower": fastest / row["images_per_second"]} for row in found]
@@ -159,7 +197,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The rows for people."""
-    line = "{:<9} {:<6} {:<5} {:>10} {:>8} {:>10} {:>12} {:>21}".format
+    line = "{:<9} {:<7} {:<5} {:>10} {:>8} {:>10} {:>12} {:>21}".format
     lines = [line("task", "cells", "time", "images/s", "slower", "compile s", "chunk s", "quartiles")]
     for row in rows:
         seconds = row["seconds_chunk"]

@@ -6,9 +6,12 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxbd.base import UserError
+from jaxbd.models import build
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 
@@ -30,7 +33,8 @@ def test_time_loops_quick(tmp_path, capsys):
     for task, usual in (("mesa", "vmap"), ("students", "loop")):
         rows = [row for row in found["rows"] if row["task"] == task]
         timed = {(row["over_cells"], row["over_time"]) for row in rows}
-        assert timed == {("vmap", "host"), ("map", "host"), ("loop", "host"), (usual, "scan")}
+        patches = {("patches", "host")} if task == "students" else set()
+        assert timed == {("vmap", "host"), ("map", "host"), ("loop", "host"), (usual, "scan")} | patches
         assert min(row["slower"] for row in rows) == 1
         for row in rows:
             assert row["seconds_compile"] > 0 and row["chunks"] == 1
@@ -55,6 +59,32 @@ def test_time_loops_says_which_default_is_not_the_fastest():
         "students, over time: host 1.0x, scan 10.0x; the default, host, is right",
         "students, over cells: vmap 2.0x, map 1.0x, loop 4.0x; the default, loop, is not the fastest here",
     ]
+
+
+@pytest.mark.parametrize("size, stride, padding", [(3, 1, 1), (3, 2, 1), (1, 2, 0)])
+def test_convolutions_as_products_of_patches(size, stride, padding):
+    bench, rng = script("bench_time_loops"), np.random.default_rng(0)
+    with jax.enable_x64(True):
+        images, kernel = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, 6, 5, 3), (size, size, 3, 4)))
+        settings = dict(
+            window_strides=(stride, stride), padding=[(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        wanted = jax.lax.conv_general_dilated(images, kernel, **settings)
+        found = bench.by_patches(images, kernel, (stride, stride), settings["padding"],
+                                 dimension_numbers=settings["dimension_numbers"])  # fmt: skip
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_net_with_patches_is_the_net_and_has_no_grouped_convolution():
+    bench = script("bench_time_loops")
+    net = build.net(build.Spec(arch="cnn", classes=3, image_shape=(8, 8, 3), options={"width": 4, "stages": 2}))
+    images, keys = jnp.ones((2, 4, 8, 8, 3)), jax.random.split(jax.random.key(0), 2)
+    variables = jax.vmap(net.init)(keys)
+    both = [jax.jit(jax.vmap(each.apply)) for each in (net, bench.with_patches(net))]
+    grouped, product = (each.lower(variables, images).as_text() for each in both)
+    assert "feature_group_count = 2" in grouped and "feature_group_count = 2" not in product
+    np.testing.assert_allclose(both[1](variables, images)[0], both[0](variables, images)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_dhbe_quick(tmp_path, capsys, monkeypatch):

@@ -170,6 +170,23 @@ def test_scan_says_and_writes_its_verdict(victim, tmp_path, capsys, threshold, d
     assert verdict.upper() in shown and "patches of 3x3 pixels" in shown and "Not ruled out" in shown
 
 
+def test_a_scan_in_bfloat16_ends_as_in_float32(victim, tmp_path):
+    flags = ["--method", "mesa", "--steps", "150", "--levels", "0.9", "--mesa.hidden", "16", "--targets", "3", "5"]
+    flags += ["--mesa.learning-rate", "3e-3", "--detection.threshold", "0.6"]
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.json"
+        code = main(["scan", str(victim), *DATA, *flags, "--compute-dtype", dtype, "--out", str(out)])
+        found[dtype] = {**read(out), "code": code}
+    one, other = found["float32"], found["bfloat16"]
+    assert other["compute_dtype"] == "bfloat16"
+    assert (one["verdict"], one["targets"], one["code"]) == (other["verdict"], other["targets"], other["code"])
+    assert (one["verdict"], one["targets"]) == ("backdoored", [3])
+    rates = [[content["classes"][k]["attack_success_rate"] for k in (3, 5)] for content in (one, other)]
+    assert rates[0] != rates[1], "the flag changed nothing"
+    np.testing.assert_allclose(rates[1], rates[0], atol=0.1)
+
+
 @pytest.mark.parametrize("method", ["auto", "neural-cleanse"])
 def test_scan_by_masks_and_its_page(victim, tmp_path, method):
     out, page = tmp_path / "scan.json", tmp_path / "report.html"

@@ -28,8 +28,10 @@ from experiments import (  # noqa: E402
     dhbe_sweeps,
     digits_five_seeds,
     distribution_maps,
+    many_cells,
     reproduce,
     retire,
+    startup,
     units,
 )
 from jaxbd.base import UserError  # noqa: E402
@@ -38,7 +40,7 @@ EXPERIMENTS = (
     alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps,
     bna_variations, activation_histograms, adaptive,
     dhbe_rows, dhbe_sweeps, dhbe_distances,
-    retire,
+    retire, many_cells, startup,
 )  # fmt: skip
 PUBLISHED = (bna_published, dhbe_published)
 """Need models and images that may lie beside the repository."""

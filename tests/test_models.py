@@ -2,6 +2,7 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import torch_twins as twins
 
 from jaxbd.base import UserError
 from jaxbd.interop import layouts
-from jaxbd.models import build
+from jaxbd.models import build, fold
 
 torch.set_num_threads(1)
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
@@ -107,7 +108,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32(arch):
         jax.random.key(0),
         jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32),
     )
-    assert logits.dtype == jnp.bfloat16 and logits.shape == (2, 5)
+    assert logits.dtype == jnp.float32 and logits.shape == (2, 5)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
@@ -156,3 +157,63 @@ def test_published_models_give_their_published_logits(file, first_logits):
     image = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.float32) / 255
     logits, _ = build.net(layout.spec).apply(layouts.to_variables(tensors, layout), image[None])
     np.testing.assert_allclose(logits[0, :4], first_logits, atol=1e-3)
+
+
+def _frozen(arch, dtype="float32"):
+    """(net, random variables, the same folded, images) in float64."""
+    side = 8 if arch != "vgg" else 16
+    spec = build.Spec(arch=arch, classes=5, image_shape=(side, side, 3), dtype=dtype, options={"width": 4})
+    net, rng = build.net(spec), np.random.default_rng(3)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+
+    def fill(path, leaf):
+        low, high = (0.5, 1.5) if path[-1].key in ("var", "scale") else (-0.5, 0.5)
+        return jnp.asarray(rng.uniform(low, high, leaf.shape))
+
+    variables = jax.tree_util.tree_map_with_path(fill, shapes)
+    return net, variables, net.frozen(variables), jnp.asarray(rng.uniform(size=(3, side, side, 3)))
+
+
+@pytest.mark.parametrize("arch", ["cnn", "mobilenet", "preactresnet18", "resnet18", "vgg", "wrn16-1"])
+def test_frozen_variables_answer_the_same(arch):
+    with jax.enable_x64(True):
+        net, variables, frozen, images = _frozen(arch, "float64")
+        folded = jax.tree.leaves(frozen["folded"])
+        assert len(folded) >= 3 and len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(variables)) - 3 * len(folded)
+        both = jax.jit(lambda v, x: net.outputs(v, x))
+        (logits, outputs), (again, shown) = both(variables, images), both(frozen, images)
+        np.testing.assert_allclose(again, logits, rtol=1e-9, atol=1e-9)
+        assert list(shown) == list(outputs)
+        for name, output in outputs.items():
+            np.testing.assert_allclose(shown[name], output, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_every_architecture_says_what_it_folds():
+    assert set(fold.CONVOLUTIONS) == set(build.MODULES)
+
+
+def test_folding_keeps_bounds_and_convolutions_with_bias():
+    with jax.enable_x64(True):
+        net, variables, _, images = _frozen("vgg", "float64")
+        bounds = {"bn0_0": {"lower": jnp.full(4, -0.1), "upper": jnp.full(4, 0.2)}}
+        clipped = {**variables, "bounds": bounds}
+        logits, stats = net.apply(net.frozen(clipped), images)
+        np.testing.assert_allclose(logits, net.apply(clipped, images)[0], rtol=1e-9, atol=1e-9)
+        assert jnp.abs(logits - net.apply(variables, images)[0]).max() > 1e-3
+        assert not jax.tree.leaves(stats)
+
+
+def test_frozen_variables_cannot_be_trained():
+    net, _, frozen, images = _frozen("cnn")
+    with pytest.raises(UserError, match="folded"):
+        net.apply(frozen, images.astype(jnp.float32), train=True)
+
+
+def test_bfloat16_sums_in_float32():
+    """4,096 ones make 4,096; summed in bfloat16 they would stop at 256."""
+    ones = jnp.ones((1, 8, 8, 64), jnp.bfloat16)
+    conv = nn.Conv(1, (8, 8), padding=0, use_bias=False, kernel_init=nn.initializers.ones, dtype=jnp.bfloat16)
+    dense = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.ones, dtype=jnp.bfloat16)
+    for layer, x in ((conv, ones), (dense, ones.reshape(1, -1))):
+        assert jax.jit(lambda x, layer=layer: layer.init_with_output(jax.random.key(0), x)[0])(x).ravel() == 4096
+    assert jax.jit(lambda x: x.sum())(ones) == 4096

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from jaxbd import devices, record, workflow
-from jaxbd.base import ArrayTree, Batch, Dataset, UserError
+from jaxbd.base import ArrayTree, Batch, Dataset, Net, UserError, Variables
 from jaxbd.cli import flags
 from jaxbd.data import load
 from jaxbd.interop import load as models
 from jaxbd.interop import preprocess
+from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
 
 ANY_SIZE_SOURCES = ("digits", ".npz")
@@ -38,6 +39,8 @@ COMPANIONS = {
 """What the verbs write into a model folder; a folder with anything else in it is not replaced."""
 PLACES = ("model", "data", "test_data", "clean_model", "scan", "out", "report", "job")
 """Flags that say where things are or how a job may be stopped: they may change between its parts."""
+ComputeDtype = Literal["stored", "float32", "bfloat16"]
+"""What a model computes in while it is searched: as its file says, or one of these."""
 SEARCH_SHARE = 0.75
 """Share of the given images on which triggers are searched and nets repaired; the others judge."""
 
@@ -192,6 +195,16 @@ def open_both(
     sample = preprocess.sample(Batch(dataset.images, dataset.labels))
     table = preprocess.check(model, sample, given or trusted, only_given=given is None and trusted is not None)
     return Opened(preprocess.adopt(model, table), dataset, table)
+
+
+def frozen(opened: Opened, compute_dtype: ComputeDtype = "stored") -> tuple[Net, Variables]:
+    """(net, variables) of a plain model that is only asked: computing in the type wished for, BatchNorm folded."""
+    model, spec = opened.model, opened.model.spec
+    if compute_dtype not in ("stored", spec.dtype):
+        spec = dataclasses.replace(spec, dtype=compute_dtype)
+        model = model._replace(spec=spec, net=build.net(spec))
+        model = preprocess.adopt(model, opened.table) if opened.table else model
+    return model.net, model.net.frozen(model.variables) if model.net.frozen else model.variables
 
 
 def stated(reading: Reading) -> dict[str, Any]:

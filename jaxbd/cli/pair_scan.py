@@ -43,6 +43,7 @@ class Args:
       out: write the result here as JSON (scan.json).
       report: write one self-contained HTML page here.
       search: what is searched, and how long.
+      compute_dtype: what the model computes in while triggers are searched, see `jaxbd scan --help`.
       job: how it may be stopped.
       reading: how model and data are read.
     """
@@ -54,6 +55,7 @@ class Args:
     out: pathlib.Path | None = None
     report: pathlib.Path | None = None
     search: Annotated[pairwise.Config, tyro.conf.arg(name="")] = pairwise.Config()
+    compute_dtype: common.ComputeDtype = "stored"
     job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=SAVE_EVERY)
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
@@ -71,8 +73,9 @@ def run(args: Args) -> int:
     show.preprocessing(opened.table)
     identity = common.identity("scan", args, common.model_record(opened.model), data=(search, held_out))
     with long_job.Job(files, args.job, identity) as job, Progress() as progress:
-        found = scan(opened, search, held_out, config, args.reading.seed, progress, job.keep)
+        found = scan(opened, search, held_out, config, args.reading.seed, progress, job.keep, args.compute_dtype)
     content = {**as_record(opened, found, search, held_out, config, args), "resumed": job.resumed}
+    content["compute_dtype"] = args.compute_dtype
     say(content)
     if args.out is not None:
         record.write_json(args.out, content)
@@ -100,11 +103,13 @@ def scan(
     seed: int,
     progress: Progress,
     keep: stages.Keep = stages.through,
+    compute_dtype: common.ComputeDtype = "stored",
 ) -> pairwise.PairScan:
     """`pairwise.scan` on an opened model."""
     model = opened.model
+    net, variables = common.frozen(opened, compute_dtype)
     return pairwise.scan(
-        jax.random.key(seed), model.net, model.variables, tuple(model.spec.image_shape), model.spec.classes,
+        jax.random.key(seed), net, variables, tuple(model.spec.image_shape), model.spec.classes,
         search, held_out, config, progress, keep,
     )  # fmt: skip
 

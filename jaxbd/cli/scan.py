@@ -44,6 +44,8 @@ class Args:
       preset: settings that the flags below start from: "quick", or MESA as in the "released" code or the "paper"
         (every class at random places; hours on a CPU).
       search: what is searched, and how long.
+      compute_dtype: what the model computes in while triggers are searched: "stored" as its file says; "bfloat16" is
+        faster on GPUs and TPUs; sums and losses are float32 all the same.
       job: how it may be stopped.
       reading: how model and data are read.
     """
@@ -54,6 +56,7 @@ class Args:
     report: pathlib.Path | None = None
     preset: Literal["quick", "released", "paper"] = "quick"
     search: Annotated[workflow.ScanConfig, tyro.conf.arg(name="")] = workflow.ScanConfig()
+    compute_dtype: common.ComputeDtype = "stored"
     job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags(save_every=SAVE_EVERY)
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
@@ -75,8 +78,9 @@ def run(args: Args) -> int:
     show.preprocessing(opened.table)
     identity = common.identity("scan", args, common.model_record(opened.model), data=(search, held_out))
     with long_job.Job(files, args.job, identity) as job, Progress() as progress:
-        found = scan(opened, search, held_out, args.search, args.reading.seed, progress, job.keep)
+        found = scan(opened, search, held_out, args.search, args.reading.seed, progress, job.keep, args.compute_dtype)
     content = {**as_record(opened, found, search, held_out, args), "resumed": job.resumed}
+    content["compute_dtype"] = args.compute_dtype
     show.scan(content, args.search)
     if args.out is not None:
         record.write_json(args.out, content)
@@ -97,11 +101,13 @@ def scan(
     seed: int,
     progress: workflow.Progress,
     keep: stages.Keep = stages.through,
+    compute_dtype: common.ComputeDtype = "stored",
 ) -> workflow.Scan:
     """`workflow.scan` on an opened model; the seconds are those one waits, with starting up and judging."""
     model, started = opened.model, time.perf_counter()
+    net, variables = common.frozen(opened, compute_dtype)
     found = workflow.scan(
-        jax.random.key(seed), model.net, model.variables, tuple(model.spec.image_shape), model.spec.classes,
+        jax.random.key(seed), net, variables, tuple(model.spec.image_shape), model.spec.classes,
         search, held_out, config, progress, keep,
     )  # fmt: skip
     waited = time.perf_counter() - started

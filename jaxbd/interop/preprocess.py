@@ -147,6 +147,7 @@ def _reversed(net: Net) -> Net:
         net.init,
         lambda variables, images, *, train=False: net.apply(variables, images[..., ::-1], train=train),
         outputs,
+        net.frozen,
     )
 
 

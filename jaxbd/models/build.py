@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
+from jaxbd.models import fold
 from jaxbd.models.cnn import CNN
 from jaxbd.models.mobilenet import MobileNet
 from jaxbd.models.norm import NORMALISATIONS, normalise
@@ -46,7 +47,7 @@ class Spec:
       image_shape: (H, W, C).
       mean, std: per-channel input normalisation of pixels in [0, 1]; one number stands for all channels.
       options: architecture options (width, stem, …).
-      dtype: compute type, "float32" or "bfloat16"; parameters and statistics are float32 either way.
+      dtype: compute type, "float32" or "bfloat16"; parameters, statistics, sums and logits are float32 either way.
     """
 
     arch: str
@@ -71,7 +72,7 @@ def module(spec: Spec) -> nn.Module:
 
 def net(spec: Spec) -> Net:
     """The net of `spec`, its first operation being the input normalisation."""
-    return _kept(module(spec), tuple(spec.image_shape), tuple(spec.mean), tuple(spec.std))
+    return _kept(spec.arch, module(spec), tuple(spec.image_shape), tuple(spec.mean), tuple(spec.std))
 
 
 def from_flax(
@@ -94,9 +95,9 @@ def from_flax(
     def apply(variables: Variables, images: Array, *, train: bool = False) -> tuple[Array, ArrayTree]:
         inputs = normalise(images, mean, std)
         if not train:
-            return flax_module.apply(variables, inputs, train=False), variables.get("batch_stats", {})
+            return wide(flax_module.apply(variables, inputs, train=False)), variables.get("batch_stats", {})
         logits, updates = flax_module.apply(variables, inputs, train=True, mutable=["batch_stats"])
-        return logits, updates.get("batch_stats", {})
+        return wide(logits), updates.get("batch_stats", {})
 
     def outputs(variables: Variables, images: Array) -> tuple[Array, dict[str, Array]]:
         paths: list[tuple[str, ...]] = []
@@ -104,9 +105,14 @@ def from_flax(
             inputs = normalise(images, mean, std)
             logits, sown = flax_module.apply(variables, inputs, train=False, mutable=["intermediates"])
         flat = flax.traverse_util.flatten_dict(dict(sown.get("intermediates", {})))
-        return logits, {"/".join(path): flat[*path, "output"][-1] for path in paths}
+        return wide(logits), {"/".join(path): flat[*path, "output"][-1] for path in paths}
 
     return Net(init, apply, outputs)
+
+
+def wide(logits: Array) -> Array:
+    """`logits` in float32 where they are narrower: no loss is computed in bfloat16."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _note_sown(paths: list[tuple[str, ...]], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -123,10 +129,15 @@ def _note_sown(paths: list[tuple[str, ...]], call: Callable[..., Any], args: Any
 
 @functools.lru_cache(maxsize=64)
 def _kept(
-    flax_module: nn.Module, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
+    arch: str,
+    flax_module: nn.Module,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> Net:
     """`from_flax`, the same functions for the same settings: what was compiled for one file serves the next."""
-    return from_flax(flax_module, image_shape, mean=mean, std=std)
+    net = from_flax(flax_module, image_shape, mean=mean, std=std)
+    return net._replace(frozen=functools.partial(fold.frozen, arch))
 
 
 def from_apply(apply: Callable[[Variables, Array], Array]) -> Net:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxbd.base import Array
+from jaxbd.base import Array, UserError
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0,), (1.0,)),
@@ -32,6 +32,10 @@ def _along_channels(values: Array | tuple[float, ...], x: Array) -> Array:
     return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+EPSILON = 1e-5
+"""Added to every variance, as PyTorch does."""
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, in PyTorch's conventions.
 
@@ -40,18 +44,24 @@ class BatchNorm(nn.Module):
     parameters are float32 whatever the compute dtype.
 
     Two hooks make defences possible without touching the net: the output is sown as `intermediates/<path>/output`,
-    and an optional collection `bounds` with arrays `lower`, `upper` [C] clips it (BNA's upsilon and omega).
+    and an optional collection `bounds` with arrays `lower`, `upper` [C] clips it (BNA's upsilon and omega). Where the
+    collection `folded` has an array `shift` [C] it is all that is added: the rest is in the convolution before
+    (`models.fold`), and there is nothing to train.
     """
 
     use_running_average: bool
     momentum: float = 0.9
-    epsilon: float = 1e-5
+    epsilon: float = EPSILON
     dtype: Any = jnp.float32
     affine: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
+        if self.has_variable("folded", "shift"):
+            if not self.use_running_average:
+                raise UserError("BatchNorm folded into a convolution cannot be trained; use the variables as they were")
+            return self._shown(x + _along_channels(self.get_variable("folded", "shift"), x))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         if self.use_running_average:
@@ -72,7 +82,10 @@ class BatchNorm(nn.Module):
             scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
             bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
             factor, shift = factor * scale, shift * scale + bias
-        out = x * _along_channels(factor, x) + _along_channels(shift, x)
+        return self._shown(x * _along_channels(factor, x) + _along_channels(shift, x))
+
+    def _shown(self, out: Array) -> Array:
+        """`out` [..., C] within its bounds, and sown."""
         out = _clipped(self, out)
         self.sow("intermediates", "output", out)
         return out

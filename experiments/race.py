@@ -1,0 +1,101 @@
+"""How much sooner the verdict is there: one program with retiring cells against PyTorch's cells one after another.
+
+A victim of each architecture is planted in handwritten digits, 16x16 pixels in three equal channels, and scanned with
+MESA, 10 classes x 3 levels at batch 32, in full and with settled cells retired. PyTorch's time is of its own sweep,
+measured in the same process: the seconds of a step of all 30 cells, times the steps of a full scan.
+
+    python -m experiments.race       # about 20 minutes on 2 cores
+"""
+
+import dataclasses
+import importlib
+import time
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import units
+from experiments.digits_five_seeds import Settings
+from jaxbd import study, workflow
+from jaxbd.attacks import badnets
+from jaxbd.base import Batch
+from jaxbd.data import digits
+from jaxbd.models import build
+
+NAME = "scale/race"
+Arch = Literal["wrn16-1", "vgg"]
+ARCHS: tuple[Arch, ...] = ("wrn16-1", "vgg")
+SIDE, SEED, TARGET, ROUNDS = 16, 0, 0, 3
+
+
+def colour(batch: Batch) -> Batch:
+    """Grey images [N, H, W, 1] in three channels."""
+    return batch._replace(images=np.repeat(np.asarray(batch.images), 3, axis=-1))
+
+
+def planted(arch: Arch, width: int, settings: Settings) -> tuple[study.Case, jax.Array]:
+    """A victim, and its key."""
+    shape, key = (SIDE, SIDE, 3), jax.random.key(SEED)
+    parts = study.divide(digits.load(SIDE), settings.train_rows, settings.defence_rows, seed=SEED)
+    train, defence, test = map(colour, parts)
+    net = build.net(build.Spec(arch=arch, classes=10, image_shape=shape, options={"width": width}))
+    attack = badnets.make(shape, 10, dataclasses.replace(settings.attack, target=TARGET))
+    trigger = attack.init(jax.random.fold_in(key, 1))
+    victim, _, _ = study.train(
+        jax.random.fold_in(key, 2), net, train, settings.training, attack=attack, trigger=trigger,
+        progress=units.progress(NAME),
+    )  # fmt: skip
+    return study.Case(net, victim, shape, attack, trigger, TARGET, defence, test), key
+
+
+def one(arch: Arch, width: int, settings: Settings, configs: dict[str, workflow.ScanConfig], sequential) -> dict:
+    """Both scans and PyTorch's time; `sequential(case)` gives the seconds of one step of all of PyTorch's cells."""
+    case, key = planted(arch, width, settings)
+    variables, row = case.net.frozen(case.variables), {"net": f"{arch}-{width}", "planted": TARGET}
+    for way, config in configs.items():
+        started = time.perf_counter()
+        found = workflow.scan(
+            jax.random.fold_in(key, 4), case.net, variables, case.image_shape, 10, case.defence, case.test, config,
+            units.progress(NAME),
+        )  # fmt: skip
+        row[f"verdict, {way}"] = " ".join([found.decision.verdict, *map(str, found.decision.targets)])
+        row[f"image-steps, {way}"] = found.image_steps
+        row[f"seconds, {way}"] = time.perf_counter() - started - found.seconds.compile
+    full = configs["full"]
+    row["seconds, PyTorch"] = full.steps * sequential(arch, width, full)
+    row["PyTorch / retiring"] = row["seconds, PyTorch"] / row["seconds, retiring"]
+    return row
+
+
+def in_torch(arch: Arch, width: int, config: workflow.ScanConfig) -> float:
+    """Median seconds of one step of all cells in PyTorch, on all cores."""
+    from experiments.reproduce_scale import script
+
+    scale, dhbe = script("bench_scale"), script("bench_dhbe")
+    sizes = dict(side=SIDE, batch=config.batch_size, levels=config.levels, hidden=config.mesa.hidden, width=width)
+    side = scale.in_torch(scale.case_of("mesa", arch, **sizes), dhbe.bind(None))
+    return dhbe.spread(dhbe.measure({"torch": side}, ROUNDS, 2)["torch"])["median"]
+
+
+def run() -> dict[str, Any]:
+    """Resumable: a row per architecture."""
+    settings, widths = Settings(), {"wrn16-1": 16, "vgg": 32}
+    configs = importlib.import_module("experiments.retire").configs(settings)
+    known = [units.settings_of(settings), {way: units.settings_of(config) for way, config in configs.items()}, ROUNDS]
+    rows = [
+        units.unit(NAME, arch, [arch, known], lambda arch=arch: one(arch, widths[arch], settings, configs, in_torch))
+        for arch in ARCHS
+    ]
+    return {"rows": rows}
+
+
+def main() -> None:
+    """Runs the race and prints its table."""
+    units.use_cache()
+    print(units.table(run()["rows"]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
