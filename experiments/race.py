@@ -8,7 +8,6 @@ measured in the same process: the seconds of a step of all 30 cells, times the s
 """
 
 import dataclasses
-import importlib
 import time
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import units
+from experiments import retire, units
 from experiments.digits_five_seeds import Settings
 from jaxbd import study, workflow
 from jaxbd.attacks import badnets
@@ -82,7 +81,7 @@ def in_torch(arch: Arch, width: int, config: workflow.ScanConfig) -> float:
 def run() -> dict[str, Any]:
     """Resumable: a row per architecture."""
     settings, widths = Settings(), {"wrn16-1": 16, "vgg": 32}
-    configs = importlib.import_module("experiments.retire").configs(settings)
+    configs = retire.configs(settings)
     known = [units.settings_of(settings), {way: units.settings_of(config) for way, config in configs.items()}, ROUNDS]
     rows = [
         units.unit(NAME, arch, [arch, known], lambda arch=arch: one(arch, widths[arch], settings, configs, in_torch))

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments import many_cells, startup, units
 from experiments import race as racing
+from experiments import retire as retiring
 from experiments.reproduce import Check
 from jaxbd import record
 
@@ -104,8 +105,7 @@ def shown(row: dict, name: str) -> dict:
 
 def retire(quick: bool, tables: dict, checks: list, details: dict) -> None:
     """The same verdicts from fewer image-steps."""
-    retire = importlib.import_module("experiments.retire")
-    found = retire.run(1) if quick else retire.run()
+    found = retiring.run(1) if quick else retiring.run()
     details["retire"] = found
     tables["Handwritten digits: scans with settled cells retired, beside full ones"] = found["rows"]
     checks.append(

@@ -170,7 +170,7 @@ def run(seeds: int = SEEDS) -> dict:
 
 def rule(settings: Settings) -> dict:
     """The constants of the stopping rule, which the figures depend on too."""
-    names = ("RATES", "REACHED", "FAR", "RISING", "STILL")
+    names = ("RATES", "REACHED", "CALM", "FAR", "RISING", "STILL")
     after = configs(settings)["retiring"].modelled().stop_after
     return {**{name.lower(): getattr(mesa, name) for name in names}, "stop_after": after}
 
