@@ -25,7 +25,7 @@ jaxbd.cli.__path__.append({str(HERE)!r})
 main.VERBS["probe"] = ""
 sys.exit(main.main(["probe", *sys.argv[1:]]))
 """
-PATIENCE = 1200.0
+PATIENCE = 300.0
 """Seconds for what takes a few on an idle machine."""
 
 
