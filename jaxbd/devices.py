@@ -69,7 +69,12 @@ def by_cell(tree: ArrayTree, over: Mesh | None) -> ArrayTree:
 
 def on_each(tree: ArrayTree, over: Mesh | None) -> ArrayTree:
     """The whole of every leaf on each device."""
-    return tree if over is None else _put(tree, NamedSharding(over, PartitionSpec()))
+    return tree if over is None else _put(tree, whole(over))
+
+
+def whole(over: Mesh | None) -> NamedSharding | None:
+    """The sharding of what lies on each device of a mesh."""
+    return None if over is None else NamedSharding(over, PartitionSpec())
 
 
 def _put(tree: ArrayTree, sharding: NamedSharding) -> ArrayTree:

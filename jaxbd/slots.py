@@ -194,11 +194,12 @@ class _Run:
         self.host, self.over = over_time == "host", devices.mesh()
         self.cells = jax.tree.map(np.asarray, cells)
         self.total, self.num_steps, self.chunk = len(self.cells.target), num_steps, chunk
-        self.slot, self.batch_size = _shapes(inversion, draw, self.cells, key, victim, data, chunk if course else 0)
+        self.limit, *self.shared = devices.on_each((jnp.int32(num_steps), key, victim, data), self.over)
+        recent = chunk if course else 0
+        self.slot, self.batch_size = _shapes(inversion, draw, self.cells, *self.shared, recent, self.over)
         self.given = {
             name: np.asarray(value, getattr(self.slot.state, name).dtype) for name, value in (given or {}).items()
         }
-        self.limit, *self.shared = devices.on_each((jnp.int32(num_steps), key, victim, data), self.over)
         empty = lambda tree: jax.tree.map(lambda leaf: np.zeros((self.total, *leaf.shape), leaf.dtype), tree)
         self.states, self.infos = empty(self.slot.state), empty(self.slot.info)
         self.course = jax.tree.map(self.blank_course, self.slot.info) if course else None
@@ -356,15 +357,19 @@ class _Run:
         return Progress(finished, self.total, steps, self.total * self.num_steps, len(self.numbers))
 
 
-def _shapes(inversion, draw, cells, key, victim, data, chunk) -> tuple[Slots, int]:
-    """Shapes of one slot, for a course of `chunk` steps, and images in a batch, without computing anything."""
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    cell = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype), cells)
-    number, state = jax.ShapeDtypeStruct((), jnp.int32), jax.tree.map(shape, jax.eval_shape(inversion.init, key))
+def _shapes(inversion, draw, cells, key, victim, data, chunk, over) -> tuple[Slots, int]:
+    """Shapes of one slot, for a course of `chunk` steps, and images in a batch, without computing anything.
+
+    They lie on the devices as the program's own arguments do, or the step would be traced once for each.
+    """
+    struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=devices.whole(over))
+    shape = lambda leaf: struct(leaf.shape, leaf.dtype)
+    cell = jax.tree.map(lambda leaf: struct((), leaf.dtype), cells)
+    number, state = struct((), jnp.int32), jax.tree.map(shape, jax.eval_shape(inversion.init, key))
     batch = jax.eval_shape(draw, key, data, cell.source)
     _, info = jax.eval_shape(_advance(inversion, draw), state, number, cell, key, victim, data)
     info = jax.tree.map(shape, info)
-    recent = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((chunk, *leaf.shape), leaf.dtype), info) if chunk else None
+    recent = jax.tree.map(lambda leaf: struct((chunk, *leaf.shape), leaf.dtype), info) if chunk else None
     return Slots(state, info, number, number, recent), jax.tree.leaves(batch)[0].shape[0]
 
 

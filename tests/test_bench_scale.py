@@ -5,8 +5,6 @@ import importlib
 import itertools
 import json
 import pathlib
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -225,9 +223,8 @@ def section(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     scale = importlib.import_module("experiments.reproduce_scale")
-    retire = types.ModuleType("experiments.retire")
-    retire.run = lambda seeds=10: {"rows": [{"a": 1}], "saving": 4.0, "same_verdict": 2 * seeds, "models": 2 * seeds}
-    monkeypatch.setitem(sys.modules, "experiments.retire", retire)
+    retired = lambda seeds=10: {"rows": [{"a": 1}], "saving": 4.0, "same_verdict": 2 * seeds, "models": 2 * seeds}
+    monkeypatch.setattr(scale.retiring, "run", retired)
 
     def benchmark(folder, unit, name, *flags):
         task, arch = flags[1], flags[3] if len(flags) > 3 else ""
