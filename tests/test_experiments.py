@@ -37,14 +37,14 @@ from experiments import (  # noqa: E402
 from jaxbd.base import UserError  # noqa: E402
 
 EXPERIMENTS = (
-    alpha_beta, defence_triggers, detect_targets, digits_five_seeds, distribution_maps,
-    bna_variations, activation_histograms, adaptive,
+    defence_triggers, detect_targets, distribution_maps, activation_histograms,
     dhbe_rows, dhbe_sweeps, dhbe_distances,
     retire, many_cells, startup,
 )  # fmt: skip
+LONG = (alpha_beta, digits_five_seeds, bna_variations, adaptive, bna_rows)
 PUBLISHED = (bna_published, dhbe_published)
 """Need models and images that may lie beside the repository."""
-SLOW = [pytest.param(experiment, marks=pytest.mark.slow) for experiment in (bna_rows, *PUBLISHED)]
+SLOW = [pytest.param(experiment, marks=pytest.mark.slow) for experiment in (*LONG, *PUBLISHED)]
 
 
 @pytest.fixture(scope="module")
