@@ -96,8 +96,8 @@ def _digits(seeds: int, tables: dict, checks: list[Check], details: dict) -> Non
         checks.append(Check(f"digits, {attack}, estimated trigger: worst ASR", rate, 0.05, "at most"))
         checks.append(Check(f"digits, {attack}: mean SIA below clean accuracy", float(np.mean(gap)), 0.05, "at most"))
         checks.append(Check(f"digits, {attack}: mean drop of clean accuracy", float(np.mean(drop)), 0.01, "at most"))
-    clean = sum(r["scan"]["verdict"] == "clean" for r in found[None])
-    checks.append(Check("digits: clean twins called clean", clean, seeds, "exactly"))
+    named = sum(bool(r["scan"]["targets"]) for r in found[None])
+    checks.append(Check("digits: clean twins in which a target is named", named, 0, "exactly"))
     details["digits"] = every
 
 
