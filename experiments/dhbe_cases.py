@@ -47,16 +47,18 @@ class Size(NamedTuple):
     flip: bool
 
 
+DIGIT_SIDE = 32
+"""Of the digits, whose 8x8 originals are enlarged, so that nine 3x3 triggers cover 8 % of an image, as in CIFAR-10."""
 DIGIT_MOMENTS = (0.3053,), (0.3759,)
-"""Mean and standard deviation of the 1,797 digits at 16x16."""
+"""Mean and standard deviation of the 1,797 digits."""
 _CIFAR_MEAN, _CIFAR_STD = NORMALISATIONS["cifar10"]
 SIZES: dict[str, Size] = {
     "digits": Size(
         build.Spec(
             arch="vgg",
             classes=CLASSES,
-            image_shape=(16, 16, 1),
-            options={"width": 16},
+            image_shape=(DIGIT_SIDE, DIGIT_SIDE, 1),
+            options={"width": 8},
             mean=DIGIT_MOMENTS[0],
             std=DIGIT_MOMENTS[1],
         ),
@@ -162,7 +164,7 @@ def copies(case: study.Case, number: amplified.Copies) -> tuple[Attack, Any]:
 def data(size: SizeName, seed: int, source: str | None = None) -> tuple[Batch, Batch]:
     """Images to train on and images to judge with."""
     if size == "digits":
-        parts = study.divide(digits.load(16), TRAIN_DIGITS, 0, seed=3000 + seed)
+        parts = study.divide(digits.load(DIGIT_SIDE), TRAIN_DIGITS, 0, seed=3000 + seed)
         return parts.train, parts.test
     source = bench.data_source("narrow", source)
     train = load.as_batch(load.load(source, split="train", limit=TRAIN_IMAGES))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import bench, units
+from experiments import bench, dhbe_cases, units
 from jaxbd import distances
 from jaxbd.attacks import badnets, blend, single_pixel, sinusoid, steganography
 from jaxbd.base import Attack, Batch, Dataset
@@ -27,7 +27,7 @@ NAME, IMAGES, PROJECTIONS = "dhbe/distances", 2000, 512
 
 def sets() -> dict[str, Dataset]:
     """The data sets that are there, by name."""
-    found = {"digits": digits.load(16)}
+    found = {"digits": digits.load(dhbe_cases.DIGIT_SIDE)}
     if (units.SHARED / "data" / "cifar10").is_dir():
         found["CIFAR-10"] = load.load(bench.data_source("narrow", None), split="test")
     return found
@@ -81,15 +81,15 @@ def unit() -> dict[str, Any]:
         "classes": [classes(name, dataset) for name, dataset in found.items()],
         "triggers": [row for name, dataset in found.items() for row in triggers(name, dataset)],
     }
-    return units.unit(NAME, "tables", [IMAGES, PROJECTIONS, sorted(found)], work)
+    return units.unit(NAME, "tables", [IMAGES, PROJECTIONS, dhbe_cases.DIGIT_SIDE, sorted(found)], work)
 
 
 def main(smoke: bool = False) -> None:
     """Runs the experiment and prints its tables."""
     units.use_cache()
     if smoke:
-        print(units.table([classes("digits", digits.load(16), 4)]), "\n")
-        print(units.table(triggers("digits", digits.load(16), 50)))
+        print(units.table([classes("digits", digits.load(dhbe_cases.DIGIT_SIDE), 4)]), "\n")
+        print(units.table(triggers("digits", digits.load(dhbe_cases.DIGIT_SIDE), 50)))
         return
     for rows in unit().values():
         print(units.table(rows), "\n")
