@@ -203,11 +203,11 @@ def as_settings(settings: Settings) -> list[Any]:
     return [*map(units.settings_of, settings[:3]), settings.rounds]
 
 
-def unit(planting: Planting) -> dict[str, Any]:
-    """`one_victim`, kept under `runs/`."""
-    settings = settings_for(planting)
+def unit(planting: Planting, settings: Settings | None = None, folder: str = NAME) -> dict[str, Any]:
+    """`one_victim`, kept in a folder under `runs/`."""
+    settings = settings or settings_for(planting)
     wanted = [bna_cases.settings(planting), *as_settings(settings)]
-    return units.unit(NAME, planting.name, wanted, lambda: one_victim(planting, settings))
+    return units.unit(folder, planting.name, wanted, lambda: one_victim(planting, settings))
 
 
 def detection_row(result: dict[str, Any]) -> dict[str, Any]:
