@@ -3,7 +3,7 @@
 Neural Cleanse for all pairs through `sweep.search`: slots of one compiled program, as many as the memory budget holds
 by the program's own account. What cells became lies in the host's memory. The peak of the process says the rest.
 
-    python -m experiments.many_cells             # about 5 minutes on 2 cores
+    python -m experiments.many_cells
     python -m experiments.many_cells --smoke
 """
 

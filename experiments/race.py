@@ -4,7 +4,7 @@ A victim of each architecture is planted in handwritten digits, 16x16 pixels in 
 MESA, 10 classes x 3 levels at batch 32, in full and with settled cells retired. PyTorch's time is of its own sweep,
 measured in the same process: the seconds of a step of all 30 cells, times the steps of a full scan.
 
-    python -m experiments.race       # about 20 minutes on 2 cores
+    python -m experiments.race
 """
 
 import dataclasses

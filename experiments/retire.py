@@ -3,7 +3,7 @@
 Claim: the verdict on each of 10 victims and 10 clean twins is that of the full run, while the images pushed through the
 victims fall at least 3-fold; what is unlearned from the retired cells is unlearned as well.
 
-    python -m experiments.retire              # about 25 minutes on 2 cores
+    python -m experiments.retire
     python -m experiments.retire --smoke      # one victim and its twin, few steps; checks that it runs, not the claim
 
 Victims and scans are those of `digits_five_seeds`, ten seeds of them. The stopping rule's constants were chosen on

@@ -360,10 +360,15 @@ def bind(threads: int | None) -> int:
     return os.cpu_count() or 1
 
 
-if __name__ == "__main__":
+def launch(benchmark: Callable[..., None], name: str) -> None:
+    """A benchmark of both sides from the command line; what is wrong with the input is one line."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
     jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are those of a first run
     try:
-        tyro.cli(main)
+        tyro.cli(benchmark)
     except UserError as error:
-        sys.exit(f"bench_dhbe: {error}")
+        sys.exit(f"{name}: {error}")
+
+
+if __name__ == "__main__":
+    launch(main, "bench_dhbe")

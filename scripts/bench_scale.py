@@ -14,7 +14,6 @@ program and shown as share of what a large product of matrices reaches on the sa
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -24,7 +23,6 @@ import bench_dhbe
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from bench_dhbe import MEAN, STD, Side
 
 from jaxbd import loop, record, supervised, sweep
@@ -411,9 +409,4 @@ def measured(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
-    jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are those of a first run
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"bench_scale: {error}")
+    bench_dhbe.launch(main, "bench_scale")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_sweep_slots import BY_SIZE, KEY, LINEAR, NUDGING
 
 from jaxbd import devices, erase, loop, slots, supervised, sweep, workflow
-from jaxbd.base import Inversion, Net, UserError
+from jaxbd.base import Inversion, UserError
 from jaxbd.data import draw
 from jaxbd.inversion import mesa
 from jaxbd.models import build
@@ -259,18 +259,6 @@ def test_results_can_be_used_with_arrays_on_one_device(use, wide):
 # traces
 
 
-class Counted:
-    """The toy net, counting how often it is traced."""
-
-    def __init__(self):
-        self.traces = 0
-        self.net = Net(toys.NET.init, self.apply)
-
-    def apply(self, variables, images, *, train=False):
-        self.traces += 1
-        return toys.NET.apply(variables, images, train=train)
-
-
 SCAN = workflow.ScanConfig(
     method="mesa", steps=3, locate_steps=3, batch_size=6, levels=(0.5, 0.9), mesa=mesa.Config(hidden=8, place="image")
 )
@@ -281,7 +269,7 @@ SCAN = workflow.ScanConfig(
 def test_a_scan_traces_each_stage_once_and_a_second_victim_not_at_all(method, traces, count, use):
     """Searching and judging are a trace each, for all cells at once; "auto" searches twice and judges two places."""
     use(count)
-    counted, config = Counted(), dataclasses.replace(SCAN, method=method)
+    counted, config = toys.Counted(), dataclasses.replace(SCAN, method=method)
     held_out = toys.quadrants(1, 21)
     for number, victim in enumerate((toys.victim(1), toys.victim(2, place=(0, 3)))):
         found = workflow.scan(

@@ -10,7 +10,7 @@ import pytest
 import toys
 
 from jaxbd import memory, slots, stages, sweep, workflow
-from jaxbd.base import Net, UserError
+from jaxbd.base import UserError
 from jaxbd.cli import flags
 from jaxbd.cli import main as entry
 from jaxbd.data import draw
@@ -151,22 +151,10 @@ def test_fields_of_the_fresh_states_can_be_given(full):
     assert found.states.place.dtype == np.int32
 
 
-class Counted:
-    """The toy net, counting how often it is traced."""
-
-    def __init__(self):
-        self.traces = 0
-        self.net = Net(toys.NET.init, self.apply)
-
-    def apply(self, variables, images, *, train=False):
-        self.traces += 1
-        return toys.NET.apply(variables, images, train=train)
-
-
 @pytest.fixture(scope="module")
 def scans():
     """(victim, retire) -> scan; all by one net, whose traces are counted."""
-    counted = Counted()
+    counted = toys.Counted()
     return counted, {
         (name, retire): workflow.scan(
             jax.random.key(5),

@@ -10,7 +10,7 @@ import pytest
 import toys
 
 from jaxbd import loop, sweep
-from jaxbd.base import Batch, Net
+from jaxbd.base import Batch
 from jaxbd.data import draw
 from jaxbd.inversion import mesa
 
@@ -20,17 +20,12 @@ CELLS = dict(target=(1, 3), level=(0.5, 0.9))
 STEPS = 4
 
 
-class Counted:
-    """The toy net, counting how often it is traced."""
+class Counted(toys.Counted):
+    """With an inversion of the net whose traces are counted."""
 
     def __init__(self):
-        self.traces = 0
-        self.net = Net(toys.NET.init, self.apply)
+        super().__init__()
         self.inversion = mesa.make(self.net, toys.SHAPE, CONFIG)
-
-    def apply(self, variables, images, *, train=False):
-        self.traces += 1
-        return toys.NET.apply(variables, images, train=train)
 
 
 def wide_data() -> Batch:

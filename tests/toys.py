@@ -80,3 +80,15 @@ def assert_close(actual, expected, tolerance: float) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+class Counted:
+    """The toy net, counting how often it is traced."""
+
+    def __init__(self):
+        self.traces = 0
+        self.net = Net(NET.init, self.apply)
+
+    def apply(self, variables, images, *, train=False):
+        self.traces += 1
+        return NET.apply(variables, images, train=train)
