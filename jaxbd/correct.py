@@ -1,7 +1,6 @@
 """Correction of activation distributions for one trigger, and what it did to them. Composition, as `workflow`."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +12,12 @@ from jaxbd import evaluate, histogram, loop, losses, pairs, stages
 from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
 from jaxbd.data import draw
 from jaxbd.images import to_float
+from jaxbd.remembered import remembered
 from jaxbd.repair import activations as measured
 from jaxbd.repair import bna
 from jaxbd.workflow import Progress, Repaired
 
-make_bna = functools.lru_cache(32)(bna.make)
+make_bna = remembered(32)(bna.make)
 """Remembers what it made, so that nothing is traced twice for another victim of the same shape."""
 
 Stamp = Callable[[Key, Any, Array], Array]
@@ -106,7 +106,7 @@ def _lost(net: Net, variables: Variables, corrected: Variables, kept: Batch) -> 
     return float(lost[asked].mean()) if asked.any() else 0.0
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _labeller(net: Net) -> Callable[[Key, Variables, Array], Array]:
     """(key, variables, images) -> classes [B]; the same function for the same net."""
     return lambda _, variables, images: net.apply(variables, images, train=False)[0].argmax(-1)
@@ -176,7 +176,7 @@ def detected(
     return best._replace(seconds=loop.total(*spent))
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _starter(init: Callable[..., Any]) -> loop.Program:
     return loop.Program(init)
 
@@ -211,7 +211,7 @@ def activations(
     return found if channel is None else found[:, channel]
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _shower(net: Net, layer: str) -> Callable[[Key, Variables, Array], Array]:
     """(key, variables, images) -> [B, …, C], one layer's activations; the same function for the same layer."""
     return lambda _, variables, images: net.outputs(variables, images)[1][layer]
@@ -284,7 +284,7 @@ def divergences(
     return {layer: means[layer], "all": every}
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _diverger(net: Net, stamp: Stamp, width: float, bins: int) -> loop.Program:
     """(clean variables, corrected ones, trigger, images) -> {layer: (TV, JS, KL)}."""
 

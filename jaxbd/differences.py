@@ -1,7 +1,6 @@
 """How much a trigger still moves a net's activations: DHBE's measure of what an erasure left (Fig. 7). Composition."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from jaxbd import correct, evaluate
 from jaxbd.base import Array, Batch, Key, Net, UserError, Variables
 from jaxbd.correct import Stamp
+from jaxbd.remembered import remembered
 
 
 class Differences(NamedTuple):
@@ -57,7 +57,7 @@ def activation_differences(
     return evaluate.per_image(key, _differing(net, stamp, layer), (variables, model), data, batch_size=batch_size)
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _differing(net: Net, stamp: Stamp, layer: str):
     """(key, (variables, trigger), images [B, H, W, C]) -> Differences [B]; the same function for the same net."""
 

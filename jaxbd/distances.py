@@ -6,7 +6,6 @@ of a trigger they are the sum of all pixel changes, for which closed forms of Ta
 pixels that are uniform on [0, 1]. Composition.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from jaxbd import evaluate, loop
 from jaxbd.base import Array, Batch, Key, UserError
 from jaxbd.correct import Stamp
 from jaxbd.images import to_float
+from jaxbd.remembered import remembered
 
 # ---- between classes ----------------------------------------------------------------------------------------------
 
@@ -158,12 +158,12 @@ def _projected(images: np.ndarray, along: Array, batch_size: int) -> np.ndarray:
     return found
 
 
-@functools.lru_cache(maxsize=1)
+@remembered(1)
 def _projector() -> loop.Program:
     return loop.Program(_project)
 
 
-@functools.lru_cache(maxsize=8)
+@remembered(8)
 def _pairwise(order: float) -> loop.Program:
     """(values [K, L, P], counts [K], pairs [Q, 2]) -> W_p^p summed over P, [Q]; one pair in memory at a time."""
 
@@ -235,6 +235,6 @@ def pixel_changes(key: Key, stamp: Stamp, model: Any, data: Batch, *, batch_size
     return evaluate.per_image(key, _changer(stamp), model, data, batch_size=batch_size)
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _changer(stamp: Stamp):
     return lambda key, model, images: jnp.abs(stamp(key, model, images) - images).sum((1, 2, 3))

@@ -4,7 +4,6 @@ Composition like `workflow`: nothing is printed, no file is opened, and nothing 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +16,12 @@ from jaxbd import loop
 from jaxbd.base import Key, Net, UserError, Variables
 from jaxbd.models.norm import NORMALISATIONS
 from jaxbd.models.synthesis import SampleGenerator, TriggerGenerator, to_pixels
+from jaxbd.remembered import remembered
 from jaxbd.repair import dhbe
 from jaxbd.workflow import Progress, Repaired
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _method(net: Net, image_shape: tuple[int, int, int], config: dhbe.Config):
     """The method, and its step keyed by the state's own step number; kept, so that nothing is traced twice."""
     method = dhbe.make(net, image_shape, config)

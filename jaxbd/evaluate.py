@@ -4,7 +4,6 @@ One of the three places that call `jax.jit`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxbd.base import Attack, Batch, Key, Net, Variables
 from jaxbd.images import to_float
 from jaxbd.loop import Program
+from jaxbd.remembered import remembered
 from jaxbd.sweep import batches
 
 
@@ -61,12 +61,12 @@ class Detection:
     n_clean: int
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _predictor(net_apply: Callable[..., Any]) -> Program:
     return Program(lambda variables, images: net_apply(variables, to_float(images), train=False)[0])
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _stamped_predictor(net_apply: Callable[..., Any], stamp: Callable[..., Any]) -> Program:
     def predict(key, variables, trigger, images):
         return net_apply(variables, stamp(key, trigger, to_float(images)), train=False)[0]
@@ -130,7 +130,7 @@ def _share(hits: np.ndarray, among: np.ndarray) -> float | None:
     return float(hits[among].mean()) if among.any() else None
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _measuring(measure: Callable[..., Any], stamp: Callable[..., Any] | None) -> Program:
     def measured(key, known, trigger, images):
         stamp_key, key = jax.random.split(key)

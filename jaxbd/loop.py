@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxbd import devices
 from jaxbd.base import ArrayTree, Key
+from jaxbd.remembered import relieve, remembered
 
 Time = Literal["auto", "scan", "host"]
 
@@ -76,6 +77,7 @@ class Program:
         )
         if signature not in self._compiled:
             started = time.perf_counter()
+            relieve()
             with _mesh_of(leaves):
                 self._compiled[signature] = self._jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - started
@@ -106,7 +108,7 @@ def default_time() -> Time:
     return "host" if jax.default_backend() == "cpu" else "scan"
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _programs(advance: Callable[..., Any], chunk: int) -> tuple[Program, Program]:
     """One step and one chunk of `advance(state, *args) -> (state, info)`; kept, so that nothing is traced twice."""
 
@@ -182,7 +184,7 @@ def _check_finite(infos: ArrayTree, first_step: int) -> None:
         raise NotFinite(first_step + int(row), tuple(cells))
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _trained(step: Callable[..., Any], draw: Callable[..., Any]) -> Callable[..., Any]:
     """`step` on a batch from `draw`, both keyed by the state's own step number."""
 

@@ -1,6 +1,5 @@
 """Triggers of class pairs, one by one and for several at once, and what they do: the work behind `pairs.scan`."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,16 +11,15 @@ from jaxbd import detect, evaluate, loop, stages, sweep
 from jaxbd.base import ANY_SOURCE, Batch, Cell, Inversion, Key, Net, Variables
 from jaxbd.data import draw
 from jaxbd.inversion import neural_cleanse, plain, pt_red
+from jaxbd.remembered import remembered
 
 Pair = tuple[int, int]
 """(source, target)"""
 METHODS = ("neural-cleanse", "pt-red")
-MAKE = {
-    name: functools.lru_cache(32)(module.make) for name, module in zip(METHODS, (neural_cleanse, pt_red), strict=True)
-}
+MAKE = {name: remembered(32)(module.make) for name, module in zip(METHODS, (neural_cleanse, pt_red), strict=True)}
 """The factories, remembering what they made, so that nothing is traced twice."""
 INFOS = {"neural-cleanse": neural_cleanse.Info, "pt-red": pt_red.Info}
-make_plain = functools.lru_cache(32)(plain.make)
+make_plain = remembered(32)(plain.make)
 EVALUATED = 64
 """Images at a time when a trigger is judged: about as many as one class brings."""
 

@@ -6,7 +6,6 @@ the searches for patches and for perturbations become one answer is written down
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from jaxbd import detect, loop, pair_triggers, stages
 from jaxbd.base import Array, Batch, Inversion, Key, Net, UserError, Variables, check_targets
 from jaxbd.pair_rules import Config, Rules
 from jaxbd.pair_triggers import METHODS, Lab, Pair
+from jaxbd.remembered import remembered
 
 __all__ = [
     "METHODS",
@@ -257,7 +257,7 @@ def together(estimates: Sequence[Estimate]) -> tuple[Stamp, Any]:
     return _either(tuple(each.stamp for each in estimates)), tuple(each.model for each in estimates)
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _either(stamps: tuple[Stamp, ...]) -> Stamp:
     """Stamps each image with one of several triggers; their models are given as a tuple."""
 

@@ -1,7 +1,6 @@
 """Attacks that start from a clean net: clean-label poisoning and Trojaning. Composition, as `workflow`."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +13,10 @@ from jaxbd.attacks.patch import Trigger
 from jaxbd.base import Attack, Batch, Key, Net, UserError, Variables
 from jaxbd.data import draw
 from jaxbd.images import to_float
+from jaxbd.remembered import remembered
 from jaxbd.workflow import Progress
 
-make_harder, make_search = (functools.lru_cache(32)(factory) for factory in (clean_label.harder, trojan.search))
+make_harder, make_search = (remembered(32)(factory) for factory in (clean_label.harder, trojan.search))
 """The factories, remembering what they made, so that nothing is traced twice for the same net and settings."""
 
 

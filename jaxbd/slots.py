@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxbd import devices, loop, memory, stages
 from jaxbd.base import Array, ArrayTree, Cell, Inversion, Key, UserError, Variables
+from jaxbd.remembered import remembered
 
 DEFAULT, CPU_DEFAULT = 32, 16
 """Slots of each device where none are asked for and memory allows. Fewer on a CPU, where the arrays of a wide batch
@@ -125,7 +126,7 @@ def _finite(info: ArrayTree) -> Array:
     return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in floats], jnp.bool_(True))
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _advance(inversion: Inversion, draw: Callable[..., Any]) -> Callable[..., Any]:
     """One step of one cell; traced once, however many cells a batch has."""
 
@@ -137,7 +138,7 @@ def _advance(inversion: Inversion, draw: Callable[..., Any]) -> Callable[..., An
     return loop.traced_once(advance)
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _one(inversion: Inversion, draw: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """(fresh, step, done) of one slot; `step` leaves a slot that is done as it is."""
     advance = _advance(inversion, draw)
@@ -159,7 +160,7 @@ def _one(inversion: Inversion, draw: Callable[..., Any]) -> tuple[Callable[..., 
     return fresh, step, done
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _programs(inversion: Inversion, draw: Callable[..., Any], over_time: loop.Time) -> tuple[loop.Program, ...]:
     """`refill` and `advance` for all slots at once; kept, so that nothing is traced twice."""
     fresh, step, done = _one(inversion, draw)

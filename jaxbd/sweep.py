@@ -1,7 +1,6 @@
 """Over cells: one method on a whole grid of targets, sources and levels. One of three places that call `jax.jit`."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from jaxbd import devices, loop, stages
 from jaxbd import slots as over_slots
 from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables
 from jaxbd.images import to_float
+from jaxbd.remembered import remembered
 
 How = Literal["vmap", "map", "loop"]
 
@@ -46,7 +46,7 @@ def describe(cells: Cell, index: int) -> str:
     return f"{pair} at level {float(cells.level[index]):g}"
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _advance(
     step: Callable[..., Any], draw: Callable[..., Any], how: How, own_victims: bool, over: Any = None
 ) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ def _advance(
     return jax.shard_map(mapped, mesh=over, in_specs=places, out_specs=cell, check_vma=False)
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _initialiser(init: Callable[..., Any]) -> loop.Program:
     return loop.Program(jax.vmap(init))
 
@@ -241,7 +241,7 @@ def search(
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def _counter(net_apply: Callable[..., Any], stamp: Callable[..., Any]) -> loop.Program:
     """Hits and counted images of every cell on one batch."""
 

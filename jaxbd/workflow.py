@@ -5,7 +5,6 @@ Everything here is composition: methods from `inversion` and `repair`, drivers f
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,12 +16,13 @@ from jaxbd import detect, loop, slots, stages, sweep
 from jaxbd.base import Array, Batch, Cell, Inversion, Key, Net, UserError, Variables, check_targets
 from jaxbd.data import draw
 from jaxbd.inversion import mesa, neural_cleanse, pixel
+from jaxbd.remembered import remembered
 from jaxbd.repair import unlearn
 
 Progress = stages.Progress
 
 make_mesa, make_pixel, make_neural_cleanse, make_unlearn = (
-    functools.lru_cache(32)(factory) for factory in (mesa.make, pixel.make, neural_cleanse.make, unlearn.make)
+    remembered(32)(factory) for factory in (mesa.make, pixel.make, neural_cleanse.make, unlearn.make)
 )
 """The factories, remembering what they made: the same net and settings give the same functions, so nothing is traced
 twice for another victim of the same shape."""

@@ -1,7 +1,5 @@
 """Strict settings for every test: eight CPU devices, no silent rank promotion, a compile cache that survives a run."""
 
-import functools
-import gc
 import os
 import signal
 
@@ -13,10 +11,11 @@ QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAXBD_DEVICES", "1")  # of the forced devices; tests that divide work among them say so
 os.environ["XLA_FLAGS"] = FLAGS + QUICK
-OURS = ("jaxbd", "experiments", "test_")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from jaxbd import remembered  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -41,11 +40,7 @@ def forget_programs():
     Else a worker ends with gigabytes of them, in more mappings of memory than a process may have: then XLA crashes.
     """
     yield
-    for known in gc.get_objects():
-        if type(known) is functools._lru_cache_wrapper and known.__module__.startswith(OURS):
-            known.cache_clear()
-    jax.clear_caches()
-    gc.collect()
+    remembered.forget()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import inspect
 import pathlib
 
@@ -19,6 +18,7 @@ from jaxbd.base import Batch, UserError
 from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
 from jaxbd.models.synthesis import SampleGenerator, TriggerGenerator
+from jaxbd.remembered import remembered
 from jaxbd.repair import dhbe
 
 SHAPE = (10, 10, 3)
@@ -38,7 +38,7 @@ def victim():
     return {**variables, "batch_stats": moments}
 
 
-@functools.lru_cache
+@remembered(32)
 def compiled(config: dhbe.Config, net=NET):
     """init, step and how often the step was traced."""
     method, traces = dhbe.make(net, SHAPE, config), []

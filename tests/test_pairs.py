@@ -1,6 +1,5 @@
 """Scans pair by pair: the searches, the rules that make one answer of them, and hand-built victims end to end."""
 
-import functools
 import itertools
 
 import jax
@@ -14,6 +13,7 @@ from jaxbd.base import Batch, Cell, UserError
 from jaxbd.data import draw
 from jaxbd.inversion import neural_cleanse, pt_red
 from jaxbd.models import build
+from jaxbd.remembered import remembered
 
 CELL = Cell(jnp.int32(1), jnp.int32(0), jnp.float32(0))
 
@@ -428,7 +428,7 @@ VICTIMS = {
 }
 
 
-@functools.cache
+@remembered(32)
 def scanned(name: str) -> pairs.PairScan:
     net, victim = VICTIMS[name]
     config = pairs.Config(

@@ -3,7 +3,6 @@
 The rows are fresh ones in every batch (dynamic), or the same ones for the whole run (static).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from jaxbd.base import Array, Attack, Batch, Decoy, Key, UserError
 from jaxbd.images import to_float
+from jaxbd.remembered import remembered
 
 AT_ONCE = 4096
 """Images that static poisoning stamps at once."""
@@ -71,7 +71,7 @@ def _where(rows: Array, images: Array, others: Array) -> Array:
     return jnp.where(rows[:, None, None, None], images, others)
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def dynamic(attack: Attack, draw: Callable[..., Batch]) -> Callable[..., Batch]:
     """A draw over data = (Batch, trigger) that poisons each drawn batch anew (Qiao et al. 2019, released code)."""
 

@@ -1,6 +1,5 @@
 """Batches drawn inside the compiled step from a data set that lies on the device as uint8."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -8,9 +7,10 @@ import jax.numpy as jnp
 
 from jaxbd.base import ANY_SOURCE, Array, Batch, Key
 from jaxbd.images import augment, divided, to_float
+from jaxbd.remembered import remembered
 
 
-@functools.lru_cache(maxsize=32)
+@remembered(32)
 def uniform(batch_size: int, *, crop_padding: int = 0, flip: bool = False) -> Callable[..., Batch]:
     """A draw function: (key, data, source=ANY_SOURCE) -> Batch of `batch_size` float images, with replacement.
 

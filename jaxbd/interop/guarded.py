@@ -4,7 +4,6 @@
 the net corrected for target 9 is stored as `9/batch_stats/norm0/mean` or `9/bounds/norm0/upper`.
 """
 
-import functools
 import os
 import pathlib
 import re
@@ -19,9 +18,10 @@ from jaxbd.base import Net, UserError, Variables
 from jaxbd.interop import fit, folder, safetensors_file
 from jaxbd.interop.files import Limits, Refusal, opened, quote, refusing, sha256
 from jaxbd.models import build
+from jaxbd.remembered import remembered
 from jaxbd.repair import guard
 
-make, judge, flag = (functools.lru_cache(64)(made) for made in (guard.make, guard.verdicts, guard.flag))
+make, judge, flag = (remembered(64)(made) for made in (guard.make, guard.verdicts, guard.flag))
 """The guard's functions, the same ones for the same net and targets, so that nothing is traced twice."""
 
 

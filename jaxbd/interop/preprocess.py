@@ -5,7 +5,6 @@ clean accuracy is measured under every plausible normalisation, with the channel
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from jaxbd.base import Batch, Net, UserError
 from jaxbd.interop import guarded
 from jaxbd.interop.load import Model
 from jaxbd.models.norm import NORMALISATIONS
+from jaxbd.remembered import remembered
 
 SAMPLE = 256
 """Images the check looks at."""
@@ -139,7 +139,7 @@ def _numbers(values) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _reversed(net: Net) -> Net:
     """`net` fed with the channels the other way round."""
     outputs = None if net.outputs is None else lambda variables, images: net.outputs(variables, images[..., ::-1])

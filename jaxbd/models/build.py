@@ -18,6 +18,7 @@ from jaxbd.models.norm import NORMALISATIONS, normalise
 from jaxbd.models.resnet import RESNET18, RESNET34, PreActResNet, ResNet
 from jaxbd.models.vgg import VGG
 from jaxbd.models.wide_resnet import WideResNet
+from jaxbd.remembered import remembered
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
@@ -127,7 +128,7 @@ def _note_sown(paths: list[tuple[str, ...]], call: Callable[..., Any], args: Any
     return result
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _kept(
     arch: str,
     flax_module: nn.Module,
