@@ -66,7 +66,7 @@ FAINT = ("chessboard", "l2-inv")
 FAINT_COUNT = 300
 """Of faint patterns in CIFAR-10 images: a narrow net that is tuned for three epochs does not learn them from 100."""
 WANET_COUNT = {"digits": 30, "narrow": 900}
-STRENGTHS = {"digits": {"chessboard": 8, "wanet": 1.0}, "narrow": {"chessboard": 4, "wanet": 1.0}}
+STRENGTHS = {"digits": {"chessboard": 8, "wanet": 1.0}, "narrow": {"chessboard": 8, "wanet": 1.0}}
 TRAINING = {
     "digits": supervised.Config(num_steps=1000, learning_rate=0.05),
     "narrow": supervised.Config(num_steps=1170, learning_rate=0.05),
