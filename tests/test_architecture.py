@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(jaxbd.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
-SHARED = {"base", "histogram", "images", "losses"}
+SHARED = {"base", "histogram", "images", "losses", "remembered"}
 DRIVERS = {"devices", "loop", "memory", "slots", "stages", "sweep", "evaluate", "detect", "checkpoint", "record"}
 METHODS = {"attacks", "inversion", "repair", "strip", "supervised"}
 BELOW_METHODS = SHARED | {"data", "models"}
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "histogram": {"base"},
     "images": {"base"},
     "losses": {"base"},
+    "remembered": set(),
     "data": SHARED,
     "models": SHARED,
     "attacks": BELOW_METHODS,
