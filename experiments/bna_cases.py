@@ -62,10 +62,8 @@ class Planting:
 
 COUNTS = {"digits": {False: 10, True: 60}, "narrow": {False: 100, True: 300}}
 """Poisoned images of a source class by size and all_to_all; of about 100 and 5,000 training images of a class."""
-FAINT = ("chessboard", "l2-inv")
-FAINT_COUNT = 300
-"""Of faint patterns in CIFAR-10 images: a narrow net that is tuned for three epochs does not learn them from 100."""
-WANET_COUNT = {"digits": 30, "narrow": 900}
+OWN_COUNTS = {"digits": {"wanet": 30}, "narrow": {"wanet": 900, "chessboard": 300, "l2-inv": 300}}
+"""Of attacks that need their own; a narrow net that is tuned for three epochs learns no faint pattern from 100."""
 STRENGTHS = {"digits": {"chessboard": 8, "wanet": 1.0}, "narrow": {"chessboard": 8, "wanet": 1.0}}
 TRAINING = {
     "digits": supervised.Config(num_steps=1000, learning_rate=0.05),
@@ -88,9 +86,7 @@ def settings(planting: Planting) -> dict[str, Any]:
 def _count(planting: Planting) -> int:
     if planting.count is not None:
         return planting.count
-    if planting.size == "narrow" and planting.attack in FAINT:
-        return FAINT_COUNT
-    return WANET_COUNT[planting.size] if planting.attack == "wanet" else COUNTS[planting.size][planting.all_to_all]
+    return OWN_COUNTS[planting.size].get(planting.attack, COUNTS[planting.size][planting.all_to_all])
 
 
 def _strength(planting: Planting) -> float | None:

@@ -3,6 +3,7 @@
 import functools
 import gc
 import pathlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 CROWDED = 0.6
 """Share of the memory mappings a process may have, above which `relieve` forgets."""
 _LIMIT, _MAPPINGS = pathlib.Path("/proc/sys/vm/max_map_count"), pathlib.Path("/proc/self/maps")
-_known: list[Any] = []
+_known: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def remembered(most: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -19,7 +20,7 @@ def remembered(most: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         kept = functools.lru_cache(most)(function)
-        _known.append(kept)
+        _known.add(kept)
         return kept
 
     return decorate
