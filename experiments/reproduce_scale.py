@@ -26,7 +26,8 @@ LONG = ("race",)
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 ARCHS = ("wrn16-1", "vgg")
 QUICK_CASE = ("--side", 16, "--classes", 3, "--hidden", 64, "--width", 8, "--rounds", 3)
-ROUNDS = 5
+ROUNDS, STEPS = 5, 3
+"""Turns of each side, and steps in a turn: a sweep of ours ends with a copy of all states, a scan's after 20 steps."""
 RUNTIME_MB = 600
 """What compiler and runtime may add to a process on top of a search's memory budget."""
 FEWEST_IMAGES, FEWEST_STEPS, FASTER, HELP_SECONDS = 0.8, 3.0, 3.0, 1.0
@@ -66,7 +67,7 @@ def benchmark(folder: str, unit: str, name: str, *flags: Any) -> dict:
 def bench(quick: bool, tables: dict, checks: list, details: dict) -> None:
     """Both sweeps, training and DHBE beside PyTorch's, each case a unit."""
     scale, dhbe = script("bench_scale"), script("bench_dhbe")
-    folder, changes = ("bench-quick", QUICK_CASE) if quick else ("bench", ("--rounds", ROUNDS))
+    folder, changes = ("bench-quick", QUICK_CASE) if quick else ("bench", ("--rounds", ROUNDS, "--steps", STEPS))
     archs, tasks = (ARCHS[1:], ("mesa",)) if quick else (ARCHS, ("mesa", "cleanse", "training"))
     every = [
         benchmark(folder, f"{task}-{arch}", "bench_scale", "--task", task, "--arch", arch, "--unfolded", *changes)
@@ -97,6 +98,7 @@ def shown(row: dict, name: str) -> dict:
         "what": name,
         "jaxbd": rate("jaxbd"),
         "jaxbd, one cell after another": rate("loop"),
+        "jaxbd, all cells as one batch": rate("vmap"),
         "jaxbd, BatchNorm not folded": rate("unfolded"),
         "PyTorch": rate("torch"),
         "jaxbd / PyTorch": f"{ratio['median']:.2f} ({low:.2f} - {high:.2f})",

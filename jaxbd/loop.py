@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxbd import devices
+from jaxbd import devices, lanes
 from jaxbd.base import ArrayTree, Key
 from jaxbd.remembered import relieve, remembered
 
@@ -132,13 +132,17 @@ def run(
     chunk: int = 20,
     on_chunk: Callable[[int, ArrayTree, ArrayTree], None] | None = None,
     rows: int | None = None,
+    split: tuple[int, ...] = (),
+    group: int | None = None,
 ) -> tuple[ArrayTree, ArrayTree, Seconds]:
     """Applies `advance(state, *args) -> (state, info)` `num_steps` times.
 
     `state` is donated: the caller's copy is gone afterwards. `on_chunk(steps_done, state, infos of the chunk)` runs
     after each chunk; it may save, print or raise. `rows` is the size of the batches that `advance` marks with
     `images.divided`: the devices in use share them, unless the caller has placed `state` on several or they do not
-    divide it, and state and result lie on one device all the same.
+    divide it, and state and result lie on one device all the same. `split` says which of (state, *args), counted from
+    0, have a leading axis of cells: a host loop then takes them over lanes, see `lanes`, in groups of `group` cells or
+    of as many as suit.
 
     Returns: the last state, the infos as NumPy arrays stacked on a leading axis [num_steps], and the seconds.
     Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
@@ -153,11 +157,15 @@ def run(
     over_time = default_time() if over_time == "auto" else over_time
     compiled_before = step.compile_seconds + scanned.compile_seconds
     started, collected, done = time.perf_counter(), [], 0
+    if split and over_time == "host" and group is None:
+        group = _group(step, (state, *args), split)
     while done < num_steps:
         size = min(chunk, num_steps - done)
         if over_time == "scan" and size == chunk:
             state, infos = scanned(state, *args)
             infos = jax.tree.map(np.asarray, devices.fetch(infos))
+        elif split and over_time == "host":
+            state, infos = lanes.advance(step, (state, *args), split, size, group)
         else:
             each = []
             for _ in range(size):
@@ -173,6 +181,14 @@ def run(
     infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *collected) if collected else None
     compile_seconds = step.compile_seconds + scanned.compile_seconds - compiled_before
     return state, infos, Seconds(compile_seconds, time.perf_counter() - started - compile_seconds)
+
+
+def _group(step: Program, arguments: tuple, split: tuple[int, ...]) -> int:
+    """Cells of a group that suits `step`."""
+    own = lambda size: (
+        lanes.group(argument, 0, size) if position in split else argument for position, argument in enumerate(arguments)
+    )
+    return lanes.width(lambda size: step.compiled(*own(size)), jax.tree.leaves(arguments[0])[0].shape[0])
 
 
 def _check_finite(infos: ArrayTree, first_step: int) -> None:

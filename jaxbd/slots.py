@@ -3,7 +3,7 @@
 Cells wait in a list and S of them advance together. A cell that is done leaves for the host's memory, and the next one
 takes its slot; when none is left to take it, the batch narrows to a power of two. What a cell becomes depends on its
 number in the list alone: a cell that is done stays as it is until the host looks. The devices in use have equally many
-slots each.
+slots each; on a single CPU, groups of slots advance side by side, see `lanes`.
 """
 
 import collections
@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import devices, loop, memory, stages
+from jaxbd import devices, lanes, loop, memory, stages
 from jaxbd.base import Array, ArrayTree, Cell, Inversion, Key, UserError, Variables
 from jaxbd.remembered import remembered
 
-DEFAULT, CPU_DEFAULT = 32, 16
-"""Slots of each device where none are asked for and memory allows. Fewer on a CPU, where the arrays of a wide batch
-outgrow the caches."""
+DEFAULT = 32
+"""Slots of each device where none are asked for and memory allows."""
 BLANK = np.iinfo(np.int32).max
 """Steps made by a slot without a cell: more than any run asks for, so that it never advances."""
 
@@ -109,6 +108,8 @@ class Found(NamedTuple):
 
 
 WAITING, DONE = -1, -2
+PER_SLOT = (0, 2, 3)
+"""Which arguments of the program have a leading axis of slots."""
 
 
 def _never(state: ArrayTree) -> bool:
@@ -193,6 +194,7 @@ class _Run:
         over_time = loop.default_time() if over_time == "auto" else over_time
         self.refill, self.program = _programs(inversion, draw, over_time)
         self.host, self.over = over_time == "host", devices.mesh()
+        self.over_lanes, self.group = self.host and self.over is None and lanes.are_default(), 0
         self.cells = jax.tree.map(np.asarray, cells)
         self.total, self.num_steps, self.chunk = len(self.cells.target), num_steps, chunk
         self.limit, *self.shared = devices.on_each((jnp.int32(num_steps), key, victim, data), self.over)
@@ -232,6 +234,26 @@ class _Run:
     def arguments(self, count: int) -> tuple:
         return (self.slots, devices.on_each(jnp.int32(count), self.over), *self.placed, self.limit, *self.shared)
 
+    def compiled(self, width: int) -> jax.stages.Compiled:
+        """The program of `width` slots."""
+        own = lambda position, argument: (
+            lanes.group(argument, 0, width) if self.over_lanes and position in PER_SLOT else argument
+        )
+        return self.program.compiled(*(own(*each) for each in enumerate(self.arguments(1))))
+
+    def settle_groups(self) -> None:
+        """Chooses how many slots of the batch advance together."""
+        if self.over_lanes:
+            self.group = lanes.width(self.compiled, min(len(self.numbers), self.total))
+
+    def needed(self) -> int:
+        """Bytes that a step takes, as the compiler says; over lanes, of all slots and of the groups under way."""
+        if not self.over_lanes:
+            return memory.needed(self.compiled(len(self.numbers)))
+        under_way = min(lanes.workers(), -(-len(self.numbers) // self.group))
+        every = sum(leaf.nbytes for leaf in jax.tree.leaves(self.slots))
+        return every + under_way * memory.needed(self.compiled(self.group))
+
     def live(self) -> np.ndarray:
         """Positions of slots that hold a cell."""
         return np.flatnonzero(self.numbers >= 0)
@@ -250,7 +272,11 @@ class _Run:
             self.slots = self.refill(self.slots, taken, self.placed[0], self.shared[0], given)
             return
         width = devices.even(fitting(len(self.live()), len(self.numbers)), self.over)
-        if width < len(self.numbers) and self.ahead() > self.chunk:  # a chunk is too little to compile for
+        if 0 < self.group < len(self.live()):  # any number of groups: there is nothing to compile
+            width = -(-len(self.live()) // self.group) * self.group
+        elif self.ahead() <= self.chunk:  # too little to compile for
+            return
+        if width < len(self.numbers):
             self.narrow(width)
 
     def ahead(self) -> int:
@@ -270,8 +296,13 @@ class _Run:
         """One chunk; cells that are done leave."""
         count = min(self.chunk, self.ahead())
         arguments = self.arguments(count)
-        for _ in range(count if self.host else 1):
-            self.slots, done = self.program(self.slots, *arguments[1:])
+        if self.over_lanes:
+            size = min(self.group, len(self.numbers))
+            self.slots, done = lanes.advance(self.program, arguments, PER_SLOT, count, size)
+            done = done[-1]
+        else:
+            for _ in range(count if self.host else 1):
+                self.slots, done = self.program(self.slots, *arguments[1:])
         self.pushed += count * len(self.numbers)
         done, made, broke = devices.fetch((done, self.slots.made, self.slots.broke))
         live = self.live()
@@ -350,6 +381,7 @@ class _Run:
         self.waiting.extendleft(sorted((int(n) for n in self.numbers[self.live()]), reverse=True))
         self.slots = None  # gone before the next is made
         self.open(width)
+        self.settle_groups()
 
     def progress(self) -> Progress:
         live = self.live()
@@ -386,19 +418,20 @@ def even(total: int, widest: int) -> int:
 
 def _open(state: _Run, slots: int | None, budget: int | None) -> None:
     """The widest batch within the budget; asked-for slots without a budget are taken as they are."""
-    default = CPU_DEFAULT if jax.default_backend() == "cpu" else DEFAULT
     narrowest = devices.even(1, state.over)
-    state.open(even(state.total, slots or default * narrowest))
+    state.open(even(state.total, slots or DEFAULT * narrowest))
+    state.settle_groups()
     if slots is not None and budget is None:
         return
     budget = int(devices.from_all(memory.available()).min()) if budget is None else budget
-    while (needed := memory.needed(state.program.compiled(*state.arguments(1)))) > budget:
+    while (needed := state.needed()) > budget:
         width = len(state.numbers)
         if width == narrowest:
             raise UserError(
                 f"one cell needs {needed:,} bytes and the memory budget is {budget:,}; use smaller batches, or raise it"
             )
         state.open(width // 2)
+        state.settle_groups()
 
 
 def run(
@@ -439,6 +472,7 @@ def run(
         before = state.total * num_steps - left
         if kept.width:
             state.go_on(kept)
+            state.settle_groups()
         else:
             _open(state, slots, memory_budget)
             state.widest = len(state.numbers)

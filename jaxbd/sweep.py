@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd import devices, loop, stages
+from jaxbd import devices, lanes, loop, stages
 from jaxbd import slots as over_slots
 from jaxbd.base import ANY_SOURCE, Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables
 from jaxbd.images import to_float
 from jaxbd.remembered import remembered
 
-How = Literal["vmap", "map", "loop"]
+How = Literal["lanes", "vmap", "map", "loop"]
+
+
+def default_how() -> How:
+    """The default way over cells: "lanes" on CPU, "vmap" elsewhere."""
+    return "lanes" if lanes.are_default() else "vmap"
 
 
 def grid(target: Sequence[int], level: Sequence[float] = (0.9,), source: Sequence[int] = (ANY_SOURCE,)) -> Cell:
@@ -50,15 +55,15 @@ def describe(cells: Cell, index: int) -> str:
 def _advance(
     step: Callable[..., Any], draw: Callable[..., Any], how: How, own_victims: bool, over: Any = None
 ) -> Callable[..., Any]:
-    """`step` for all cells at once ("vmap", "map"), or for one ("loop"); "map" gives each device of `over` its own."""
+    """`step` for all cells at once ("lanes", "vmap", "map"), or for one ("loop"); "map" gives each device its own."""
 
     def one(state, key, cell, victim, data):
         draw_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))
         return step(step_key, state, draw(draw_key, data, cell.source), cell, victim)
 
     victim_axis = 0 if own_victims else None
-    if how == "vmap":
-        return jax.vmap(one, (0, 0, 0, victim_axis, None))
+    if how in ("lanes", "vmap"):
+        return jax.vmap(loop.traced_once(one), (0, 0, 0, victim_axis, None))
 
     def mapped(states, keys, cells, victim, data):
         if own_victims:
@@ -93,13 +98,14 @@ def fit(
     *,
     num_steps: int,
     states: ArrayTree | None = None,
-    how: How = "vmap",
+    how: How | None = None,
     own_victims: bool = False,
+    group: int | None = None,
     over_time: loop.Time = "auto",
     chunk: int = 20,
     on_chunk: Callable[[int, ArrayTree, ArrayTree], None] | None = None,
 ) -> tuple[ArrayTree, ArrayTree, loop.Seconds]:
-    """Runs `inversion` for every cell; with "vmap" the victim is shared and all cells advance as one program.
+    """Runs `inversion` for every cell; one compiled program serves them all.
 
     The devices in use share the cells, see `devices`, unless `how` is "loop" or the caller has placed `states` on
     several; results lie on one device all the same.
@@ -108,13 +114,18 @@ def fit(
       draw: (key, data, source) -> Batch; every cell draws batches of its own.
       data: whatever `draw` reads, as arrays.
       cells: [N], see `grid`.
-      victim: the net's variables, shared; with `own_victims` each leaf has a leading axis [N]. Prefer "map" or "loop"
-        then: vmap turns convolutions with weights of their own into grouped ones, which are slow.
+      victim: the net's variables, shared; with `own_victims` each leaf has a leading axis [N]. "vmap" then turns
+        convolutions into grouped ones, which are slow; "lanes" takes the cells one by one.
       states: to continue from; fresh ones otherwise. Donated.
-      how: "vmap", "map" (`lax.map`) or "loop" (host); all give the same result up to float rounding.
+      how: "vmap", all cells at once; "lanes", groups of them side by side on a CPU's cores (where time goes by a host
+        loop; else as "vmap"); "map" (`lax.map`); "loop", one cell after another. All give the same result up to float
+        rounding. None: see `default_how`.
+      group: cells that advance together under "lanes"; None for as many as suit the caches, 1 with `own_victims`. Give
+        1 for a method whose states hold the weights of a net, for the reason above.
     Returns: states [N, …], infos [num_steps, N] as NumPy, seconds.
     Raises: FloatingPointError naming the cell whose values stopped being finite.
     """
+    how = default_how() if how is None else how
     states = init(key, inversion, cells) if states is None else states
     cell_keys = keys(jax.random.fold_in(key, 1), size(cells))
     over = None if how == "loop" or devices.lies_on_several(states) else devices.mesh()
@@ -127,6 +138,8 @@ def fit(
         states, cell_keys, cells = devices.by_cell((states, cell_keys, cells), over)
         victim, data = (devices.by_cell if own_victims else devices.on_each)(victim, over), devices.on_each(data, over)
         told = on_chunk if over is None else _telling(on_chunk, over, count)
+        if how == "lanes" and over is None and not devices.lies_on_several(states):
+            settings |= dict(split=(0, 1, 2, 3) if own_victims else (0, 1, 2), group=1 if own_victims else group)
         states, infos, seconds = loop.run(advance, states, cell_keys, cells, victim, data, **settings, on_chunk=told)
         return devices.home(states, over, count), _first_cells(infos, count), seconds
 
@@ -141,7 +154,7 @@ def compiled_step(
     *,
     chunk: int = 20,
 ) -> jax.stages.Compiled:
-    """The program of one step of all cells as `fit` runs it on one device, to ask what it costs."""
+    """The program of one step of all cells as `fit` runs it with "vmap" on one device, to ask what it costs."""
     states, cell_keys = init(key, inversion, cells), keys(jax.random.fold_in(key, 1), size(cells))
     advance = _advance(inversion.step, draw, "vmap", False)
     return loop.one_step(advance, chunk).compiled(states, cell_keys, cells, victim, data)

@@ -1,12 +1,13 @@
 """Measures sweeps and a training step against plain PyTorch: same machine, same run, same batch, as many threads.
 
 Three tasks. "mesa": one step of every cell of a grid of classes and levels. "cleanse": one step of Neural Cleanse for
-every ordered pair of some classes. "training": one supervised step. The first two are timed as the one program of
-`sweep.fit` ("jaxbd"), as its own sequential form, `how="loop"` ("loop"), and as PyTorch's cells one after another
-("torch": `mesa_in_torch.py`, `cleanse_in_torch.py`, `training_in_torch.py`, op by op). Victims are frozen: there are
-gradients of their inputs only, and ours have BatchNorm folded into the convolutions. Sides take turns, so that whatever
-else the machine does falls on all; compiling is apart. Floating-point operations are counted by XLA in the compiled
-program and shown as share of what a large product of matrices reaches on the same device.
+every ordered pair of some classes. "training": one supervised step. The first two are timed as `sweep.fit` with its
+default way over cells ("jaxbd"), as its own sequential form ("loop"), as one batch of all cells where that is not the
+default ("vmap"), and as PyTorch's cells one after another ("torch": `mesa_in_torch.py`, `cleanse_in_torch.py`,
+`training_in_torch.py`, op by op). Victims are frozen: there are gradients of their inputs only, and ours have BatchNorm
+folded into the convolutions. Sides take turns, so that whatever else the machine does falls on all; compiling is apart.
+Floating-point operations are counted by XLA in the compiled program and shown as share of what a large product of
+matrices reaches on the same device.
 
     python scripts/bench_scale.py                    # WRN-16-1 and the small VGG; about 15 minutes on 2 cores
     python scripts/bench_scale.py --arch resnet18 --width 64 --batch 128 --dtype bfloat16 --task mesa
@@ -121,12 +122,14 @@ def in_jax(case: Case, steps: int, unfolded: bool = False) -> dict[str, Side]:
         inversion = neural_cleanse.make(net, case.shape, neural_cleanse.for_pairs())
     task = (inversion, draw.uniform(case.batch), data, case.cells)
     frozen = net.frozen(variables)
-    victims = {"jaxbd": frozen, "loop": frozen, **({"unfolded": variables} if unfolded else {})}
-    sides = {name: _sweep((*task, victim), "loop" if name == "loop" else "vmap", count, steps)
-             for name, victim in victims.items()}  # fmt: skip
-    counted = bench_dhbe.operations(
-        sweep.compiled_step(jax.random.key(1), *task, victims["jaxbd"], chunk=_chunk(steps))
-    )
+    usual = sweep.default_how()
+    ways = {"jaxbd": (usual, frozen), "loop": ("loop", frozen)}
+    if usual != "vmap":
+        ways["vmap"] = ("vmap", frozen)
+    if unfolded:
+        ways["unfolded"] = (usual, variables)
+    sides = {name: _sweep((*task, victim), how, count, steps) for name, (how, victim) in ways.items()}
+    counted = bench_dhbe.operations(sweep.compiled_step(jax.random.key(1), *task, frozen, chunk=_chunk(steps)))
     return {name: side._replace(operations=counted) for name, side in sides.items()}
 
 
@@ -295,7 +298,7 @@ def table(rows: list[dict]) -> str:
     line = "{:<38} {:<8} {:>9} {:>9} {:>19} {:>9} {:>8} {:>8}".format
     lines = [line("case", "side", "images/s", "step s", "quartiles", "compile s", "GFLOP/s", "of peak")]
     for row in rows:
-        for name in [name for name in ("jaxbd", "loop", "unfolded", "torch") if name in row]:
+        for name in [name for name in ("jaxbd", "loop", "vmap", "unfolded", "torch") if name in row]:
             found = row[name]
             seconds, rate, share = found["seconds_step"], found["operations_per_second"], found["share_of_peak"]
             lines.append(
@@ -319,7 +322,12 @@ def label(case: dict[str, Any]) -> str:
 
 def sentence(row: dict[str, Any]) -> str:
     """The ratios of one case for people."""
-    names = {"torch": "PyTorch", "loop": "our sequential form", "unfolded": "without folding"}
+    names = {
+        "torch": "PyTorch",
+        "loop": "our sequential form",
+        "vmap": "one batch of all cells",
+        "unfolded": "without folding",
+    }
     told = [
         f"{names[name]} {row[f'{name}_over_jaxbd']['median']:.2f} times as long (quartiles "
         f"{' - '.join(f'{value:.2f}' for value in row[f'{name}_over_jaxbd']['quartiles'])})"

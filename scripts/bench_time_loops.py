@@ -1,7 +1,8 @@
 """Measures the ways over time and over cells on this machine's default backend, and says which defaults are right.
 
 Over time: "host" (a host loop of one compiled step) and "scan" (a chunk of steps as one program). Over cells: "loop"
-(one after another), "vmap" (as one batch) and "map" (a compiled loop). Two tasks with opposite needs: MESA, which asks
+(one after another), "vmap" (as one batch), "map" (a compiled loop) and, on a CPU, "lanes" (groups side by side on its
+cores; students one by one). Two tasks with opposite needs: MESA, which asks
 only for gradients by the images of one shared victim, and training of one student per cell, which asks for the weight
 gradients of convolutions. On XLA:CPU such a gradient inside a compiled loop is the trap that sets the CPU default.
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxbd import loop, record, supervised, sweep
+from jaxbd import lanes, loop, record, supervised, sweep
 from jaxbd.base import Batch, Inversion, Net
 from jaxbd.data import draw
 from jaxbd.inversion import mesa
@@ -33,8 +34,13 @@ CLASSES = 10
 OVER_CELLS, OVER_TIME = get_args(sweep.How), ("host", "scan")
 PATCHES = "patches"
 """A way over cells: vmap of a net whose convolutions are products of patches and a matrix."""
-USUAL = {"mesa": "vmap", "students": "loop"}
-"""How each task is run over cells: the default of `sweep.fit`, and what it recommends for cells with own weights."""
+BATCHED = {"mesa": "vmap", "students": "loop"}
+"""How each task goes over cells where there are no lanes: on accelerators, and in a compiled loop over time."""
+
+
+def usual(task: str) -> sweep.How:
+    """How a task goes over cells: the default of `sweep.fit`, and what it recommends for cells with own weights."""
+    return "lanes" if lanes.are_default() else BATCHED[task]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class Settings:
     most: int
 
 
-LAPTOP = Settings(side=16, width=32, stages=3, batch=32, cells=3, chunk=4, seconds=2.0, least=3, most=20)
+LAPTOP = Settings(side=16, width=32, stages=3, batch=32, cells=4, chunk=4, seconds=2.0, least=3, most=20)
 """Small, and yet wide enough for the trap to show."""
 ACCELERATOR = Settings(side=32, width=64, stages=3, batch=128, cells=10, chunk=20, seconds=3.0, least=3, most=50)
 QUICK = Settings(side=8, width=4, stages=1, batch=4, cells=2, chunk=2, seconds=0.0, least=1, most=1)
@@ -130,9 +136,9 @@ def by_patches(x, kernel, strides, padding, *, dimension_numbers, **settings):
 
 def ways(name: str) -> list[tuple[str, loop.Time]]:
     """(over cells, over time) of a task: each axis varied on its own, the other at its default."""
-    usual = loop.default_time()
-    cells = [(how, usual) for how in (*OVER_CELLS, *([PATCHES] if name == "students" else []))]
-    return cells + [(USUAL[name], over_time) for over_time in OVER_TIME if over_time != usual]
+    default, hows = loop.default_time(), [how for how in OVER_CELLS if how != "lanes" or lanes.are_default()]
+    cells = [(how, default) for how in (*hows, *([PATCHES] if name == "students" else []))]
+    return cells + [(BATCHED[name], over_time) for over_time in OVER_TIME if over_time != default]
 
 
 def data(settings: Settings) -> Batch:
@@ -142,7 +148,14 @@ def data(settings: Settings) -> Batch:
     return Batch(jnp.asarray(images), jnp.asarray(rng.integers(0, CLASSES, 256), jnp.int32))
 
 
-def measure(settings: Settings, inversion: Inversion, victim: Any, how: sweep.How, over_time: loop.Time) -> dict:
+def measure(
+    settings: Settings,
+    inversion: Inversion,
+    victim: Any,
+    how: sweep.How,
+    over_time: loop.Time,
+    group: int | None = None,
+) -> dict:
     """Compile seconds and the seconds of each chunk; every chunk ends with `jax.block_until_ready` (`loop.run`)."""
     key, cells = jax.random.key(0), sweep.grid(target=range(settings.cells))
     states, batches, pixels = sweep.init(key, inversion, cells), draw.uniform(settings.batch), data(settings)
@@ -150,7 +163,7 @@ def measure(settings: Settings, inversion: Inversion, victim: Any, how: sweep.Ho
     while len(runs) <= settings.least or (len(runs) <= settings.most and sum(runs) < settings.seconds):
         states, _, seconds = sweep.fit(
             key, inversion, batches, pixels, cells, victim, states=states, num_steps=settings.chunk,
-            how=how, over_time=over_time, chunk=settings.chunk,
+            how=how, group=group, over_time=over_time, chunk=settings.chunk,
         )  # fmt: skip
         compile_seconds += seconds.compile
         runs.append(seconds.run)
@@ -173,7 +186,8 @@ def bench(settings: Settings, say: Callable[[str], None]) -> list[dict]:
         for how, over_time in ways(name):
             say(f"{name}: {how} over cells, {over_time} over time")
             method, cells = (task.by_patches, "vmap") if how == PATCHES else (task.method, how)
-            measured = measure(settings, method, task.victim, cells, over_time)
+            group = 1 if name == "students" else None
+            measured = measure(settings, method, task.victim, cells, over_time, group)
             found.append({"task": name, "over_cells": how, "over_time": over_time, **measured})
         fastest = max(row["images_per_second"] for row in found)
         rows += [{**row, "slower": fastest / row["images_per_second"]} for row in found]
@@ -183,15 +197,16 @@ def bench(settings: Settings, say: Callable[[str], None]) -> list[dict]:
 def verdicts(rows: list[dict]) -> list[dict]:
     """For each task and axis, the other axis at its default: the fastest way, and how many times slower each is."""
     found = []
-    for name, usual in USUAL.items():
-        defaults = {"over_cells": usual, "over_time": loop.default_time()}
-        for axis, other in (("over_time", "over_cells"), ("over_cells", "over_time")):
-            along = [row for row in rows if row["task"] == name and row[other] == defaults[other]]
+    for name, batched in BATCHED.items():
+        own = [row for row in rows if row["task"] == name]
+        default = (usual(name), loop.default_time())
+        over_time = [row for row in own if (row["over_cells"], row["over_time"]) == default]
+        over_time += [row for row in own if row["over_cells"] == batched and row["over_time"] != default[1]]
+        over_cells = [row for row in own if row["over_time"] == default[1]]
+        for axis, along, way in (("over_time", over_time, default[1]), ("over_cells", over_cells, default[0])):
             fastest = min(along, key=lambda row: row["slower"])
             slower = {row[axis]: row["slower"] / fastest["slower"] for row in along}
-            found.append(
-                {"task": name, "axis": axis, "fastest": fastest[axis], "slower": slower, "default": defaults[axis]}
-            )
+            found.append({"task": name, "axis": axis, "fastest": fastest[axis], "slower": slower, "default": way})
     return found
 
 

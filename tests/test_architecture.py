@@ -16,7 +16,19 @@ ROOT = PACKAGE.parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
 SHARED = {"base", "histogram", "images", "losses", "remembered"}
-DRIVERS = {"devices", "loop", "memory", "slots", "stages", "sweep", "evaluate", "detect", "checkpoint", "record"}
+DRIVERS = {
+    "devices",
+    "lanes",
+    "loop",
+    "memory",
+    "slots",
+    "stages",
+    "sweep",
+    "evaluate",
+    "detect",
+    "checkpoint",
+    "record",
+}
 METHODS = {"attacks", "inversion", "repair", "strip", "supervised"}
 BELOW_METHODS = SHARED | {"data", "models"}
 COMPOSITION = {

@@ -179,7 +179,7 @@ def test_quick(task, side, tmp_path, capsys):
     assert found["matrix_operations_per_second"]["float32"] > 1e6
     (row,) = found["rows"]
     images = {"mesa": 4 * 2, "cleanse": 4 * 2, "training": 4}[task]
-    sides = {"jaxbd", "torch"} | ({"loop", "unfolded"} if task != "training" else set())
+    sides = {"jaxbd", "torch"} | ({"loop", "vmap", "unfolded"} if task != "training" else set())
     assert row["images_step"] == images and sides <= row.keys() and row["operations_step"] > 1e3
     for name in sides:
         assert abs(row[name]["images_per_second"] * row[name]["seconds_step"]["median"] - images) < 1e-6

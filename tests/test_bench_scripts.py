@@ -30,11 +30,11 @@ def test_time_loops_quick(tmp_path, capsys):
     found, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
     assert found["backend"] == jax.default_backend() and found["versions"]["jax"] == jax.__version__
     assert found["quick"] and found["settings"]["batch"] == 4
-    for task, usual in (("mesa", "vmap"), ("students", "loop")):
+    for task, batched in (("mesa", "vmap"), ("students", "loop")):
         rows = [row for row in found["rows"] if row["task"] == task]
         timed = {(row["over_cells"], row["over_time"]) for row in rows}
         patches = {("patches", "host")} if task == "students" else set()
-        assert timed == {("vmap", "host"), ("map", "host"), ("loop", "host"), (usual, "scan")} | patches
+        assert timed == {(how, "host") for how in ("lanes", "vmap", "map", "loop")} | {(batched, "scan")} | patches
         assert min(row["slower"] for row in rows) == 1
         for row in rows:
             assert row["seconds_compile"] > 0 and row["chunks"] == 1
@@ -46,18 +46,18 @@ def test_time_loops_quick(tmp_path, capsys):
 
 def test_time_loops_says_which_default_is_not_the_fastest():
     bench = script("bench_time_loops")
-    speeds = {("vmap", "host"): 2.0, ("map", "host"): 1.0, ("loop", "host"): 4.0}
+    speeds = {("lanes", "host"): 2.0, ("vmap", "host"): 3.0, ("map", "host"): 1.0, ("loop", "host"): 4.0}
     rows = [
         {"task": task, "over_cells": cells, "over_time": time, "slower": slower}
-        for task, usual in bench.USUAL.items()
-        for (cells, time), slower in {**speeds, (usual, "scan"): 40.0}.items()
+        for task, batched in bench.BATCHED.items()
+        for (cells, time), slower in {**speeds, (batched, "scan"): 40.0}.items()
     ]
     said = [bench.sentence(verdict) for verdict in bench.verdicts(rows)]
     assert said == [
         "mesa, over time: host 1.0x, scan 20.0x; the default, host, is right",
-        "mesa, over cells: vmap 2.0x, map 1.0x, loop 4.0x; the default, vmap, is not the fastest here",
-        "students, over time: host 1.0x, scan 10.0x; the default, host, is right",
-        "students, over cells: vmap 2.0x, map 1.0x, loop 4.0x; the default, loop, is not the fastest here",
+        "mesa, over cells: lanes 2.0x, vmap 3.0x, map 1.0x, loop 4.0x; the default, lanes, is not the fastest here",
+        "students, over time: host 1.0x, scan 20.0x; the default, host, is right",
+        "students, over cells: lanes 2.0x, vmap 3.0x, map 1.0x, loop 4.0x; the default, lanes, is not the fastest here",
     ]
 
 

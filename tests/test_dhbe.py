@@ -183,6 +183,8 @@ def test_schedule_of_the_paper():
     """50 iterations in each of 300 epochs: x0.1 at epochs 180 and 240."""
     steps = jnp.array([0, 180 * 50 - 1, 180 * 50, 240 * 50 - 1, 240 * 50, 15_000])
     np.testing.assert_allclose(dhbe.decay(steps, jnp.int32(15_000)), [1, 1, 0.1, 0.1, 0.01, 0.01])
+    np.testing.assert_allclose(dhbe.decay(steps, jnp.int32(15_000), (0.8,)), [1, 1, 1, 1, 0.1, 0.1])
+    np.testing.assert_allclose(dhbe.decay(jnp.array([0, 9]), jnp.int32(10), ()), [1, 1])
     assert (dhbe.Config().num_steps, dhbe.Config().learning_rate, dhbe.Config().generator_rate) == (15_000, 0.1, 1e-3)
 
 
@@ -247,6 +249,8 @@ BAD = [
     dict(regularisation=-0.1), dict(regularisation=float("nan")), dict(prior_weight=-1.0), dict(trigger_scale=0.0),
     dict(learning_rate=0.0), dict(generator_rate=float("nan")), dict(trigger_rate=-1.0), dict(momentum=1.0),
     dict(weight_decay=-1.0), dict(std=(0.0,)), dict(mean=()), dict(trigger_size=2), dict(trigger_size=11),
+    dict(milestones=(0.8, 0.6)), dict(milestones=(0.5, 0.5)), dict(milestones=(0.0,)), dict(milestones=(1.0,)),
+    dict(milestones=(float("nan"),)),
 ]  # fmt: skip
 
 

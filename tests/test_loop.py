@@ -106,7 +106,7 @@ def test_every_step_has_a_key_of_its_own(data):
     np.testing.assert_array_equal(run(), keys)
 
 
-@pytest.mark.parametrize("how", ["vmap", "map", "loop"])
+@pytest.mark.parametrize("how", ["lanes", "vmap", "map", "loop"])
 def test_every_cell_and_step_has_a_key_and_a_batch_of_its_own(how, data):
     """The same ones however the cells are run."""
 
@@ -182,7 +182,7 @@ def counting_inversion() -> Inversion:
     return Inversion(lambda key: Walk(jnp.int32(0), jnp.float32(0)), step, stamp, lambda key, state, count: None)
 
 
-@pytest.mark.parametrize("how", ["vmap", "map", "loop"])
+@pytest.mark.parametrize("how", ["lanes", "vmap", "map", "loop"])
 def test_nan_stops_a_sweep_and_names_the_cells(how, data):
     cells = sweep.grid(range(4), level=(0.5, 0.9))
     cells = cells._replace(level=cells.level.at[5].set(jnp.nan))
@@ -201,7 +201,7 @@ def test_a_victim_with_nan_weights_names_every_cell(data):
         sweep.fit(jax.random.key(0), inversion, DRAW, data, sweep.grid(range(2)), victim, num_steps=3)
 
 
-@pytest.mark.parametrize("how", ["vmap", "map", "loop"])
+@pytest.mark.parametrize("how", ["lanes", "vmap", "map", "loop"])
 def test_own_victims_go_with_their_cells(how, data):
     cells, biases = sweep.grid(range(3), level=(0.5,)), jnp.array([0.0, 10.0, 20.0])
     states, infos, _ = sweep.fit(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from jaxbd import memory, slots, stages, sweep, workflow
+from jaxbd import slots, stages, sweep, workflow
 from jaxbd.base import UserError
 from jaxbd.cli import flags
 from jaxbd.cli import main as entry
@@ -225,7 +225,8 @@ def test_a_budget_halves_the_cells_that_run_at_a_time(monkeypatch, scans):
         150, "host", workflow.CHUNK, None, True,
     )  # fmt: skip
     run.open(4)
-    needed = memory.needed(run.program.compiled(*run.arguments(1)))
+    run.settle_groups()
+    needed = run.needed()
     monkeypatch.setattr(sweep, "search", watched)
     short = dataclasses.replace(SCAN, steps=3, memory_budget=needed)
     held = workflow.scan(*inputs, short)

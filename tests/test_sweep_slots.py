@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import toys
 
-from jaxbd import loop, memory, slots, sweep
+from jaxbd import lanes, loop, memory, slots, sweep
 from jaxbd.base import ANY_SOURCE, Batch, Cell, Inversion, UserError
 from jaxbd.data import draw
 from jaxbd.inversion import neural_cleanse
@@ -176,7 +176,13 @@ def run_levels(stops, inversion=BY_LEVEL, **settings):
     return sweep.search(KEY, inversion, DRAW, data, cells, victim, **{"num_steps": 100, "chunk": 2, **settings})
 
 
-def test_the_batch_narrows_by_few_programs_and_dead_slots_are_not_pushed():
+@pytest.fixture
+def whole(monkeypatch):
+    """All slots advance as one batch, as on an accelerator."""
+    monkeypatch.setattr(lanes, "are_default", lambda: False)
+
+
+def test_the_batch_narrows_by_few_programs_and_dead_slots_are_not_pushed(whole):
     inversion = nudging("level")
     stops = [2] * 16 + [6 * n for n in range(1, 17)]
     widths = []
@@ -189,6 +195,23 @@ def test_the_batch_narrows_by_few_programs_and_dead_slots_are_not_pushed():
     assert found.image_steps <= found.image_steps_pushed < 0.75 * at_full_width
     run_levels(stops, inversion, slots=16)
     assert program.traces == 5, "a second run compiles nothing"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_groups_advance_side_by_side_and_the_batch_narrows_without_compiling(workers, monkeypatch):
+    monkeypatch.setattr(lanes, "workers", lambda: workers)
+    monkeypatch.setattr(lanes, "START", 4)
+    monkeypatch.setattr(lanes, "CACHE", 1)
+    inversion, stops, widths = nudging("level"), [2] * 16 + [6 * n for n in range(1, 17)], []
+    found = run_levels(stops, inversion, slots=16, on_chunk=lambda progress: widths.append(progress.slots))
+    assert found.steps.tolist() == stops
+    assert sorted(set(widths), reverse=True) == [16, 12, 8, 4, 2, 1] and widths == sorted(widths, reverse=True)
+    assert slots._programs(inversion, DRAW, "host")[1].traces == 3, "4 slots, 2 and 1"
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "are_default", lambda: False)
+        expected = run_levels(stops, inversion, slots=16)
+    toys.assert_close(found.states, expected.states, 1e-5)
+    assert found.image_steps == expected.image_steps
 
 
 def test_waiting_cells_take_the_slots_of_those_that_left():
@@ -243,13 +266,14 @@ def needed_by(width: int, inversion=BY_LEVEL) -> int:
     data, cells, victim = narrow_inputs([9] * width)
     run = slots._Run(KEY, inversion, DRAW, data, cells, victim, 100, "host", 2)
     run.open(width)
-    return memory.needed(run.program.compiled(*run.arguments(1)))
+    run.settle_groups()
+    return run.needed()
 
 
 def test_slots_are_halved_until_the_program_fits_the_budget(monkeypatch):
     needed = {width: needed_by(width) for width in (1, 4, 8)}
     assert 0 < needed[1] < needed[4] < needed[8]
-    monkeypatch.setattr(slots, "CPU_DEFAULT", 16)
+    monkeypatch.setattr(slots, "DEFAULT", 16)
     stops = [5, 4, 3, 2] * 4
     expected = run_levels(stops)
     assert expected.slots == 16
@@ -290,6 +314,9 @@ class Failing:
         self.program, self.width, self.at, self.message, self.calls = program, width, at, message, 0
         self.compile_seconds = 0.0
 
+    def compiled(self, *args):
+        return self
+
     def __call__(self, state, *args):
         self.calls += 1
         if self.calls == self.at or (self.at == 0 and len(state.made) > self.width):
@@ -299,6 +326,7 @@ class Failing:
 
 
 def fail(monkeypatch, **settings):
+    monkeypatch.setattr(lanes, "width", lambda compiled, count: count)
     refill, program = slots._programs(BY_LEVEL, DRAW, "host")
     monkeypatch.setattr(slots, "_programs", lambda *_: (refill, Failing(program, **settings)))
 

@@ -53,7 +53,10 @@ def expected():
     return counted, jax.device_get(states), infos
 
 
-@pytest.mark.parametrize("how, over_time", [("map", "host"), ("loop", "host"), ("vmap", "scan"), ("loop", "scan")])
+@pytest.mark.parametrize(
+    "how, over_time",
+    [("lanes", "host"), ("map", "host"), ("loop", "host"), ("vmap", "scan"), ("lanes", "scan"), ("loop", "scan")],
+)
 def test_every_way_over_cells_and_time_is_the_same_computation(expected, how, over_time):
     counted, states, infos = expected
     with jax.enable_x64(True):

@@ -23,7 +23,8 @@ class Config:
       regularisation: lambda in eq. (8), weight of the student's change under generated triggers.
       inner_steps: k, student updates per iteration.
       batch_size: fake images, and as many triggers, per update.
-      num_steps: iterations the schedule is laid out for: all three rates drop x0.1 at 60 % and 80 % of them.
+      num_steps: iterations the schedule is laid out for.
+      milestones: shares of them, increasing, at which all three rates drop x0.1.
       trigger_size: side of the generated triggers in pixels; 3..9 or a doubling of one of these.
       trigger_scale: factor on the triggers, which bounds their L1 norm by scale * side^2 * C in pixel units.
       place: where triggers are added. "batch": one random place per mini-batch (released); "image": one per image.
@@ -48,6 +49,7 @@ class Config:
     inner_steps: int = 5
     batch_size: int = 256
     num_steps: int = 15_000
+    milestones: tuple[float, ...] = (0.6, 0.8)
     trigger_size: int = 5
     trigger_scale: float = 1.0
     place: Literal["batch", "image"] = "batch"
@@ -68,12 +70,15 @@ class Config:
         check_choices("dhbe", self)
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
         if min(self.inner_steps, self.num_steps, self.noise_dim, self.width) < 1 or self.batch_size < 2:
             raise UserError("dhbe: inner_steps, num_steps, noise_dim and width must be at least 1, batch_size 2")
         if not (self.regularisation >= 0 and self.prior_weight >= 0 and self.trigger_scale > 0):
             raise UserError("dhbe: regularisation and prior_weight must be >= 0 and trigger_scale > 0")
         if not (self.learning_rate > 0 and self.generator_rate > 0 and self.trigger_rate > 0):
             raise UserError("dhbe: learning_rate, generator_rate and trigger_rate must be > 0")
+        if sorted({0.0, *self.milestones, 1.0}) != [0.0, *self.milestones, 1.0]:
+            raise UserError("dhbe: milestones must increase and lie between 0 and 1")
         if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
             raise UserError("dhbe: momentum must be in [0, 1) and weight_decay >= 0")
         if not (self.mean and self.std and all(value > 0 for value in self.std)):
@@ -149,10 +154,10 @@ def strength(config: Config) -> Strength:
     return Strength(*(jnp.float32(getattr(config, name)) for name in names), jnp.int32(config.num_steps))
 
 
-def decay(step: Array, num_steps: Array) -> Array:
-    """Factor [] on all three rates at iteration `step` [] of `num_steps` []: 1, 0.1 from 60 %, 0.01 from 80 %."""
-    drops = (5 * step >= 3 * num_steps).astype(jnp.int32) + (5 * step >= 4 * num_steps)
-    return jnp.array([1.0, 0.1, 0.01], jnp.float32)[drops]
+def decay(step: Array, num_steps: Array, milestones: tuple[float, ...] = (0.6, 0.8)) -> Array:
+    """Factor [] on all three rates at iteration `step` [] of `num_steps` []: x0.1 from each milestone's share on."""
+    drops = sum((step >= jnp.ceil(share * num_steps - 1e-3) for share in milestones), start=jnp.int32(0))
+    return jnp.array([0.1**passed for passed in range(len(milestones) + 1)], jnp.float32)[drops]
 
 
 def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Repair:
@@ -227,7 +232,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Repair:
         """One update of `learner`; `rate` [] before its decay."""
         params = learner.variables["params"]
         updates, opt = rule.update(gradient, learner.opt, params)
-        rate = rate * decay(state.step, state.strength.num_steps)
+        rate = rate * decay(state.step, state.strength.num_steps, config.milestones)
         params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
         return Learner({**learner.variables, "params": params}, opt)
 
@@ -292,7 +297,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Repair:
         trigger_loss = jnp.zeros_like(generator_loss)
         if not config.pure:
             state, trigger_loss = trigger_step(keys[-1], state)
-        rate = rate * decay(state.step, state.strength.num_steps)
+        rate = rate * decay(state.step, state.strength.num_steps, config.milestones)
         info = Info(*(leaf.mean() for leaf in seen), generator_loss, trigger_loss, rate)
         return state._replace(step=state.step + 1), info
 

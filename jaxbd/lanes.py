@@ -1,0 +1,98 @@
+"""Over lanes: on a CPU, narrow groups of cells that as many threads as there are cores advance side by side.
+
+XLA gives all cores to one operation after another. In a step of small convolutions much of that is waiting, and the
+arrays of a wide batch outgrow the caches besides. So a batch of cells is cut into groups, all served by one compiled
+program, and every core takes groups of its own; `scripts/bench_time_loops.py` measures the difference.
+"""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.base import ArrayTree
+
+START, CACHE = 2, 16 << 20
+"""Cells of a group where nothing speaks for more; bytes that a program may use between arguments and results before it
+outgrows a core's share of the caches."""
+
+
+def workers() -> int:
+    """Threads that advance groups side by side: the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def are_default() -> bool:
+    """Whether cells go over lanes where nothing else is asked for: on a CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def width(compiled: Callable[[int], jax.stages.Compiled], count: int) -> int:
+    """Cells of a group: `START`, or as many more, by powers of two, as leave its arrays in the caches.
+
+    Args:
+      compiled: the program for a group of so many cells.
+      count: of all cells; each worker gets some of them.
+    """
+    most = -(-count // workers())
+    if most <= START:
+        return most
+    memory = compiled(START).memory_analysis()
+    times = max(1, CACHE // max(1, memory.temp_size_in_bytes)) if memory else 1
+    return min(START << (times.bit_length() - 1), most)
+
+
+def group(tree: ArrayTree, start: int, size: int) -> ArrayTree:
+    """Rows `start` to `start + size` of every leaf [N, …], as arrays of their own; row N - 1 again past the end."""
+
+    def rows(leaf):
+        index = np.minimum(np.arange(start, start + size), leaf.shape[0] - 1)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf[index]
+        return jnp.array(np.asarray(leaf)[index])
+
+    return jax.tree.map(rows, tree)
+
+
+def join(groups: Sequence[ArrayTree], total: int) -> ArrayTree:
+    """The first `total` rows of all groups together."""
+
+    def rows(*leaves):
+        if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key):
+            return jnp.concatenate(leaves)[:total]
+        return jnp.array(np.concatenate([np.asarray(leaf) for leaf in leaves])[:total])
+
+    return jax.tree.map(rows, *groups)
+
+
+def advance(
+    program: Callable[..., Any], arguments: tuple, split: tuple[int, ...], count: int, size: int
+) -> tuple[ArrayTree, ArrayTree]:
+    """`count` steps `carry, info = program(carry, *rest)` of all cells, in groups of `size`.
+
+    Args:
+      program: a `loop.Program`; it is compiled for one group.
+      arguments: (carry, *rest); those at the positions `split`, of which 0 is one, have a leading axis [N] of cells.
+    Returns: the carry [N, …], and the infos [count, N, …] as NumPy arrays.
+    """
+    total = jax.tree.leaves(arguments[0])[0].shape[0]
+    groups = [
+        tuple(group(each, start, size) if position in split else each for position, each in enumerate(arguments))
+        for start in range(0, total, size)
+    ]  # made here: in a thread of its own, JAX does not know of settings such as float64
+    compiled = program.compiled(*groups[0])
+
+    def run(own: tuple) -> tuple[ArrayTree, ArrayTree]:
+        (carry, *rest), infos = own, []
+        for _ in range(count):
+            carry, info = compiled(carry, *rest)
+            infos.append(info)
+        return jax.block_until_ready(carry), jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(infos))
+
+    with concurrent.futures.ThreadPoolExecutor(workers()) as pool:
+        carries, infos = zip(*pool.map(run, groups), strict=True)
+    return join(carries, total), jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, :total], *infos)

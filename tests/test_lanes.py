@@ -1,0 +1,74 @@
+"""Groups of cells side by side: as wide as suits, all rows once, whatever does not divide."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbd import lanes, loop
+
+
+def compiled_with(bytes_of_one: int, asked: list[int]):
+    """What `lanes.width` asks: a program whose arrays grow with its cells."""
+
+    def compiled(size):
+        asked.append(size)
+        memory = SimpleNamespace(temp_size_in_bytes=size * bytes_of_one)
+        return SimpleNamespace(memory_analysis=lambda: memory)
+
+    return compiled
+
+
+@pytest.mark.parametrize(
+    "megabytes, count, expected",
+    [(20, 32, 2), (8, 32, 2), (2, 32, 8), (0.01, 32, 16), (20, 4, 2), (20, 3, 2), (0, 1, 1)],
+)
+def test_a_group_fills_the_caches_and_leaves_every_worker_something(megabytes, count, expected, monkeypatch):
+    monkeypatch.setattr(lanes, "workers", lambda: 2)
+    asked = []
+    assert lanes.width(compiled_with(int(megabytes * 2**20), asked), count) == expected
+    assert asked == ([lanes.START] if count > 4 else []), "at most one program is compiled to be asked"
+
+
+def test_where_a_compiler_tells_nothing_groups_stay_narrow(monkeypatch):
+    monkeypatch.setattr(lanes, "workers", lambda: 1)
+    assert lanes.width(lambda size: SimpleNamespace(memory_analysis=lambda: None), 32) == lanes.START
+
+
+def test_a_worker_for_every_core():
+    assert 1 <= lanes.workers() <= 4096 and lanes.are_default() == (jax.default_backend() == "cpu")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("size", [1, 3, 7, 10])
+def test_all_rows_advance_once_in_every_group_size(size, workers, monkeypatch):
+    """The last group repeats its last row, which nobody sees; keys of cells stay theirs."""
+    monkeypatch.setattr(lanes, "workers", lambda: workers)
+    program = loop.Program(
+        lambda carry, keys, shared: (
+            {"sum": carry["sum"] + shared, "key": keys},
+            carry["sum"] + jax.vmap(jax.random.uniform)(keys),
+        )
+    )
+    keys = jax.random.split(jax.random.key(0), 7)
+    carry = {"sum": jnp.arange(7.0), "key": keys}
+    after, infos = lanes.advance(program, (carry, keys, jnp.float32(10)), (0, 1), 3, size)
+    np.testing.assert_array_equal(after["sum"], np.arange(7.0) + 30)
+    np.testing.assert_array_equal(jax.random.key_data(after["key"]), jax.random.key_data(keys))
+    drawn = np.asarray(jax.vmap(jax.random.uniform)(keys))
+    np.testing.assert_allclose(infos, [np.arange(7.0) + 10 * step + drawn for step in range(3)], rtol=1e-6)
+    assert program.traces == 1 and not carry["sum"].is_deleted()
+
+
+def test_what_a_group_raises_is_raised(monkeypatch):
+    class Broken:
+        def compiled(self, *args):
+            return self
+
+        def __call__(self, carry, *args):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        lanes.advance(Broken(), (jnp.arange(4.0),), (0,), 2, 2)
