@@ -1,9 +1,9 @@
 """Over slots: a long list of cells through a fixed number of places of one compiled program.
 
 Cells wait in a list and S of them advance together. A cell that is done leaves for the host's memory, and the next one
-takes its slot; when none is left to take it, the batch narrows to a power of two. What a cell becomes depends on its
-number in the list alone: a cell that is done stays as it is until the host looks. The devices in use have equally many
-slots each; on a single CPU, groups of slots advance side by side, see `lanes`.
+takes its slot; when none is left to take it, the batch narrows to a power of two, or to whole groups. What a cell
+becomes depends on its number in the list alone: a cell that is done stays as it is until the host looks. The devices in
+use have equally many slots each; on a single CPU, groups of slots advance side by side, see `lanes`.
 """
 
 import collections
@@ -251,7 +251,8 @@ class _Run:
         if not self.over_lanes:
             return memory.needed(self.compiled(len(self.numbers)))
         under_way = min(lanes.workers(), -(-len(self.numbers) // self.group))
-        every = sum(leaf.nbytes for leaf in jax.tree.leaves(self.slots))
+        copies = 3  # as they were, in groups, and joined
+        every = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(self.slots))
         return every + under_way * memory.needed(self.compiled(self.group))
 
     def live(self) -> np.ndarray:
