@@ -15,7 +15,7 @@ from jaxbd.interop import load as models
 from jaxbd.repair import dhbe
 
 NAME, MODEL = "dhbe/published", "badnets_8_02"
-ERASURE = dhbe.Config(num_steps=250, **dhbe_rows.SHORT)
+ERASURE = dhbe.quick()
 
 
 def one_model(config: dhbe.Config) -> dict[str, Any]:

@@ -286,6 +286,9 @@ def test_presets_are_where_the_flags_start_from():
     assert parsed() == dhbe.released()
     changed = parsed("--preset", "paper", "--erasure.trigger-size", "6", "--steps", "9")
     assert changed == dhbe.paper(trigger_size=6, num_steps=9)
+    assert parsed("--preset", "quick") == dhbe.quick() != dhbe.released()
+    changed = parsed("--preset", "quick", "--erasure.milestones", "0.5", "0.9")
+    assert changed == dhbe.quick(milestones=(0.5, 0.9))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from jaxbd.interop import preprocess, trigger
 from jaxbd.repair import dhbe
 from jaxbd.report import erased, page
 
-PRESETS = {"released": dhbe.released(), "paper": dhbe.paper()}
+PRESETS = {"released": dhbe.released(), "paper": dhbe.paper(), "quick": dhbe.quick()}
 """`--preset` -> settings that the --erasure flags start from."""
 CHUNK = {"host": 1, "scan": 20}
 """Way over time -> iterations between two looks at signals and two lines of metrics. One iteration of a large net takes
@@ -49,8 +49,9 @@ class Args:
         after where there is --test-data, with a patch as --trigger also of 4 and 9 copies on an image (see `jaxbd
         evaluate --help`). After --resume, what was generated before is not on it.
       method: how to repair.
-      preset: settings that the --erasure flags start from: those of the released code or of the paper.
-      steps: iterations, short for --erasure.num-steps; the rates drop at 60 % and 80 % of them.
+      preset: settings that the --erasure flags start from: those of the released code, of the paper, or of a run of 300
+        iterations for a CPU and small nets.
+      steps: iterations, short for --erasure.num-steps; the rates drop at --erasure.milestones, shares of them.
       erasure: length and rule of the erasure.
       job: how it may be stopped.
       test_data: images with labels to measure accuracy on, see `jaxbd scan --help`; not read before the repair is done.
@@ -63,7 +64,7 @@ class Args:
     out: pathlib.Path
     report: pathlib.Path | None = None
     method: Annotated[Literal["dhbe"], tyro.conf.arg(name="method")] = "dhbe"
-    preset: Literal["released", "paper"] = "released"
+    preset: Literal["released", "paper", "quick"] = "released"
     steps: int | None = None
     erasure: dhbe.Config = PRESETS["released"]
     job: Annotated[long_job.Flags, tyro.conf.arg(name="")] = long_job.Flags()
