@@ -74,8 +74,9 @@ def one_victim(planted: Planting, config: dhbe.Config) -> dict[str, Any]:
 
 
 def unit(planted: Planting, config: dhbe.Config | None = None, name: str = "") -> dict[str, Any]:
-    """`one_victim`, kept under `runs/`; `name` tells other settings from the usual ones."""
+    """`one_victim`, kept under `runs/`; `name` tells other settings than the usual ones, which have no name."""
     config = ERASURE[planted.size] if config is None else config
+    name = "" if config == ERASURE[planted.size] else name
     wanted = [dhbe_cases.settings(planted), units.settings_of(config)]
     return units.unit(NAME, planted.name + (f"-{name}" if name else ""), wanted, lambda: one_victim(planted, config))
 
