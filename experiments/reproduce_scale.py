@@ -14,8 +14,8 @@ from experiments.reproduce import Check
 from jaxbd import record
 
 TIME = (
-    "half an hour on 2 cores, a third of it 20 models scanned twice; finished parts are kept, interrupt and start again "
-    "as you like; let nothing else run meanwhile, these are measurements of time"
+    "half an hour on 2 cores, a third of it 20 models scanned twice; finished parts are kept, interrupt and start "
+    "again as you like; let nothing else run meanwhile, these are measurements of time"
 )
 QUICK_TIME = "3 minutes on 2 cores: one small sweep beside PyTorch's, 2 models, 90 cells; its figures are rough"
 PARTS = ("bench", "retire", "race", "executors", "memory", "startup")
