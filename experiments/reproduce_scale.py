@@ -79,6 +79,10 @@ def bench(quick: bool, tables: dict, checks: list, details: dict) -> None:
         flags = ("--rounds", ROUNDS, "--iterations", 1)
         erased = [benchmark(folder, f"dhbe-{arch}", "bench_dhbe", "--arch", arch, *flags) for arch in dhbe.CASES]
         details["bench_dhbe"] = [row for found in erased for row in found["rows"]]
+        peak = max(found["float32"] for found in details["bench_peak"])
+        for row in details["bench_dhbe"]:
+            rate = row["jaxbd"]["operations_per_second"]
+            row["jaxbd"]["share_of_peak"] = rate and rate / peak
         rows += [shown(row, f"DHBE iteration, {dhbe.label(row['case'])}") for row in details["bench_dhbe"]]
     tables["Sweeps and steps beside plain PyTorch (images/s)"] = rows
     for row in details["bench"]:
