@@ -13,7 +13,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import tyro
 
 from experiments import bna_cases, bna_rows, units
 from experiments.bna_cases import Planting
@@ -87,4 +86,4 @@ def main(out: pathlib.Path | None = None, smoke: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

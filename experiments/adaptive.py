@@ -16,7 +16,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import bench, units
 from jaxbd import correct, evaluate, losses, pairs, study
@@ -170,4 +169,4 @@ def main(size: SizeName = "digits", data: str | None = None, seed: int = 0, smok
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

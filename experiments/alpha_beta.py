@@ -14,7 +14,6 @@ import pathlib
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import bench, units
 from jaxbd import study
@@ -115,4 +114,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

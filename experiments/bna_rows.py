@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import bna_cases, units
 from experiments.bna_cases import Planting
@@ -294,4 +293,4 @@ def main(size: Literal["digits", "narrow"] = "digits", smoke: bool = False) -> N
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

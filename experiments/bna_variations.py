@@ -11,8 +11,6 @@ Claims (Li et al. 2023): tau and the interval width matter little (Table 4), nor
 import dataclasses
 from typing import Any
 
-import tyro
-
 from experiments import bna_cases, bna_rows, units
 from experiments.bna_cases import Planting
 from jaxbd import study
@@ -97,4 +95,4 @@ def main(smoke: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

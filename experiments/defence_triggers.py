@@ -13,7 +13,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import bench, units
 from jaxbd import study
@@ -101,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

@@ -12,7 +12,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import bench, units
 from jaxbd.attacks import badnets
@@ -91,4 +90,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

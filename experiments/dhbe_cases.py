@@ -17,15 +17,16 @@ import numpy as np
 from experiments import bench, units
 from jaxbd import planting, record, study, supervised
 from jaxbd.attacks import amplified, badnets, clean_label, poison, trojan
-from jaxbd.base import Attack, Batch, Net, Variables
+from jaxbd.base import Attack, Batch, Net, UserError, Variables
 from jaxbd.data import digits, load
 from jaxbd.interop import folder
 from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
 
 AttackName = Literal["badnets", "clean-label", "trojan"]
-SizeName = Literal["digits", "narrow"]
+SizeName = Literal["digits", "narrow", "cifar10", "cifar100", "mini-imagenet", "vggface2"]
 CLASSES = 10
+"""Of the sizes that two cores can do."""
 
 
 class Size(NamedTuple):
@@ -88,6 +89,43 @@ SIZES: dict[str, Size] = {
         flip=True,
     ),
 }
+
+
+def _paper(dataset: str, classes: int, side: int) -> Size:
+    """The paper's size on a data set: ResNet-18, 200 epochs of 390 batches (appendix A)."""
+    mean, std = NORMALISATIONS[dataset]
+    options = {"width": 64, **({"stem": "64px"} if side == 64 else {})}
+    spec = build.Spec(
+        arch="resnet18", classes=classes, image_shape=(side, side, 3), options=options, mean=mean, std=std
+    )  # fmt: skip
+    return Size(
+        spec,
+        # the release drops the rate at 50, 80 and 90 % and keeps the epoch that is best on the test images; here the
+        # rates drop at 60 and 80 % and the last epoch counts
+        clean=supervised.Config(num_steps=200 * 390, learning_rate=0.1, schedule="steps"),
+        tuned=None,
+        batch_size=128,
+        counts={"badnets": 300, "clean-label": 300, "trojan": 2500},
+        crop_padding=side // 8,
+        flip=True,
+    )
+
+
+PAPER = {"cifar10": (10, 32), "cifar100": (100, 32), "mini-imagenet": (100, 64), "vggface2": (100, 64)}
+"""Classes and side of the data sets of Tables 3 to 8."""
+SIZES |= {dataset: _paper(dataset, *sizes) for dataset, sizes in PAPER.items()}
+SMOKE = "-smoke"
+"""Ends the name of a size that is a data set's in all but the net's width and the length of its training."""
+SIZES |= {
+    dataset + SMOKE: SIZES[dataset]._replace(
+        spec=dataclasses.replace(SIZES[dataset].spec, options={**SIZES[dataset].spec.options, "width": 4}),
+        clean=supervised.Config(num_steps=2),
+        batch_size=4,
+        counts=dict.fromkeys(SIZES[dataset].counts, 2),
+    )
+    for dataset in PAPER
+}
+STEMMED = ("resnet18", "resnet34")
 TRAIN_DIGITS, TRAIN_IMAGES = 1297, 50_000
 
 
@@ -96,12 +134,12 @@ class Planting:
     """One victim.
 
     Attributes:
-      size: "digits" or "narrow".
+      size: "digits", "narrow" (both for two cores), or a data set at the paper's size.
       attack: name of the attack; None for the clean net.
       side: of the square trigger, in pixels.
       target: class that triggered images are led to; the last one, as in the paper.
       seed: of data division, trigger and training.
-      arch, width: another architecture than the size's own (Table 8).
+      arch, width: another architecture than the size's own (Table 8), of its usual width where none is given.
     """
 
     size: SizeName = "digits"
@@ -116,14 +154,18 @@ class Planting:
     def name(self) -> str:
         """What the victim's folder and units are called."""
         kind = "clean" if self.attack is None else f"{self.attack}{self.side}-target{self.target}"
-        parts = [self.size, kind, f"seed{self.seed}", *([f"{self.arch}-{self.width}"] if self.arch else [])]
-        return "-".join(parts)
+        own = [str(each) for each in (self.arch, self.width) if each is not None]
+        return "-".join([self.size, kind, f"seed{self.seed}", *own])
 
     @property
     def spec(self) -> build.Spec:
         """Of the victim's net."""
         own = SIZES[self.size].spec
-        return own if self.arch is None else dataclasses.replace(own, arch=self.arch, options={"width": self.width})
+        if self.arch is None:
+            return own
+        stem = {name: value for name, value in own.options.items() if name == "stem" and self.arch in STEMMED}
+        width = {} if self.width is None else {"width": self.width}
+        return dataclasses.replace(own, arch=self.arch, options={**width, **stem})
 
 
 def settings(planted: Planting) -> dict[str, Any]:
@@ -146,29 +188,42 @@ def attack(planted: Planting) -> tuple[Attack, Any]:
         # in one corner and at the usual budget it is hardly learnt from so few images
         stronger = {"corners": "all", "epsilon": 32.0} if planted.size == "digits" else {}
         config = clean_label.Config(**common, **stronger)
-        return clean_label.make(shape, CLASSES, config), config
+        return clean_label.make(shape, planted.spec.classes, config), config
     if planted.attack == "trojan":
         config = trojan.Config(**common)
-        return trojan.make(shape, CLASSES, config), config
+        return trojan.make(shape, planted.spec.classes, config), config
     config = badnets.Config(pattern="checkerboard", place="fixed", **common)
-    return badnets.make(shape, CLASSES, config), config
+    return badnets.make(shape, planted.spec.classes, config), config
 
 
 def copies(case: study.Case, number: amplified.Copies) -> tuple[Attack, Any]:
     """The amplified attack of a case: its trigger 1, 4 or 9 times, and the trigger."""
     pattern = np.asarray(case.trigger.pattern)
-    made = amplified.make(case.image_shape, CLASSES, amplified.Config(target=case.target, copies=number), pattern)
+    classes = max(case.target, int(np.max(case.test.labels))) + 1
+    made = amplified.make(case.image_shape, classes, amplified.Config(target=case.target, copies=number), pattern)
     return made, made.init(jax.random.key(0))
 
 
 def data(size: SizeName, seed: int, source: str | None = None) -> tuple[Batch, Batch]:
-    """Images to train on and images to judge with."""
+    """Images to train on and images to judge with.
+
+    Raises: UserError when `source` is needed and not given, or its images or classes are not those of the size.
+    """
     if size == "digits":
         parts = study.divide(digits.load(DIGIT_SIDE), TRAIN_DIGITS, 0, seed=3000 + seed)
         return parts.train, parts.test
-    source = bench.data_source("narrow", source)
-    train = load.as_batch(load.load(source, split="train", limit=TRAIN_IMAGES))
-    return train, load.as_batch(load.load(source, split="test"))
+    if size.removesuffix(SMOKE) in PAPER and source is None:
+        raise UserError(f"size {size} needs images; give them with --data, see `jaxbd scan --help`")
+    source, spec = bench.data_source("narrow", source), SIZES[size].spec
+    parts = [
+        load.load(source, split=split, image_shape=spec.image_shape, limit=limit)
+        for split, limit in (("train", TRAIN_IMAGES), ("test", None))
+    ]
+    highest = max(int(np.max(part.labels)) for part in parts)
+    if highest >= spec.classes:
+        raise UserError(f"data {source} has a class {highest}; size {size} has {spec.classes} classes")
+    train, test = map(load.as_batch, parts)
+    return train, test
 
 
 def victim(planted: Planting, source: str | None = None) -> study.Case:
@@ -183,7 +238,7 @@ def victim(planted: Planting, source: str | None = None) -> study.Case:
         variables = folder.load(path)[1]
         trigger = _read_trigger(made, spec_notes["trigger"])
     else:
-        variables, trigger = _train(planted, net, train)
+        variables, trigger = _train(planted, net, train, source)
         notes = {"settings": wanted, "trigger": jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), trigger._asdict())}
         folder.save(path, planted.spec, variables, notes)
     nothing = jax.tree.map(lambda leaf: leaf[:0], test)
@@ -196,19 +251,20 @@ def _read_trigger(made: Attack, stored: dict[str, Any]) -> Any:
     return type(like)(**{name: jnp.asarray(stored[name], leaf.dtype) for name, leaf in like._asdict().items()})
 
 
-def _train(planted: Planting, net: Net, train: Batch) -> tuple[Variables, Any]:
+def _train(planted: Planting, net: Net, train: Batch, source: str | None) -> tuple[Variables, Any]:
     """From scratch, or from the clean net where the attack or the size starts there; with augmentation."""
     size, key = SIZES[planted.size], jax.random.fold_in(jax.random.key(3000 + planted.seed), 0)
     made, config = attack(planted)
     trigger = made.init(jax.random.fold_in(key, 1))
     clean = None
     if planted.attack is not None and (size.tuned or planted.attack != "badnets"):
-        clean = victim(dataclasses.replace(planted, attack=None, target=CLASSES - 1, side=3)).variables
+        untouched = dataclasses.replace(planted, attack=None, target=planted.spec.classes - 1, side=3)
+        clean = victim(untouched, source).variables
     count, report = size.counts.get(planted.attack, 0), units.progress("victim")
     rows, poison_key = Batch(*map(np.asarray, train)), jax.random.fold_in(key, 2)
     if planted.attack == "trojan":
         found = planting.trojan_net(
-            poison_key, net, clean, train, CLASSES, config, count=count, batch_size=size.batch_size,
+            poison_key, net, clean, train, planted.spec.classes, config, count=count, batch_size=size.batch_size,
             crop_padding=size.crop_padding, flip=size.flip, progress=report,
         )  # fmt: skip
         return found.variables, found.trigger

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import bench, dhbe_cases, units
 from jaxbd import distances
@@ -96,4 +95,4 @@ def main(smoke: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

@@ -8,8 +8,6 @@ Needs the models and CIFAR-10 images in `shared/` beside the repository; 2,000 t
 
 from typing import Any
 
-import tyro
-
 from experiments import bna_published, dhbe_rows, units
 from jaxbd.interop import load as models
 from jaxbd.repair import dhbe
@@ -40,4 +38,4 @@ def main(smoke: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

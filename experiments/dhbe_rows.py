@@ -8,6 +8,12 @@ Claims (Yan et al. 2023): without any data the attack success rate falls to a fe
     python -m experiments.dhbe_rows --size narrow            # CIFAR-10 images, ResNet-18 of width 8
     python -m experiments.dhbe_rows --smoke                  # checks that it runs, not the claims
 
+At the paper's size, for a GPU (Tables 3 to 8); --data takes what `jaxbd scan --data` takes:
+
+    python -m experiments.dhbe_rows --size cifar10 --data cifar-10-batches-bin --attack clean-label --side 3
+    python -m experiments.dhbe_rows --size cifar10 --data cifar-10-batches-bin --target 0 --arch wrn40-2
+    python -m experiments.dhbe_rows --size mini-imagenet --data mini-imagenet:FOLDER --side 5
+
 The eraser gets the net's weights. Test images judge the result and choose nothing.
 """
 
@@ -16,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import dhbe_cases, units
 from experiments.dhbe_cases import Planting
@@ -25,7 +30,9 @@ from jaxbd.base import Batch, Variables
 from jaxbd.repair import dhbe
 
 NAME = "dhbe/rows"
-ERASURE = {"digits": dhbe.quick(), "narrow": dhbe.quick(num_steps=600)}
+ERASURE = {"digits": dhbe.quick(), "narrow": dhbe.quick(num_steps=600)} | dict.fromkeys(
+    dhbe_cases.PAPER, dhbe.released()
+)
 """The settings of `dhbe.quick` were found on victims of other seeds than any table's."""
 SHOWN = 500
 """Test images behind the activation differences."""
@@ -65,20 +72,24 @@ def copies_that_fit(planted: Planting) -> tuple[int, ...]:
     return (1, 4, 9) if 3 * side <= image else (1, 4)
 
 
-def one_victim(planted: Planting, config: dhbe.Config) -> dict[str, Any]:
+def one_victim(planted: Planting, config: dhbe.Config, source: str | None = None) -> dict[str, Any]:
     """A planted victim before and after its erasure, as JSON."""
-    case = dhbe_cases.victim(planted)
+    case = dhbe_cases.victim(planted, source)
     variables, spent = erased(case, planted.spec, config, planted.seed)
     before, after = (judged(case, each, copies_that_fit(planted)) for each in (case.variables, variables))
     return {"name": planted.name, "target": planted.target, "before": before, "after": after, **spent}
 
 
-def unit(planted: Planting, config: dhbe.Config | None = None, name: str = "") -> dict[str, Any]:
+def unit(
+    planted: Planting, config: dhbe.Config | None = None, name: str = "", source: str | None = None
+) -> dict[str, Any]:
     """`one_victim`, kept under `runs/`; `name` tells other settings than the usual ones, which have no name."""
     config = ERASURE[planted.size] if config is None else config
     name = "" if config == ERASURE[planted.size] else name
     wanted = [dhbe_cases.settings(planted), units.settings_of(config)]
-    return units.unit(NAME, planted.name + (f"-{name}" if name else ""), wanted, lambda: one_victim(planted, config))
+    return units.unit(
+        NAME, planted.name + (f"-{name}" if name else ""), wanted, lambda: one_victim(planted, config, source)
+    )
 
 
 def row(result: dict[str, Any], **first: Any) -> dict[str, Any]:
@@ -98,11 +109,40 @@ def differences_row(result: dict[str, Any], **first: Any) -> list[dict[str, Any]
 SMOKE = dhbe.Config(num_steps=2, inner_steps=1, batch_size=4, width=2, trigger_size=3)
 
 
-def main(size: dhbe_cases.SizeName = "digits", smoke: bool = False) -> None:
-    """Runs the experiment and prints its tables."""
+def main(
+    size: dhbe_cases.SizeName = "digits",
+    attack: dhbe_cases.AttackName = "badnets",
+    side: int = 3,
+    target: int | None = None,
+    seed: int = 0,
+    arch: str | None = None,
+    width: int | None = None,
+    data: str | None = None,
+    smoke: bool = False,
+) -> None:
+    """Runs the experiment and prints its tables.
+
+    Args:
+      size: what the victim is made of.
+      attack: that is planted.
+      side: of the square trigger, in pixels.
+      target: class that triggered images are led to; the last one by default.
+      seed: of the victim.
+      arch: another architecture than the size's own (Table 8).
+      width: channels of that architecture's first stage; its usual one by default.
+      data: images of the sizes that are data sets.
+      smoke: few steps, and of the data sets' sizes a narrow net: checks that it runs.
+    """
     units.use_cache()
-    planted = Planting(size=size)
-    results = [one_victim(planted, SMOKE)] if smoke else [unit(planted), unit(planted, pure(ERASURE[size]), "pure")]
+    target = dhbe_cases.SIZES[size].spec.classes - 1 if target is None else target
+    planted = Planting(size=size, attack=attack, side=side, target=target, seed=seed, arch=arch, width=width)
+    if smoke:
+        short = size + dhbe_cases.SMOKE
+        planted = dataclasses.replace(planted, size=short if short in dhbe_cases.SIZES else size)
+        results = [one_victim(planted, SMOKE, data)]
+    else:
+        distilled = pure(ERASURE[size])
+        results = [unit(planted, source=data), unit(planted, distilled, "pure", data)]
     print(
         units.table([row(one, erasure=name) for one, name in zip(results, ("DHBE", "pure distillation"), strict=False)])
     )
@@ -116,4 +156,4 @@ def pure(config: dhbe.Config) -> dhbe.Config:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

@@ -11,8 +11,6 @@ generators' rates along with the student's in a way it does not state; here they
 import dataclasses
 from typing import Any
 
-import tyro
-
 from experiments import dhbe_rows, units
 from experiments.dhbe_cases import Planting
 from jaxbd.repair import dhbe
@@ -69,4 +67,4 @@ def main(smoke: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

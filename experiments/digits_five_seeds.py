@@ -14,7 +14,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import units
 from jaxbd import study, supervised, workflow
@@ -162,4 +161,4 @@ def main(seeds: int = 5, smoke: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

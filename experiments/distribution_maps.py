@@ -16,7 +16,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import bench, units
 from jaxbd import evaluate, study
@@ -108,4 +107,4 @@ def main(size: bench.SizeName = "digits", data: str | None = None, seed: int = 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

@@ -16,7 +16,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import units
 from jaxbd import record, sweep
@@ -98,4 +97,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

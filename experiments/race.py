@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import retire, units
 from experiments.digits_five_seeds import Settings
@@ -97,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

@@ -13,8 +13,6 @@ import sys
 import tempfile
 import time
 
-import tyro
-
 from experiments import units
 
 ROOT = units.RESULTS.parents[1]
@@ -87,4 +85,4 @@ def main(smoke: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    units.cli(main)

@@ -8,12 +8,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import tyro
+
 from jaxbd import record
+from jaxbd.base import UserError
 
 RUNS = pathlib.Path(__file__).resolve().parents[1] / "runs"
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 """Where optional real data (CIFAR-10 as parquet, published models) may lie; nothing needs it."""
+
+
+def cli(main: Callable[..., None]) -> None:
+    """`main` as a command; bad input is one line and exit code 2."""
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        say(f"{pathlib.Path(sys.argv[0]).stem}: {error}")
+        sys.exit(2)
+
 
 SECONDS: dict[str, float] = {}
 """Wall seconds of every unit asked for by this process, also of those that were kept from an earlier run."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,7 @@ from experiments import (  # noqa: E402
     units,
 )
 from jaxbd.base import UserError  # noqa: E402
+from jaxbd.repair import dhbe  # noqa: E402
 
 EXPERIMENTS = (
     defence_triggers, detect_targets, distribution_maps, activation_histograms,
@@ -78,6 +80,30 @@ def test_smoke(experiment, capsys, briefly):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) >= 3
     assert any(char.isdigit() for char in lines[2])
+
+
+def test_a_data_set_at_the_paper_s_size(tmp_path, capsys, briefly):
+    """A hundred classes of 64-pixel images, whatever their folder holds; a net of the release's stem."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (200, 64, 64, 3), np.uint8), np.arange(200) % 100
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    dhbe_rows.main(size="vggface2", data=str(tmp_path / "images.npz"), smoke=True)
+    assert "vggface2-smoke-badnets3-target99-seed0" in capsys.readouterr().out
+    spec = dhbe_cases.Planting(size="vggface2", target=99).spec
+    assert (spec.classes, spec.image_shape, spec.options) == (100, (64, 64, 3), {"width": 64, "stem": "64px"})
+    assert dhbe_rows.ERASURE["vggface2"] == dhbe.released()
+    np.savez(tmp_path / "images.npz", images=images, labels=labels + 1)
+    with pytest.raises(UserError, match="has a class 100; size vggface2 has 100 classes"):
+        dhbe_cases.data("vggface2", 0, str(tmp_path / "images.npz"))
+    with pytest.raises(UserError, match="size cifar10 needs images; give them with --data"):
+        dhbe_cases.data("cifar10", 0)
+
+
+def test_other_architectures_keep_the_stem_their_images_need():
+    spec = lambda **changes: dhbe_cases.Planting(size="mini-imagenet", target=99, **changes).spec
+    assert spec(arch="resnet34").options == {"stem": "64px"} and spec(arch="wrn40-2").options == {}
+    assert dhbe_cases.Planting(size="cifar10", arch="wrn40-1", width=8).spec.options == {"width": 8}
+    assert dhbe_cases.Planting(size="cifar10", arch="wrn40-1").name == "cifar10-badnets3-target9-seed0-wrn40-1"
 
 
 def test_units_resume(tmp_path, monkeypatch):

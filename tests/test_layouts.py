@@ -27,6 +27,8 @@ def test_spec_is_read_off_names_and_shapes():
         arch="resnet18", classes=6, image_shape=(224, 224, 3), options={"width": 12, "stem": "imagenet"}
     )
     assert layouts.recognise(_resnet18()).spec.image_shape == (32, 32, 3)
+    spec = layouts.recognise(_resnet18(stem="64px")).spec
+    assert (spec.image_shape, spec.options["stem"]) == ((64, 64, 3), "64px")
     assert layouts.recognise(_resnet18(), image_shape=(64, 48, 3)).spec.image_shape == (64, 48, 3)
     assert layouts.recognise(_vgg(side=48)).spec.image_shape == (48, 48, 3)
     assert layouts.recognise(twins.tensors(twins.WideResNet(40, 2, 10, 4, channels=1))).spec == build.Spec(
@@ -142,7 +144,7 @@ def test_a_counter_without_its_norm_is_extra_and_old_files_may_lack_counters():
         (_resnet18(), {"image_shape": (32, 32, 1)}, "images of 3 channels, not 1"),
         (_vgg(), {"image_shape": (64, 64, 3)}, "made for 32x32 images, not 64x64"),
         (_resnet18() | {"fc.bias": np.zeros(10, np.int8)}, {}, r"1 not floating-point \(fc\.bias\)"),
-        (_resnet18() | {"conv1.weight": np.ones((4, 3, 5, 5), np.float32)}, {}, "conv1.weight is 4x3x5x5"),
+        (_resnet18() | {"conv1.weight": np.ones((4, 3, 9, 9), np.float32)}, {}, "conv1.weight is 4x3x9x9"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tensors, options, message):

@@ -24,9 +24,9 @@ def _resnet(arch: str, stem: str, naming: str):
 
 
 CASES = {
-    f"{arch}-{stem}-{naming}": (arch, _resnet(arch, stem, naming), 8, 32 if stem == "imagenet" else 16)
+    f"{arch}-{stem}-{naming}": (arch, _resnet(arch, stem, naming), 8, 16 if stem == "cifar" else 32)
     for arch in BLOCKS
-    for stem in ("cifar", "imagenet")
+    for stem in ("cifar", "imagenet", "64px")
     for naming in ("torchvision", "kuangliu")
 } | {
     "preactresnet18": ("preactresnet18", lambda width: twins.PreActResNet18(CLASSES, width), 8, 16),

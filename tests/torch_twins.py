@@ -30,7 +30,8 @@ class ResNet(nn.Module):
     def __init__(self, blocks, classes: int, width: int, stem: str, naming: str, channels: int = 3):
         super().__init__()
         self.stem, self.head = stem, "fc" if naming == "torchvision" else "linear"
-        self.conv1 = _conv(channels, width, 7, 2) if stem == "imagenet" else _conv(channels, width, 3)
+        side, stride, padding = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "64px": (5, 2, 1)}[stem]
+        self.conv1 = nn.Conv2d(channels, width, side, stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         shortcut = "downsample" if naming == "torchvision" else "shortcut"
         inputs = width

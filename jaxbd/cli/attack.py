@@ -56,7 +56,7 @@ class Args:
         target and trigger size where no flag says otherwise; needs --poison static.
       arch: architecture.
       width: channels of its first stage; by default the architecture's own.
-      stem: first convolution of a ResNet, for small (cifar) or large (imagenet) images.
+      stem: first convolution of a ResNet, for small (cifar), large (imagenet) or 64-pixel images.
       normalisation: the model's first operation on pixels in [0, 1].
       image_shape: height, width, channels; by default the data's own.
       batch_size: images per training step.
@@ -95,7 +95,7 @@ class Args:
     paper_counts: Literal["cifar10", "cifar100", "gtsrb", "tinyimagenet", "imagenette"] | None = None
     arch: str = "cnn"
     width: int | None = None
-    stem: Literal["cifar", "imagenet"] | None = None
+    stem: Literal["cifar", "imagenet", "64px"] | None = None
     normalisation: Literal[*NORMALISATIONS] = "none"
     image_shape: tuple[int, int, int] | None = None
     batch_size: int = 64

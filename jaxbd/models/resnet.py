@@ -1,4 +1,4 @@
-"""ResNet-18/34 (He et al. 2016a) and PreActResNet-18 (He et al. 2016b), with CIFAR or ImageNet stem and any width."""
+"""ResNet-18/34 (He et al. 2016a) and PreActResNet-18 (He et al. 2016b), any stem, any width."""
 
 import functools
 from typing import Any, Literal
@@ -15,6 +15,10 @@ RESNET34 = (3, 4, 6, 3)
 """Blocks in each of the four stages."""
 
 
+STEMS = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "64px": (5, 2, 1)}
+"""Side, stride and padding of the first convolution."""
+
+
 class ResNet(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes]; basic blocks, mean over places, linear.
 
@@ -23,18 +27,19 @@ class ResNet(nn.Module):
     Attributes:
       blocks: blocks in each stage, `RESNET18` or `RESNET34`.
       width: channels of the first stage.
-      stem: "cifar": 3x3 convolution, stride 1; "imagenet": 7x7, stride 2, then 3x3 max-pooling, stride 2.
+      stem: "cifar": 3x3 convolution, stride 1; "imagenet": 7x7, stride 2, then 3x3 max-pooling, stride 2; "64px": 5x5,
+        stride 2, padding 1, for images of 64 pixels (the release of Yan et al. 2023).
     """
 
     classes: int
     blocks: tuple[int, ...] = RESNET18
     width: int = 64
-    stem: Literal["cifar", "imagenet"] = "cifar"
+    stem: Literal["cifar", "imagenet", "64px"] = "cifar"
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        if self.stem not in ("cifar", "imagenet"):
-            raise UserError(f"stem {self.stem!r} is not known; use cifar or imagenet")
+        if self.stem not in STEMS:
+            raise UserError(f"stem {self.stem!r} is not known; use {', '.join(STEMS)}")
         super().__post_init__()
 
     @nn.compact
@@ -42,7 +47,8 @@ class ResNet(nn.Module):
         conv = functools.partial(
             nn.Conv, self.width, use_bias=False, kernel_init=TORCH_KERNEL, dtype=self.dtype, name="conv1"
         )
-        x = conv((3, 3), padding=1)(x) if self.stem == "cifar" else conv((7, 7), 2, padding=3)(x)
+        side, stride, padding = STEMS[self.stem]
+        x = conv((side, side), stride, padding=padding)(x)
         x = nn.relu(BatchNorm(not train, dtype=self.dtype, name="bn1")(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

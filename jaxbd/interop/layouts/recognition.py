@@ -82,10 +82,10 @@ def _spec(
     classes, features = head if len(head) == 2 else (2, 0)
     options: dict[str, Any] = {"width": width}
     if arch in ("resnet18", "resnet34"):
-        options["stem"] = "imagenet" if kernel == 7 else "cifar"
+        options["stem"] = {7: "imagenet", 5: "64px"}.get(kernel, "cifar")
     if arch == "cnn":
         options["stages"] = _stages(arch, shapes)
-    side = 224 if options.get("stem") == "imagenet" else 32
+    side = {"imagenet": 224, "64px": 64}.get(options.get("stem"), 32)
     if arch == "vgg" and features:
         side = _vgg_side(features // (4 * width), image_shape)
     image_shape = (side, side, channels) if image_shape is None else tuple(image_shape)
