@@ -16,9 +16,10 @@ import numpy as np
 
 from jaxbd.base import ArrayTree
 
-START, CACHE = 2, 16 << 20
-"""Cells of a group where nothing speaks for more; bytes that a program may use between arguments and results before it
-outgrows a core's share of the caches."""
+START, TRAFFIC = 2, 600e6
+"""Cells of a group where nothing speaks for more; bytes that a group's step may read and write, as XLA counts them
+before it joins operations, until wider groups are slower. What is kept between operations is a thirtieth or fortieth of
+that, about what a core's share of the caches holds."""
 
 
 def workers() -> int:
@@ -31,18 +32,18 @@ def are_default() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def width(compiled: Callable[[int], jax.stages.Compiled], count: int) -> int:
-    """Cells of a group: `START`, or as many more, by powers of two, as leave its arrays in the caches.
+def width(traffic: Callable[[int], float], count: int) -> int:
+    """Cells of a group: `START`, or as many more, by powers of two, as `TRAFFIC` allows.
 
     Args:
-      compiled: the program for a group of so many cells.
+      traffic: bytes that a step of so many cells reads and writes, see `loop.Program.traffic`.
       count: of all cells; each worker gets some of them.
     """
     most = -(-count // workers())
     if most <= START:
         return most
-    memory = compiled(START).memory_analysis()
-    times = max(1, CACHE // max(1, memory.temp_size_in_bytes)) if memory else 1
+    found = traffic(START)
+    times = max(1, int(TRAFFIC / found)) if found > 0 else 1
     return min(START << (times.bit_length() - 1), most)
 
 

@@ -83,6 +83,11 @@ class Program:
             self.compile_seconds += time.perf_counter() - started
         return self._compiled[signature]
 
+    def traffic(self, *args) -> float:
+        """Bytes that XLA counts as read and written, before it joins operations; nothing is compiled. 0: not known."""
+        with _mesh_of(jax.tree.leaves(args)):
+            return float((self._jitted.lower(*args).cost_analysis() or {}).get("bytes accessed", 0.0))
+
     def __call__(self, *args):
         return self.compiled(*args)(*args)
 
@@ -188,7 +193,7 @@ def _group(step: Program, arguments: tuple, split: tuple[int, ...]) -> int:
     own = lambda size: (
         lanes.group(argument, 0, size) if position in split else argument for position, argument in enumerate(arguments)
     )
-    return lanes.width(lambda size: step.compiled(*own(size)), jax.tree.leaves(arguments[0])[0].shape[0])
+    return lanes.width(lambda size: step.traffic(*own(size)), jax.tree.leaves(arguments[0])[0].shape[0])
 
 
 def _check_finite(infos: ArrayTree, first_step: int) -> None:

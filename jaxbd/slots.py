@@ -234,26 +234,25 @@ class _Run:
     def arguments(self, count: int) -> tuple:
         return (self.slots, devices.on_each(jnp.int32(count), self.over), *self.placed, self.limit, *self.shared)
 
-    def compiled(self, width: int) -> jax.stages.Compiled:
-        """The program of `width` slots."""
-        own = lambda position, argument: (
-            lanes.group(argument, 0, width) if self.over_lanes and position in PER_SLOT else argument
-        )
-        return self.program.compiled(*(own(*each) for each in enumerate(self.arguments(1))))
+    def some(self, width: int) -> tuple:
+        """The program's arguments for the first `width` slots."""
+        every = enumerate(self.arguments(1))
+        return tuple(lanes.group(each, 0, width) if position in PER_SLOT else each for position, each in every)
 
     def settle_groups(self) -> None:
         """Chooses how many slots of the batch advance together."""
         if self.over_lanes:
-            self.group = lanes.width(self.compiled, min(len(self.numbers), self.total))
+            traffic = lambda width: self.program.traffic(*self.some(width))
+            self.group = lanes.width(traffic, min(len(self.numbers), self.total))
 
     def needed(self) -> int:
         """Bytes that a step takes, as the compiler says; over lanes, of all slots and of the groups under way."""
         if not self.over_lanes:
-            return memory.needed(self.compiled(len(self.numbers)))
+            return memory.needed(self.program.compiled(*self.arguments(1)))
         under_way = min(lanes.workers(), -(-len(self.numbers) // self.group))
         copies = 3  # as they were, in groups, and joined
         every = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(self.slots))
-        return every + under_way * memory.needed(self.compiled(self.group))
+        return every + under_way * memory.needed(self.program.compiled(*self.some(self.group)))
 
     def live(self) -> np.ndarray:
         """Positions of slots that hold a cell."""

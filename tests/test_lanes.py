@@ -1,7 +1,5 @@
 """Groups of cells side by side: as wide as suits, all rows once, whatever does not divide."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,31 +8,26 @@ import pytest
 from jaxbd import lanes, loop
 
 
-def compiled_with(bytes_of_one: int, asked: list[int]):
-    """What `lanes.width` asks: a program whose arrays grow with its cells."""
-
-    def compiled(size):
-        asked.append(size)
-        memory = SimpleNamespace(temp_size_in_bytes=size * bytes_of_one)
-        return SimpleNamespace(memory_analysis=lambda: memory)
-
-    return compiled
-
-
 @pytest.mark.parametrize(
     "megabytes, count, expected",
-    [(20, 32, 2), (8, 32, 2), (2, 32, 8), (0.01, 32, 16), (20, 4, 2), (20, 3, 2), (0, 1, 1)],
+    [(900, 32, 2), (300, 32, 2), (75, 32, 8), (0.01, 32, 16), (900, 4, 2), (900, 3, 2), (0, 1, 1), (0, 32, 2)],
 )
 def test_a_group_fills_the_caches_and_leaves_every_worker_something(megabytes, count, expected, monkeypatch):
     monkeypatch.setattr(lanes, "workers", lambda: 2)
     asked = []
-    assert lanes.width(compiled_with(int(megabytes * 2**20), asked), count) == expected
-    assert asked == ([lanes.START] if count > 4 else []), "at most one program is compiled to be asked"
+
+    def traffic(size):
+        asked.append(size)
+        return 1e6 * megabytes * size
+
+    assert lanes.width(traffic, count) == expected
+    assert asked == ([lanes.START] if count > 4 else []), "asked where there is a choice"
 
 
-def test_where_a_compiler_tells_nothing_groups_stay_narrow(monkeypatch):
-    monkeypatch.setattr(lanes, "workers", lambda: 1)
-    assert lanes.width(lambda size: SimpleNamespace(memory_analysis=lambda: None), 32) == lanes.START
+def test_traffic_grows_with_the_work_and_compiles_nothing():
+    program = loop.Program(lambda x: jnp.tanh(x) @ x)
+    small, large = (program.traffic(jnp.zeros((size, size))) for size in (8, 64))
+    assert 0 < small < large and program.compile_seconds == 0
 
 
 def test_a_worker_for_every_core():

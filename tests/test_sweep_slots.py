@@ -201,7 +201,7 @@ def test_the_batch_narrows_by_few_programs_and_dead_slots_are_not_pushed(whole):
 def test_groups_advance_side_by_side_and_the_batch_narrows_without_compiling(workers, monkeypatch):
     monkeypatch.setattr(lanes, "workers", lambda: workers)
     monkeypatch.setattr(lanes, "START", 4)
-    monkeypatch.setattr(lanes, "CACHE", 1)
+    monkeypatch.setattr(lanes, "TRAFFIC", 1)
     inversion, stops, widths = nudging("level"), [2] * 16 + [6 * n for n in range(1, 17)], []
     found = run_levels(stops, inversion, slots=16, on_chunk=lambda progress: widths.append(progress.slots))
     assert found.steps.tolist() == stops
@@ -326,7 +326,7 @@ class Failing:
 
 
 def fail(monkeypatch, **settings):
-    monkeypatch.setattr(lanes, "width", lambda compiled, count: count)
+    monkeypatch.setattr(lanes, "width", lambda traffic, count: count)
     refill, program = slots._programs(BY_LEVEL, DRAW, "host")
     monkeypatch.setattr(slots, "_programs", lambda *_: (refill, Failing(program, **settings)))
 
