@@ -41,9 +41,9 @@ from jaxbd.repair import dhbe  # noqa: E402
 EXPERIMENTS = (
     defence_triggers, detect_targets, distribution_maps, activation_histograms,
     dhbe_rows, dhbe_sweeps, dhbe_distances,
-    retire, many_cells, startup,
+    many_cells,
 )  # fmt: skip
-LONG = (alpha_beta, digits_five_seeds, bna_variations, adaptive, bna_rows)
+LONG = (alpha_beta, digits_five_seeds, bna_variations, adaptive, bna_rows, retire, startup)
 PUBLISHED = (bna_published, dhbe_published)
 """Need models and images that may lie beside the repository."""
 SLOW = [pytest.param(experiment, marks=pytest.mark.slow) for experiment in (*LONG, *PUBLISHED)]
