@@ -1,6 +1,7 @@
 """DHBE: erases backdoors without any data, by distillation between two adversarial generators (Yan et al. 2023)."""
 
 import dataclasses
+import itertools
 from typing import Literal, NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ class Config:
             raise UserError("dhbe: regularisation and prior_weight must be >= 0 and trigger_scale > 0")
         if not (self.learning_rate > 0 and self.generator_rate > 0 and self.trigger_rate > 0):
             raise UserError("dhbe: learning_rate, generator_rate and trigger_rate must be > 0")
-        if sorted({0.0, *self.milestones, 1.0}) != [0.0, *self.milestones, 1.0]:
+        if not all(one < other for one, other in itertools.pairwise((0.0, *self.milestones, 1.0))):
             raise UserError("dhbe: milestones must increase and lie between 0 and 1")
         if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
             raise UserError("dhbe: momentum must be in [0, 1) and weight_decay >= 0")
