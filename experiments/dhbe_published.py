@@ -1,6 +1,6 @@
 """DHBE on a published backdoored model, without data: clean accuracy and attack success rate before and after.
 
-    python -m experiments.dhbe_published             # an hour or so on 2 cores
+    python -m experiments.dhbe_published             # hours on 2 cores
     python -m experiments.dhbe_published --smoke     # few steps; checks that it runs
 
 Needs the models and CIFAR-10 images in `shared/` beside the repository; 2,000 test images judge.

@@ -6,10 +6,7 @@ Every unit of work is kept under `runs/`: an interrupted run goes on where it st
 
 import importlib
 import json
-import sys
 from typing import Any, Literal, NamedTuple
-
-import tyro
 
 from experiments import units
 from jaxbd import record, results
@@ -92,8 +89,4 @@ def _record(section, command, tables, checks, details) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main, prog="./scripts/reproduce"))
-    except UserError as error:
-        units.say(f"reproduce: {error}")
-        sys.exit(2)
+    units.cli(main, "./scripts/reproduce")

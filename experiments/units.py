@@ -19,10 +19,10 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 """Where optional real data (CIFAR-10 as parquet, published models) may lie; nothing needs it."""
 
 
-def cli(main: Callable[..., None]) -> None:
-    """`main` as a command; bad input is one line and exit code 2."""
+def cli(main: Callable[..., int | None], prog: str | None = None) -> None:
+    """`main` as a command that ends with what it returns; bad input is one line and exit code 2."""
     try:
-        tyro.cli(main)
+        sys.exit(tyro.cli(main, prog=prog))
     except UserError as error:
         say(f"{pathlib.Path(sys.argv[0]).stem}: {error}")
         sys.exit(2)

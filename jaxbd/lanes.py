@@ -7,7 +7,7 @@ program, and every core takes groups of its own; `scripts/bench_time_loops.py` m
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from jaxbd.base import ArrayTree
 
 START, TRAFFIC = 2, 600e6
 """Cells of a group where nothing speaks for more; bytes that a group's step may read and write, as XLA counts them
-before it joins operations, until wider groups are slower. What is kept between operations is a thirtieth or fortieth of
-that, about what a core's share of the caches holds."""
+before it joins operations, until wider groups are slower: most of that never leaves a core, and what does then still
+fits its share of the caches."""
 
 
 def workers() -> int:
@@ -32,19 +32,24 @@ def are_default() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def width(traffic: Callable[[int], float], count: int) -> int:
+def width(program: Any, arguments: tuple, split: tuple[int, ...], count: int) -> int:
     """Cells of a group: `START`, or as many more, by powers of two, as `TRAFFIC` allows.
 
     Args:
-      traffic: bytes that a step of so many cells reads and writes, see `loop.Program.traffic`.
+      program, arguments, split: as of `advance`; nothing is compiled.
       count: of all cells; each worker gets some of them.
     """
     most = -(-count // workers())
     if most <= START:
         return most
-    found = traffic(START)
+    found = program.traffic(*own(arguments, split, 0, START))
     times = max(1, int(TRAFFIC / found)) if found > 0 else 1
     return min(START << (times.bit_length() - 1), most)
+
+
+def own(arguments: tuple, split: tuple[int, ...], start: int, size: int) -> tuple:
+    """The arguments of the group of `size` cells from `start` on; those at the positions `split` hold all cells."""
+    return tuple(group(each, start, size) if position in split else each for position, each in enumerate(arguments))
 
 
 def group(tree: ArrayTree, start: int, size: int) -> ArrayTree:
@@ -71,7 +76,7 @@ def join(groups: Sequence[ArrayTree], total: int) -> ArrayTree:
 
 
 def advance(
-    program: Callable[..., Any], arguments: tuple, split: tuple[int, ...], count: int, size: int
+    program: Any, arguments: tuple, split: tuple[int, ...], count: int, size: int
 ) -> tuple[ArrayTree, ArrayTree]:
     """`count` steps `carry, info = program(carry, *rest)` of all cells, in groups of `size`.
 
@@ -81,14 +86,12 @@ def advance(
     Returns: the carry [N, …], and the infos [count, N, …] as NumPy arrays.
     """
     total = jax.tree.leaves(arguments[0])[0].shape[0]
-    groups = [
-        tuple(group(each, start, size) if position in split else each for position, each in enumerate(arguments))
-        for start in range(0, total, size)
-    ]  # made here: in a thread of its own, JAX does not know of settings such as float64
+    # made here: in a thread of its own, JAX does not know of settings such as float64
+    groups = [own(arguments, split, start, size) for start in range(0, total, size)]
     compiled = program.compiled(*groups[0])
 
-    def run(own: tuple) -> tuple[ArrayTree, ArrayTree]:
-        (carry, *rest), infos = own, []
+    def run(each: tuple) -> tuple[ArrayTree, ArrayTree]:
+        (carry, *rest), infos = each, []
         for _ in range(count):
             carry, info = compiled(carry, *rest)
             infos.append(info)

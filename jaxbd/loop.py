@@ -58,6 +58,7 @@ class Program:
         self.traces = 0
         self.compile_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
+        self._traffic: dict[Any, float] = {}
         self._jitted = jax.jit(self._count(function), donate_argnums=donate)
 
     def _count(self, function):
@@ -70,26 +71,33 @@ class Program:
 
     def compiled(self, *args):
         """The executable for arguments shaped and placed like `args` (`jax.stages.Compiled`)."""
-        leaves, tree = jax.tree.flatten(args)
-        signature = (
-            tree,
-            tuple((np.shape(x), str(getattr(x, "dtype", type(x))), getattr(x, "sharding", None)) for x in leaves),
-        )
+        signature = _signature(args)
         if signature not in self._compiled:
             started = time.perf_counter()
             relieve()
-            with _mesh_of(leaves):
+            with _mesh_of(jax.tree.leaves(args)):
                 self._compiled[signature] = self._jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - started
         return self._compiled[signature]
 
     def traffic(self, *args) -> float:
         """Bytes that XLA counts as read and written, before it joins operations; nothing is compiled. 0: not known."""
-        with _mesh_of(jax.tree.leaves(args)):
-            return float((self._jitted.lower(*args).cost_analysis() or {}).get("bytes accessed", 0.0))
+        signature = _signature(args)
+        if signature not in self._traffic:
+            with _mesh_of(jax.tree.leaves(args)):
+                found = self._jitted.lower(*args).cost_analysis() or {}
+            self._traffic[signature] = float(found.get("bytes accessed", 0.0))
+        return self._traffic[signature]
 
     def __call__(self, *args):
         return self.compiled(*args)(*args)
+
+
+def _signature(args: tuple) -> Any:
+    """What a compiled program depends on: structure, shapes, types and places of its arguments."""
+    leaves, tree = jax.tree.flatten(args)
+    kind = lambda x: (np.shape(x), str(getattr(x, "dtype", type(x))), getattr(x, "sharding", None))
+    return tree, tuple(map(kind, leaves))
 
 
 def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,7 +171,7 @@ def run(
     compiled_before = step.compile_seconds + scanned.compile_seconds
     started, collected, done = time.perf_counter(), [], 0
     if split and over_time == "host" and group is None:
-        group = _group(step, (state, *args), split)
+        group = lanes.width(step, (state, *args), split, jax.tree.leaves(state)[0].shape[0])
     while done < num_steps:
         size = min(chunk, num_steps - done)
         if over_time == "scan" and size == chunk:
@@ -186,14 +194,6 @@ def run(
     infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *collected) if collected else None
     compile_seconds = step.compile_seconds + scanned.compile_seconds - compiled_before
     return state, infos, Seconds(compile_seconds, time.perf_counter() - started - compile_seconds)
-
-
-def _group(step: Program, arguments: tuple, split: tuple[int, ...]) -> int:
-    """Cells of a group that suits `step`."""
-    own = lambda size: (
-        lanes.group(argument, 0, size) if position in split else argument for position, argument in enumerate(arguments)
-    )
-    return lanes.width(lambda size: step.traffic(*own(size)), jax.tree.leaves(arguments[0])[0].shape[0])
 
 
 def _check_finite(infos: ArrayTree, first_step: int) -> None:

@@ -216,6 +216,12 @@ class _Run:
         blank = np.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
         return np.full((self.num_steps, self.total, *leaf.shape), blank, leaf.dtype)
 
+    def begin(self, width: int) -> None:
+        """The widest batch from here on, without cells."""
+        self.open(width)
+        self.widest = len(self.numbers)
+        self.settle_groups()
+
     def open(self, width: int) -> None:
         """A batch of `width` slots without cells, or of a few more where the devices ask for it."""
         width = devices.even(width, self.over)
@@ -234,25 +240,20 @@ class _Run:
     def arguments(self, count: int) -> tuple:
         return (self.slots, devices.on_each(jnp.int32(count), self.over), *self.placed, self.limit, *self.shared)
 
-    def some(self, width: int) -> tuple:
-        """The program's arguments for the first `width` slots."""
-        every = enumerate(self.arguments(1))
-        return tuple(lanes.group(each, 0, width) if position in PER_SLOT else each for position, each in every)
-
     def settle_groups(self) -> None:
-        """Chooses how many slots of the batch advance together."""
+        """Chooses how many slots advance together, by the widest batch: the same ones when a narrower one goes on."""
         if self.over_lanes:
-            traffic = lambda width: self.program.traffic(*self.some(width))
-            self.group = lanes.width(traffic, min(len(self.numbers), self.total))
+            self.group = lanes.width(self.program, self.arguments(1), PER_SLOT, self.widest)
 
     def needed(self) -> int:
         """Bytes that a step takes, as the compiler says; over lanes, of all slots and of the groups under way."""
         if not self.over_lanes:
             return memory.needed(self.program.compiled(*self.arguments(1)))
+        group = lanes.own(self.arguments(1), PER_SLOT, 0, self.group)
         under_way = min(lanes.workers(), -(-len(self.numbers) // self.group))
         copies = 3  # as they were, in groups, and joined
         every = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(self.slots))
-        return every + under_way * memory.needed(self.program.compiled(*self.some(self.group)))
+        return every + under_way * memory.needed(self.program.compiled(*group))
 
     def live(self) -> np.ndarray:
         """Positions of slots that hold a cell."""
@@ -371,6 +372,7 @@ class _Run:
         filled = jax.tree.map(fill, devices.fetch(blank), mine)
         self.slots = devices.by_cell(filled, self.over)._replace(recent=self.slots.recent)
         self.place(placed)
+        self.settle_groups()
 
     def can_shrink(self) -> bool:
         """Whether fewer slots are possible; other machines, whose memory may suffice, would not know of it."""
@@ -380,8 +382,7 @@ class _Run:
         """Cells in the slots go back to the head of the list and start again in a batch of `width`."""
         self.waiting.extendleft(sorted((int(n) for n in self.numbers[self.live()]), reverse=True))
         self.slots = None  # gone before the next is made
-        self.open(width)
-        self.settle_groups()
+        self.begin(width)
 
     def progress(self) -> Progress:
         live = self.live()
@@ -419,8 +420,7 @@ def even(total: int, widest: int) -> int:
 def _open(state: _Run, slots: int | None, budget: int | None) -> None:
     """The widest batch within the budget; asked-for slots without a budget are taken as they are."""
     narrowest = devices.even(1, state.over)
-    state.open(even(state.total, slots or DEFAULT * narrowest))
-    state.settle_groups()
+    state.begin(even(state.total, slots or DEFAULT * narrowest))
     if slots is not None and budget is None:
         return
     budget = int(devices.from_all(memory.available()).min()) if budget is None else budget
@@ -430,8 +430,7 @@ def _open(state: _Run, slots: int | None, budget: int | None) -> None:
             raise UserError(
                 f"one cell needs {needed:,} bytes and the memory budget is {budget:,}; use smaller batches, or raise it"
             )
-        state.open(width // 2)
-        state.settle_groups()
+        state.begin(width // 2)
 
 
 def run(
@@ -472,10 +471,8 @@ def run(
         before = state.total * num_steps - left
         if kept.width:
             state.go_on(kept)
-            state.settle_groups()
         else:
             _open(state, slots, memory_budget)
-            state.widest = len(state.numbers)
         if before and on_chunk is not None:
             on_chunk(state.progress())
 
@@ -506,7 +503,6 @@ def _run(state: _Run, after_chunk: Callable[[], None], on_shrink: Callable[[int]
             failed = True
         if failed:  # outside the handler, whose traceback would keep the old batch alive
             state.restart(len(state.numbers) // 2)
-            state.widest = len(state.numbers)
             if on_shrink is not None:
                 on_shrink(state.widest)
         else:

@@ -128,7 +128,8 @@ def fit(
     how = default_how() if how is None else how
     states = init(key, inversion, cells) if states is None else states
     cell_keys = keys(jax.random.fold_in(key, 1), size(cells))
-    over = None if how == "loop" or devices.lies_on_several(states) else devices.mesh()
+    placed = devices.lies_on_several(states)
+    over = None if how == "loop" or placed else devices.mesh()
     advance = _advance(inversion.step, draw, how, own_victims, over if how == "map" else None)
     settings = dict(num_steps=num_steps, over_time=over_time, chunk=chunk)
     with _naming(cells):
@@ -138,7 +139,7 @@ def fit(
         states, cell_keys, cells = devices.by_cell((states, cell_keys, cells), over)
         victim, data = (devices.by_cell if own_victims else devices.on_each)(victim, over), devices.on_each(data, over)
         told = on_chunk if over is None else _telling(on_chunk, over, count)
-        if how == "lanes" and over is None and not devices.lies_on_several(states):
+        if how == "lanes" and over is None and not placed:
             settings |= dict(split=(0, 1, 2, 3) if own_victims else (0, 1, 2), group=1 if own_victims else group)
         states, infos, seconds = loop.run(advance, states, cell_keys, cells, victim, data, **settings, on_chunk=told)
         return devices.home(states, over, count), _first_cells(infos, count), seconds

@@ -16,11 +16,12 @@ def test_a_group_fills_the_caches_and_leaves_every_worker_something(megabytes, c
     monkeypatch.setattr(lanes, "workers", lambda: 2)
     asked = []
 
-    def traffic(size):
-        asked.append(size)
-        return 1e6 * megabytes * size
+    class Program:
+        def traffic(self, cells, shared):
+            asked.append(len(cells))
+            return 1e6 * megabytes * len(cells)
 
-    assert lanes.width(traffic, count) == expected
+    assert lanes.width(Program(), (jnp.arange(count), jnp.zeros(3)), (0,), count) == expected
     assert asked == ([lanes.START] if count > 4 else []), "asked where there is a choice"
 
 
@@ -28,6 +29,9 @@ def test_traffic_grows_with_the_work_and_compiles_nothing():
     program = loop.Program(lambda x: jnp.tanh(x) @ x)
     small, large = (program.traffic(jnp.zeros((size, size))) for size in (8, 64))
     assert 0 < small < large and program.compile_seconds == 0
+    traces = program.traces
+    program._jitted = None
+    assert program.traffic(jnp.ones((8, 8))) == small and program.traces == traces, "looked at once"
 
 
 def test_a_worker_for_every_core():

@@ -224,8 +224,7 @@ def test_a_budget_halves_the_cells_that_run_at_a_time(monkeypatch, scans):
         KEY, whole.inversion, draw.uniform(16), jax.tree.map(jnp.asarray, DATA), CELLS, VICTIMS["attacked"],
         150, "host", workflow.CHUNK, None, True,
     )  # fmt: skip
-    run.open(4)
-    run.settle_groups()
+    run.begin(4)
     needed = run.needed()
     monkeypatch.setattr(sweep, "search", watched)
     short = dataclasses.replace(SCAN, steps=3, memory_budget=needed)

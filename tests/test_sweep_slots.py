@@ -214,6 +214,21 @@ def test_groups_advance_side_by_side_and_the_batch_narrows_without_compiling(wor
     assert found.image_steps == expected.image_steps
 
 
+def test_a_batch_that_goes_on_narrower_keeps_its_groups(monkeypatch):
+    """So the programs are those of a run that was not interrupted, and with them the last bits."""
+    monkeypatch.setattr(lanes, "workers", lambda: 2)
+    data, cells, victim = narrow_inputs([9] * 16)
+    run = lambda: slots._Run(KEY, BY_LEVEL, DRAW, data, cells, victim, 100, "host", 2)
+    first, second = run(), run()
+    first.begin(16)
+    assert first.group == 8, "half of the slots for each worker"
+    first.waiting.clear()
+    first.numbers = np.where(np.arange(16) < 3, np.arange(16), -1)
+    first.narrow(4)
+    second.go_on(first.kept())
+    assert (len(second.numbers), second.group) == (4, first.group)
+
+
 def test_waiting_cells_take_the_slots_of_those_that_left():
     """One long cell and many short ones: the short ones pass through the other slot meanwhile."""
     found = run_levels([20] + [2] * 10, slots=2)
@@ -265,8 +280,7 @@ def needed_by(width: int, inversion=BY_LEVEL) -> int:
     """Bytes of the program of `width` slots."""
     data, cells, victim = narrow_inputs([9] * width)
     run = slots._Run(KEY, inversion, DRAW, data, cells, victim, 100, "host", 2)
-    run.open(width)
-    run.settle_groups()
+    run.begin(width)
     return run.needed()
 
 
@@ -326,7 +340,7 @@ class Failing:
 
 
 def fail(monkeypatch, **settings):
-    monkeypatch.setattr(lanes, "width", lambda traffic, count: count)
+    monkeypatch.setattr(lanes, "width", lambda program, arguments, split, count: count)
     refill, program = slots._programs(BY_LEVEL, DRAW, "host")
     monkeypatch.setattr(slots, "_programs", lambda *_: (refill, Failing(program, **settings)))
 

@@ -13,8 +13,6 @@ from jaxbd.models.norm import BatchNorm, Correction
 RESNET18 = (2, 2, 2, 2)
 RESNET34 = (3, 4, 6, 3)
 """Blocks in each of the four stages."""
-
-
 STEMS = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "64px": (5, 2, 1)}
 """Side, stride and padding of the first convolution."""
 

@@ -172,6 +172,7 @@ def strength(config: Config) -> Strength:
 
 def decay(step: Array, num_steps: Array, milestones: tuple[float, ...] = (0.6, 0.8)) -> Array:
     """Factor [] on all three rates at iteration `step` [] of `num_steps` []: x0.1 from each milestone's share on."""
+    # 1e-3: a share of whole iterations may come out a rounding error above them
     drops = sum((step >= jnp.ceil(share * num_steps - 1e-3) for share in milestones), start=jnp.int32(0))
     return jnp.array([0.1**passed for passed in range(len(milestones) + 1)], jnp.float32)[drops]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxbd.base import UserError
 from jaxbd.interop.layouts.convert import check, few
 from jaxbd.interop.layouts.naming import COUNTER, Layout, lay_out, namings, translate
-from jaxbd.models import build
+from jaxbd.models import build, resnet
 
 FIRST = {"cnn": "conv0", "vgg": "conv0_0"}
 """The first convolution where it is not called conv1: it tells width, channels and stem."""
@@ -82,7 +82,7 @@ def _spec(
     classes, features = head if len(head) == 2 else (2, 0)
     options: dict[str, Any] = {"width": width}
     if arch in ("resnet18", "resnet34"):
-        options["stem"] = {7: "imagenet", 5: "64px"}.get(kernel, "cifar")
+        options["stem"] = {side: stem for stem, (side, _, _) in resnet.STEMS.items()}.get(kernel, "cifar")
     if arch == "cnn":
         options["stages"] = _stages(arch, shapes)
     side = {"imagenet": 224, "64px": 64}.get(options.get("stem"), 32)
