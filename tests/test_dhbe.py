@@ -136,6 +136,8 @@ def after_one(victim):
         "short": step(ITERATE, state._replace(step=jnp.int32(30), strength=strength._replace(num_steps=jnp.int32(50)))),
     }
     found["traces"] = len(traces) - first
+    _, step, _ = compiled(dataclasses.replace(CONFIG, milestones=(0.5,)))
+    found["one drop"] = step(ITERATE, state._replace(step=jnp.int32(80)))
     init, step, _ = compiled(dataclasses.replace(CONFIG, pure=True))
     return {"before": state, "pure": step(ITERATE, init(START, victim)), **found}
 
@@ -166,7 +168,7 @@ def test_weight_zero_is_not_pure_distillation(after_one):
     assert after_one["pure"][1].regulariser == 0 and after_one["weight 0"][1].regulariser > 0
 
 
-@pytest.mark.parametrize("name, factor", [("late", 0.01), ("short", 0.1)])
+@pytest.mark.parametrize("name, factor", [("late", 0.01), ("short", 0.1), ("one drop", 0.1)])
 def test_all_three_rates_fall_together(after_one, name, factor):
     """Adam's first update is its rate times a sign, so it shows the rate; the student's rate is reported."""
     before, (plain, _), (slow, info) = after_one["before"], after_one["plain"], after_one[name]

@@ -82,6 +82,12 @@ def test_smoke(experiment, capsys, briefly):
     assert any(char.isdigit() for char in lines[2])
 
 
+def test_the_peak_of_this_process_is_in_bytes():
+    """At least what it holds now, and no more than the machine has."""
+    held = np.ones(30_000_000, np.uint8)
+    assert held.nbytes < many_cells.peak() < 1e13
+
+
 def test_a_data_set_at_the_paper_s_size(tmp_path, capsys, briefly):
     """A hundred classes of 64-pixel images, whatever their folder holds; a net of the release's stem."""
     rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toys
 
-from jaxbd import loop, supervised, sweep
+from jaxbd import lanes, loop, supervised, sweep
 from jaxbd.base import ANY_SOURCE, Batch, Cell, Inversion, UserError
 from jaxbd.data import draw
 from jaxbd.inversion import pixel
@@ -210,6 +210,24 @@ def test_own_victims_go_with_their_cells(how, data):
     )  # fmt: skip
     np.testing.assert_allclose(states.total, [1, 21, 41])
     np.testing.assert_allclose(infos, [[0.5, 10.5, 20.5]] * 2)
+
+
+@pytest.mark.parametrize("settings, expected", [({}, 2), ({"group": 1}, 1), ({"group": 3}, 3)])
+def test_cells_with_weights_of_their_own_go_one_by_one_over_lanes(settings, expected, data, monkeypatch):
+    sizes, real = [], lanes.advance
+    watched = lambda program, arguments, split, count, size: (
+        sizes.append(size) or real(program, arguments, split, count, size)
+    )
+    monkeypatch.setattr(lanes, "advance", watched)
+    monkeypatch.setattr(lanes, "width", lambda *_: 2)
+    cells, bias = sweep.grid(range(3), level=(0.5,)), jnp.zeros(3)
+    run = lambda bias, **settings: sweep.fit(
+        jax.random.key(0), counting_inversion(), DRAW, data, cells, {"params": {"bias": bias}},
+        num_steps=1, how="lanes", over_time="host", **settings,
+    )  # fmt: skip
+    run(bias[0], **settings)
+    run(bias, own_victims=True)
+    assert sizes == [expected, 1]
 
 
 def test_grid_runs_targets_slowest_and_levels_fastest():
