@@ -1,8 +1,8 @@
 """Over time: compiled steps, chunk by chunk, with callbacks. One of the three places that call `jax.jit`.
 
 Two ways over time give the same result. "scan" compiles a chunk of steps into one program (accelerators). "host" is a
-host loop of one compiled step: on XLA:CPU a convolution's weight gradient inside a compiled loop is slower by two
-orders of magnitude (`scripts/bench_time_loops.py` measures it), so the CPU default is "host".
+host loop of one compiled step: on XLA:CPU a convolution's weight gradient inside a compiled loop is more than
+twenty times slower (`scripts/bench_time_loops.py` measures it), so the CPU default is "host".
 """
 
 import contextlib

@@ -43,7 +43,7 @@ class Config:
       pure: plain adversarial distillation: no trigger is made and no triggered image passes the student. Weight 0 is
         not the same, since triggered images then still enter the student's running moments (Yan et al. 2023, 5.4.1).
       inner: the k student updates "unrolled" in the program or as a "scan"; the result is the same. Unrolled is for
-        XLA:CPU, where a convolution's weight gradient inside a compiled loop is slower by orders of magnitude.
+        XLA:CPU, where a convolution's weight gradient inside a compiled loop is more than twenty times slower.
     """
 
     regularisation: float = 0.1
