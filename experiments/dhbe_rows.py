@@ -30,10 +30,15 @@ from jaxbd.base import Batch, Variables
 from jaxbd.repair import dhbe
 
 NAME = "dhbe/rows"
-ERASURE = {"digits": dhbe.quick(), "narrow": dhbe.quick(num_steps=600)} | dict.fromkeys(
-    dhbe_cases.PAPER, dhbe.released()
-)
-"""The settings of `dhbe.quick` were found on victims of other seeds than any table's."""
+DIGITS = dhbe.quick(
+    learning_rate=0.1, weight_decay=1e-2, generator_rate=5e-5, prior_weight=0.03, milestones=(0.8,), num_steps=300
+)  # fmt: skip
+"""Found on digit victims of other seeds than any table's.
+
+A net that has seen nothing but digits takes whatever has texture for triggered: most images of an untrained sample
+generator go to the target class. So the generator is kept slow and smooth, and what no smooth image exercises decays.
+"""
+ERASURE = {"digits": DIGITS, "narrow": dhbe.quick(num_steps=600)} | dict.fromkeys(dhbe_cases.PAPER, dhbe.released())
 SHOWN = 500
 """Test images behind the activation differences."""
 
