@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import bna_published, dhbe_distances, dhbe_published, dhbe_rows, dhbe_sweeps, units
+from experiments import bna_published, dhbe_distances, dhbe_places, dhbe_published, dhbe_rows, dhbe_sweeps, units
 from experiments.dhbe_cases import Planting
 from experiments.reproduce import Check
 
@@ -14,6 +14,7 @@ TIME = (
 )
 QUICK_TIME = "an estimate: 4 to 5 minutes on 2 cores: one digit seed, DHBE and pure distillation"
 SEEDS = 5
+PLACES = "Where the trigger works in the victims"
 PARTS = ("digits", "attacks", "sweeps", "distances", "cifar", "published")
 
 
@@ -57,6 +58,7 @@ def _digits(seeds: int, tables: dict, checks: list[Check], details: dict) -> Non
     tables[f"{title}: activation differences, medians (Fig. 7)"] = [
         row for seed, one in enumerate(found) for row in dhbe_rows.differences_row(one, seed=seed)
     ]
+    tables[PLACES] = [dhbe_places.row(planted) for planted in plantings]
     rate = lambda number: max(one["after"][number] for one in found)
     drop = [one["before"]["clean_accuracy"] - one["after"]["clean_accuracy"] for one in found]
     checks += [
@@ -97,10 +99,13 @@ def _sweeps(tables: dict, checks: list[Check]) -> None:
 
 def _narrow(tables: dict, details: dict) -> None:
     """A row of Table 3 that two cores can do."""
-    found = dhbe_rows.unit(Planting(size="narrow"))
+    planted = Planting(size="narrow")
+    distilled = dhbe_rows.pure(dhbe_rows.ERASURE["narrow"])
+    found = {"DHBE": dhbe_rows.unit(planted), "pure distillation": dhbe_rows.unit(planted, distilled, "pure")}
     tables["CIFAR-10 images, ResNet-18 of width 8, BadNets 3x3 (Table 3)"] = [
-        dhbe_rows.row(found, attack="badnets", side=3)
+        dhbe_rows.row(one, erasure=name) for name, one in found.items()
     ]
+    tables.setdefault(PLACES, []).append(dhbe_places.row(planted))
     details["narrow"] = found
 
 

@@ -24,6 +24,7 @@ from experiments import (  # noqa: E402
     detect_targets,
     dhbe_cases,
     dhbe_distances,
+    dhbe_places,
     dhbe_published,
     dhbe_rows,
     dhbe_sweeps,
@@ -40,7 +41,7 @@ from jaxbd.repair import dhbe  # noqa: E402
 
 EXPERIMENTS = (
     defence_triggers, detect_targets, distribution_maps, activation_histograms,
-    dhbe_rows, dhbe_sweeps, dhbe_distances,
+    dhbe_rows, dhbe_sweeps, dhbe_distances, dhbe_places,
     many_cells,
 )  # fmt: skip
 LONG = (alpha_beta, digits_five_seeds, bna_variations, adaptive, bna_rows, retire, startup)
