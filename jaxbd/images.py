@@ -112,6 +112,18 @@ def random_places(key: Key, count: int, image_shape: tuple[int, int, int], patch
     return jax.random.randint(key, (count, 2), 0, jnp.broadcast_to(limits, (count, 2)))
 
 
+def edge_places(key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]) -> Array:
+    """`count` places [count, 2] int32 (row, column): about a quarter in the corners, half elsewhere along the edges.
+
+    Uniform over an image of twice the room; places where the patch does not fit move to the nearest where it does.
+    """
+    room = [side - patch for side, patch in zip(image_shape[:2], patch_hw, strict=True)]
+    beyond = [free // 2 for free in room]
+    larger = (*(side + 2 * margin for side, margin in zip(image_shape[:2], beyond, strict=True)), image_shape[2])
+    places = random_places(key, count, larger, patch_hw) - jnp.broadcast_to(jnp.array(beyond), (count, 2))
+    return jnp.clip(places, 0, jnp.broadcast_to(jnp.array(room), (count, 2)))
+
+
 def random_crop(key: Key, image: Array, padding: int) -> Array:
     """Zero-pads `image` [H, W, C] by `padding` on every side and crops [H, W, C] at a uniform place."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))

@@ -13,7 +13,7 @@ import torch
 import torch_dhbe
 import toys
 
-from jaxbd import erase, losses
+from jaxbd import erase, images, losses
 from jaxbd.base import Batch, UserError
 from jaxbd.models import build
 from jaxbd.models.norm import NORMALISATIONS
@@ -217,6 +217,25 @@ def test_no_data_is_taken(victim):
         method.step(ITERATE, None, Batch(jnp.zeros((2, *SHAPE)), jnp.zeros(2, jnp.int32)))
     with pytest.raises(UserError, match="no evidence"):
         method.init(START, victim, jnp.ones(3))
+
+
+def test_places_of_triggers_are_drawn_as_stated(victim, monkeypatch):
+    """One for the whole batch, or one per image; uniformly, or oftener at corners and edges."""
+    asked = []
+    for name in ("random_places", "edge_places"):
+        draw = getattr(images, name)
+        spy = lambda key, count, *shapes, name=name, draw=draw: asked.append((name, count)) or draw(key, count, *shapes)
+        monkeypatch.setattr(images, name, spy)
+    every = CONFIG.batch_size
+    for place, wanted in (
+        ("batch", ("random_places", 1)),
+        ("image", ("random_places", every)),
+        ("edges", ("edge_places", every)),
+    ):
+        asked.clear()
+        method = dhbe.make(NET, SHAPE, dataclasses.replace(CONFIG, place=place, inner_steps=1))
+        jax.eval_shape(method.step, ITERATE, method.init(START, victim))
+        assert asked[0] == wanted and ("edge_places" in dict(asked)) == (place == "edges")
 
 
 def test_generated_images_follow_the_net(victim):

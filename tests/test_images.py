@@ -61,6 +61,18 @@ def test_random_places_are_uniform_over_all_places_and_reach_the_last():
     assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
 
 
+def test_edge_places_are_oftener_in_corners_and_along_edges():
+    """5 and 4 places; two and one more beyond each end: 3/9, 1/9, 1/9, 1/9, 3/9 and 2/6, 1/6, 1/6, 2/6."""
+    places = np.asarray(ops.edge_places(jax.random.key(0), 20_000, (7, 6, 1), (3, 3)))
+    assert places.dtype == np.int32
+    rows, columns = (np.bincount(places[:, axis]) / len(places) for axis in (0, 1))
+    np.testing.assert_allclose(rows, [3 / 9, 1 / 9, 1 / 9, 1 / 9, 3 / 9], atol=0.015)
+    np.testing.assert_allclose(columns, [2 / 6, 1 / 6, 1 / 6, 2 / 6], atol=0.015)
+    joint = np.mean((places[:, 0] == 4) & (places[:, 1] == 3))
+    assert abs(joint - 1 / 9) < 0.015
+    np.testing.assert_array_equal(ops.edge_places(jax.random.key(0), 5, (3, 3, 1), (3, 3)), np.zeros((5, 2)))
+
+
 def test_random_places_of_a_patch_as_large_as_the_image():
     np.testing.assert_array_equal(ops.random_places(jax.random.key(0), 5, (3, 3, 1), (3, 3)), np.zeros((5, 2)))
 

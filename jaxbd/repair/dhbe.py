@@ -29,8 +29,7 @@ class Config:
       trigger_size: side of the generated triggers in pixels; 3..9 or a doubling of one of these.
       trigger_scale: factor on the triggers, which bounds their L1 norm by scale * side^2 * C in pixel units.
       place: where triggers are added. "batch": one random place per mini-batch (released); "image": one per image;
-        "edges": one per image, drawn from an image twice as large and moved to the nearest that fits, so that a quarter
-        lies in the corners and half along the edges, where few uniformly drawn ones do.
+        "edges": one per image, in corners and along edges oftener than a uniform draw, see `images.edge_places`.
       prior_weight: of the total variation of fake images in the sample generator's loss; 0 in the paper.
       learning_rate: of the student's SGD.
       momentum: of SGD.
@@ -228,10 +227,9 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Repair:
         noise_key, place_key = jax.random.split(key)
         patches, trigger = generate(triggers, params, state.trigger, noise_key)
         count = 1 if config.place == "batch" else config.batch_size
-        beyond = (height - side) // 2 if config.place == "edges" else 0
-        larger = (height + 2 * beyond, width + 2 * beyond, channels)
-        places = image_ops.random_places(place_key, count, larger, (side, side)) - beyond
-        places = jnp.broadcast_to(jnp.clip(places, 0, height - side), (config.batch_size, 2))
+        draw = image_ops.edge_places if config.place == "edges" else image_ops.random_places
+        places = draw(place_key, count, image_shape, (side, side))
+        places = jnp.broadcast_to(places, (config.batch_size, 2))
         canvas = jax.vmap(image_ops.paste)(jnp.zeros_like(images), config.trigger_scale * patches, places)
         return images + canvas, state._replace(trigger=trigger)
 
