@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,13 +267,34 @@ def test_a_run_goes_on_from_a_saved_state_and_shares_its_program(victim):
     assert again.seconds.compile == 0 and not same(again.variables, whole.variables)
 
 
+def test_the_last_students_are_averaged(victim):
+    """Weights and running moments of the last 0.4 of 5 iterations; before them the repaired net is the student's own,
+    and the way there does not change."""
+    config = dataclasses.replace(CONFIG, num_steps=5, inner_steps=1, average=0.4)
+    method = dhbe.make(NET, SHAPE, config)
+    init, step, _ = compiled(config)
+    state, plain = init(START, victim), compiled(dataclasses.replace(config, average=0.0))
+    other, students = plain[0](START, victim), []
+    assert other.averaged == {} and same(method.extract(state), victim)
+    for number in range(5):
+        key = jax.random.fold_in(ITERATE, number)
+        (state, _), (other, _) = step(key, state), plain[1](key, other)
+        students.append(state.student.variables)
+        assert same(students[-1], other.student.variables)
+        if number < 4:
+            assert same(method.extract(state), students[-1])
+    wanted = jax.tree.map(lambda one, last: (one + last) / 2, *students[-2:])
+    chex.assert_trees_all_close(method.extract(state), wanted, rtol=1e-5, atol=1e-7)
+    assert not same(method.extract(state), students[-1])
+
+
 BAD = [
     dict(inner_steps=0), dict(batch_size=1), dict(num_steps=0), dict(noise_dim=0), dict(width=0),
     dict(regularisation=-0.1), dict(regularisation=float("nan")), dict(prior_weight=-1.0), dict(trigger_scale=0.0),
     dict(learning_rate=0.0), dict(generator_rate=float("nan")), dict(trigger_rate=-1.0), dict(momentum=1.0),
     dict(weight_decay=-1.0), dict(std=(0.0,)), dict(mean=()), dict(trigger_size=2), dict(trigger_size=11),
     dict(milestones=(0.8, 0.6)), dict(milestones=(0.5, 0.5)), dict(milestones=(0.0,)), dict(milestones=(1.0,)),
-    dict(milestones=(float("nan"),)),
+    dict(milestones=(float("nan"),)), dict(average=-0.1), dict(average=1.1), dict(average=float("nan")),
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from jaxbd.base import Array, ArrayTree, Batch, Key, Net, Repair, UserError, Var
 from jaxbd.models.synthesis import SAMPLE_SIDES, TRIGGER_SIDES, SampleGenerator, TriggerGenerator, layout, to_pixels
 
 PAPER = "https://arxiv.org/abs/2306.08009"
+ROUNDING = 1e-3
+"""A share of whole iterations may come out a rounding error above them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,9 @@ class Config:
       trigger_rate: of the trigger generator's Adam.
       noise_dim: noise values per image and per trigger, N(0, 1).
       width: of both generators, see `models.synthesis`.
+      average: share of the iterations, the last ones, whose students are averaged, weights and running moments alike,
+        into the repaired net; 0 takes the last student (released). The average loses less than a student does to the
+        noise of a high learning rate.
       mean: per channel, of the generated images in [0, 1] units; one number stands for all channels. The generator
         makes what a net sees behind its input normalisation, so where a net has one these are its constants.
       std: likewise. The defaults are about those of photographs, for nets without a normalisation of their own.
@@ -63,6 +68,7 @@ class Config:
     trigger_rate: float = 1e-3
     noise_dim: int = 256
     width: int = 64
+    average: float = 0.0
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)
     pure: bool = False
@@ -83,6 +89,8 @@ class Config:
             raise UserError("dhbe: milestones must increase and lie between 0 and 1")
         if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
             raise UserError("dhbe: momentum must be in [0, 1) and weight_decay >= 0")
+        if not 0 <= self.average <= 1:
+            raise UserError("dhbe: average is a share of the iterations, from 0 to 1")
         if not (self.mean and self.std and all(value > 0 for value in self.std)):
             raise UserError("dhbe: mean and std need one number, or one per channel, and std must be > 0")
         layout(self.trigger_size, TRIGGER_SIDES)
@@ -141,6 +149,8 @@ class State(NamedTuple):
       step: [] int32, iterations done.
       teacher: the victim's variables, which never change.
       student, generator, trigger: the repaired net, the sample generator and the trigger generator.
+      averaged: the average student so far, before its share of the iterations the student's own variables; {} where
+        `Config.average` is 0.
       strength: `init` takes it from the Config; a driver may replace it, for a sweep over lambda or the rates.
     """
 
@@ -149,6 +159,7 @@ class State(NamedTuple):
     student: Learner
     generator: Learner
     trigger: Learner
+    averaged: Variables
     strength: Strength
 
 
@@ -171,8 +182,7 @@ def strength(config: Config) -> Strength:
 
 def decay(step: Array, num_steps: Array, milestones: tuple[float, ...] = (0.6, 0.8)) -> Array:
     """Factor [] on all three rates at iteration `step` [] of `num_steps` []: x0.1 from each milestone's share on."""
-    # 1e-3: a share of whole iterations may come out a rounding error above them
-    drops = sum((step >= jnp.ceil(share * num_steps - 1e-3) for share in milestones), start=jnp.int32(0))
+    drops = sum((step >= jnp.ceil(share * num_steps - ROUNDING) for share in milestones), start=jnp.int32(0))
     return jnp.array([0.1**passed for passed in range(len(milestones) + 1)], jnp.float32)[drops]
 
 
@@ -207,8 +217,9 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Repair:
             made = {name: made[name] for name in ("params", "batch_stats")}
             learners.append(Learner(made, adam.init(made["params"])))
         teacher, student = (jax.tree.map(jnp.copy, {"batch_stats": {}, **variables}) for _ in range(2))
+        averaged = jax.tree.map(jnp.copy, student) if config.average else {}
         student = Learner(student, sgd.init(student["params"]))
-        return State(jnp.zeros((), jnp.int32), teacher, student, *learners, strength(config))
+        return State(jnp.zeros((), jnp.int32), teacher, student, *learners, averaged, strength(config))
 
     def generate(module, params: ArrayTree, learner: Learner, key: Key) -> tuple[Array, Learner]:
         """What the module makes of fresh noise, on batch moments, and `learner` with its running moments updated."""
@@ -316,10 +327,18 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Repair:
             state, trigger_loss = trigger_step(keys[-1], state)
         rate = rate * decay(state.step, state.strength.num_steps, config.milestones)
         info = Info(*(leaf.mean() for leaf in seen), generator_loss, trigger_loss, rate)
-        return state._replace(step=state.step + 1), info
+        return averaging(state)._replace(step=state.step + 1), info
+
+    def averaging(state: State) -> State:
+        if not config.average:
+            return state
+        before = jnp.ceil((1 - config.average) * state.strength.num_steps - ROUNDING)
+        share = 1 / jnp.maximum(state.step + 1 - before, 1)
+        mix = lambda kept, now: ((1 - share) * kept + share * now).astype(kept.dtype)
+        return state._replace(averaged=jax.tree.map(mix, state.averaged, state.student.variables))
 
     def extract(state: State) -> Variables:
-        return state.student.variables
+        return state.averaged if config.average else state.student.variables
 
     return Repair(init, step, extract)
 
