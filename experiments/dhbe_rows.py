@@ -30,8 +30,13 @@ from jaxbd.base import Batch, Variables
 from jaxbd.repair import dhbe
 
 NAME = "dhbe/rows"
-ERASURE = {"digits": dhbe.quick(), "narrow": dhbe.quick()} | dict.fromkeys(dhbe_cases.PAPER, dhbe.released())
-"""The settings of `dhbe.quick` were found on victims of other seeds than any table's."""
+DIGITS = dhbe.quick(
+    num_steps=400, regularisation=0.5, learning_rate=0.05, weight_decay=1e-3, generator_rate=2e-4, prior_weight=5e-3
+)  # fmt: skip
+"""For a small VGG, found on victims of other seeds than any table's. The regulariser weighs more, for there is little
+time; the sample generator is kept slower and smoother, else it learns to draw the trigger, and the student is taught it
+again."""
+ERASURE = {"digits": DIGITS, "narrow": dhbe.quick()} | dict.fromkeys(dhbe_cases.PAPER, dhbe.released())
 SHOWN = 500
 """Test images behind the activation differences."""
 
