@@ -25,6 +25,8 @@ from jaxbd.models.norm import NORMALISATIONS
 
 AttackName = Literal["badnets", "clean-label", "trojan"]
 SizeName = Literal["digits", "narrow", "cifar10", "cifar100", "mini-imagenet", "vggface2"]
+SEEDS = 5
+"""Digit victims of the main table: seeds 0 to 4."""
 CLASSES = 10
 """Of the sizes that two cores can do."""
 

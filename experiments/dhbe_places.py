@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from experiments import dhbe_cases, units
-from experiments.dhbe_cases import Planting
+from experiments.dhbe_cases import SEEDS, Planting
 from jaxbd import evaluate
 from jaxbd.attacks import badnets
 
 OFF = 2
 """Pixels, in both directions."""
-SEEDS = 5
 
 
 def row(planted: Planting, source: str | None = None) -> dict[str, Any]:

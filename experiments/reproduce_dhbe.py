@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments import bna_published, dhbe_distances, dhbe_places, dhbe_published, dhbe_rows, dhbe_sweeps, units
-from experiments.dhbe_cases import Planting
+from experiments.dhbe_cases import SEEDS, Planting
 from experiments.reproduce import Check
 
 TIME = (
@@ -13,7 +13,6 @@ TIME = (
     "where there are some; finished parts are kept, interrupt and start again as you like"
 )
 QUICK_TIME = "an estimate: 4 to 5 minutes on 2 cores: one digit seed, DHBE and pure distillation"
-SEEDS = 5
 PLACES = "Where the trigger works in the victims"
 PARTS = ("digits", "attacks", "sweeps", "distances", "cifar", "published")
 

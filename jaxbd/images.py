@@ -117,11 +117,9 @@ def edge_places(key: Key, count: int, image_shape: tuple[int, int, int], patch_h
 
     Uniform over an image of twice the room; places where the patch does not fit move to the nearest where it does.
     """
-    room = [side - patch for side, patch in zip(image_shape[:2], patch_hw, strict=True)]
-    beyond = [free // 2 for free in room]
-    larger = (*(side + 2 * margin for side, margin in zip(image_shape[:2], beyond, strict=True)), image_shape[2])
-    places = random_places(key, count, larger, patch_hw) - jnp.broadcast_to(jnp.array(beyond), (count, 2))
-    return jnp.clip(places, 0, jnp.broadcast_to(jnp.array(room), (count, 2)))
+    room = jnp.array([image_shape[0] - patch_hw[0], image_shape[1] - patch_hw[1]])
+    room = jnp.broadcast_to(room, (count, 2))
+    return jnp.clip(jax.random.randint(key, (count, 2), -(room // 2), room + room // 2 + 1), 0, room)
 
 
 def random_crop(key: Key, image: Array, padding: int) -> Array:
