@@ -23,9 +23,9 @@ SEED = 5
 
 
 def weights(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
-    """Fig. 8: over lambda; 0, at which triggers still pass through the student, and pure distillation beside it."""
+    """Fig. 8: over lambda; 0, at which triggers still pass through the student, the usual one, and pure distillation."""
     rows = []
-    for weight in (0.0, *WEIGHTS):
+    for weight in (0.0, *WEIGHTS, base.regularisation):
         found = dhbe_rows.unit(
             Planting(seed=SEED), dataclasses.replace(base, regularisation=weight), f"lambda{weight:g}"
         )
