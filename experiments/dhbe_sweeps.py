@@ -23,7 +23,7 @@ SEED = 5
 
 
 def weights(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
-    """Fig. 8: over lambda; 0, at which triggers still pass through the student, the usual one, and pure distillation."""
+    """Fig. 8: over lambda, up to the usual one; 0, where triggers still pass through the student; pure distillation."""
     rows = []
     for weight in (0.0, *WEIGHTS, base.regularisation):
         found = dhbe_rows.unit(
@@ -35,9 +35,9 @@ def weights(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
 
 
 def rates(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
-    """Fig. 10: over the student's learning rate."""
+    """Fig. 10: over the student's learning rate, the usual one among them."""
     rows = []
-    for rate in RATES:
+    for rate in sorted({*RATES, base.learning_rate}):
         config = dataclasses.replace(base, learning_rate=rate)
         found = dhbe_rows.unit(Planting(seed=SEED), config, f"rate{rate:g}")
         rows.append(dhbe_rows.row(found, **{"learning rate": f"{rate:g}"}))

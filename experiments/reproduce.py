@@ -1,7 +1,8 @@
 """`./scripts/reproduce SECTION`: runs a section's experiments, prints tables, checks figures, writes the record.
 
 Every unit of work is kept under `runs/`: an interrupted run goes on where it stopped. The record is
-`experiments/results/SECTION.json` (`SECTION-quick.json` with `--quick`); exit code 1 names missed figures.
+`experiments/results/SECTION.json`, `SECTION-quick.json` with `--quick`, `SECTION-PART-PART.json` with `--parts PART
+PART`; exit code 1 names missed figures.
 """
 
 import importlib
@@ -45,7 +46,7 @@ def main(
       section: mesa (detection, unlearning and maps), import (foreign model files), bna (class pairs, correction and
         test-time detection), dhbe (erasure without data) or scale (speed, memory, start-up).
       quick: a smaller honest version, in under 5 minutes.
-      parts: only these parts of a long section, whose record then holds no others; bna: digits, variations, published,
+      parts: only these parts of a long section, which get a record of their own; bna: digits, variations, published,
         cifar, adaptive; dhbe: digits, attacks, sweeps, distances, cifar, published; scale: bench, retire, race,
         executors, memory, startup.
     """
@@ -55,13 +56,14 @@ def main(
     if unknown or (parts and quick):
         raise UserError(f"section {section} has parts {', '.join(getattr(module, 'PARTS', ())) or 'none'}, and no "
                         "choice of them with --quick")  # fmt: skip
+    parts = tuple(part for part in getattr(module, "PARTS", ()) if part in parts)
     units.say(module.QUICK_TIME if quick else module.TIME)
     tables, checks, details = module.run(quick, parts) if parts else module.run(quick)
     for title, rows in tables.items():
         print(f"\n{title}\n\n{units.table(rows)}")
     print("\nStated figures\n")
     print(units.table([{**check._asdict(), "met": "yes" if check.met() else "NO"} for check in checks]))
-    path = units.RESULTS / f"{section}{'-quick' if quick else ''}.json"
+    path = units.RESULTS / f"{'-'.join([section, *(['quick'] if quick else parts)])}.json"
     flags = ["--quick"] if quick else ["--parts", *parts] if parts else []
     command = " ".join(["./scripts/reproduce", section, *flags])
     record.write_json(path, _record(section, command, tables, checks, details))

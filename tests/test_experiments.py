@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from experiments import (  # noqa: E402
     startup,
     units,
 )
+from jaxbd import record  # noqa: E402
 from jaxbd.base import UserError  # noqa: E402
 from jaxbd.repair import dhbe  # noqa: E402
 
@@ -133,6 +135,29 @@ def test_checks_can_fail():
     assert not reproduce.Check("x", 0.06, 0.05, "at most").met()
     assert not reproduce.Check("x", 4, 5, "exactly").met()
     assert not reproduce.Check("x", 0.9, 0.95, "at least").met()
+
+
+def test_parts_have_a_record_of_their_own(monkeypatch, tmp_path):
+    """A run of some parts, in whatever order they were named, leaves the record of the whole section alone."""
+    ran = []
+
+    def run(quick: bool, parts: tuple[str, ...] = ("one", "two", "three")):
+        ran.append(parts)
+        return {"Table": [{"parts": " ".join(parts)}]}, [reproduce.Check("x", 1, 2, "at most")], {}
+
+    section = types.SimpleNamespace(run=run, TIME="", QUICK_TIME="", PARTS=("one", "two", "three"))
+    monkeypatch.setitem(sys.modules, "a_section", section)
+    monkeypatch.setitem(reproduce.SECTIONS, "dhbe", "a_section")
+    monkeypatch.setattr(units, "RESULTS", tmp_path / "experiments" / "results")
+    monkeypatch.setattr(units, "use_cache", lambda: None)
+    assert reproduce.main("dhbe") == reproduce.main("dhbe", parts=("two", "one")) == reproduce.main("dhbe", True) == 0
+    assert ran == [section.PARTS, ("one", "two"), section.PARTS]
+    kept = {path.name: record.read_json(path) for path in units.RESULTS.iterdir()}
+    assert sorted(kept) == ["dhbe-one-two.json", "dhbe-quick.json", "dhbe.json"]
+    assert kept["dhbe.json"]["tables"]["Table"] == [{"parts": "one two three"}]
+    assert kept["dhbe-one-two.json"]["command"] == "./scripts/reproduce dhbe --parts one two"
+    with pytest.raises(UserError, match="one, two, three"):
+        reproduce.main("dhbe", parts=("four",))
 
 
 def test_missing_cifar_is_said(monkeypatch, tmp_path):
