@@ -60,10 +60,12 @@ def _digits(seeds: int, tables: dict, checks: list[Check], details: dict) -> Non
     tables[PLACES] = [dhbe_places.row(planted) for planted in plantings]
     rate = lambda number: max(one["after"][number] for one in found)
     drop = [one["before"]["clean_accuracy"] - one["after"]["clean_accuracy"] for one in found]
+    # rates are shares of some hundred images in float32: what is left of them behind the sixth digit is rounding
+    drop = round(float(np.mean(drop)), 6)
     checks += [
         Check("digits, BadNets 3x3: worst ASR", rate("x1"), 0.05, "at most"),
         Check("digits, BadNets 3x3: worst ASR with nine triggers", rate("x9"), 0.10, "at most"),
-        Check("digits, BadNets 3x3: mean drop of clean accuracy", float(np.mean(drop)), 0.02, "at most"),
+        Check("digits, BadNets 3x3: mean drop of clean accuracy", drop, 0.02, "at most"),
     ]
     details["digits"], details["pure"] = found, distilled
 
