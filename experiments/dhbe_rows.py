@@ -37,8 +37,8 @@ DIGITS = dhbe.quick(
 """For a small VGG, found on victims of other seeds than any table's. The regulariser weighs more and the triggers are
 small and strong, for there is little time, and large ones hide the strokes of a digit. The sample generator is slower
 and smoother, else it learns to draw the trigger, and the student is taught it again; and the student has twice the
-updates for each of the generator's, else it falls behind and loses accuracy. Weights decay less: a decay that erases by
-itself costs accuracy, and pure distillation would erase as well."""
+updates for each of the generator's, else it falls behind and loses accuracy. Weights decay less, which keeps
+some of it."""
 ERASURE = {"digits": DIGITS, "narrow": dhbe.quick()} | dict.fromkeys(dhbe_cases.PAPER, dhbe.released())
 SHOWN = 500
 """Test images behind the activation differences."""

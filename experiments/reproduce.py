@@ -52,11 +52,10 @@ def main(
     """
     units.use_cache()
     module = importlib.import_module(SECTIONS[section])
-    unknown = [part for part in parts if part not in getattr(module, "PARTS", ())]
-    if unknown or (parts and quick):
-        raise UserError(f"section {section} has parts {', '.join(getattr(module, 'PARTS', ())) or 'none'}, and no "
-                        "choice of them with --quick")  # fmt: skip
-    parts = tuple(part for part in getattr(module, "PARTS", ()) if part in parts)
+    known = getattr(module, "PARTS", ())
+    if not set(parts) <= set(known) or (parts and quick):
+        raise UserError(f"section {section} has parts {', '.join(known) or 'none'}, and no choice of them with --quick")
+    parts = tuple(part for part in known if part in parts)
     units.say(module.QUICK_TIME if quick else module.TIME)
     tables, checks, details = module.run(quick, parts) if parts else module.run(quick)
     for title, rows in tables.items():
@@ -84,6 +83,7 @@ def _record(section, command, tables, checks, details) -> dict[str, Any]:
         "checks": [{**check._asdict(), "met": check.met()} for check in checks],
         "details": details,
         "unit_seconds": units.SECONDS,
+        "unit_settings": units.SETTINGS,
         **{k: v for k, v in results.provenance(0).items() if k != "seed"},
     }
     # where the optional data lies on this machine is nobody's business

@@ -92,10 +92,9 @@ def _sweeps(tables: dict, checks: list[Check]) -> None:
     tables[f"{title}: weight of the regulariser (Fig. 8)"] = weights
     tables[f"{title}: learning rate of the student (Fig. 10)"] = rates
     tables["Handwritten digits: size of trigger and of generated triggers (Fig. 11)"] = dhbe_sweeps.sides()
-    sweeps = (("lambda", weights, dhbe_sweeps.WEIGHTS), ("learning rate", rates, dhbe_sweeps.RATES))
-    for name, rows, values in sweeps:
-        stated = {f"{value:g}" for value in values}
-        worst = max(row["ASR"] for row in rows if str(row[name]) in stated)
+    for name, rows in (("lambda", weights), ("learning rate", rates)):
+        stated = [row for row in rows if row[name] != "pure distillation" and 0.01 <= float(row[name]) <= 0.2]
+        worst = max(row["ASR"] for row in stated)
         checks.append(Check(f"digits: worst ASR over {name} 0.01 to 0.2", worst, 0.10, "at most"))
 
 

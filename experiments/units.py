@@ -30,6 +30,8 @@ def cli(main: Callable[..., int | None], prog: str | None = None) -> None:
 
 SECONDS: dict[str, float] = {}
 """Wall seconds of every unit asked for by this process, also of those that were kept from an earlier run."""
+SETTINGS: dict[str, Any] = {}
+"""What each of them depended on, as it was asked for."""
 
 
 def unit(
@@ -46,6 +48,7 @@ def unit(
     """
     path = RUNS / folder / f"{name}.json"
     wanted = json.loads(json.dumps(record.plain(settings)))
+    SETTINGS[f"{folder}/{name}"] = wanted
     if path.exists():
         stored = record.read_json(path)
         if stored.get("settings") == wanted:

@@ -33,6 +33,7 @@ from experiments import (  # noqa: E402
     distribution_maps,
     many_cells,
     reproduce,
+    reproduce_dhbe,
     retire,
     startup,
     units,
@@ -143,21 +144,37 @@ def test_parts_have_a_record_of_their_own(monkeypatch, tmp_path):
 
     def run(quick: bool, parts: tuple[str, ...] = ("one", "two", "three")):
         ran.append(parts)
+        units.unit("part", "a", {"steps": len(ran)}, dict)
         return {"Table": [{"parts": " ".join(parts)}]}, [reproduce.Check("x", 1, 2, "at most")], {}
 
     section = types.SimpleNamespace(run=run, TIME="", QUICK_TIME="", PARTS=("one", "two", "three"))
     monkeypatch.setitem(sys.modules, "a_section", section)
     monkeypatch.setitem(reproduce.SECTIONS, "dhbe", "a_section")
     monkeypatch.setattr(units, "RESULTS", tmp_path / "experiments" / "results")
+    monkeypatch.setattr(units, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(units, "use_cache", lambda: None)
     assert reproduce.main("dhbe") == reproduce.main("dhbe", parts=("two", "one")) == reproduce.main("dhbe", True) == 0
     assert ran == [section.PARTS, ("one", "two"), section.PARTS]
     kept = {path.name: record.read_json(path) for path in units.RESULTS.iterdir()}
     assert sorted(kept) == ["dhbe-one-two.json", "dhbe-quick.json", "dhbe.json"]
     assert kept["dhbe.json"]["tables"]["Table"] == [{"parts": "one two three"}]
+    assert [kept[name]["unit_settings"]["part/a"]["steps"] for name in sorted(kept)] == [2, 3, 1]
     assert kept["dhbe-one-two.json"]["command"] == "./scripts/reproduce dhbe --parts one two"
     with pytest.raises(UserError, match="one, two, three"):
         reproduce.main("dhbe", parts=("four",))
+
+
+def test_sweeps_are_checked_over_the_stated_range(monkeypatch):
+    """Every row from 0.01 to 0.2 counts, whichever values were asked for, and no other row does."""
+    rows = lambda name, values: [{name: value, "ASR": asr} for value, asr in values]
+    stated = [("0", 1.0), ("0.01", 0.3), ("0.2", 0.1), ("0.5", 0.9), ("pure distillation", 1.0)]
+    monkeypatch.setattr(reproduce_dhbe.dhbe_sweeps, "weights", lambda: rows("lambda", stated))
+    usual = [("0.01", 0.1), ("0.02", 0.4), ("0.2", 0.2)]
+    monkeypatch.setattr(reproduce_dhbe.dhbe_sweeps, "rates", lambda: rows("learning rate", usual))
+    monkeypatch.setattr(reproduce_dhbe.dhbe_sweeps, "sides", list)
+    checks = []
+    reproduce_dhbe._sweeps({}, checks)
+    assert [check.value for check in checks] == [0.3, 0.4]
 
 
 def test_missing_cifar_is_said(monkeypatch, tmp_path):
