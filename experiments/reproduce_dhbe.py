@@ -92,6 +92,7 @@ def _sweeps(tables: dict, checks: list[Check]) -> None:
     tables[f"{title}: weight of the regulariser (Fig. 8)"] = weights
     tables[f"{title}: learning rate of the student (Fig. 10)"] = rates
     tables["Handwritten digits: size of trigger and of generated triggers (Fig. 11)"] = dhbe_sweeps.sides()
+    tables[f"{title}: number of iterations"] = dhbe_sweeps.lengths()
     for name, rows in (("lambda", weights), ("learning rate", rates)):
         stated = [row for row in rows if row[name] != "pure distillation" and 0.01 <= float(row[name]) <= 0.2]
         worst = max(row["ASR"] for row in stated)

@@ -172,6 +172,7 @@ def test_sweeps_are_checked_over_the_stated_range(monkeypatch):
     usual = [("0.01", 0.1), ("0.02", 0.4), ("0.2", 0.2)]
     monkeypatch.setattr(reproduce_dhbe.dhbe_sweeps, "rates", lambda: rows("learning rate", usual))
     monkeypatch.setattr(reproduce_dhbe.dhbe_sweeps, "sides", list)
+    monkeypatch.setattr(reproduce_dhbe.dhbe_sweeps, "lengths", list)
     checks = []
     reproduce_dhbe._sweeps({}, checks)
     assert [check.value for check in checks] == [0.3, 0.4]
