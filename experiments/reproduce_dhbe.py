@@ -1,5 +1,6 @@
 """The DHBE section: erasure without data on digits, CIFAR-10 images and a published model, and what it depends on."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -73,11 +74,16 @@ def _digits(seeds: int, tables: dict, checks: list[Check], details: dict) -> Non
 def _attacks(tables: dict, details: dict) -> None:
     """The other attacks of Tables 3 and 5, and other targets (Table 7)."""
     plantings = [Planting(side=5), Planting(attack="clean-label", side=5), Planting(attack="trojan", side=5)]
-    found = [dhbe_rows.unit(planted) for planted in plantings]
-    tables["Handwritten digits: other attacks (Tables 3, 5 and 6)"] = [
-        dhbe_rows.row(one, attack=planted.attack, side=planted.side)
-        for planted, one in zip(plantings, found, strict=True)
-    ]
+    usual = dhbe_rows.ERASURE["digits"]
+    found, rows = [], []
+    for planted in plantings:
+        # the usual generated triggers, and some as large as the planted one
+        for generated in (usual.trigger_size, planted.side):
+            config = dataclasses.replace(usual, trigger_size=generated)
+            found.append(dhbe_rows.unit(planted, config, f"generated{generated}"))
+            sizes = {"side": planted.side, "generated": f"{generated}x{generated}"}
+            rows.append(dhbe_rows.row(found[-1], attack=planted.attack, **sizes))
+    tables["Handwritten digits: other attacks (Tables 3, 5 and 6)"] = rows
     targets = [dhbe_rows.unit(Planting(target=target)) for target in (0, 3, 6)]
     tables["Handwritten digits, BadNets 3x3: other targets (Table 7)"] = [
         dhbe_rows.row(one, target=one["target"]) for one in targets
