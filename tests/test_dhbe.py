@@ -196,7 +196,7 @@ def test_presets_are_what_paper_and_code_say():
     assert pick(dhbe.paper(trigger_scale=0.5)) == (3, 128, 0.0, 0.5, 0.1)
     assert pick(dhbe.released()) == (5, 256, 1e-4, 1.0, 0.1)
     assert dhbe.released(width=8).width == 8
-    assert pick(dhbe.quick(batch_size=64)) == (5, 64, 1e-3, 0.5, 0.1) and dhbe.quick().place == "edges"
+    assert pick(dhbe.quick(batch_size=64)) == (10, 64, 1e-2, 2.5, 0.1) and dhbe.quick().place == "edges"
 
 
 def test_image_prior_is_the_released_one():
