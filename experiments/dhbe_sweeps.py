@@ -22,8 +22,8 @@ SIDES, GENERATED = (1, 3, 5), (3, 5, 7)
 SEED = 5
 """Of the victim: none of those of the main table."""
 LENGTHS = ((1, None, (35, 70, 140)), (3, None, (35, 70, 140)), (SEED, 0.01, (70, 280)))
-"""Seed, lambda (None: the usual one) and iterations: of the main table a victim that is slow to lose its backdoor and
-one that is quick to lose accuracy, known from earlier settings, and the smallest lambda of Fig. 8."""
+"""Seed, lambda (None: the usual one) and iterations: of the main table a victim that is slow to lose its backdoor and one
+that is quick to lose accuracy, known from earlier settings, and the smallest lambda of Fig. 8."""
 
 
 def weights(base: dhbe.Config = BASE) -> list[dict[str, Any]]:
