@@ -8,7 +8,11 @@ Needs the models and CIFAR-10 images in `shared/` beside the repository; 2,000 t
 
 from typing import Any
 
-from experiments import bna_published, dhbe_rows, units
+import jax
+
+from experiments import bna_published, dhbe_cases, dhbe_rows, units
+from experiments.dhbe_cases import SEEDS, Planting
+from jaxbd import erase
 from jaxbd.interop import load as models
 from jaxbd.repair import dhbe
 
@@ -31,11 +35,29 @@ def unit() -> dict[str, Any]:
     return units.unit(NAME, MODEL, units.settings_of(ERASURE), lambda: one_model(ERASURE))
 
 
+def answers() -> list[dict[str, Any]]:
+    """How alike nets find images of an untrained generator: digit victims, the narrow one, the published models."""
+    plantings = [*(Planting(seed=seed) for seed in range(SEEDS)), Planting(size="narrow")]
+    nets = [(planted.name, dhbe_cases.victim(planted), planted.spec) for planted in plantings]
+    for name in bna_published.MODELS:
+        spec = models.open_model(bna_published.folder() / f"{name}_ckpt.pth").spec
+        nets.append((name, bna_published.case(name), spec))
+    rows = []
+    for name, case, spec in nets:
+        config = erase.settled(dhbe.quick(), tuple(spec.mean), tuple(spec.std))
+        answered = erase.answers(jax.random.key(0), case.net, case.image_shape, case.variables, config)
+        label, share = erase.oftenest(answered)
+        rows.append({"net": name, "target": case.target, "oftenest": label, "share": share})
+    return rows
+
+
 def main(smoke: bool = False) -> None:
     """Runs the experiment and prints its table."""
     units.use_cache()
     found = one_model(dhbe_rows.SMOKE) if smoke else unit()
     print(units.table([dhbe_rows.row(found, model=MODEL)]))
+    if not smoke:
+        print(units.table(answers()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxbd import loop
 from jaxbd.base import Key, Net, UserError, Variables
+from jaxbd.images import to_float
 from jaxbd.models.norm import NORMALISATIONS
 from jaxbd.models.synthesis import SampleGenerator, TriggerGenerator, to_pixels
 from jaxbd.remembered import remembered
@@ -127,6 +128,28 @@ def samples(
     module = SampleGenerator(tuple(image_shape), config.width)
     made = _generated(module, key, state.generator, config, count)
     return _stored(to_pixels(made, config.mean, config.std))
+
+
+def answers(
+    key: Key, net: Net, image_shape: tuple[int, int, int], variables: Variables, config: dhbe.Config, count: int = 256
+) -> np.ndarray:
+    """Classes int [count] that the net answers to images of an untrained generator; `config` as `settled` gives it.
+
+    Where nearly all are the same, generated images tell next to nothing about the net, and erasing without data fails
+    on it (docs/results.md).
+
+    Raises: UserError when count is less than 1.
+    """
+    state = start(jax.random.fold_in(key, 0), net, image_shape, variables, config)
+    made = samples(jax.random.fold_in(key, 1), state, image_shape, config, count)
+    logits, _ = net.apply(variables, to_float(made), train=False)
+    return np.asarray(logits.argmax(-1))
+
+
+def oftenest(answered: np.ndarray) -> tuple[int, float]:
+    """The most frequent of classes int [N], and its share of them."""
+    counts = np.bincount(answered)
+    return int(counts.argmax()), float(counts.max() / len(answered))
 
 
 def triggers(

@@ -366,3 +366,20 @@ def test_no_pictures_are_refused(pictured):
     for function in (erase.samples, erase.triggers):
         with pytest.raises(UserError, match="at least 1"):
             function(jax.random.key(0), pictured[1], SHAPE, CONFIG, 0)
+
+
+def test_answers_to_an_untrained_generator():
+    """A net that tells bright from dark images hears of both, one that does not only of its one class."""
+    seen = []
+
+    def bright(variables, images, *, train):
+        seen.append(np.asarray(images))
+        return jnp.stack([jnp.full(len(images), CONFIG.mean[0]), images[..., 0].mean((1, 2))], -1), {}
+
+    variables, key = NET.init(jax.random.key(0)), jax.random.key(1)
+    answered = erase.answers(key, NET._replace(apply=bright), SHAPE, variables, CONFIG, 64)
+    assert seen[0].shape == (64, *SHAPE) and seen[0].min() >= 0 and seen[0].max() <= 1
+    assert (answered == (seen[0][..., 0].mean((1, 2)) > CONFIG.mean[0])).all() and 0 < answered.mean() < 1
+    constant = NET._replace(apply=lambda variables, images, *, train: (jnp.eye(4)[jnp.full(len(images), 2)], {}))
+    assert erase.oftenest(erase.answers(key, constant, SHAPE, variables, CONFIG)) == (2, 1.0)
+    assert erase.oftenest(np.array([3, 1, 3, 0])) == (3, 0.5)

@@ -100,6 +100,21 @@ def test_repair_writes_model_figures_and_metrics(victim, whole):
     assert weights[0] != weights[1]
 
 
+def test_a_net_that_generated_images_tell_little_about(victim, tmp_path, capsys, monkeypatch):
+    """The share of the commonest answer is written down, and a person is warned where it is nearly all of them."""
+    spec, variables, _ = folder.load(victim)
+    biased = jax.tree.map(lambda leaf: leaf, variables)
+    biased["params"]["head"]["bias"] = biased["params"]["head"]["bias"].at[3].set(1e3)
+    folder.save(tmp_path / "biased", spec, biased)
+    assert main(command(tmp_path / "biased", tmp_path / "fixed")) == 0
+    assert read(tmp_path / "fixed" / "repair.json")["one_answer"] == {"class": 3, "share": 1.0}
+    told = capsys.readouterr().err
+    assert "warning: the model answers 100% of an untrained generator's images with class 3" in told
+    monkeypatch.setattr(repair_dhbe, "ONE_ANSWER", 1.1)
+    assert main(command(tmp_path / "biased", tmp_path / "again")) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 # No data. Everything that Python opens or lists while a repair runs is written down.
 
 seen: list[str] | None = None
@@ -409,7 +424,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(victim, whole, tmp_path, monk
 
             patch.setattr(folder.safetensors_file, "write", full)
         assert main(command(victim, out)) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("reading ", "["))]
+    told = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("reading ", "warning: ", "["))
+    ]
     assert len(told) == 1 and told[0].startswith("jaxbd: ") and "o space left on device" in told[0]
     assert not out.exists() and saved_steps(out) == {"checkpoint": [], "metrics": [5], "model": [15, 20]}[where]
     assert main(command(victim, out, "--resume")) == 0

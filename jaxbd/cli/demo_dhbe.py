@@ -11,7 +11,6 @@ from jaxbd import erase, evaluate, loop, record, results, study, supervised, wor
 from jaxbd.attacks import amplified, badnets
 from jaxbd.base import Key, Variables
 from jaxbd.cli import erasure
-from jaxbd.images import to_float
 from jaxbd.interop import folder
 from jaxbd.models import build
 from jaxbd.repair import dhbe
@@ -111,11 +110,8 @@ def _rates(case: study.Case, variables: Variables) -> dict[int, evaluate.Rates]:
 
 def _to_target(case: study.Case, config: dhbe.Config) -> float:
     """Share of the images of an untrained generator that the victim answers with the target class."""
-    key = jax.random.key(0)
-    state = erase.start(key, case.net, case.image_shape, case.variables, config)
-    made = erase.samples(key, state, case.image_shape, config, 256)
-    logits, _ = case.net.apply(case.variables, to_float(made), train=False)
-    return float((logits.argmax(-1) == case.target).mean())
+    answered = erase.answers(jax.random.key(0), case.net, case.image_shape, case.variables, config)
+    return float((answered == case.target).mean())
 
 
 def rows(made: Erasure) -> list[study.Row]:

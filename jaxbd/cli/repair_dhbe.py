@@ -26,6 +26,8 @@ PRESETS = {"released": dhbe.released(), "paper": dhbe.paper(), "quick": dhbe.qui
 CHUNK = {"host": 1, "scan": 20}
 """Way over time -> iterations between two looks at signals and two lines of metrics. One iteration of a large net takes
 minutes on a CPU."""
+ONE_ANSWER = 0.9
+"""Share of an untrained generator's images with one and the same answer from which on a person is warned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Args:
         after where there is --test-data, with a patch as --trigger also of 4 and 9 copies on an image (see `jaxbd
         evaluate --help`). After --resume, what was generated before is not on it.
       method: how to repair.
-      preset: settings that the --erasure flags start from: those of the released code, of the paper, or of a run of 300
+      preset: settings that the --erasure flags start from: those of the released code, of the paper, or of a run of 60
         iterations for a CPU and small nets.
       steps: iterations, short for --erasure.num-steps; the rates drop at --erasure.milestones, shares of them.
       erasure: length and rule of the erasure.
@@ -106,9 +108,10 @@ def run(args: Args) -> int:
     show.note(f"reading {args.model} …")
     model = _open(args)
     config = erase.settled(args.config(), model.spec.mean, model.spec.std)
+    alike = _warned(model, config, args)
     with Progress() as progress:
         ran, pictures = _erase(model, config, files, args, progress)
-    content = _as_record(model, config, ran, files, args)
+    content = {**_as_record(model, config, ran, files, args), "one_answer": alike}
     repairing.save(args.out, model, ran.result, content)
     long_job.finish(files)
     _show(content)
@@ -151,6 +154,18 @@ def _open(args: Args) -> models.Model:
             example = f"--image-shape {side} {side} {channels}"
             raise UserError(f"the file does not say how large its net's images are; give it, such as {example}")
     return model
+
+
+def _warned(model: models.Model, config: dhbe.Config, args: Args) -> dict[str, Any]:
+    """The answer that generated images get oftenest and its share, with a warning where that is nearly all of them."""
+    key, shape = jax.random.fold_in(jax.random.key(args.reading.seed), 3), tuple(model.spec.image_shape)
+    label, share = erase.oftenest(erase.answers(key, model.net, shape, model.variables, config))
+    if share >= ONE_ANSWER:
+        show.note(
+            f"warning: the model answers {share:.0%} of an untrained generator's images with class {label}; such "
+            "images tell little about it, and erasing without data is likely to fail"
+        )
+    return {"class": label, "share": share}
 
 
 def _erase(
