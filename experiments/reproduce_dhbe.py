@@ -11,8 +11,8 @@ from experiments.reproduce import Check
 from jaxbd.repair import dhbe
 
 TIME = (
-    "an estimate, never timed as a whole: 3 to 4 hours on 2 cores; CIFAR-10 images and the published model are used "
-    "where there are some; finished parts are kept, interrupt and start again as you like"
+    "about 2.5 hours on 2 cores, by the sum of its parts; CIFAR-10 images and the published model are used where there "
+    "are some; finished parts are kept, interrupt and start again as you like"
 )
 QUICK_TIME = "an estimate: 4 to 5 minutes on 2 cores: one digit seed, DHBE and pure distillation"
 PLACES = "Where the trigger works in the victims"
