@@ -36,7 +36,7 @@ def unit() -> dict[str, Any]:
 
 
 def answers() -> list[dict[str, Any]]:
-    """How alike nets find images of an untrained generator: digit victims, the narrow one, the published models."""
+    """How alike nets find images of untrained generators: digit victims, the narrow one, the published models."""
     plantings = [*(Planting(seed=seed) for seed in range(SEEDS)), Planting(size="narrow")]
     nets = [(planted.name, dhbe_cases.victim(planted), planted.spec) for planted in plantings]
     for name in bna_published.MODELS:

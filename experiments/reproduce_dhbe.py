@@ -129,5 +129,5 @@ def _published(tables: dict, details: dict) -> None:
         return
     found = dhbe_published.unit()
     tables["Published model"] = [dhbe_rows.row(found, model=found["name"])]
-    tables["What nets answer to images of an untrained generator"] = dhbe_published.answers()
+    tables["What nets answer to images of untrained generators"] = dhbe_published.answers()
     details["published"] = found

@@ -368,7 +368,7 @@ def test_no_pictures_are_refused(pictured):
             function(jax.random.key(0), pictured[1], SHAPE, CONFIG, 0)
 
 
-def test_answers_to_an_untrained_generator():
+def test_answers_to_untrained_generators():
     """A net that tells bright from dark images hears of both, one that does not only of its one class."""
     seen = []
 
@@ -378,8 +378,10 @@ def test_answers_to_an_untrained_generator():
 
     variables, key = NET.init(jax.random.key(0)), jax.random.key(1)
     answered = erase.answers(key, NET._replace(apply=bright), SHAPE, variables, CONFIG, 64)
-    assert seen[0].shape == (64, *SHAPE) and seen[0].min() >= 0 and seen[0].max() <= 1
-    assert (answered == (seen[0][..., 0].mean((1, 2)) > CONFIG.mean[0])).all() and 0 < answered.mean() < 1
+    assert [batch.shape for batch in seen] == [(64, *SHAPE)] * erase.UNTRAINED
+    assert (seen[0] != seen[1]).any() and min(map(np.min, seen)) >= 0 and max(map(np.max, seen)) <= 1
+    brightness = np.concatenate(seen)[..., 0].mean((1, 2))
+    assert (answered == (brightness > CONFIG.mean[0])).all() and 0 < answered.mean() < 1
     constant = NET._replace(apply=lambda variables, images, *, train: (jnp.eye(4)[jnp.full(len(images), 2)], {}))
     assert erase.oftenest(erase.answers(key, constant, SHAPE, variables, CONFIG)) == (2, 1.0)
     assert erase.oftenest(np.array([3, 1, 3, 0])) == (3, 0.5)

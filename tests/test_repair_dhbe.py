@@ -109,7 +109,7 @@ def test_a_net_that_generated_images_tell_little_about(victim, tmp_path, capsys,
     assert main(command(tmp_path / "biased", tmp_path / "fixed")) == 0
     assert read(tmp_path / "fixed" / "repair.json")["one_answer"] == {"class": 3, "share": 1.0}
     told = capsys.readouterr().err
-    assert "warning: the model answers 100% of an untrained generator's images with class 3" in told
+    assert "warning: the model answers 100% of untrained generators' images with class 3" in told
     monkeypatch.setattr(repair_dhbe, "ONE_ANSWER", 1.1)
     assert main(command(tmp_path / "biased", tmp_path / "again")) == 0
     assert "warning" not in capsys.readouterr().err

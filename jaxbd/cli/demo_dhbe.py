@@ -30,7 +30,7 @@ triggers at all places only where every image has a place of its own."""
 NOTE = (
     "The victim here is a second suspect: a small VGG, which knows where in an image a pattern is, with a checkerboard "
     "in a corner as trigger. Erasing without data needs a net that answers generated images with more than one class. "
-    "Of the images that an untrained generator makes, the first suspect, whose trigger works anywhere, answers {first} "
+    "Of the images that untrained generators make, the first suspect, whose trigger works anywhere, answers {first} "
     "with the target class; the second one {second}."
 )
 
@@ -44,7 +44,7 @@ class Erasure(NamedTuple):
       before, after: rates on test images, for each of `erasure.COPIES` of the trigger.
       pictures: see `erase.Album`.
       infos: `dhbe.Info`, [num_steps] each.
-      to_target: shares of an untrained generator's images that the demo's first suspect, and this one, answer with the
+      to_target: shares of untrained generators' images that the demo's first suspect, and this one, answer with the
         target.
     """
 
@@ -109,7 +109,7 @@ def _rates(case: study.Case, variables: Variables) -> dict[int, evaluate.Rates]:
 
 
 def _to_target(case: study.Case, config: dhbe.Config) -> float:
-    """Share of the images of an untrained generator that the victim answers with the target class."""
+    """Share of the images of untrained generators that the victim answers with the target class."""
     answered = erase.answers(jax.random.key(0), case.net, case.image_shape, case.variables, config)
     return float((answered == case.target).mean())
 
@@ -130,7 +130,7 @@ def sentences(made: Erasure) -> list[str]:
     first, second = made.to_target
     return [
         f"{ROW}: attack success with the trigger {copies} on an image {before} before, "
-        f"{after} after; it works on the {VICTIM}, which answers {second:.3f} of an untrained generator's "
+        f"{after} after; it works on the {VICTIM}, which answers {second:.3f} of untrained generators' "
         f"images with its target class (the first suspect: {first:.3f})"
     ]
 
