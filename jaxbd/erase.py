@@ -138,8 +138,9 @@ def answers(
 ) -> np.ndarray:
     """Classes int [UNTRAINED * count] that the net answers to images of untrained generators.
 
-    `config` as `settled` gives it. Where nearly all are the same, generated images tell next to nothing about the net, and erasing without data fails
-    on it (docs/results.md). One generator may by chance look more alike to the net than others, hence several.
+    `config` as `settled` gives it. Where nearly all are the same, generated images tell next to nothing about the net,
+    and erasing without data fails on it (docs/results.md). One generator's images may by chance look more alike to the
+    net than another's, hence several.
 
     Raises: UserError when count is less than 1.
     """
