@@ -14,7 +14,7 @@ TIME = (
     "about 2.5 hours on 2 cores, by the sum of its parts; CIFAR-10 images and the published model are used where there "
     "are some; finished parts are kept, interrupt and start again as you like"
 )
-QUICK_TIME = "an estimate: 4 to 5 minutes on 2 cores: one digit seed, DHBE and pure distillation"
+QUICK_TIME = "about 3 minutes on 2 cores: one digit seed, DHBE and pure distillation"
 PLACES = "Where the trigger works in the victims"
 PARTS = ("digits", "attacks", "sweeps", "distances", "cifar", "published")
 
