@@ -1,6 +1,6 @@
 """DHBE on a published backdoored model, without data: clean accuracy and attack success rate before and after.
 
-    python -m experiments.dhbe_published             # about an hour on 2 cores
+    python -m experiments.dhbe_published             # minutes on 2 cores
     python -m experiments.dhbe_published --smoke     # few steps; checks that it runs
 
 Needs the models and CIFAR-10 images in `shared/` beside the repository; 2,000 test images judge.
@@ -14,18 +14,23 @@ from experiments import bna_published, dhbe_cases, dhbe_rows, units
 from experiments.dhbe_cases import SEEDS, Planting
 from jaxbd import erase
 from jaxbd.interop import load as models
+from jaxbd.models import build
 from jaxbd.repair import dhbe
 
 NAME, MODEL = "dhbe/published", "badnets_8_02"
 ERASURE = dhbe.quick(num_steps=24)
-"""As many iterations as two cores do in an hour."""
+"""A short run, of minutes."""
+
+
+def _spec(name: str) -> build.Spec:
+    """What the file of a published model says of its net."""
+    return models.open_model(bna_published.folder() / f"{name}_ckpt.pth").spec
 
 
 def one_model(config: dhbe.Config) -> dict[str, Any]:
     """The model before and after, as JSON."""
     case = bna_published.case(MODEL)
-    spec = models.open_model(bna_published.folder() / f"{MODEL}_ckpt.pth").spec
-    variables, spent = dhbe_rows.erased(case, spec, config)
+    variables, spent = dhbe_rows.erased(case, _spec(MODEL), config)
     before, after = (dhbe_rows.judged(case, each, ()) for each in (case.variables, variables))
     return {"name": MODEL, "target": case.target, "before": before, "after": after, **spent}
 
@@ -39,9 +44,7 @@ def answers() -> list[dict[str, Any]]:
     """How alike nets find images of untrained generators: digit victims, the narrow one, the published models."""
     plantings = [*(Planting(seed=seed) for seed in range(SEEDS)), Planting(size="narrow")]
     nets = [(planted.name, dhbe_cases.victim(planted), planted.spec) for planted in plantings]
-    for name in bna_published.MODELS:
-        spec = models.open_model(bna_published.folder() / f"{name}_ckpt.pth").spec
-        nets.append((name, bna_published.case(name), spec))
+    nets += [(name, bna_published.case(name), _spec(name)) for name in bna_published.MODELS]
     rows = []
     for name, case, spec in nets:
         config = erase.settled(dhbe.quick(), tuple(spec.mean), tuple(spec.std))
