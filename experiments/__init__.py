@@ -1,1 +1,2 @@
-"""One flat file per table or figure of the papers; `reproduce.py` runs a section of them and checks its figures."""
+"""One flat file per table or figure of the papers; `reproduce.py` runs a section of them and checks
+its figures."""

@@ -1,26 +1,34 @@
-"""Resumable units of work: each result is a JSON file, and a unit whose settings have not changed is not rerun."""
+"""Resumable units of work: each result is a JSON file, and a unit whose settings have not changed
+is not rerun.
+"""
 
 import dataclasses
+import importlib
 import json
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-import tyro
-
-from jaxbd import record
+from jaxbd import files
 from jaxbd.base import UserError
+from jaxbd.training.run import Run
 
-RUNS = pathlib.Path(__file__).resolve().parents[1] / "runs"
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
-"""Where optional real data (CIFAR-10 as parquet, published models) may lie; nothing needs it."""
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs"
+RESULTS = ROOT / "experiments" / "results"
+SCRIPTS = ROOT / "scripts"
+SHARED = pathlib.Path(os.environ.get("JAXBD_SHARED", ROOT.parent / "shared"))
+"""Where optional real data (CIFAR-10 as parquet, published models) may lie; nothing needs it. By
+default the folder `shared` beside the repository."""
 
 
 def cli(main: Callable[..., int | None], prog: str | None = None) -> None:
     """`main` as a command that ends with what it returns; bad input is one line and exit code 2."""
+    import tyro  # a machine that only runs parts of the queue may lack it
+
     try:
         sys.exit(tyro.cli(main, prog=prog))
     except UserError as error:
@@ -29,7 +37,7 @@ def cli(main: Callable[..., int | None], prog: str | None = None) -> None:
 
 
 SECONDS: dict[str, float] = {}
-"""Wall seconds of every unit asked for by this process, also of those that were kept from an earlier run."""
+"""Wall seconds of every unit asked for by this process, also of those found from an earlier run."""
 SETTINGS: dict[str, Any] = {}
 """What each of them depended on, as it was asked for."""
 
@@ -41,31 +49,67 @@ def unit(
     function: Callable[[], dict[str, Any]],
     keep: Callable[[dict[str, Any]], bool] = lambda result: True,
 ) -> dict[str, Any]:
-    """The stored result of this unit, or the function's, stored with its settings, versions and wall seconds.
+    """The stored result of this unit, or the function's, stored with its settings, versions and
+    wall seconds.
 
-    A result that `keep` rejects (a failure) is not stored. Results are kept by settings: after a change to the code
-    that they depend on, delete the unit's file under `runs/`.
+    A result that `keep` rejects (a failure) is not stored. Stored results are found by their
+    settings alone: after a change to the code that they depend on, delete the unit's file under
+    `runs/`.
     """
     path = RUNS / folder / f"{name}.json"
-    wanted = json.loads(json.dumps(record.plain(settings)))
+    wanted = json.loads(json.dumps(files.plain(settings)))
     SETTINGS[f"{folder}/{name}"] = wanted
     if path.exists():
-        stored = record.read_json(path)
+        stored = files.read_json(path)
         if stored.get("settings") == wanted:
-            say(f"{folder}/{name}: kept from an earlier run")
+            say(f"{folder}/{name}: found from an earlier run")
             SECONDS[f"{folder}/{name}"] = stored["seconds"]
             return stored["result"]
     say(f"{folder}/{name}: running")
     started = time.perf_counter()
-    result = record.plain(function())
+    result = files.plain(function())
     seconds = time.perf_counter() - started
     SECONDS[f"{folder}/{name}"] = seconds
     if keep(result):
-        record.write_json(
-            path, {"settings": wanted, "result": result, "seconds": seconds, "versions": record.versions()}
+        files.write_json(
+            path,
+            {
+                "settings": wanted,
+                "result": result,
+                "seconds": seconds,
+                "versions": files.versions(),
+            },
         )
     say(f"{folder}/{name}: {seconds:.0f} s")
     return json.loads(json.dumps(result))
+
+
+KEPT_ONLY = [False]
+"""Whether only stored results are taken and no unit runs, see `kept_or_none`."""
+MISSING: list[str] = []
+"""Units that were asked for, were not stored, and did not run."""
+
+
+def kept_or_none(
+    folder: str,
+    name: str,
+    settings: Any,
+    function: Callable[[], dict[str, Any]],
+    keep: Callable[[dict[str, Any]], bool] = lambda result: True,
+) -> dict[str, Any] | None:
+    """`unit`, or None where only stored results are taken and this is not one of them."""
+    path = RUNS / folder / f"{name}.json"
+    wanted = json.loads(json.dumps(files.plain(settings)))
+    if KEPT_ONLY[0] and not (path.exists() and files.read_json(path).get("settings") == wanted):
+        miss(folder, name)
+        return None
+    return unit(folder, name, settings, function, keep)
+
+
+def miss(folder: str, name: str) -> None:
+    """Names a unit as missing, once."""
+    if f"{folder}/{name}" not in MISSING:
+        MISSING.append(f"{folder}/{name}")
 
 
 def say(text: str) -> None:
@@ -85,13 +129,38 @@ def progress(folder: str) -> Callable[[str, int, int], None]:
     return report
 
 
+def start_run(folder: str) -> Run:
+    """A run that reports progress on stderr and saves nothing: units are what is resumed."""
+    return Run(progress=progress(folder))
+
+
+def script(name: str) -> Any:
+    """A file of `scripts/` as a module; what it imports lies beside it."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    return importlib.import_module(name)
+
+
 def settings_of(config: Any) -> dict[str, Any]:
     """A Config as JSON types."""
-    return record.plain(dataclasses.asdict(config))
+    return files.plain(dataclasses.asdict(config))
+
+
+def scan_settings() -> dict[str, Any]:
+    """The settings of `jaxbd scan` where no flag says otherwise."""
+    from jaxbd.pipelines import scan
+
+    return settings_of(scan.PRESETS["quick"])
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that runs this checkout's `jaxbd`."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def use_cache() -> None:
-    """Compiled programs are kept between runs."""
+    """Stores compiled programs under `runs/` for later processes."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(RUNS / "xla"))
@@ -101,7 +170,10 @@ def use_cache() -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; floats with four digits."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cell = lambda value: f"{value:.4f}" if isinstance(value, float) else str(value)
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    lines += ["| " + " | ".join(cell(row.get(name, "")) for name in names) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,3 +1,43 @@
-"""jaxbd: finds and removes backdoors in image classifiers, in JAX."""
+"""jaxbd finds and removes backdoors in image classifiers.
 
-__version__ = "0.1.0"
+    suspect = jaxbd.open_model("model.pth", images, labels)
+    found = jaxbd.scan(suspect, images, labels)
+    repaired = jaxbd.repair(suspect, images, labels, found)
+
+Names are imported when they are used, so that `import jaxbd` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxbd.api import evaluate, guard, open_model, repair, save_model, scan
+    from jaxbd.base import Batch, Evidence, Suspect, UserError
+
+_HOMES = {
+    "jaxbd.api": ("evaluate", "guard", "open_model", "repair", "save_model", "scan"),
+    "jaxbd.base": ("Batch", "Evidence", "Suspect", "UserError"),
+}
+__all__ = [
+    "Batch",
+    "Evidence",
+    "Suspect",
+    "UserError",
+    "evaluate",
+    "guard",
+    "open_model",
+    "repair",
+    "save_model",
+    "scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'jaxbd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,11 +1,13 @@
 """Contracts shared by every part of jaxbd: aliases, data types, and what a method is.
 
-Shape letters used in all docstrings: B images in a batch, N items, H W C image height, width, channels,
-h w trigger height, width, K classes, L levels. Pixels are floats in [0, 1] unless a docstring says uint8.
+Shape letters used in all docstrings: B images in a batch, N items, H W C image height, width,
+channels, h w trigger height, width, K classes, L levels. Pixels are floats in [0, 1] unless a
+docstring says uint8.
 
-A method is a NamedTuple of pure functions made by a factory `make`. Sizes and functions are closed over; arrays
-(weights, images, targets, levels) are always arguments. Methods never jit and never store a key: drivers derive the
-key of a step by folding the step number into the run's key, so a resumed run replays the same stream.
+A method is a NamedTuple of pure functions made by a factory `make`. Sizes and functions are closed
+over; arrays (weights, images, targets, levels) are always arguments. Methods never jit and never
+store a key: drivers derive the key of a step by folding the step number into the run's key, so a
+resumed run replays the same stream.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,10 +28,13 @@ ANY_SOURCE = -1
 
 
 class Batch(NamedTuple):
-    """Images [B, H, W, C] in [0, 1] (a stored data set may hold uint8) and labels [B] int32."""
+    """Images [B, H, W, C] in [0, 1] (a stored data set may hold uint8) and labels [B] int32.
 
-    images: Array
-    labels: Array
+    JAX arrays, or NumPy arrays where they stay in the host's memory.
+    """
+
+    images: Any
+    labels: Any
 
 
 class Cell(NamedTuple):
@@ -38,7 +43,8 @@ class Cell(NamedTuple):
     Attributes:
       target: [] int32, class the trigger leads to.
       source: [] int32, class the trigger starts from; `ANY_SOURCE` for every class but the target.
-      level: [] float32, the staircase level beta of MESA in (0, 1); methods without levels ignore it.
+      level: [] float32, the staircase level beta of MESA in (0, 1); methods without levels ignore
+        it.
     """
 
     target: Array
@@ -51,14 +57,15 @@ class Net(NamedTuple):
 
     Attributes:
       init: (key) -> variables.
-      apply: (variables, images [B, H, W, C] in [0, 1], *, train=False) -> (logits [B, K], batch_stats). Logits are
-        float32 at least, whatever the net computes in. With
-        `train=True` normalisation uses the batch's moments and `batch_stats` are the updated running moments;
+      apply: (variables, images [B, H, W, C] in [0, 1], *, train=False) -> (logits [B, K],
+        batch_stats). Logits are float32 at least, whatever the net computes in. With `train=True`
+        normalisation uses the batch's moments and `batch_stats` are the updated running moments;
         otherwise they come back unchanged. Input normalisation is the net's own first operation.
-      outputs: (variables, images) -> (logits, {"layer/path": [B, …, C]}), what `apply` gives in evaluation and the
-        output of every layer that a defence may correct, in order of execution; None where a net shows no layers.
-      frozen: (variables) -> variables with which `apply` and `outputs` give the same in evaluation, up to rounding, for
-        less work; they cannot be trained. None where there is nothing to gain.
+      outputs: (variables, images) -> (logits, {"layer/path": [B, …, C]}), what `apply` gives in
+        evaluation and the output of every layer that a defence may correct, in order of execution;
+        None where a net shows no layers.
+      frozen: (variables) -> variables with which `apply` and `outputs` give the same in evaluation,
+        up to rounding, for less work; they cannot be trained. None where there is nothing to gain.
     """
 
     init: Callable[..., Variables]
@@ -68,7 +75,8 @@ class Net(NamedTuple):
 
 
 class Decoy(NamedTuple):
-    """Images that an attack disturbs nearly as its trigger does but does not relabel, so that only the trigger works.
+    """Images that an attack disturbs nearly as its trigger does but does not relabel, so that only
+    the trigger works.
 
     Attributes:
       ratio: decoys per poisoned image.
@@ -102,33 +110,161 @@ class Inversion(NamedTuple):
 
     Attributes:
       init: (key) -> state, with an int32 scalar field `step`.
-      step: (key, state, batch, cell, victim) -> (state, info); `victim` are the net's variables.
-      stamp: (key, state, images [B, H, W, C]) -> images, each carrying a trigger drawn from the state.
+      step: (key, state, batch, cell, variables) -> (state, info); the variables are the victim's.
+      stamp: (key, state, images [B, H, W, C]) -> images, each carrying a trigger drawn from the
+        state.
       sample: (key, state, n) -> triggers [n, h, w, C] in [0, 1].
-      settled: (state) -> [] bool, the method's own stop: nothing more is to be gained, and drivers leave the state as
-        it is from then on; None for methods that run their full length.
+      converged: (state) -> [] bool, early-stopping test; once true, drivers no longer update the
+        state. None for methods that run their full length.
+      size: (state) -> [] float32, size of the trigger that `stamp` applies, in the method's own
+        norm. None for methods whose triggers have one size.
+      works: (state) -> [] bool, whether that trigger reached the method's success rate; None for
+        methods without one.
     """
 
     init: Callable[[Key], ArrayTree]
     step: Callable[..., tuple[ArrayTree, ArrayTree]]
     stamp: Callable[[Key, ArrayTree, Array], Array]
     sample: Callable[..., Array]
-    settled: Callable[[ArrayTree], Array] | None = None
+    converged: Callable[[ArrayTree], Array] | None = None
+    size: Callable[[ArrayTree], Array] | None = None
+    works: Callable[[ArrayTree], Array] | None = None
+
+
+class Problem(NamedTuple):
+    """The static half of a suspect: what a method's programs are compiled for. Hashable.
+
+    Attributes:
+      net: the architecture.
+      image_shape: (H, W, C).
+      classes: K.
+      mean, std: input normalisation that the net's first operation applies, one number per channel
+        or one for all. Methods that generate images of their own start from these moments.
+      stamp: (key, trigger_params, images [B, H, W, C]) -> images; None where no trigger is known.
+    """
+
+    net: Net
+    image_shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    stamp: Callable[[Key, ArrayTree, Array], Array] | None = None
+
+
+class Suspect(NamedTuple):
+    """A classifier that may have a backdoor: what every defence starts from.
+
+    Attributes are those of `Problem`, the net's variables, and
+
+      source: the file it was read from, for writing it back in the same form; None for a net that
+        was made here.
+    """
+
+    net: Net
+    variables: Variables
+    image_shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    source: Any = None
+
+    def problem(self, evidence: "Evidence | None" = None) -> Problem:
+        """The static half, with the stamp of `evidence` where there is some."""
+        stamp = None if evidence is None else evidence.stamp
+        return Problem(self.net, self.image_shape, self.classes, self.mean, self.std, stamp)
+
+
+class Evidence(NamedTuple):
+    """What is known of one backdoor, from every search to every repair.
+
+    Attributes:
+      target: class the trigger leads to.
+      sources: classes whose images it leads there; empty for every class but the target.
+      stamp: (key, trigger_params, images [B, H, W, C]) -> images, each with a trigger. The same
+        function for the same kind of trigger, so that compiled programs are shared.
+      trigger_params: pytree of arrays: a fixed trigger, a model of a distribution, or a mixture of
+        models (`repairs.mixture`).
+    """
+
+    target: int
+    sources: tuple[int, ...]
+    stamp: Callable[[Key, ArrayTree, Array], Array]
+    trigger_params: ArrayTree
+
+    def all_sources(self, classes: int) -> tuple[int, ...]:
+        """The source classes, spelt out for a net of K = `classes`."""
+        others = tuple(k for k in range(classes) if k != self.target)
+        return self.sources or others
+
+
+class RepairData(NamedTuple):
+    """Arrays a repair works on; what does not exist is None.
+
+    Attributes:
+      clean: clean images with labels.
+      clean_sources: those of them whose class the trigger starts from.
+      clean_target: those of the target class.
+      trigger_params: see `Evidence`.
+    """
+
+    clean: Batch | None = None
+    clean_sources: Batch | None = None
+    clean_target: Batch | None = None
+    trigger_params: ArrayTree | None = None
+
+
+class Phase(NamedTuple):
+    """One stage of a repair: its steps make one training run.
+
+    Attributes:
+      name: for progress lines and checkpoints, unique within the repair.
+      step: (key, state, batch or None) -> (state, info). The state is that of the whole repair.
+      num_steps: length of the stage.
+      info: the NamedTuple class of `info`.
+      draws: part of `RepairData` that batches are drawn from; None for stages that take no images.
+      begin: (state) -> state, applied once before the first step, such as to make the trained net
+        a teacher or to start a fresh optimiser.
+      rows: images that each step makes itself where it draws none, so that several devices can
+        share them; see `training.loop.chunks`.
+      chunk: steps between two looks at progress and stop requests. Fewer for stages whose steps
+        take minutes.
+    """
+
+    name: str
+    step: Callable[..., tuple[ArrayTree, ArrayTree]]
+    num_steps: int
+    info: type
+    draws: Literal["clean", "clean_sources"] | None = "clean"
+    begin: Callable[[ArrayTree], ArrayTree] | None = None
+    rows: int | None = None
+    chunk: int = 20
+
+
+Need = Literal["clean", "trigger"]
+"""What a repair cannot do without: clean images, a known trigger."""
 
 
 class Repair(NamedTuple):
-    """Turns a victim's variables into a repaired net's variables.
+    """Turns a suspect's variables into those of a repaired net.
+
+    Rows of a class are selected before `init`, since their number depends on the data and compiled
+    programs have fixed shapes; hence `RepairData` and not `Batch` and `Evidence`.
 
     Attributes:
-      init: (key, variables, evidence) -> state, with an int32 scalar field `step`. `evidence` is the pytree of what is
-        known of the trigger, in the form the method documents; () for methods that need none.
-      step: (key, state, batch or None) -> (state, info).
-      extract: (state) -> variables.
+      init: (key, variables, RepairData) -> state, with an int32 scalar field `step`.
+      phases: run in order on one state.
+      extract: (state, dial=None) -> variables; `dial` is one value of the array below, None stands
+        for the automatic choice.
+      dial: [n] settings that are still free after training, such as pruning ratios; extracting at
+        each of them gives the trade-off of accuracy and attack success. None where there is none.
+      needs: what the repair cannot do without.
     """
 
-    init: Callable[..., ArrayTree]
-    step: Callable[..., tuple[ArrayTree, ArrayTree]]
-    extract: Callable[[ArrayTree], Variables]
+    init: Callable[[Key, Variables, RepairData], ArrayTree]
+    phases: tuple[Phase, ...]
+    extract: Callable[..., Variables]
+    dial: Array | None = None
+    needs: frozenset[Need] = frozenset({"clean"})
 
 
 class Dataset(NamedTuple):
@@ -139,34 +275,44 @@ class Dataset(NamedTuple):
       labels: int32 [N], in 0..K-1.
       class_names: K names.
       name: where it came from, for the record.
+      notes: what the person should know of how it was read, such as files passed over.
     """
 
     images: Any
     labels: Any
     class_names: tuple[str, ...]
     name: str
+    notes: tuple[str, ...] = ()
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the thing and the fix; the command line exits with code 2."""
+    """Bad input. The message is one line that names the thing and the fix; the command line exits
+    with code 2."""
 
 
 def check_targets(targets: Iterable[int], classes: int) -> None:
     """Raises UserError unless every one of `targets` is a class of a model with K = `classes`."""
     outside = [target for target in targets if not 0 <= target < classes]
     if outside:
-        raise UserError(f"target {outside[0]} is out of range; the model has classes 0..{classes - 1}")
+        raise UserError(
+            f"target {outside[0]} is out of range; the model has classes 0..{classes - 1}"
+        )
 
 
-def check_choices(method: str, config: Any) -> None:
-    """Raises UserError where a field of the dataclass `config` annotated `Literal[…]` holds anything else.
+def check_choices(method: str, config: object) -> None:
+    """Raises UserError where a field of the dataclass `config` annotated `Literal[…]` holds
+    anything else.
 
     A union with another type (`Literal[…] | int`) lets that type's values through.
     """
     for name, kind in get_type_hints(type(config)).items():
         parts = (kind,) if get_origin(kind) is Literal else get_args(kind)
-        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        choices = [
+            choice for part in parts if get_origin(part) is Literal for choice in get_args(part)
+        ]
         others = tuple(part for part in parts if isinstance(part, type))
         value = getattr(config, name)
         if choices and value not in choices and not isinstance(value, others):
-            raise UserError(f"{method}: {name} is {value!r}; choose from {', '.join(map(str, choices))}")
+            raise UserError(
+                f"{method}: {name} is {value!r}; choose from {', '.join(map(str, choices))}"
+            )

@@ -1,4 +1,8 @@
-"""Operations on images [H, W, C]: paste, add, blend, warp, crop, flip. Batches are handled by `jax.vmap` on these."""
+"""Operations on images [H, W, C]: paste, add, blend, warp, crop, flip. Batches are handled by
+`jax.vmap` on these."""
+
+import functools
+import operator
 
 import chex
 import jax
@@ -8,18 +12,26 @@ import numpy as np
 from jaxbd.base import Array, ArrayTree, Key
 
 
+def image_shape_of(images: Array | np.ndarray) -> tuple[int, int, int]:
+    """(H, W, C) of `images` [B, H, W, C]."""
+    _, height, width, channels = images.shape
+    return height, width, channels
+
+
 def to_float(images: Array) -> Array:
-    """uint8 [..., H, W, C] in 0..255 -> float32 in [0, 1]; floats pass unchanged (torchvision's `ToTensor` scale)."""
+    """uint8 [..., H, W, C] in 0..255 -> float32 in [0, 1]; floats pass unchanged (torchvision's
+    `ToTensor` scale)."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     return images.astype(jnp.float32) / 255
 
 
-def divided(batch: ArrayTree) -> ArrayTree:
-    """`batch`, leaves [B, …], with its rows divided among the devices on the "data" axis of the program's mesh.
+def spread_rows(batch: ArrayTree) -> ArrayTree:
+    """`batch`, leaves [B, …], with its rows divided among the devices on the "data" axis of the
+    program's mesh.
 
-    For what a compiled step draws or makes itself, which no caller can place. Changes no value, and nothing at all
-    where there is no such mesh or B is no multiple of its devices.
+    For arrays that a compiled step draws or makes itself, so that no caller can place them. Values
+    never change; without such a mesh, or where it does not divide B, placement does not either.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else mesh.shape.get("data", 1)
@@ -29,15 +41,17 @@ def divided(batch: ArrayTree) -> ArrayTree:
 
 
 def to_uint8_grid(images: Array) -> Array:
-    """Rounds float images in [0, 1] to the nearest multiple of 1/255 after clipping, as storing them would."""
+    """Clips float images to [0, 1] and rounds to the nearest multiple of 1/255, as an 8-bit file
+    would."""
     return jnp.round(jnp.clip(images, 0, 1) * 255) / 255
 
 
 def paste(image: Array, patch: Array, place: Array) -> Array:
-    """Overwrites `image` [H, W, C] with `patch` [h, w, C], its top-left corner at `place` [2] int32 (row, column).
+    """Overwrites `image` [H, W, C] with `patch` [h, w, C], its top-left corner at `place` [2] int32
+    (row, column).
 
-    The patch is kept inside the image: a place beyond the last one that fits is moved back to it. Pixels outside the
-    patch are returned unchanged, bit for bit.
+    A place beyond the last one that fits is moved back to that one.
+    Pixels outside the patch are returned unchanged, bit for bit.
     """
     chex.assert_rank([image, patch, place], [3, 3, 1])
     return jax.lax.dynamic_update_slice(
@@ -46,29 +60,33 @@ def paste(image: Array, patch: Array, place: Array) -> Array:
 
 
 def add_on_grid(images: Array, pattern: Array) -> Array:
-    """`images` plus `pattern` (shapes that broadcast), clipped to [0, 1] and rounded to multiples of 1/255.
+    """`images` plus `pattern` (shapes that broadcast), clipped to [0, 1] and rounded to multiples
+    of 1/255.
 
-    What a file of 8 bits a channel would hold. Values that are such multiples already (to 1e-5) and that the pattern
-    leaves alone are returned unchanged, bit for bit.
+    This is what a file with 8 bits per channel would hold. Values that already are such multiples
+    (to 1e-5) and that the pattern does not change are returned unchanged, bit for bit.
     """
     stored = to_uint8_grid(images + pattern)
     return jnp.where(jnp.abs(stored - images) < 1e-5, images, stored)
 
 
 def blend(image: Array, pattern: Array, mask: Array) -> Array:
-    """(1 - mask) * image + mask * pattern; image and pattern [H, W, C], mask [H, W, 1] or [H, W, C] in [0, 1]."""
+    """(1 - mask) * image + mask * pattern; image and pattern [H, W, C], mask [H, W, 1] or [H, W, C]
+    in [0, 1]."""
     return (1 - mask) * image + mask * pattern
 
 
 def identity_grid(height: int, width: int) -> np.ndarray:
-    """[height, width, 2] float32: where `warp` reads each pixel from to change nothing; (x, y) in [-1, 1]."""
+    """[height, width, 2] float32: where `warp` reads each pixel from to change nothing; (x, y) in
+    [-1, 1]."""
     x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
     return np.stack([x, y], axis=-1).astype(np.float32)
 
 
 def warp(image: Array, grid: Array) -> Array:
-    """`image` [H, W, C] read at the places `grid` [H, W, 2] says, bilinearly; (x, y), the centres of the outermost
-    pixels at -1 and 1, zero outside (PyTorch's `grid_sample` with align_corners=True).
+    """`image` [H, W, C] read at the places `grid` [H, W, 2] says, bilinearly; (x, y), the centres
+    of the outermost pixels at -1 and 1, zero outside (PyTorch's `grid_sample` with
+    align_corners=True).
     """
     chex.assert_rank([image, grid], [3, 3])
     height, width = image.shape[:2]
@@ -78,22 +96,32 @@ def warp(image: Array, grid: Array) -> Array:
         """The pixel at (y, x), weighted by how near it is."""
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
         weight = jnp.where(inside, (1 - jnp.abs(row - y)) * (1 - jnp.abs(column - x)), 0)
-        pixel = image[jnp.clip(y, 0, height - 1).astype(jnp.int32), jnp.clip(x, 0, width - 1).astype(jnp.int32)]
+        pixel = image[
+            jnp.clip(y, 0, height - 1).astype(jnp.int32),
+            jnp.clip(x, 0, width - 1).astype(jnp.int32),
+        ]
         return weight[..., None] * pixel
 
     top, left = jnp.floor(row), jnp.floor(column)
-    return sum(corner(y, x) for y in (top, top + 1) for x in (left, left + 1))
+    corners = [corner(y, x) for y in (top, top + 1) for x in (left, left + 1)]
+    return functools.reduce(operator.add, corners)
 
 
 def upsample(field: Array, height: int, width: int) -> Array:
-    """`field` [h, w, C] -> [height, width, C], bicubic with aligned corners (Keys' kernel, a = -0.75, as PyTorch)."""
+    """`field` [h, w, C] -> [height, width, C], bicubic with aligned corners (Keys' kernel, a =
+    -0.75, as PyTorch)."""
     chex.assert_rank(field, 3)
-    rows, columns = (_cubic_weights(*sides) for sides in zip(field.shape[:2], (height, width), strict=True))
-    return jnp.einsum("Hh,Ww,hwc->HWc", rows.astype(field.dtype), columns.astype(field.dtype), field)
+    rows, columns = (
+        _cubic_weights(*sides) for sides in zip(field.shape[:2], (height, width), strict=True)
+    )
+    return jnp.einsum(
+        "Hh,Ww,hwc->HWc", rows.astype(field.dtype), columns.astype(field.dtype), field
+    )
 
 
 def _cubic_weights(inner: int, outer: int, a: float = -0.75) -> np.ndarray:
-    """[outer, inner]: how much each of `inner` points counts for each of `outer`; beyond the ends, the end counts."""
+    """[outer, inner]: how much each of `inner` points counts for each of `outer`; beyond the ends,
+    the end counts."""
     place = np.arange(outer) * (inner - 1) / max(outer - 1, 1)
     weights = np.zeros((outer, inner))
     for offset in range(-1, 3):
@@ -106,24 +134,34 @@ def _cubic_weights(inner: int, outer: int, a: float = -0.75) -> np.ndarray:
     return weights
 
 
-def random_places(key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]) -> Array:
-    """`count` places [count, 2] int32 (row, column), uniform over all places where the patch fits."""
+def random_places(
+    key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]
+) -> Array:
+    """`count` places [count, 2] int32 (row, column), uniform over all places where the patch
+    fits."""
     limits = jnp.array([image_shape[0] - patch_hw[0] + 1, image_shape[1] - patch_hw[1] + 1])
     return jax.random.randint(key, (count, 2), 0, jnp.broadcast_to(limits, (count, 2)))
 
 
-def edge_places(key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]) -> Array:
-    """`count` places [count, 2] int32 (row, column): about a quarter in the corners, half elsewhere along the edges.
+def edge_places(
+    key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]
+) -> Array:
+    """`count` places [count, 2] int32 (row, column): about a quarter in the corners, half elsewhere
+    along the edges.
 
-    Uniform over an image of twice the room; places where the patch does not fit move to the nearest where it does.
+    Uniform over an image of twice the room; places where the patch does not fit move to the nearest
+    where it does.
     """
     room = jnp.array([image_shape[0] - patch_hw[0], image_shape[1] - patch_hw[1]])
     room = jnp.broadcast_to(room, (count, 2))
-    return jnp.clip(jax.random.randint(key, (count, 2), -(room // 2), room + room // 2 + 1), 0, room)
+    return jnp.clip(
+        jax.random.randint(key, (count, 2), -(room // 2), room + room // 2 + 1), 0, room
+    )
 
 
 def random_crop(key: Key, image: Array, padding: int) -> Array:
-    """Zero-pads `image` [H, W, C] by `padding` on every side and crops [H, W, C] at a uniform place."""
+    """Zero-pads `image` [H, W, C] by `padding` on every side and crops [H, W, C] at a uniform
+    place."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     row, column = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     return jax.lax.dynamic_slice(padded, (row, column, jnp.zeros_like(row)), image.shape)
@@ -135,7 +173,8 @@ def random_flip(key: Key, image: Array) -> Array:
 
 
 def augment(key: Key, images: Array, *, crop_padding: int = 0, flip: bool = False) -> Array:
-    """Random crop (when `crop_padding` > 0) and flip of each image of `images` [B, H, W, C] on its own."""
+    """Random crop (when `crop_padding` > 0) and flip of each image of `images` [B, H, W, C] on its
+    own."""
     crop_key, flip_key = jax.random.split(key)
     if crop_padding:
         keys = jax.random.split(crop_key, images.shape[0])

@@ -1,10 +1,13 @@
 """Named losses and bounds of the papers, each next to its equation."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbd.base import Array
+from jaxbd.base import Array, ArrayTree, Batch, Net, Variables
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -12,13 +15,50 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def classification(
+    params: ArrayTree, variables: Variables, net: Net, batch: Batch, train: bool = True
+) -> tuple[Array, tuple[Array, ArrayTree]]:
+    """Loss of `net` with `params` in place of its own: (cross-entropy [] in nats, (logits [B, K],
+    batch_stats)). Without `train` the net is in evaluation and `batch_stats` stay."""
+    logits, stats = net.apply({**variables, "params": params}, batch.images, train=train)
+    return cross_entropy(logits, batch.labels), (logits, stats)
+
+
+def descend(
+    net: Net,
+    rule: optax.GradientTransformation,
+    variables: Variables,
+    opt: optax.OptState,
+    batch: Batch,
+    *,
+    train: bool = True,
+) -> tuple[Variables, optax.OptState, Array, Array]:
+    """One step of `rule` down the `classification` loss of `net` on `batch`.
+
+    Returns: (variables, optimiser state, loss [] in nats, accuracy [] in [0, 1] before the step).
+    """
+    params = variables["params"]
+    (loss, (logits, stats)), gradient = jax.value_and_grad(classification, has_aux=True)(
+        params, variables, net, batch, train
+    )
+    updates, opt = rule.update(gradient, opt, params)
+    variables = {
+        **variables,
+        "params": optax.apply_updates(params, updates),
+        "batch_stats": stats,
+    }
+    return variables, opt, loss, (logits.argmax(-1) == batch.labels).mean()
+
+
 def target_confidence(logits: Array, target: Array) -> Array:
-    """F(x) = softmax(P(Apply(m, x)))_c: softmax output [B] of `logits` [B, K] on class `target` []."""
+    """F(x) = softmax(P(Apply(m, x)))_c: softmax output [B] of `logits` [B, K] on class `target`
+    []."""
     return jnp.take(jax.nn.softmax(logits, axis=-1), target, axis=-1)
 
 
 def level_hinge(confidence: Array, level: Array) -> Array:
-    """mean max(0, beta - F) over `confidence` [B] at `level` beta []; Qiao et al. 2019, eq. (4), first term.
+    """mean max(0, beta - F) over `confidence` [B] at `level` beta []; Qiao et al. 2019, eq. (4),
+    first term.
 
     Its gradient equals that of the released code's -mean min(F, beta).
     """
@@ -26,27 +66,32 @@ def level_hinge(confidence: Array, level: Array) -> Array:
 
 
 def sliced_wasserstein(a: Array, b: Array, directions: Array) -> Array:
-    """1-Wasserstein distance of two samples, averaged over projections; Doan et al. 2021, the latent term.
+    """1-Wasserstein distance of two samples, averaged over projections; Doan et al. 2021, the
+    latent term.
 
-    W = mean over rows r of `directions` [m, d] of mean_i |sort(a r)_i - sort(b r)_i|; samples `a`, `b` [N, d], as many
-    in each. Directions are taken as they come; the distance grows with their length. Returns: scalar.
+    W = mean over rows r of `directions` [m, d] of mean_i |sort(a r)_i - sort(b r)_i|; samples `a`,
+    `b` [N, d], as many in each. Directions are taken as they come; the distance grows with their
+    length. Returns: scalar.
     """
     one, other = (jnp.sort(sample @ directions.T, axis=0) for sample in (a, b))
     return jnp.abs(one - other).mean()
 
 
 def donsker_varadhan(joint: Array, marginal: Array) -> Array:
-    """I(X; Z) >= E_joint[T] - log E_marginal[exp T]; statistics [B] each; Qiao et al. 2019, eq. (3), in nats."""
+    """I(X; Z) >= E_joint[T] - log E_marginal[exp T]; statistics [B] each; Qiao et al. 2019, eq.
+    (3), in nats."""
     return joint.mean() - (jax.nn.logsumexp(marginal) - jnp.log(marginal.shape[0]))
 
 
 def donsker_varadhan_debiased(joint: Array, marginal: Array, log_mean_exp: Array) -> Array:
     """A surrogate whose gradient is the bias-corrected gradient of `donsker_varadhan`.
 
-    Belghazi et al. 2018, section 3.2: the gradient E[grad T e^T] / E[e^T] is biased on a mini-batch because the
-    denominator is the batch's own mean; it is replaced by a moving average, here exp(`log_mean_exp`) [].
+    Belghazi et al. 2018, section 3.2: the gradient E[grad T e^T] / E[e^T] is biased on a mini-batch
+    because the denominator is the batch's own mean; it is replaced by a moving average, here
+    exp(`log_mean_exp`) [].
 
-    Returns: scalar whose value is meaningless and whose gradient is that of E[T] - E[e^T] / moving average.
+    Returns: scalar whose value is meaningless and whose gradient is that of E[T] - E[e^T] / moving
+      average.
     """
     scaled = jnp.exp(marginal - jax.lax.stop_gradient(log_mean_exp))
     return joint.mean() - scaled.mean()
@@ -55,17 +100,19 @@ def donsker_varadhan_debiased(joint: Array, marginal: Array, log_mean_exp: Array
 def mean_absolute_difference(one: Array, other: Array) -> Array:
     """Mean of |one - other| over batch and classes of two logits [B, K]; scalar.
 
-    Both terms of DHBE: the discrepancy between teacher and student (Yan et al. 2023, eq. 2) and the student's change
-    under a trigger (eq. 7).
+    Both terms of DHBE: the discrepancy between teacher and student (Yan et al. 2023, eq. 2) and the
+    student's change under a trigger (eq. 7).
     """
     return jnp.abs(one - other).mean()
 
 
 def image_roughness(images: Array) -> Array:
-    """Sum of the Frobenius norms of the differences of `images` [B, H, W, C] to four neighbours; scalar.
+    """Sum of the Frobenius norms of the differences of `images` [B, H, W, C] to four neighbours;
+    scalar.
 
-    To the right, below, and along both diagonals; each norm is unsquared and taken over the whole batch at once
-    (the image prior of the released DHBE code). Where all differences are zero its gradient is zero.
+    To the right, below, and along both diagonals; each norm is unsquared and taken over the whole
+    batch at once (the image prior of the released DHBE code). Where all differences are zero its
+    gradient is zero.
     """
     left, right = images[:, :, :-1], images[:, :, 1:]
     pairs = (
@@ -74,7 +121,7 @@ def image_roughness(images: Array) -> Array:
         (left[:, 1:], right[:, :-1]),
         (left[:, :-1], right[:, 1:]),
     )
-    return sum(_norm(one - other) for one, other in pairs)
+    return functools.reduce(operator.add, [_norm(one - other) for one, other in pairs])
 
 
 def _norm(x: Array) -> Array:
@@ -84,20 +131,23 @@ def _norm(x: Array) -> Array:
 
 
 SMALLEST = 1e-6
-"""Added to every probability inside the logarithms of `jensen_shannon` and `kullback_leibler`: an empty interval gives
-finite values and gradients. Equal distributions still diverge by exactly 0, and no value is negative."""
+"""Added to every probability inside the logarithms of `jensen_shannon` and `kullback_leibler`: an
+empty interval gives finite values and gradients. Equal distributions still diverge by exactly 0,
+and no value is negative."""
 
 
 def total_variation(p: Array, q: Array) -> Array:
-    """E_q[k(p/q)] [...] of distributions [..., M] with k(r) = |r - 1| / 2; Li et al. 2023, section 4.2. In [0, 1]."""
+    """E_q[k(p/q)] [...] of distributions [..., M] with k(r) = |r - 1| / 2; Li et al. 2023, section
+    4.2. In [0, 1]."""
     return jnp.abs(p - q).sum(-1) / 2
 
 
 def jensen_shannon(p: Array, q: Array) -> Array:
-    """E_q[k(p/q)] [...] with k(r) = r log(2r / (r + 1)) + log(2 / (r + 1)); Li et al. 2023, section 4.2, in nats.
+    """E_q[k(p/q)] [...] with k(r) = r log(2r / (r + 1)) + log(2 / (r + 1)); Li et al. 2023, section
+    4.2, in nats.
 
-    KL(p || m) + KL(q || m) for m = (p + q) / 2: twice what is mostly called the Jensen-Shannon divergence. In
-    [0, 2 log 2].
+    KL(p || m) + KL(q || m) for m = (p + q) / 2: twice what is mostly called the Jensen-Shannon
+    divergence. In [0, 2 log 2].
     """
     p, q = p + SMALLEST, q + SMALLEST
     middle = (p + q) / 2
@@ -105,11 +155,13 @@ def jensen_shannon(p: Array, q: Array) -> Array:
 
 
 def kullback_leibler(p: Array, q: Array) -> Array:
-    """E_q[k(p/q)] [...] with k(r) = r log r, that is KL(p || q); Li et al. 2023, section 4.2, in nats."""
+    """E_q[k(p/q)] [...] with k(r) = r log r, that is KL(p || q); Li et al. 2023, section 4.2, in
+    nats."""
     p, q = p + SMALLEST, q + SMALLEST
     return (p * jnp.log(p / q)).sum(-1)
 
 
 def aims(labels: Array, target: Array) -> Array:
-    """What images of `labels` [B] shall become: `target` [] for all, or `target` [K] by class; [B] int32."""
+    """Target classes [B] int32 of images of `labels` [B]: `target` [] for all, or `target` [K] by
+    class."""
     return jnp.broadcast_to(target, labels.shape) if target.ndim == 0 else target[labels]

@@ -1,8 +1,10 @@
-"""One DHBE iteration as a plain PyTorch program (Yan et al. 2023, section 4 and App. B), for `bench_dhbe.py`.
+"""One DHBE iteration as a plain PyTorch program (Yan et al. 2023, section 4 and App. B), for
+`bench_dhbe.py`.
 
-Layers, losses, optimisers and the order of passes are those of the released code. Work that its loop does in vain is
-left out, so that the comparison is with what PyTorch needs: the student's weights get no gradient while a generator
-learns, and the clean half of the trigger generator's loss none at all.
+Layers, losses, optimisers and the order of passes are those of the released code. Work that its
+loop does in vain is left out, so that the comparison is with what PyTorch needs: the student's
+weights get no gradient while a generator learns, and the clean half of the trigger generator's loss
+none at all.
 """
 
 import random
@@ -27,7 +29,9 @@ class BasicBlock(nn.Module):
         )
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x):
         return F.relu(self.body(x) + self.shortcut(x))
@@ -35,7 +39,11 @@ class BasicBlock(nn.Module):
 
 def resnet18(channels: int, side: int, classes: int, width: int) -> nn.Module:
     """ResNet-18 with a 3x3 stem and no pooling before its stages."""
-    layers = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    layers = [
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    ]
     inputs = width
     for stage in range(4):
         outputs = width * 2**stage
@@ -50,7 +58,11 @@ def vgg(channels: int, side: int, classes: int, width: int) -> nn.Module:
     for stage in range(3):
         for _ in range(2):
             outputs = width * 2**stage
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ELU(inplace=True)]
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, padding=1),
+                nn.BatchNorm2d(outputs),
+                nn.ELU(inplace=True),
+            ]
             inputs = outputs
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * (side // 8) ** 2, classes))
@@ -60,7 +72,8 @@ CLASSIFIERS = {"resnet18": resnet18, "vgg": vgg}
 
 
 def _trunk(noise: int, start: int, doublings: int, channels: int, width: int) -> list[nn.Module]:
-    """Linear to start x start, BatchNorm; per doubling a convolution, BatchNorm and LeakyReLU; a last convolution."""
+    """Linear to start x start, BatchNorm; per doubling a convolution, BatchNorm and LeakyReLU; a
+    last convolution."""
     features = 2 * width if doublings else width
     layers = [nn.Linear(noise, features * start**2), nn.Unflatten(1, (features, start, start))]
     layers.append(nn.BatchNorm2d(features))
@@ -72,20 +85,25 @@ def _trunk(noise: int, start: int, doublings: int, channels: int, width: int) ->
     return [*layers, nn.Conv2d(features, channels, 3, padding=1)]
 
 
-def sample_generator(noise: int, start: int, doublings: int, channels: int, width: int) -> nn.Module:
+def sample_generator(
+    noise: int, start: int, doublings: int, channels: int, width: int
+) -> nn.Module:
     """Noise to images that are already normalised: tanh, then BatchNorm without affine."""
     trunk = _trunk(noise, start, doublings, channels, width)
     return nn.Sequential(*trunk, nn.Tanh(), nn.BatchNorm2d(channels, affine=False))
 
 
-def trigger_generator(noise: int, start: int, doublings: int, channels: int, width: int) -> nn.Module:
+def trigger_generator(
+    noise: int, start: int, doublings: int, channels: int, width: int
+) -> nn.Module:
     """Noise to triggers in (-1, 1): BatchNorm without affine, then tanh."""
     trunk = _trunk(noise, start, doublings, channels, width)
     return nn.Sequential(*trunk, nn.BatchNorm2d(channels, affine=False), nn.Tanh())
 
 
 class Settings(NamedTuple):
-    """Numbers of the iteration, named as in `jaxbd.repair.dhbe.Config`; `autocast` is the nets' type or None."""
+    """Numbers of the iteration, named as in `jaxbd.repairs.dhbe.Config`; `autocast` is the nets'
+    type or None."""
 
     regularisation: float
     inner_steps: int
@@ -106,10 +124,14 @@ class Settings(NamedTuple):
 class Eraser:
     """The four nets with their optimisers; `iterate` is one iteration."""
 
-    def __init__(self, teacher, student, samples, triggers, settings: Settings, device: torch.device):
+    def __init__(
+        self, teacher, student, samples, triggers, settings: Settings, device: torch.device
+    ):
         self.settings, self.device = settings, device
         self.teacher = teacher.to(device).eval().requires_grad_(False)
-        self.student, self.samples, self.triggers = (net.to(device).train() for net in (student, samples, triggers))
+        self.student, self.samples, self.triggers = (
+            net.to(device).train() for net in (student, samples, triggers)
+        )
         self.student_rule = torch.optim.SGD(
             self.student.parameters(),
             lr=settings.learning_rate,
@@ -140,7 +162,9 @@ class Eraser:
             wanted = self.ask(self.teacher, images)
         logits = self.ask(self.student, images)
         changed = self.ask(self.student, stamped)
-        loss = F.l1_loss(logits, wanted) + self.settings.regularisation * F.l1_loss(changed, logits.detach())
+        loss = F.l1_loss(logits, wanted) + self.settings.regularisation * F.l1_loss(
+            changed, logits.detach()
+        )
         descend(self.student_rule, loss)
 
     def update_samples(self) -> None:
@@ -160,7 +184,11 @@ class Eraser:
 
     def stamp(self, images, patches):
         """De-normalise, add at one random place for the whole batch, normalise again."""
-        mean, std, room = self.settings.mean, self.settings.std, images.shape[-1] - patches.shape[-1]
+        mean, std, room = (
+            self.settings.mean,
+            self.settings.std,
+            images.shape[-1] - patches.shape[-1],
+        )
         row, column = random.randint(0, room), random.randint(0, room)
         padded = F.pad(patches, (column, room - column, row, room - row))
         return ((images * std + mean + padded) - mean) / std
@@ -187,4 +215,4 @@ def roughness(images: torch.Tensor) -> torch.Tensor:
         images[..., :-1, :-1] - images[..., 1:, 1:],
         images[..., :-1, 1:] - images[..., 1:, :-1],
     )
-    return sum(torch.linalg.vector_norm(pair) for pair in pairs)
+    return torch.stack([torch.linalg.vector_norm(pair) for pair in pairs]).sum()

@@ -1,8 +1,9 @@
 """One MESA step as a plain PyTorch program (Qiao et al. 2019, eqs. 3 and 4), for `bench_scale.py`.
 
-Generator, statistics network, losses, optimisers and the order of passes are those of the released code. Work that its
-loop does in vain is left out, so that the comparison is with what PyTorch needs: the victim's weights get no gradient,
-nor do those of the statistics network while the generator learns.
+Generator, statistics network, losses, optimisers and the order of passes are those of the released
+code. Work that its loop does in vain is left out, so that the comparison is with what PyTorch
+needs: the victim's weights get no gradient, nor do those of the statistics network while the
+generator learns.
 """
 
 import math
@@ -17,12 +18,15 @@ from training_in_torch import ask
 
 
 class Generator(nn.Module):
-    """Noise in four chunks, one to each of four linear layers; BatchNorm and LeakyReLU after three, then a sigmoid."""
+    """Noise in four chunks, one to each of four linear layers; BatchNorm and LeakyReLU after three,
+    then a sigmoid."""
 
     def __init__(self, noise: int, hidden: int, channels: int, side: int):
         super().__init__()
         chunk, self.shape = noise // 4, (channels, side, side)
-        self.layers = nn.ModuleList(nn.Linear(chunk + (hidden if n else 0), hidden) for n in range(3))
+        self.layers = nn.ModuleList(
+            nn.Linear(chunk + (hidden if n else 0), hidden) for n in range(3)
+        )
         self.norms = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in range(3))
         self.last = nn.Linear(hidden + chunk, channels * side * side)
 
@@ -35,7 +39,8 @@ class Generator(nn.Module):
 
 
 class Statistics(nn.Module):
-    """T(z, x): both inputs through linear maps, summed; a second layer; a scalar. LeakyReLU after each."""
+    """T(z, x): both inputs through linear maps, summed; a second layer; a scalar. LeakyReLU after
+    each."""
 
     def __init__(self, noise: int, hidden: int, values: int):
         super().__init__()
@@ -51,7 +56,8 @@ class Statistics(nn.Module):
 
 
 class Settings(NamedTuple):
-    """Numbers of a step, named as in `jaxbd.inversion.mesa.Config`; `autocast` is the victim's type or None."""
+    """Numbers of a step, named as in `jaxbd.inversion.mesa.Config`; `autocast` is the victim's type
+    or None."""
 
     patch: int
     entropy_weight: float
@@ -66,28 +72,44 @@ class Settings(NamedTuple):
 
 
 class SubModel:
-    """One level's model of one class; `step` updates generator and statistics network on a batch."""
+    """One level's model of one class; `step` updates generator and statistics network on a
+    batch."""
 
-    def __init__(self, victim: nn.Module, channels: int, target: int, level: float, settings: Settings, device):
+    def __init__(
+        self,
+        victim: nn.Module,
+        channels: int,
+        target: int,
+        level: float,
+        settings: Settings,
+        device,
+    ):
         self.victim, self.target, self.level, self.settings = victim, target, level, settings
         self.device, self.average = device, None
         own = settings
-        self.generator = Generator(own.noise_dim, own.hidden, channels, own.patch).to(device).train()
+        self.generator = (
+            Generator(own.noise_dim, own.hidden, channels, own.patch).to(device).train()
+        )
         self.statistics = Statistics(own.noise_dim, own.hidden, channels * own.patch**2).to(device)
-        adam = lambda net: torch.optim.Adam(net.parameters(), lr=own.learning_rate, betas=(own.b1, own.b2))
+        adam = lambda net: torch.optim.Adam(
+            net.parameters(), lr=own.learning_rate, betas=(own.b1, own.b2)
+        )
         self.generator_rule, self.statistics_rule = adam(self.generator), adam(self.statistics)
 
     def step(self, images) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of both nets on images [B, C, H, W]; one random place for the whole batch."""
         room = images.shape[-1] - self.settings.patch
         place = random.randint(0, room), random.randint(0, room)
-        jitter = torch.randn(len(images), images.shape[1], *2 * (self.settings.patch,), device=self.device)
-        noises = [torch.rand(len(images), self.settings.noise_dim, device=self.device) for _ in range(4)]
+        jitter = torch.randn(
+            len(images), images.shape[1], *2 * (self.settings.patch,), device=self.device
+        )
+        draw = lambda: torch.rand(len(images), self.settings.noise_dim, device=self.device)
+        noises, others = (draw(), draw()), (draw(), draw())
         self.statistics.requires_grad_(False)
-        first = self.generator_loss(images, *noises[:2], place, jitter)
+        first = self.generator_loss(images, *noises, place, jitter)
         descend(self.generator_rule, first)
         self.statistics.requires_grad_(True)
-        second = self.statistics_loss(*noises[2:])
+        second = self.statistics_loss(*others)
         descend(self.statistics_rule, second)
         return first.detach(), second.detach()
 
@@ -96,7 +118,9 @@ class SubModel:
         triggers = self.generator(noise)
         side, (row, column) = self.settings.patch, place
         stamped = images.clone()
-        stamped[:, :, row : row + side, column : column + side] = triggers + self.settings.trigger_noise * jitter
+        stamped[:, :, row : row + side, column : column + side] = (
+            triggers + self.settings.trigger_noise * jitter
+        )
         logits = ask(self.victim, stamped, self.settings.autocast)
         confidence = logits.softmax(1)[:, self.target]
         joint, marginal = self.statistics(noise, triggers), self.statistics(other, triggers)
@@ -104,7 +128,8 @@ class SubModel:
         return F.relu(self.level - confidence).mean() - self.settings.entropy_weight * entropy
 
     def statistics_loss(self, noise, other):
-        """Minus the bound, its gradient with the moving average of E[e^T] (Belghazi et al. 2018, section 3.2)."""
+        """Minus the bound, its gradient with the moving average of E[e^T] (Belghazi et al. 2018,
+        section 3.2)."""
         with torch.no_grad():
             triggers = self.generator(noise)
         joint, marginal = self.statistics(noise, triggers), self.statistics(other, triggers)

@@ -5,8 +5,10 @@ No figure there is typed by hand.
     python scripts/readme_tables.py           # rewrites the pages
     python scripts/readme_tables.py --check   # exit code 1 when a page differs from the records
 
-A table stands between `<!-- table: RECORD / TITLE -->` and `<!-- end -->`, RECORD being the record's name without
-`.json` and TITLE the table's title in it.
+A table stands between `<!-- table: RECORD / TITLE -->` and `<!-- end -->`, RECORD being the
+record's name without `.json` and TITLE the table's title in it, or in `DERIVED`. Records of
+accelerators stand between `<!-- accelerator: NAME -->` and `<!-- end -->`, see
+`experiments.accelerator.tables`; where there are none, the block says so.
 """
 
 import pathlib
@@ -17,26 +19,44 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments import units  # noqa: E402
-from jaxbd import record  # noqa: E402
+from experiments.accelerator import tables  # noqa: E402
+from experiments.dhbe import denominators  # noqa: E402
+from jaxbd import files  # noqa: E402
 from jaxbd.base import UserError  # noqa: E402
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/accelerators.md"))
 HERE = "python scripts/readme_tables.py"
+DERIVED = {
+    ("dhbe", "Handwritten digits, BadNets 3x3: ASR by both denominators"): denominators.table
+}
+"""(record, title) -> the table made of the record's details, where its own tables lack it."""
 BLOCK = re.compile(r"(<!-- table: (\S+) / (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
+ACCELERATOR = re.compile(r"(<!-- accelerator: (\w+) -->)(\n?)(.*?)(<!-- end -->)", re.S)
 
 
 def filled(text: str) -> str:
     """`text` with every table block rewritten."""
 
     def block(match: re.Match) -> str:
-        kept = record.read_json(units.RESULTS / f"{match[2]}.json")
-        if match[3] not in kept["tables"]:
-            raise UserError(f"{match[2]}.json has no table {match[3]!r}; run {kept['command']} where its data is")
-        table = units.table(kept["tables"][match[3]])
+        kept = files.read_json(units.RESULTS / f"{match[2]}.json")
+        derive = DERIVED.get((match[2], match[3]))
+        if derive is None and match[3] not in kept["tables"]:
+            raise UserError(
+                f"{match[2]}.json has no table {match[3]!r}; run {kept['command']} where its"
+                " data is"
+            )
+        table = units.table(derive(kept) if derive else kept["tables"][match[3]])
         source = f"`{kept['command']}`, {kept['device']}, jax {kept['versions']['jax']}"
         return f"{match[1]}{table}\n\n<sub>{source}</sub>\n{match[5]}"
 
-    return BLOCK.sub(block, text)
+    def accelerator(match: re.Match) -> str:
+        if match[2] not in {"words", *tables.TABLES}:
+            names = ", ".join(["words", *tables.TABLES])
+            raise UserError(f"no table of accelerators is called {match[2]!r}; there are {names}")
+        # within a sentence the block has no line of its own
+        return f"{match[1]}{match[3]}{tables.filled(match[2])}{match[3]}{match[5]}"
+
+    return ACCELERATOR.sub(accelerator, BLOCK.sub(block, text))
 
 
 def main() -> int:

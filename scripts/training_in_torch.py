@@ -8,12 +8,19 @@ from torch import nn
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block of a WideResNet (Zagoruyko and Komodakis 2016); the shortcut reads what is activated."""
+    """Pre-activation block of a WideResNet (Zagoruyko and Komodakis 2016); the shortcut reads what
+    is activated."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn1, self.conv1 = (
+            nn.BatchNorm2d(inputs),
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+        )
+        self.bn2, self.conv2 = (
+            nn.BatchNorm2d(outputs),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        )
         self.convShortcut = None
         if inputs != outputs:
             self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
@@ -67,22 +74,28 @@ class Normalised(nn.Module):
 
 
 class Images:
-    """uint8 images [N, C, H, W] and labels [N] on the device, and random batches of them as floats in [0, 1]."""
+    """uint8 images [N, C, H, W] and labels [N] on the device, and random batches of them as floats
+    in [0, 1], laid out in memory as `layout` says."""
 
-    def __init__(self, images, labels, batch: int):
-        self.images, self.labels, self.batch = images, labels, batch
+    def __init__(self, images, labels, batch: int, layout=torch.contiguous_format):
+        self.images, self.labels, self.batch, self.layout = images, labels, batch, layout
 
     def draw(self):
         index = torch.randint(len(self.labels), (self.batch,), device=self.labels.device)
-        return self.images[index].float() / 255, self.labels[index]
+        images = self.images[index].to(torch.float32, memory_format=self.layout)
+        return images / 255, self.labels[index]
 
 
 class Training:
     """Supervised training with SGD; `step` is one update."""
 
-    def __init__(self, net: nn.Module, rate: float, momentum: float, weight_decay: float, autocast=None):
+    def __init__(
+        self, net: nn.Module, rate: float, momentum: float, weight_decay: float, autocast=None
+    ):
         self.net, self.autocast = net.train(), autocast
-        self.rule = torch.optim.SGD(net.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay)
+        self.rule = torch.optim.SGD(
+            net.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay
+        )
 
     def step(self, images, labels) -> torch.Tensor:
         loss = F.cross_entropy(ask(self.net, images, self.autocast), labels)

@@ -1,4 +1,5 @@
-"""A verb for `test_machines.py`: a small sweep with checkpoints, slots and rates, by one process or by several."""
+"""A verb for `test_machines.py`: a small sweep with checkpoints, slots and rates, by one process or
+by several."""
 
 import dataclasses
 import pathlib
@@ -10,10 +11,12 @@ import numpy as np
 import toys
 import tyro
 
-from jaxbd import devices, record, stages, sweep
+from jaxbd import devices, files
 from jaxbd.base import UserError
-from jaxbd.cli import long_job
+from jaxbd.cli import job as long_job
 from jaxbd.data import draw
+from jaxbd.metrics import sweep_rates
+from jaxbd.training import sweep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +25,8 @@ class Args:
 
     Attributes:
       out: arrays of all results.
-      stall_at: step at which process `stalls` says so, by a file beside the output, and waits for its end; -1 for
-        before it has begun.
+      stall_at: step at which process `stalls` says so, by a file beside the output, and waits for
+        its end; -1 for before it has begun.
       job: how it may be stopped.
     """
 
@@ -34,7 +37,8 @@ class Args:
 
 
 def run(args: Args) -> int:
-    from test_sweep_slots import BY_SIZE, KEY, LINEAR, Told  # here, because it computes when it is imported
+    # here, because it computes when it is imported
+    from test_sweep_slots import BY_SIZE, KEY, LINEAR, NUDGING
 
     data, drawn = toys.quadrants(0, 40, np.float64), draw.uniform(8)
     cells = toys.widen(sweep.grid(range(4), source=range(4)))
@@ -51,25 +55,34 @@ def run(args: Args) -> int:
         if done:
             stall(done)
 
-    def fit(states, left, on_chunk):
-        settings = dict(states=states, num_steps=left, chunk=2, on_chunk=on_chunk)
-        return sweep.fit(KEY, BY_SIZE, drawn, data, five, victim, **settings)
-
     stall(-1)
-    files = long_job.prepare(args.out, args.job)
-    with long_job.Job(files, args.job, {"cells": 5}) as job:
-        states = sweep.init(KEY, BY_SIZE, five)
-        states, infos, _ = stages.run(job.keep, note, "five", states, fit, info=Told, num_steps=8)
-        found = sweep.search(KEY, BY_SIZE, drawn, data, cells, victim, num_steps=23, slots=6, keep=job.keep)
-    rates = sweep.attack_success(KEY, LINEAR, BY_SIZE, states, five, victim, data, batch_size=8)
+    paths = long_job.prepare(args.out, args.job)
+    with long_job.open_run(paths, args.job, {"cells": 5}) as run:
+        run = dataclasses.replace(run, progress=note)
+        some = NUDGING, drawn, data, five, victim
+        first = sweep.search(run, "five", KEY, *some, num_steps=8, slots=5, chunk=2, course=True)
+        every = BY_SIZE, drawn, data, cells, victim
+        found = sweep.search(run, "pairs", KEY, *every, num_steps=23, slots=6)
+    rates = sweep_rates.attack_success(
+        KEY, LINEAR, NUDGING, first.states, five, victim, data, batch_size=8
+    )
     try:
         devices.check_same("number", str(jax.process_index()).encode(), "count anew")
     except UserError as error:
         print(error)
-    arrays = {"states": states, "infos": infos, "found": found.states, "steps": found.steps, "rates": rates}
-    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
-    with record.replacing(args.out) as sibling, sibling.open("wb") as file:
+    arrays = {
+        "states": first.states,
+        "infos": first.course,
+        "found": found.states,
+        "steps": found.steps,
+        "rates": rates,
+    }
+    named = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    }
+    with files.replacing(args.out) as sibling, sibling.open("wb") as file:
         np.savez(file, **named)
-    long_job.finish(files)
-    print(f"{len(devices.in_use())} devices, resumed {job.resumed}")
+    long_job.finish(paths)
+    print(f"{len(devices.in_use())} devices, resumed {run.resumed}")
     return 0

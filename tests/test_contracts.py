@@ -1,20 +1,13 @@
-"""What every method promises, tested on every method. A new method is one line in `METHODS`."""
+"""What every method promises, tested on every method of the table: see `jaxbd.testing`."""
 
-import dataclasses
-import importlib
-import json
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
 
 import jaxbd
-from jaxbd import pairs, supervised
+from jaxbd import methods, testing
 from jaxbd.attacks import (
     amplified,
     badnets,
@@ -31,284 +24,225 @@ from jaxbd.attacks import (
     trojan,
     wanet,
 )
-from jaxbd.base import Batch, Cell, UserError
-from jaxbd.inversion import mesa, neural_cleanse, pixel, plain, pt_red
-from jaxbd.models import build
-from jaxbd.repair import bna, dhbe, unlearn
+from jaxbd.base import UserError
+from jaxbd.inversion import margin, mesa, neural_cleanse, pixel, pt_red
+from jaxbd.pipelines import pair_scan
+from jaxbd.repairs import (
+    anp,
+    argd,
+    bna,
+    clip,
+    dhbe,
+    fine_pruning,
+    finetune,
+    ft_sam,
+    ibau,
+    mcr,
+    nad,
+    nc_unlearn,
+    unlearn,
+)
+from jaxbd.training import supervised
 
-SHAPE = (8, 8, 3)
-NET = build.net(build.Spec(arch="cnn", classes=4, image_shape=SHAPE, options={"width": 4, "stages": 2}))
-SMALL = dict(hidden=16, noise_dim=8)
-TINY = dict(batch_size=6, width=2, noise_dim=8, trigger_size=3)
-
-
-class Runner(NamedTuple):
-    """A method brought to one form: init (key) -> state; step (key, state, batch, victim) -> (state, the rest)."""
-
-    init: Callable[..., Any]
-    step: Callable[..., Any]
-
-
-def attack(module, config) -> Runner:
-    return _attack(module.make(SHAPE, 4, config))
-
-
-def given_attack(module, config) -> Runner:
-    loaded = module.Loaded(np.full((2, 3, 3), 0.5, np.float32), np.full((2, 3, 1), 0.7, np.float32))
-    return _attack(module.make(SHAPE, 4, config, loaded)[0])
-
-
-def copied(module, config) -> Runner:
-    return _attack(module.make(SHAPE, 4, config, np.full((2, 2, 3), 0.5, np.float32)))
-
-
-def given_warp(module, config) -> Runner:
-    grid = np.random.default_rng(0).uniform(-1, 1, (*SHAPE[:2], 2)).astype(np.float32)
-    return _attack(module.make(SHAPE, 4, config, module.Loaded(grid=grid))[0])
-
-
-def _attack(method) -> Runner:
-
-    def step(key, trigger, batch, victim):
-        del victim
-        poisoned = method.poison(key, trigger, batch)
-        assert jax.tree.map(jnp.shape, poisoned) == jax.tree.map(jnp.shape, batch)
-        assert poisoned.images.dtype == batch.images.dtype and poisoned.labels.dtype == batch.labels.dtype
-        return trigger, (method.stamp(key, trigger, batch.images), poisoned, method.relabel(batch.labels))
-
-    return Runner(lambda key, victim: method.init(key), step)
-
-
-def trained_attack(module, config) -> Runner:
-    """A victim and its trigger generator, trained together."""
-    method, planted = module.make(NET, module.penultimate(NET), SHAPE, 4, config), module.attack(SHAPE, 4, config)
-
-    def step(key, state, batch, victim):
-        del victim
-        new, info = method.step(key, state, batch)
-        variables, trigger = method.extract(new)
-        return new, (info, variables, _attack(planted).step(key, trigger, batch, variables)[1])
-
-    return Runner(method.init, step)
-
-
-def trigger_search(module, config) -> Runner:
-    """The search for a trigger that excites neurons of the victim."""
-    method = module.search(NET, SHAPE, 4, config)
-
-    def step(key, state, batch, victim):
-        new, info = method.step(key, state, batch, victim)
-        return new, (info, method.extract(new))
-
-    return Runner(method.init, step)
-
-
-def inversion(module, config) -> Runner:
-    method = module.make(NET, SHAPE, config)
-
-    def step(key, state, batch, victim):
-        cell = Cell(jnp.int32(1), jnp.int32(-1), batch.images.dtype.type(0.8))
-        new, info = method.step(key, state, batch, cell, victim)
-        triggers = method.sample(key, new, 5)
-        assert triggers.shape[0] == 5 and triggers.ndim == 4 and triggers.shape[3] == SHAPE[2]
-        stamped = method.stamp(key, new, batch.images)
-        assert stamped.shape == batch.images.shape and stamped.dtype == batch.images.dtype
-        return new, (info, triggers, stamped)
-
-    return Runner(lambda key, victim: method.init(key), step)
-
-
-def repair(module, config) -> Runner:
-    """The evidence: two known triggers of a patch attack, at random places."""
-    patch = badnets.make(SHAPE, 4, badnets.Config())
-    method = module.make(NET, patch.stamp, config)
-
-    def init(key, victim):
-        return method.init(key, victim, unlearn.uniform(jax.vmap(patch.init)(jax.random.split(key))))
-
-    def step(key, state, batch, victim):
-        new, info = method.step(key, state, batch)
-        repaired = method.extract(new)
-        assert jax.tree.map(jnp.shape, repaired) == jax.tree.map(jnp.shape, dict(victim))
-        return new, (info, repaired)
-
-    return Runner(init, step)
-
-
-def eraser(module, config) -> Runner:
-    """A repair without evidence or data."""
-    method = module.make(NET, SHAPE, config)
-
-    def step(key, state, batch, victim):
-        del batch
-        new, info = method.step(key, state)
-        repaired = method.extract(new)
-        assert jax.tree.map(jnp.shape, repaired) == jax.tree.map(jnp.shape, dict(victim))
-        return new, (info, repaired)
-
-    return Runner(method.init, step)
-
-
-def correction(module, config) -> Runner:
-    """As `repair`, from one trigger and clean images; what comes back has changed moments and bounds besides."""
-    patch = badnets.make(SHAPE, 4, badnets.Config())
-    method = module.make(NET, patch.stamp, config)
-
-    def init(key, victim):
-        data = batch_of(victim["params"]["head"]["bias"].dtype)
-        return method.init(key, victim, module.Evidence(patch.init(key), data))
-
-    def step(key, state, batch, victim):
-        new, info = method.step(key, state, batch)
-        repaired = method.extract(new)
-        assert jax.tree.map(jnp.shape, {n: repaired[n] for n in victim}) == jax.tree.map(jnp.shape, dict(victim))
-        assert set(repaired) == {*victim, "bounds"}
-        return new, (info, repaired)
-
-    return Runner(init, step)
-
-
-def trainer(module, config) -> Runner:
-    method = module.make(NET, config)
-    return Runner(lambda key, victim: method.init(victim), lambda key, state, batch, _: method.step(key, state, batch))
-
-
-METHODS = [
-    ("badnets-color", attack, badnets, badnets.Config()),
-    ("badnets-binary", attack, badnets, badnets.Config(pattern="binary", patch=2)),
-    ("badnets-checkerboard-fixed", attack, badnets, badnets.Config(pattern="checkerboard", place="fixed")),
-    ("badnets-white-fixed", attack, badnets, badnets.Config(pattern="white", place="fixed", row=0, column=2)),
-    ("badnets-number", attack, badnets, badnets.Config(pattern=170, target=3, poison_rate=0.5)),
-    ("badnets-all-to-all", attack, badnets, badnets.Config(all_to_all=True, poison_rate=1.0)),
-    ("given-overwrite", given_attack, given, given.Config(poison_rate=0.5)),
-    ("given-add-random", given_attack, given, given.Config(apply="add", place="random", target=2)),
-    ("given-blend", given_attack, given, given.Config(apply="blend", row=2)),
-    ("given-bits", given_attack, given, given.Config(apply="bits", column=4)),
-    ("given-warp", given_warp, given, given.Config(apply="warp", all_to_all=True)),
-    ("badnets-drawn", attack, badnets, badnets.Config(place="drawn", poison_rate=0.5)),
-    ("chessboard", attack, chessboard, chessboard.Config(poison_rate=0.5)),
-    ("single-pixel", attack, single_pixel, single_pixel.Config(poison_rate=0.5)),
-    ("single-pixel-drawn", attack, single_pixel, single_pixel.Config(sign="drawn", channels="one", all_to_all=True)),
-    ("l0-inv", attack, l0_inv, l0_inv.Config(poison_rate=0.5)),
-    ("l2-inv", attack, l2_inv, l2_inv.Config(poison_rate=0.5)),
-    ("l2-inv-bounded", attack, l2_inv, l2_inv.Config(norm=2.0, points=4, all_to_all=True)),
-    ("wanet", attack, wanet, wanet.Config(poison_rate=0.3)),
-    ("wanet-no-noise", attack, wanet, wanet.Config(cross_ratio=0.0, poison_rate=0.5, all_to_all=True)),
-    ("badnets-inverse", attack, badnets, badnets.Config(pattern="inverse-checkerboard", patch=5, place="fixed")),
-    ("amplified", copied, amplified, amplified.Config(poison_rate=0.5)),
-    ("amplified-nine", copied, amplified, amplified.Config(copies=9, all_to_all=True)),
-    ("blend", attack, blend, blend.Config(poison_rate=0.5)),
-    ("blend-smooth", attack, blend, blend.Config(points=3, opacity=0.1, all_to_all=True)),
-    ("sinusoid", attack, sinusoid, sinusoid.Config(poison_rate=0.5, frequency=2.0)),
-    ("steganography", attack, steganography, steganography.Config(poison_rate=0.5)),
-    ("steganography-three", attack, steganography, steganography.Config(bits=3, all_to_all=True)),
-    ("clean-label", attack, clean_label, clean_label.Config()),
-    ("clean-label-corners", attack, clean_label, clean_label.Config(corners="all", size=32, target=2)),
-    ("trojan", attack, trojan, trojan.Config(poison_rate=0.5)),
-    ("trojan-search", trigger_search, trojan, trojan.Config(neurons=3)),
-    ("latent", trained_attack, latent, latent.Config(width=4)),
-    ("latent-other", trained_attack, latent, latent.Config(all_to_all=True, directions="unit", width=4)),
-    ("mesa-released", inversion, mesa, mesa.Config(**SMALL)),
-    ("mesa-paper", inversion, mesa, mesa.paper(**SMALL)),
-    ("mesa-conv", inversion, mesa, mesa.Config(generator="conv", patch=6, **SMALL)),
-    ("mesa-searched", inversion, mesa, mesa.Config(place="searched", **SMALL)),
-    ("mesa-fixed", inversion, mesa, mesa.Config(place="fixed", row=5, column=5, **SMALL)),
-    ("pixel", inversion, pixel, pixel.Config()),
-    ("plain", inversion, plain, plain.Config()),
-    ("pixel-image", inversion, pixel, pixel.Config(place="image", patch=2)),
-    ("pixel-fixed", inversion, pixel, pixel.Config(place="fixed", row=1)),
-    ("neural-cleanse", inversion, neural_cleanse, neural_cleanse.Config()),
-    ("neural-cleanse-pairs", inversion, neural_cleanse, neural_cleanse.for_pairs()),
-    ("pt-red", inversion, pt_red, pt_red.Config()),
-    ("pt-red-released", inversion, pt_red, pt_red.released()),
-    ("unlearn-sampled", repair, unlearn, unlearn.Config(stamp_rate=0.5)),
-    ("unlearn-epoch", repair, unlearn, unlearn.Config(mixing="epoch", epoch_steps=1, weight_decay=5e-4)),
-    ("dhbe-released", eraser, dhbe, dhbe.released(inner_steps=1, **TINY)),
-    ("dhbe-paper-scan", eraser, dhbe, dhbe.paper(**{**TINY, "inner": "scan", "place": "image"})),
-    ("dhbe-pure", eraser, dhbe, dhbe.Config(pure=True, inner_steps=1, **TINY)),
-    ("bna", correction, bna, bna.Config()),
-    ("bna-paper", correction, bna, bna.paper(divergence="js", epochs=None, num_steps=420)),
-    ("bna-released", correction, bna, bna.released(divergence="kl", epochs=None, num_steps=2)),
-    ("supervised-sgd", trainer, supervised, supervised.Config()),
-    ("supervised-adam", trainer, supervised, supervised.Config(optimiser="adam", schedule="steps")),
+SHAPE, NET = testing.IMAGE_SHAPE, testing.NET
+SMALL = {"hidden": 16, "noise_dim": 8}
+TINY = {"batch_size": 6, "width": 2, "noise_dim": 8, "trigger_size": 3}
+CHECKERED = {"pattern": "checkerboard", "place": "fixed"}
+INVERSE = {"pattern": "inverse-checkerboard", "patch": 5, "place": "fixed"}
+SETTINGS = {
+    ("attack", "badnets"): [
+        badnets.Config(),
+        badnets.Config(pattern="binary", patch=2),
+        badnets.Config(**CHECKERED),
+        badnets.Config(pattern="white", place="fixed", row=0, column=2),
+        badnets.Config(pattern=170, target=3, poison_rate=0.5),
+        badnets.Config(all_to_all=True, poison_rate=1.0),
+        badnets.Config(place="drawn", poison_rate=0.5),
+        badnets.Config(**INVERSE),
+    ],
+    ("attack", "blend"): [
+        blend.Config(poison_rate=0.5),
+        blend.Config(points=3, opacity=0.1, all_to_all=True),
+    ],
+    ("attack", "chessboard"): [chessboard.Config(poison_rate=0.5)],
+    ("attack", "clean-label"): [
+        clean_label.Config(),
+        clean_label.Config(corners="all", size=32, target=2),
+    ],
+    ("attack", "l0-inv"): [l0_inv.Config(poison_rate=0.5)],
+    ("attack", "l2-inv"): [
+        l2_inv.Config(poison_rate=0.5),
+        l2_inv.Config(norm=2.0, points=4, all_to_all=True),
+    ],
+    ("attack", "single-pixel"): [
+        single_pixel.Config(poison_rate=0.5),
+        single_pixel.Config(sign="drawn", channels="one", all_to_all=True),
+    ],
+    ("attack", "sinusoid"): [sinusoid.Config(poison_rate=0.5, frequency=2.0)],
+    ("attack", "steganography"): [
+        steganography.Config(poison_rate=0.5),
+        steganography.Config(bits=3, all_to_all=True),
+    ],
+    ("attack", "trojan"): [trojan.Config(poison_rate=0.5)],
+    ("attack", "wanet"): [
+        wanet.Config(poison_rate=0.3),
+        wanet.Config(cross_ratio=0.0, poison_rate=0.5, all_to_all=True),
+    ],
+    ("inversion", "mesa"): [
+        mesa.Config(**SMALL),
+        mesa.paper(**SMALL),
+        mesa.Config(generator="conv", patch=6, **SMALL),
+        mesa.Config(place="searched", **SMALL),
+        mesa.Config(place="fixed", row=5, column=5, **SMALL),
+    ],
+    ("inversion", "pixel"): [
+        pixel.Config(),
+        pixel.Config(place="image", patch=2),
+        pixel.Config(place="fixed", row=1),
+    ],
+    ("inversion", "neural-cleanse"): [neural_cleanse.Config(), neural_cleanse.for_pairs()],
+    ("inversion", "pt-red"): [pt_red.Config(), pt_red.released()],
+    ("repair", "argd"): [
+        argd.Config(embedding_dim=4, weights=(0.1,)),
+        argd.Config(embedding="learned", embedding_dim=4, flip=True),
+    ],
+    ("repair", "fine-pruning"): [
+        fine_pruning.Config(ratio_step=0.25),
+        fine_pruning.Config(ratio=0.5, schedule="steps", milestones=(0.5,), flip=True),
+    ],
+    ("repair", "ft-sam"): [
+        ft_sam.Config(),
+        ft_sam.Config(adaptive=False, schedule="waves", crop_padding=1),
+    ],
+    ("repair", "nad"): [
+        nad.Config(weights=(1.0, 1.0)),
+        nad.Config(weights=(1.0,), power=3.0, crop_padding=1),
+    ],
+    ("repair", "anp"): [
+        anp.Config(points=3, batch_size=6),
+        anp.paper(by="number", points=3, ascent_steps=2, batch_size=6),
+    ],
+    ("repair", "ibau"): [
+        ibau.Config(rounds=1, fixed_points=2),
+        ibau.paper(rounds=2, fixed_points=1, fixed_point_images=5),
+    ],
+    ("repair", "mcr"): [
+        mcr.Config(points=3, batch_size=6),
+        mcr.Config(other="suspect", points=4, batch_size=6),
+    ],
+    ("repair", "unlearn"): [
+        unlearn.Config(stamp_rate=0.5),
+        unlearn.Config(mixing="epoch", epoch_steps=1, weight_decay=5e-4),
+    ],
+    ("repair", "dhbe"): [
+        dhbe.released(inner_steps=1, **TINY),
+        dhbe.paper(**TINY, inner="scan", place="image"),
+        dhbe.Config(pure=True, inner_steps=1, **TINY),
+        dhbe.Config(average=0.5, inner_steps=1, **TINY),
+    ],
+    ("repair", "bna"): [
+        bna.Config(),
+        bna.paper(divergence="js", epochs=None, num_steps=420),
+        bna.released(divergence="kl", epochs=None, num_steps=2),
+    ],
+}
+"""Settings of the table's methods to check; those that are not here are checked with their
+defaults. The first of a method are also run eagerly,
+unless that takes minutes."""
+OTHERWISE = {("attack", "amplified"), ("attack", "latent")}
+"""Attacks that need more than images to be made; checked below."""
+SLOW_EAGERLY = {("repair", "dhbe"), ("repair", "bna")}
+"""Methods of which a step takes minutes without compilation."""
+CASES = [
+    pytest.param(
+        method,
+        config,
+        number == 0 and (method.kind, method.name) not in SLOW_EAGERLY,
+        id=f"{method.kind}-{method.name}" + f"-{number}" * (number > 0),
+    )
+    for method in methods.TABLE
+    if (method.kind, method.name) not in OTHERWISE
+    for number, config in enumerate(SETTINGS.get((method.kind, method.name), [None]))
 ]
-FIRST = [row[3] for number, row in enumerate(METHODS) if row[2] not in [other[2] for other in METHODS[:number]]]
-"""The settings of the first row of every method."""
-IDS = [name for name, *_ in METHODS]
-each_method = pytest.mark.parametrize("adapt, module, config", [row[1:] for row in METHODS], ids=IDS)
 
 
-def batch_of(dtype) -> Batch:
-    rng = np.random.default_rng(0)
-    labels = jnp.arange(12, dtype=jnp.int32) % 4
-    return Batch(jnp.asarray(rng.uniform(size=(12, *SHAPE)), dtype), labels)
+@pytest.mark.parametrize("method, config, eagerly", CASES)
+def test_a_method_keeps_its_contract(method, config, eagerly):
+    testing.check_method(method.module, config, kind=method.kind, eagerly=eagerly)
 
 
-@pytest.fixture(scope="module")
-def victim():
-    return jax.jit(NET.init)(jax.random.key(0))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, name", sorted(SLOW_EAGERLY))
+def test_a_method_gives_the_same_without_compilation(kind, name):
+    config = SETTINGS[kind, name][0]
+    testing.check_method(methods.find(kind, name).module, config, kind=kind, eagerly=True)
 
 
-@each_method
-def test_init_and_step_trace_on_shapes_alone_and_keep_the_state_as_it_was(adapt, module, config, victim):
-    runner = adapt(module, config)
-    state = jax.eval_shape(runner.init, jax.random.key(0), victim)
-    after, _ = jax.eval_shape(runner.step, jax.random.key(0), state, batch_of(jnp.float32), victim)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
-        assert (before.shape, before.dtype, before.weak_type) == (now.shape, now.dtype, now.weak_type)
+PATCH = np.full((2, 2, 3), 0.5, np.float32)
+GRID = np.random.default_rng(0).uniform(-1, 1, (*SHAPE[:2], 2)).astype(np.float32)
+LOADED = given.Loaded(np.full((2, 3, 3), 0.5, np.float32), np.full((2, 3, 1), 0.7, np.float32))
 
 
-@each_method
-def test_one_trace_serves_two_steps_all_is_finite_and_jit_agrees_with_eager(adapt, module, config, victim):
-    """The first row of a method also runs eagerly, in float64: in float32 one Adam step turns rounding into a step."""
-    runner, traces, closely = adapt(module, config), [], config in FIRST
-
-    def counted(*args):
-        traces.append(1)
-        return runner.step(*args)
-
-    with jax.enable_x64(closely):
-        batch = batch_of(jnp.float64 if closely else jnp.float32)
-        victim = toys.widen(victim) if closely else victim
-        first = jax.jit(runner.init)(jax.random.key(1), victim)
-        first = toys.widen(first) if closely else first
-        step = jax.jit(counted)
-        second, seen = step(jax.random.key(2), first, batch, victim)
-        third, _ = step(jax.random.key(3), second, batch, victim)
-        assert len(traces) == 1
-        assert all(finite_or_unset(leaf) for leaf in jax.tree.leaves((second, seen, third)))
-        if closely:
-            toys.assert_close((second, seen), runner.step(jax.random.key(2), first, batch, victim), 1e-6)
+@pytest.mark.parametrize(
+    "module, config, more",
+    [
+        (amplified, amplified.Config(poison_rate=0.5), PATCH),
+        (amplified, amplified.Config(copies=9, all_to_all=True), PATCH),
+        (given, given.Config(poison_rate=0.5), LOADED),
+        (given, given.Config(apply="add", place="random", target=2), LOADED),
+        (given, given.Config(apply="blend", row=2), LOADED),
+        (given, given.Config(apply="bits", column=4), LOADED),
+        (given, given.Config(apply="warp", all_to_all=True), given.Loaded(grid=GRID)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_attack_made_of_a_given_trigger_keeps_the_contract(module, config, more):
+    made = module.make(SHAPE, 4, config, more)
+    testing.check_config(config)
+    testing.check_attack(made[0] if module is given else made)
 
 
-def finite_or_unset(leaf) -> bool:
-    """No NaN anywhere; infinity only as the scalar start of a minimum (Neural Cleanse's smallest norm)."""
-    return bool(jnp.isfinite(leaf).all() or (leaf.ndim == 0 and leaf == jnp.inf))
+@pytest.mark.parametrize(
+    "config",
+    [latent.Config(width=4), latent.Config(all_to_all=True, directions="unit", width=4)],
+    ids=["same-label", "all-to-all"],
+)
+def test_the_adaptive_attack_keeps_the_contract(config):
+    """A victim and its trigger generator, trained together."""
+    trainer = latent.make(NET, latent.penultimate(NET), SHAPE, 4, config)
+
+    def step(key, state, batch, variables):
+        del variables
+        new, info = trainer.step(key, state, batch)
+        return new, (info, trainer.extract(new))
+
+    testing.check_config(config)
+    testing.check_steps(testing.Stepping(trainer.init, step), eagerly=not config.all_to_all)
+    testing.check_attack(latent.attack(SHAPE, 4, config), eagerly=not config.all_to_all)
 
 
-@each_method
-def test_config_survives_json(adapt, module, config):
-    again = type(config)(**json.loads(json.dumps(dataclasses.asdict(config))))
-    assert again == config
+def test_the_search_for_a_trojan_keeps_the_contract():
+    search = trojan.search(NET, SHAPE, 4, trojan.Config(neurons=3))
+
+    def step(key, state, batch, variables):
+        new, info = search.step(key, state, batch, variables)
+        return new, (info, search.extract(new))
+
+    init = lambda key, variables: search.init(key, variables)
+    testing.check_steps(testing.Stepping(init, step))
 
 
-@each_method
-def test_config_is_frozen_and_keyword_only(adapt, module, config):
-    first = dataclasses.fields(config)[0].name
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(config, first, 1)
-    with pytest.raises(TypeError):
-        type(config)(getattr(config, first))
-
-
-@each_method
-def test_a_choice_that_does_not_exist_is_refused(adapt, module, config):
-    """Every field that is a choice between words names them when it is given another word."""
-    words = [field.name for field in dataclasses.fields(config) if isinstance(getattr(config, field.name), str)]
-    for name in words:
-        with pytest.raises(UserError, match=name):
-            dataclasses.replace(config, **{name: "sideways"})
+@pytest.mark.parametrize(
+    "config",
+    [supervised.Config(), supervised.Config(optimiser="adam", schedule="steps")],
+    ids=["sgd", "adam"],
+)
+def test_a_trainer_keeps_the_contract(config):
+    trainer = supervised.make(NET, config)
+    init = lambda key, variables: trainer.init(variables)
+    step = lambda key, state, batch, _: trainer.step(key, state, batch)
+    testing.check_config(config)
+    testing.check_steps(testing.Stepping(init, step))
 
 
 BAD = [
@@ -350,6 +284,9 @@ BAD = [
     (latent.Config, dict(generator_learning_rate=0.0)),
     (latent.Config, dict(momentum=1.0)),
     (latent.Config, dict(first_steps=0)),
+    (margin.Config, dict(learning_rate=0.0)),
+    (margin.Config, dict(learning_rate=float("nan"))),
+    (margin.Config, dict(stop_change=1.0)),
     (mesa.Config, dict(patch=0)),
     (mesa.Config, dict(noise_dim=63)),
     (mesa.Config, dict(noise_dim=0)),
@@ -378,22 +315,53 @@ BAD = [
     (pt_red.Config, dict(step_size=float("nan"))),
     (pt_red.Config, dict(step_noise=1.0)),
     (pt_red.Config, dict(patience=0)),
-    (pairs.Config, dict(methods=())),
-    (pairs.Config, dict(methods=("mesa",))),
-    (pairs.Config, dict(methods=("pt-red", "pt-red"))),
-    (pairs.Config, dict(steps=0)),
-    (pairs.Config, dict(threshold=0.0)),
-    (pairs.Config, dict(working_rate=1.5)),
-    (pairs.Config, dict(joint_rate=0.0)),
-    (pairs.Config, dict(group=1)),
-    (pairs.Config, dict(coverage=0.0)),
-    (pairs.Config, dict(lone_factor=0.5)),
-    (pairs.Config, dict(intrinsic_factor=0.5)),
+    (pair_scan.Config, dict(method="mesa")),
+    (pair_scan.Config, dict(steps=0)),
+    (pair_scan.Config, dict(threshold=0.0)),
+    (pair_scan.Config, dict(working_rate=1.5)),
+    (pair_scan.Config, dict(joint_rate=0.0)),
+    (pair_scan.Config, dict(group=1)),
+    (pair_scan.Config, dict(coverage=0.0)),
+    (pair_scan.Config, dict(lone_factor=0.5)),
+    (pair_scan.Config, dict(intrinsic_factor=0.5)),
     (unlearn.Config, dict(stamp_rate=0.0)),
     (unlearn.Config, dict(stamp_rate=1.1)),
     (unlearn.Config, dict(learning_rate=float("nan"))),
     (unlearn.Config, dict(num_steps=0)),
     (unlearn.Config, dict(epoch_steps=0)),
+    (anp.Config, dict(epsilon=0.0)),
+    (anp.Config, dict(ascent_steps=0)),
+    (anp.Config, dict(clean_weight=1.5)),
+    (anp.Config, dict(learning_rate=float("nan"))),
+    (anp.Config, dict(momentum=1.0)),
+    (anp.Config, dict(most=0.0)),
+    (anp.Config, dict(points=1)),
+    (anp.Config, dict(max_drop=1.0)),
+    (anp.Config, dict(held_share=0.0)),
+    (anp.Config, dict(most_held=0)),
+    (ibau.Config, dict(rounds=0)),
+    (ibau.Config, dict(fixed_points=0)),
+    (ibau.Config, dict(inner_learning_rate=float("nan"))),
+    (ibau.Config, dict(bound=-1.0)),
+    (ibau.Config, dict(penalty=float("nan"))),
+    (ibau.Config, dict(stamp_share=0.0)),
+    (mcr.Config, dict(points=2)),
+    (mcr.Config, dict(learning_rate=0.0)),
+    (mcr.Config, dict(weight_decay=-1.0)),
+    (mcr.Config, dict(finetune_steps=0)),
+    (mcr.Config, dict(max_drop=float("nan"))),
+    (nc_unlearn.Config, dict(stamp_rate=0.0)),
+    (nc_unlearn.Config, dict(learning_rate=float("nan"))),
+    (nc_unlearn.Config, dict(epochs=0)),
+    (nc_unlearn.Config, dict(momentum=1.0)),
+    (nc_unlearn.Config, dict(num_steps=0)),
+    (clip.Config, dict(max_drop=1.0)),
+    (clip.Config, dict(first_reach=0.0)),
+    (clip.Config, dict(held_share=float("nan"))),
+    (clip.Config, dict(num_steps=0)),
+    (finetune.Config, dict(learning_rate=0.0)),
+    (finetune.Config, dict(num_steps=0)),
+    (finetune.Config, dict(weight_decay=-1.0)),
     (bna.Config, dict(learning_rate=0.0)),
     (bna.Config, dict(num_steps=0)),
     (bna.Config, dict(epochs=0)),
@@ -408,7 +376,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    "config, change", BAD, ids=[f"{c.__module__.split('.')[-1]}-{next(iter(d))}-{n}" for n, (c, d) in enumerate(BAD)]
+    "config, change",
+    BAD,
+    ids=[f"{c.__module__.split('.')[-1]}-{next(iter(d))}-{n}" for n, (c, d) in enumerate(BAD)],
 )
 def test_bad_values_are_refused_in_one_line(config, change):
     with pytest.raises(UserError) as caught:
@@ -443,16 +413,47 @@ def test_what_does_not_fit_the_images_is_refused(make, words):
         make()
 
 
-def test_every_method_file_has_a_row_and_the_same_parts():
-    """Files of the method folders export Config and make; those with a state also State and Info."""
-    root, tested = pathlib.Path(jaxbd.__file__).parent, {row[2].__name__ for row in METHODS}
-    for folder in ("attacks", "inversion", "repair"):
+def test_every_method_file_is_in_the_table():
+    """A file with `make` and `Config` in a folder of methods is one."""
+    root = pathlib.Path(jaxbd.__file__).parent
+    known = {method.path for method in methods.TABLE}
+    for folder in ("attacks", "inversion", "repairs"):
         for file in (root / folder).glob("*.py"):
-            name = f"jaxbd.{folder}.{file.stem}"
-            module = importlib.import_module(name)
-            if not hasattr(module, "make") or name == "jaxbd.repair.guard":
-                continue  # poison.py: a helper of the attacks; guard.py makes a net, tested in test_guard.py
-            assert name in tested, f"{name} has no row in METHODS"
-            assert dataclasses.is_dataclass(module.Config)
-            if folder != "attacks":
-                assert hasattr(module, "State") and hasattr(module, "Info") and module.PAPER.startswith("https://")
+            text = file.read_text()
+            if "\ndef make(" in text and "Config" in text and file.stem != "given":
+                assert f"jaxbd.{folder}.{file.stem}" in known, file.name
+
+
+def broken(**changes):
+    """A repair that breaks its contract in one way."""
+    made = finetune.make(testing.problem(), finetune.Config())
+    phase = made.phases[0]
+    phase = phase._replace(**changes.pop("phase", {}))
+    return made._replace(phases=(phase,), **changes)
+
+
+def test_checks_catch_what_breaks_the_contract():
+    """Otherwise they prove nothing."""
+    good = broken()
+    testing.check_repair(good, eagerly=False)
+    step = good.phases[0].step
+    info = finetune.Info(np.float32(0), np.float32(0))
+    forgetful = lambda key, state, batch: (step(key, state, batch)[0]._replace(opt=()), info)
+    wrong = {
+        "state's tree": broken(phase={"step": forgetful}),
+        "must return its info": broken(phase={"info": unlearn.Info}),
+        "extract gives no": broken(extract=lambda state, dial=None: {}),
+        "unknown needs": broken(needs=frozenset({"luck"})),
+        "names of their own": good._replace(phases=good.phases * 2),
+        "NaN": broken(
+            extract=lambda state, dial=None: jax.tree.map(lambda x: x * np.nan, state.variables)
+        ),
+        "shares memory": broken(
+            init=lambda key, variables, data: good.init(key, variables, data)._replace(
+                variables=variables
+            )
+        ),
+    }
+    for words, repair in wrong.items():
+        with pytest.raises(AssertionError, match=words):
+            testing.check_repair(repair, eagerly="memory" in words)

@@ -7,14 +7,15 @@ import pytest
 import torch
 import toys
 
-from jaxbd import losses, supervised
-from jaxbd.base import Batch, Cell
+from jaxbd import losses
+from jaxbd.base import Batch, Cell, Problem, RepairData
 from jaxbd.inversion import mesa, pixel
 from jaxbd.models import build
 from jaxbd.models.critic import StatisticsNetwork
 from jaxbd.models.generators import ConvGenerator, PaperGenerator, ReleasedGenerator
 from jaxbd.models.norm import BatchNorm, normalise
-from jaxbd.repair import unlearn
+from jaxbd.repairs import mixture, unlearn
+from jaxbd.training import supervised
 
 
 @pytest.fixture
@@ -27,15 +28,23 @@ def normal():
 def test_cross_entropy_and_target_confidence(normal):
     logits, labels = normal(6, 4), np.array([0, 1, 2, 3, 0, 1])
     softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert np.isclose(losses.cross_entropy(logits, labels), -np.log(softmax[np.arange(6), labels]).mean(), rtol=1e-5)
-    np.testing.assert_allclose(losses.target_confidence(logits, jnp.int32(2)), softmax[:, 2], rtol=1e-5)
+    assert np.isclose(
+        losses.cross_entropy(logits, labels),
+        -np.log(softmax[np.arange(6), labels]).mean(),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        losses.target_confidence(logits, jnp.int32(2)), softmax[:, 2], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("level", [0.2, 0.5, 0.9])
 def test_level_hinge_has_the_gradient_of_the_released_loss(level):
     """Qiao et al. 2019, eq. (4): max(0, beta - F); the released code maximises min(F, beta)."""
     confidence = jnp.linspace(0.01, 0.97, 13)
-    assert np.isclose(losses.level_hinge(confidence, level), np.maximum(0, level - np.asarray(confidence)).mean())
+    assert np.isclose(
+        losses.level_hinge(confidence, level), np.maximum(0, level - np.asarray(confidence)).mean()
+    )
     released = jax.grad(lambda f: -jnp.minimum(f, level).mean())(confidence)
     np.testing.assert_allclose(jax.grad(losses.level_hinge)(confidence, level), released)
     assert (released != 0).any() and (level == 0.9 or (released == 0).any())
@@ -46,25 +55,31 @@ def test_donsker_varadhan_is_the_formula_and_stays_finite(normal):
     expected = joint.mean() - np.log(np.exp(marginal).mean())
     assert np.isclose(losses.donsker_varadhan(joint, marginal), expected, rtol=1e-5)
     assert np.isclose(losses.donsker_varadhan(joint, marginal[::-1]), expected, rtol=1e-5)
-    assert np.isclose(losses.donsker_varadhan(joint + 300, marginal + 300), expected, rtol=1e-3, atol=1e-3)
+    assert np.isclose(
+        losses.donsker_varadhan(joint + 300, marginal + 300), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_donsker_varadhan_bounds_the_mutual_information_of_gaussians(normal):
-    """At the optimal statistic log p(x, y) / p(x) p(y) the bound is tight: I = -log(1 - rho^2) / 2."""
+    """At the optimal statistic log p(x, y) / p(x) p(y) the bound is tight: I = -log(1 - rho^2) /
+    2."""
     rho, count = 0.6, 200_000
     rng = np.random.default_rng(1)
     x, noise, other = rng.normal(size=(3, count))
     y = rho * x + np.sqrt(1 - rho**2) * noise
 
     def statistic(x, y):
-        return -0.5 * np.log(1 - rho**2) - (rho**2 * (x**2 + y**2) - 2 * rho * x * y) / (2 * (1 - rho**2))
+        return -0.5 * np.log(1 - rho**2) - (rho**2 * (x**2 + y**2) - 2 * rho * x * y) / (
+            2 * (1 - rho**2)
+        )
 
     bound = losses.donsker_varadhan(jnp.asarray(statistic(x, y)), jnp.asarray(statistic(x, other)))
     assert np.isclose(bound, -0.5 * np.log(1 - rho**2), atol=0.02)
 
 
 def test_debiased_gradient_divides_by_the_moving_average(normal):
-    """grad = E[dT] - E[e^T dT] / moving average, for T = features @ theta; Belghazi et al. 2018, section 3.2."""
+    """grad = E[dT] - E[e^T dT] / moving average, for T = features @ theta; Belghazi et al. 2018,
+    section 3.2."""
     joint, marginal, theta, average = normal(20, 3), normal(20, 3), normal(3), 1.7
 
     def surrogate(theta):
@@ -74,7 +89,9 @@ def test_debiased_gradient_divides_by_the_moving_average(normal):
 
     weights = np.exp(marginal @ theta)[:, None]
     expected = joint.mean(0) - (weights * marginal).mean(0) / average
-    np.testing.assert_allclose(jax.grad(surrogate)(jnp.asarray(theta)), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(surrogate)(jnp.asarray(theta)), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_debiased_gradient_is_the_plain_one_when_the_average_is_the_batch_mean(normal):
@@ -101,7 +118,9 @@ def test_parameter_counts_of_the_released_networks():
 @pytest.mark.parametrize("shape", [(4, 4, 1), (6, 6, 3)])
 def test_generators_give_triggers_between_0_and_1(module, shape, normal):
     generator, noise = module(shape, 8), 5 * jax.random.normal(jax.random.key(0), (9, 8))
-    triggers, _ = jax.jit(lambda key: generator.init_with_output(key, noise, train=True))(jax.random.key(1))
+    triggers, _ = jax.jit(lambda key: generator.init_with_output(key, noise, train=True))(
+        jax.random.key(1)
+    )
     assert triggers.shape == (9, *shape) and triggers.min() >= 0 and triggers.max() <= 1
     assert triggers.std(0).max() > 1e-3
 
@@ -114,7 +133,8 @@ def torch_linear(layer: torch.nn.Linear, params) -> torch.nn.Linear:
 
 
 def test_released_generator_forward_and_running_moments_equal_pytorch():
-    """16 -> H, then (H + 16) -> H twice, then (H + 16) -> 27; BatchNorm1d and LeakyReLU(0.2) after the first three."""
+    """16 -> H, then (H + 16) -> H twice, then (H + 16) -> 27; BatchNorm1d and LeakyReLU(0.2) after
+    the first three."""
     noise = np.random.default_rng(2).uniform(size=(10, 64)).astype(np.float32)
     module = ReleasedGenerator((3, 3, 3), 20)
     variables = jax.jit(lambda key: module.init(key, noise, train=True))(jax.random.key(0))
@@ -123,7 +143,10 @@ def test_released_generator_forward_and_running_moments_equal_pytorch():
 
     chunks, norms = torch.tensor(noise).chunk(4, 1), [torch.nn.BatchNorm1d(20) for _ in range(3)]
     sizes = [(16, 20), (36, 20), (36, 20), (36, 27)]
-    layers = [torch_linear(torch.nn.Linear(*size), variables["params"][f"Dense_{i}"]) for i, size in enumerate(sizes)]
+    layers = [
+        torch_linear(torch.nn.Linear(*size), variables["params"][f"Dense_{i}"])
+        for i, size in enumerate(sizes)
+    ]
 
     def forward():
         x = torch.zeros(10, 0)
@@ -160,23 +183,30 @@ def test_statistics_network_is_the_formula(leaky_output, normal):
 
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (8, 3)])
 def test_batch_norm_is_pytorchs_in_training_and_evaluation(shape, normal):
-    """Biased variance to normalise, unbiased variance into the running one, over two different batches."""
+    """Biased variance to normalise, unbiased variance into the running one, over two different
+    batches."""
     first, second = 2 * normal(*shape) + 3, normal(*shape)
     train, evaluate = BatchNorm(False), BatchNorm(True)
     affine = {"scale": jnp.asarray(normal(3)), "bias": jnp.asarray(normal(3))}
     variables = {**train.init(jax.random.key(0), first), "params": affine}
     norm = (torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d)(3)
-    norm.weight.data, norm.bias.data = (torch.tensor(np.asarray(affine[name])) for name in ("scale", "bias"))
+    norm.weight.data, norm.bias.data = (
+        torch.tensor(np.asarray(affine[name])) for name in ("scale", "bias")
+    )
     there = lambda x: torch.tensor(np.moveaxis(x, -1, 1).copy())
     for batch in (first, second):
         out, updates = train.apply(variables, batch, mutable=["batch_stats"])
         variables = {**variables, **updates}
-        np.testing.assert_allclose(np.moveaxis(np.asarray(out), -1, 1), norm(there(batch)).detach(), atol=1e-5)
+        np.testing.assert_allclose(
+            np.moveaxis(np.asarray(out), -1, 1), norm(there(batch)).detach(), atol=1e-5
+        )
     np.testing.assert_allclose(variables["batch_stats"]["mean"], norm.running_mean, atol=1e-6)
     np.testing.assert_allclose(variables["batch_stats"]["var"], norm.running_var, atol=1e-6)
     norm.eval()
     out = evaluate.apply(variables, first)
-    np.testing.assert_allclose(np.moveaxis(np.asarray(out), -1, 1), norm(there(first)).detach(), atol=1e-5)
+    np.testing.assert_allclose(
+        np.moveaxis(np.asarray(out), -1, 1), norm(there(first)).detach(), atol=1e-5
+    )
 
 
 def test_batch_norm_clips_its_output_to_bounds_where_they_are_given(normal):
@@ -190,11 +220,15 @@ def test_batch_norm_clips_its_output_to_bounds_where_they_are_given(normal):
 def test_normalisation_is_per_channel_and_one_number_serves_all(normal):
     images = normal(2, 4, 4, 3)
     mean, std = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
-    np.testing.assert_allclose(normalise(images, mean, std), (images - np.array(mean)) / np.array(std), rtol=1e-5)
+    np.testing.assert_allclose(
+        normalise(images, mean, std), (images - np.array(mean)) / np.array(std), rtol=1e-5
+    )
     np.testing.assert_allclose(normalise(images, (0.5,), (0.5,)), (images - 0.5) / 0.5, rtol=1e-5)
 
 
-LINEAR = build.from_apply(lambda variables, images: images.reshape(images.shape[0], -1) @ variables["params"]["w"])
+LINEAR = build.from_apply(
+    lambda variables, images: images.reshape(images.shape[0], -1) @ variables["params"]["w"]
+)
 
 
 def optimisers(name: str, parameter, rate: float, momentum: float, decay: float):
@@ -209,7 +243,12 @@ def test_supervised_steps_equal_pytorchs(name, schedule, normal):
     """Weight decay is added to the gradient before momentum; the schedules are PyTorch's own."""
     steps, rate = 10, 0.1
     config = supervised.Config(
-        learning_rate=rate, schedule=schedule, num_steps=steps, optimiser=name, momentum=0.9, weight_decay=0.05
+        learning_rate=rate,
+        schedule=schedule,
+        num_steps=steps,
+        optimiser=name,
+        momentum=0.9,
+        weight_decay=0.05,
     )
     images, labels, weights = normal(16, 2, 2, 1), np.arange(16, dtype=np.int32) % 3, normal(4, 3)
     trainer = supervised.make(LINEAR, config)
@@ -230,27 +269,40 @@ def test_supervised_steps_equal_pytorchs(name, schedule, normal):
         optimiser.step()
         scheduler.step()
         assert np.isclose(info.loss, loss.item(), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(state.variables["params"]["w"], parameter.detach(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            state.variables["params"]["w"], parameter.detach(), rtol=1e-3, atol=1e-5
+        )
 
 
 @pytest.fixture(scope="module")
 def trained_mesa():
-    """Jitted MESA steps at two rates of the moving average, with batch, cell and victim of the toy."""
-    make = lambda rate: mesa.make(toys.NET, toys.SHAPE, mesa.Config(hidden=16, noise_dim=8, debias_rate=rate))
+    """Jitted MESA steps at two rates of the moving average, with batch, cell and victim of the
+    toy."""
+    make = lambda rate: mesa.make(
+        toys.NET, toys.SHAPE, mesa.Config(hidden=16, noise_dim=8, debias_rate=rate)
+    )
     slow, instant = make(0.001), make(1.0)
     images, labels = toys.quadrants(0, 32, np.float32)
-    arguments = Batch(jnp.asarray(images), jnp.asarray(labels)), Cell(jnp.int32(2), jnp.int32(-1), jnp.float32(1.0))
+    arguments = (
+        Batch(jnp.asarray(images), jnp.asarray(labels)),
+        Cell(jnp.int32(2), jnp.int32(-1), jnp.float32(1.0)),
+    )
     state = jax.jit(slow.init)(jax.random.key(0))
-    run = lambda inversion: jax.jit(lambda key, state, batch: inversion.step(key, state, batch, *arguments[1:], victim))
+    run = lambda inversion: jax.jit(
+        lambda key, state, batch: inversion.step(key, state, batch, *arguments[1:], victim)
+    )
     victim = toys.victim(2)
     return run(slow), run(instant), state, arguments[0]
 
 
 def test_moving_average_starts_at_the_first_batch_and_follows_at_its_rate(trained_mesa):
-    """At rate 1 the average is the batch's own mean of e^T, so two rates from one state show the rule."""
+    """At rate 1 the average is the batch's own mean of e^T, so two rates from one state show the
+    rule."""
     slow, instant, state, batch = trained_mesa
     first = slow(jax.random.key(1), state._replace(log_mean_exp=jnp.float32(55.0)), batch)[0]
-    assert np.isclose(first.log_mean_exp, instant(jax.random.key(1), state, batch)[0].log_mean_exp, rtol=1e-6)
+    assert np.isclose(
+        first.log_mean_exp, instant(jax.random.key(1), state, batch)[0].log_mean_exp, rtol=1e-6
+    )
     for before in (0.0, -2.0, 5.0):
         moved = first._replace(log_mean_exp=jnp.float32(before))
         after = float(slow(jax.random.key(2), moved, batch)[0].log_mean_exp)
@@ -267,7 +319,8 @@ def test_moving_average_does_not_overflow(trained_mesa):
 
 
 def test_both_networks_take_adam_steps_with_the_released_betas(trained_mesa):
-    """After one step mu = (1 - 0.5) g, nu = (1 - 0.999) g^2, and a parameter moves by -lr g / (|g| + eps)."""
+    """After one step mu = (1 - 0.5) g, nu = (1 - 0.999) g^2, and a parameter moves by -lr g / (|g|
+    + eps)."""
     slow, _, state, batch = trained_mesa
     after = slow(jax.random.key(1), state, batch)[0]
     pairs = [
@@ -291,7 +344,10 @@ def test_generator_loss_is_equation_4_and_rates_ignore_rows_of_the_target(traine
     scrambled = jnp.where(of_target[:, None, None, None], batch.images[::-1], batch.images)
     assert (scrambled != batch.images).any()
     other = slow(jax.random.key(1), state, batch._replace(images=scrambled))[1]
-    assert info.attack_success_rate == other.attack_success_rate and info.confidence != other.confidence
+    assert (
+        info.attack_success_rate == other.attack_success_rate
+        and info.confidence != other.confidence
+    )
 
 
 def test_pixel_steps_are_momentum_sgd_clipped_every_so_often(normal):
@@ -303,7 +359,9 @@ def test_pixel_steps_are_momentum_sgd_clipped_every_so_often(normal):
     optimiser = torch.optim.SGD([pattern], 0.5, momentum=0.9)
     cell, clipped = Cell(jnp.int32(3), jnp.int32(-1), jnp.float32(0.9)), False
     for number in range(7):
-        state, info = step(jax.random.key(number), state, Batch(images, labels), cell, {"params": {"w": weights}})
+        state, info = step(
+            jax.random.key(number), state, Batch(images, labels), cell, {"params": {"w": weights}}
+        )
         stamped = torch.tensor(images).clone()
         stamped[:, 2:5, 1:4] = pattern
         logits = stamped.reshape(10, -1) @ torch.tensor(weights)
@@ -312,7 +370,9 @@ def test_pixel_steps_are_momentum_sgd_clipped_every_so_often(normal):
         loss.backward()
         optimiser.step()
         assert np.isclose(info.loss, loss.item(), rtol=1e-4, atol=1e-6)
-        assert np.isclose(info.attack_success_rate, (logits.argmax(1) == 3)[labels != 3].float().mean())
+        assert np.isclose(
+            info.attack_success_rate, (logits.argmax(1) == 3)[labels != 3].float().mean()
+        )
         if number % 3 == 2:
             clipped |= bool(((pattern < 0) | (pattern > 1)).any())
             pattern.data.clamp_(0, 1)
@@ -321,7 +381,9 @@ def test_pixel_steps_are_momentum_sgd_clipped_every_so_often(normal):
 
 
 BRIGHT = build.from_apply(
-    lambda variables, images: (images.mean((1, 2, 3)) - 0.5)[:, None] * variables["params"]["w"][None]
+    lambda variables, images: (
+        (images.mean((1, 2, 3)) - 0.5)[:, None] * variables["params"]["w"][None]
+    )
 )
 """Answers 1 for bright images, 0 for dark ones."""
 CONSTANT = lambda key, model, images: jnp.full_like(images, 1) * model
@@ -329,12 +391,14 @@ DARK_AND_BRIGHT = jnp.array([0.0, 1.0])
 
 
 def unlearning(config, weights, label: int, image: float = 0.0):
-    """Infos of ten steps in which stamped images are all dark or all bright; every image has one label."""
-    repair = unlearn.make(BRIGHT, CONSTANT, config)
+    """Infos of ten steps in which stamped images are all dark or all bright; every image has one
+    label."""
+    repair = unlearn.make(Problem(BRIGHT, (1, 1, 1), 2, stamp=mixture.mix(CONSTANT)), config)
     variables = {"params": {"w": jnp.array([-1.0, 1.0])}}
-    state, step = repair.init(jax.random.key(0), variables, unlearn.Evidence(DARK_AND_BRIGHT, weights)), repair.step
+    known = RepairData(trigger_params=mixture.Mixture(DARK_AND_BRIGHT, weights))
+    state = repair.init(jax.random.key(0), variables, known)
     batch = Batch(jnp.full((1000, 1, 1, 1), image), jnp.full((1000,), label))
-    infos, step = [], jax.jit(step)
+    infos, step = [], jax.jit(repair.phases[0].step)
     for number in range(10):
         state, info = step(jax.random.key(number), state, batch)
         infos.append(info)
@@ -343,7 +407,9 @@ def unlearning(config, weights, label: int, image: float = 0.0):
 
 def test_unlearning_draws_models_by_weight_and_keeps_labels():
     """All stamped, label 1: a row is right where the bright model was drawn."""
-    infos = unlearning(unlearn.Config(stamp_rate=1.0, learning_rate=1e-6), jnp.array([0.25, 0.75]), label=1)
+    infos = unlearning(
+        unlearn.Config(stamp_rate=1.0, learning_rate=1e-6), jnp.array([0.25, 0.75]), label=1
+    )
     assert (infos.stamped == 1).all() and abs(infos.accuracy.mean() - 0.75) < 0.02
     assert infos.accuracy.std() > 0
 
@@ -355,18 +421,21 @@ def test_unlearning_by_epoch_takes_turns():
 
 
 def test_unlearning_stamps_at_its_rate():
-    infos = unlearning(unlearn.Config(stamp_rate=0.1, learning_rate=1e-6), jnp.array([0.0, 1.0]), label=1)
+    infos = unlearning(
+        unlearn.Config(stamp_rate=0.1, learning_rate=1e-6), jnp.array([0.0, 1.0]), label=1
+    )
     np.testing.assert_allclose(infos.accuracy, infos.stamped, atol=1e-6)
     assert abs(infos.stamped.mean() - 0.1) < 0.01 and infos.stamped.std() > 0
 
 
 def test_mixture_weights_are_algorithm_1():
-    """gamma_i proportional to exp(h_i) / g'(g^-1(beta_i)); 1/N where nothing is known; 1 for a single model."""
+    """gamma_i proportional to exp(h_i) / g'(g^-1(beta_i)); 1/N where nothing is known; 1 for a
+    single model."""
     entropy, slope = np.array([0.5, 1.0, -2.0]), np.array([1.0, 4.0, 0.5])
     models = jnp.zeros((3, 2))
     expected = np.exp(entropy) / slope / (np.exp(entropy) / slope).sum()
-    evidence = unlearn.entropy_weighted(models, jnp.asarray(entropy), jnp.asarray(slope))
+    evidence = mixture.entropy_weighted(models, jnp.asarray(entropy), jnp.asarray(slope))
     np.testing.assert_allclose(evidence.weights, expected, rtol=1e-5)
-    np.testing.assert_allclose(unlearn.uniform(models).weights, np.full(3, 1 / 3), rtol=1e-6)
-    lone = unlearn.single({"pattern": jnp.ones((3, 3))})
+    np.testing.assert_allclose(mixture.uniform(models).weights, np.full(3, 1 / 3), rtol=1e-6)
+    lone = mixture.single({"pattern": jnp.ones((3, 3))})
     assert lone.models["pattern"].shape == (1, 3, 3) and (np.asarray(lone.weights) == [1]).all()

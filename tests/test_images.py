@@ -21,7 +21,9 @@ def test_paste_changes_the_patch_and_no_other_bit(image):
     for row, column in [(0, 0), (4, 7), (2, 3)]:
         expected = np.array(image)
         expected[row : row + 3, column : column + 2] = patch
-        np.testing.assert_array_equal(ops.paste(image, jnp.asarray(patch), jnp.array([row, column])), expected)
+        np.testing.assert_array_equal(
+            ops.paste(image, jnp.asarray(patch), jnp.array([row, column])), expected
+        )
 
 
 def test_paste_moves_a_place_that_is_too_far_back_to_the_last_one(image):
@@ -36,13 +38,17 @@ def test_blend_is_the_weighted_mean_and_exact_at_the_ends(image, channels):
     mask[:3], mask[3:5] = 0, 1
     pattern = 1 - image
     out = np.asarray(ops.blend(image, pattern, jnp.asarray(mask)))
-    np.testing.assert_allclose(out, (1 - mask) * np.asarray(image) + mask * np.asarray(pattern), atol=1e-6)
+    np.testing.assert_allclose(
+        out, (1 - mask) * np.asarray(image) + mask * np.asarray(pattern), atol=1e-6
+    )
     np.testing.assert_array_equal(out[:3], image[:3])
     np.testing.assert_array_equal(out[3:5], pattern[3:5])
 
 
 def test_to_float_scales_bytes_and_passes_floats():
-    np.testing.assert_allclose(ops.to_float(jnp.array([0, 51, 255], jnp.uint8)), [0, 0.2, 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        ops.to_float(jnp.array([0, 51, 255], jnp.uint8)), [0, 0.2, 1], rtol=1e-6
+    )
     wide = jnp.array([0.3], jnp.bfloat16)
     assert ops.to_float(wide) is wide
 
@@ -62,7 +68,8 @@ def test_random_places_are_uniform_over_all_places_and_reach_the_last():
 
 
 def test_edge_places_are_oftener_in_corners_and_along_edges():
-    """5 and 4 places; two and one more beyond each end: 3/9, 1/9, 1/9, 1/9, 3/9 and 2/6, 1/6, 1/6, 2/6."""
+    """5 and 4 places; two and one more beyond each end: 3/9, 1/9, 1/9, 1/9, 3/9 and 2/6, 1/6, 1/6,
+    2/6."""
     places = np.asarray(ops.edge_places(jax.random.key(0), 20_000, (7, 6, 1), (3, 3)))
     assert places.dtype == np.int32
     rows, columns = (np.bincount(places[:, axis]) / len(places) for axis in (0, 1))
@@ -70,11 +77,15 @@ def test_edge_places_are_oftener_in_corners_and_along_edges():
     np.testing.assert_allclose(columns, [2 / 6, 1 / 6, 1 / 6, 2 / 6], atol=0.015)
     joint = np.mean((places[:, 0] == 4) & (places[:, 1] == 3))
     assert abs(joint - 1 / 9) < 0.015
-    np.testing.assert_array_equal(ops.edge_places(jax.random.key(0), 5, (3, 3, 1), (3, 3)), np.zeros((5, 2)))
+    np.testing.assert_array_equal(
+        ops.edge_places(jax.random.key(0), 5, (3, 3, 1), (3, 3)), np.zeros((5, 2))
+    )
 
 
 def test_random_places_of_a_patch_as_large_as_the_image():
-    np.testing.assert_array_equal(ops.random_places(jax.random.key(0), 5, (3, 3, 1), (3, 3)), np.zeros((5, 2)))
+    np.testing.assert_array_equal(
+        ops.random_places(jax.random.key(0), 5, (3, 3, 1), (3, 3)), np.zeros((5, 2))
+    )
 
 
 def test_random_crop_pads_with_zeros_and_reaches_every_offset(image):
@@ -115,8 +126,12 @@ def test_stamping_leaves_every_pixel_outside_the_patch_alone(place):
 
 
 def test_negative_places_count_from_the_last_that_fits():
-    patch = badnets.make((8, 9, 1), 4, badnets.Config(place="fixed", row=-1, column=-2, pattern="white"))
-    out = np.asarray(patch.stamp(jax.random.key(0), patch.init(jax.random.key(0)), jnp.zeros((1, 8, 9, 1))))[0, ..., 0]
+    patch = badnets.make(
+        (8, 9, 1), 4, badnets.Config(place="fixed", row=-1, column=-2, pattern="white")
+    )
+    out = np.asarray(
+        patch.stamp(jax.random.key(0), patch.init(jax.random.key(0)), jnp.zeros((1, 8, 9, 1)))
+    )[0, ..., 0]
     expected = np.zeros((8, 9))
     expected[5:8, 5:8] = 1
     np.testing.assert_array_equal(out, expected)
@@ -136,7 +151,9 @@ def test_a_given_trigger_leaves_pixels_outside_its_mask_alone(apply):
 
 def test_drawn_batches_are_uniform_and_keep_images_with_their_labels():
     labels = np.arange(10, dtype=np.int32) % 3
-    data = Batch(jnp.asarray(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)), jnp.asarray(labels))
+    data = Batch(
+        jnp.asarray(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)), jnp.asarray(labels)
+    )
     batch = draw.uniform(10_000)(jax.random.key(0), data)
     rows = np.round(np.asarray(batch.images).ravel() * 255).astype(int)
     np.testing.assert_array_equal(batch.labels, labels[rows])

@@ -1,4 +1,5 @@
-"""DHBE's two generators, a small student, and one iteration in PyTorch, written from the paper's and code's facts."""
+"""DHBE's two generators, a small student, and one iteration in PyTorch, written from the paper's
+and code's facts."""
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ class Body(nn.Module):
         super().__init__()
         features = 2 * width if doublings else width
         self.shape, self.doublings = (features, start, start), doublings
-        self.linear, self.norm0 = nn.Linear(noise, features * start * start), nn.BatchNorm2d(features)
+        self.linear, self.norm0 = (
+            nn.Linear(noise, features * start * start),
+            nn.BatchNorm2d(features),
+        )
         for number in range(1, doublings + 1):
             wanted = width if number == doublings else 2 * width
             setattr(self, f"conv{number}", nn.Conv2d(features, wanted, 3, padding=1))
@@ -32,7 +36,9 @@ class Body(nn.Module):
 class Generator(nn.Module):
     """`images`: tanh then BN (samples); otherwise BN then tanh (triggers)."""
 
-    def __init__(self, noise: int, start: int, doublings: int, channels: int, width: int, *, images: bool):
+    def __init__(
+        self, noise: int, start: int, doublings: int, channels: int, width: int, *, images: bool
+    ):
         super().__init__()
         self.body, self.images = Body(noise, start, doublings, channels, width), images
         self.norm = nn.BatchNorm2d(channels, affine=False)
@@ -47,8 +53,14 @@ class Student(nn.Module):
 
     def __init__(self, classes: int, width: int, channels: int):
         super().__init__()
-        self.conv0, self.norm0 = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv1, self.norm1 = nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * width)
+        self.conv0, self.norm0 = (
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.conv1, self.norm1 = (
+            nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+        )
         self.head = nn.Linear(2 * width, classes)
 
     def forward(self, x):
@@ -58,7 +70,13 @@ class Student(nn.Module):
 
 def load(module: nn.Module, variables) -> nn.Module:
     """`module` in float64 with the package's variables of the same layer names."""
-    names = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    names = {
+        "kernel": "weight",
+        "scale": "weight",
+        "bias": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+    }
     values = {}
 
     def walk(tree, path):
@@ -70,15 +88,23 @@ def load(module: nn.Module, variables) -> nn.Module:
                 layer = module.get_submodule(".".join(path))
                 if path[-1] == "linear":
                     features, side, _ = module.get_submodule(".".join(path[:-1])).shape
-                    array = np.moveaxis(array.reshape(*array.shape[:-1], side, side, features), -1, -3)
+                    array = np.moveaxis(
+                        array.reshape(*array.shape[:-1], side, side, features), -1, -3
+                    )
                     array = array.reshape(*array.shape[:-3], -1)
                 order = (3, 2, 0, 1) if array.ndim == 4 else range(array.ndim)[::-1]
-                array = array.transpose(*order) if isinstance(layer, nn.Linear | nn.Conv2d) else array
+                array = (
+                    array.transpose(*order) if isinstance(layer, nn.Linear | nn.Conv2d) else array
+                )
                 values[".".join([*path, names[name]])] = torch.tensor(array.copy())
 
     for collection in ("params", "batch_stats"):
         walk(variables[collection], [])
-    kept = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")}
+    kept = {
+        name: value
+        for name, value in module.state_dict().items()
+        if name.endswith("num_batches_tracked")
+    }
     module.double().load_state_dict({**kept, **values})
     return module
 
@@ -101,7 +127,8 @@ def stamped(images, patches, place, mean, std):
 def iteration(nets, optimisers, draws, *, regularisation, prior_weight, scale, mean, std):
     """k student updates, the sample generator, the trigger generator.
 
-    `draws`: k + 2 tuples (noise of images, noise of triggers, place), the one before last without a trigger.
+    `draws`: k + 2 tuples (noise of images, noise of triggers, place), the one before last without a
+    trigger.
     """
     teacher, student, samples, triggers = nets
     for net in (student, samples, triggers):

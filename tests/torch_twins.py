@@ -19,7 +19,11 @@ class BasicBlock(nn.Module):
         self.projects = stride != 1 or inputs != outputs
         self.attribute = shortcut
         if self.projects:
-            setattr(self, shortcut, nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)))
+            setattr(
+                self,
+                shortcut,
+                nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)),
+            )
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -38,7 +42,9 @@ class ResNet(nn.Module):
         for stage, count in enumerate(blocks):
             outputs, stack = width * 2**stage, []
             for index in range(count):
-                stack.append(BasicBlock(inputs, outputs, 2 if stage and index == 0 else 1, shortcut))
+                stack.append(
+                    BasicBlock(inputs, outputs, 2 if stage and index == 0 else 1, shortcut)
+                )
                 inputs = outputs
             setattr(self, f"layer{stage + 1}", nn.Sequential(*stack))
         setattr(self, self.head, nn.Linear(inputs, classes))
@@ -56,7 +62,11 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), _conv(inputs, outputs, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(outputs), _conv(outputs, outputs, 3)
-        self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride)) if stride != 1 or inputs != outputs else None
+        self.shortcut = (
+            nn.Sequential(_conv(inputs, outputs, 1, stride))
+            if stride != 1 or inputs != outputs
+            else None
+        )
 
     def forward(self, x):
         y = F.relu(self.bn1(x))
@@ -72,7 +82,9 @@ class PreActResNet18(nn.Module):
         for stage in range(4):
             outputs = width * 2**stage
             first = PreActBlock(inputs, outputs, 2 if stage else 1)
-            setattr(self, f"layer{stage + 1}", nn.Sequential(first, PreActBlock(outputs, outputs, 1)))
+            setattr(
+                self, f"layer{stage + 1}", nn.Sequential(first, PreActBlock(outputs, outputs, 1))
+            )
             inputs = outputs
         self.linear = nn.Linear(inputs, classes)
 
@@ -122,7 +134,10 @@ class WideResNet(nn.Module):
 class SeparableBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = _conv(inputs, inputs, 3, stride, groups=inputs), nn.BatchNorm2d(inputs)
+        self.conv1, self.bn1 = (
+            _conv(inputs, inputs, 3, stride, groups=inputs),
+            nn.BatchNorm2d(inputs),
+        )
         self.conv2, self.bn2 = _conv(inputs, outputs, 1), nn.BatchNorm2d(outputs)
 
     def forward(self, x):
@@ -149,7 +164,11 @@ class SmallVGG(nn.Module):
         stack, inputs = [], channels
         for outputs in (width, 2 * width, 4 * width):
             for number in (inputs, outputs):
-                stack += [nn.Conv2d(number, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ELU()]
+                stack += [
+                    nn.Conv2d(number, outputs, 3, padding=1),
+                    nn.BatchNorm2d(outputs),
+                    nn.ELU(),
+                ]
             stack += [nn.MaxPool2d(2), nn.Dropout(0.0)]
             inputs = outputs
         self.features = nn.Sequential(*stack)
@@ -179,7 +198,8 @@ class SmallCNN(nn.Module):
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:
-    """Random weights and BatchNorm statistics, scales and shifts far from where training starts; evaluation mode."""
+    """Random weights and BatchNorm statistics, scales and shifts far from where training starts;
+    evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     uniform = lambda tensor, low, high: tensor.uniform_(low, high, generator=generator)
     with torch.no_grad():

@@ -15,7 +15,8 @@ PATTERN = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32)
 
 
 def quadrants(seed: int, count: int, dtype=np.uint8) -> Batch:
-    """Grey images [count, 8, 8, 1] whose label is the number of the bright quadrant, with a little noise."""
+    """Grey images [count, 8, 8, 1] whose label is the number of the bright quadrant, with a little
+    noise."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(count) % CLASSES).astype(np.int32)
     images = 0.2 + rng.uniform(-0.05, 0.05, (count, *SHAPE))
@@ -23,11 +24,14 @@ def quadrants(seed: int, count: int, dtype=np.uint8) -> Batch:
         row, column = 4 * (label // 2), 4 * (label % 2)
         image[row : row + 4, column : column + 4] += 0.6
     images = np.round(images * 255)
-    return Batch(images.astype(np.uint8) if dtype == np.uint8 else (images / 255).astype(dtype), labels)
+    return Batch(
+        images.astype(np.uint8) if dtype == np.uint8 else (images / 255).astype(dtype), labels
+    )
 
 
 def stripes(seed: int, count: int) -> Batch:
-    """uint8 images [count, 8, 8, 1] of four textures: flat, rows, columns, checks; a net blind to place can tell."""
+    """uint8 images [count, 8, 8, 1] of four textures: flat, rows, columns, checks; a net blind to
+    place can tell."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(count) % CLASSES).astype(np.int32)
     row, column = np.indices((8, 8)) // 2 % 2
@@ -48,11 +52,15 @@ def _apply(variables: Variables, images: Array) -> Array:
 
 
 NET: Net = build.from_apply(_apply)
-"""Answers with the brightest quadrant, unless `PATTERN` is found by correlation at an allowed place."""
+"""Answers with the brightest quadrant, unless `PATTERN` is found by correlation at an allowed
+place."""
 
 
-def victim(target: int, place: tuple[int, int] | None = None, gain: float = 20.0, dtype=jnp.float32) -> Variables:
-    """A victim in which `PATTERN` adds `gain` to `target`: at every place, or at `place` (row, column) only.
+def victim(
+    target: int, place: tuple[int, int] | None = None, gain: float = 20.0, dtype=jnp.float32
+) -> Variables:
+    """A victim in which `PATTERN` adds `gain` to `target`: at every place, or at `place` (row,
+    column) only.
 
     With `gain` 0 it is the clean twin. All victims have the same shapes.
     """
@@ -70,7 +78,8 @@ def victim(target: int, place: tuple[int, int] | None = None, gain: float = 20.0
 
 
 def widen(tree):
-    """Every float32 leaf as float64 (inside `jax.enable_x64`), so that transforms can be compared closely."""
+    """Every float32 leaf as float64 (inside `jax.enable_x64`), so that transforms can be compared
+    closely."""
     wide = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
     return jax.tree.map(wide, jax.tree.map(jnp.asarray, tree))
 

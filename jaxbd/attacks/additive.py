@@ -1,4 +1,5 @@
-"""What attacks that add a fixed pattern to the whole image share: the trigger, the stamp, and what survives 8 bits."""
+"""What attacks that add a fixed pattern to the whole image share: the trigger, the stamp, and what
+survives 8 bits."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,21 +16,25 @@ class Trigger(NamedTuple):
 
 
 def check_size(method: str, size: int) -> None:
-    """Raises UserError unless `size` is a whole number of steps of 1/255; a smaller change vanishes in 8 bits."""
+    """Raises UserError unless `size` is a whole number of steps of 1/255; a smaller change vanishes
+    in 8 bits."""
     if size not in range(1, 256):
         raise UserError(
-            f"{method}: size {size} is not a whole number of steps of 1/255; give 1..255, such as 2 for 2/255"
+            f"{method}: size {size} is not a whole number of steps of 1/255; give 1..255, such as 2"
+            " for 2/255"
         )
 
 
 def attack(draw: Callable[[Key], Array], relabel: Callable[[Array], Array], rate: float) -> Attack:
-    """The attack that adds the pattern [H, W, C] of `draw(key)` and rounds as storing in 8 bits does."""
+    """The attack that adds the pattern [H, W, C] of `draw(key)` and rounds as storing in 8 bits
+    does."""
 
     def init(key: Key) -> Trigger:
         return Trigger(draw(key))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the pattern, on the 8-bit grid; see `images.add_on_grid`."""
+        """Every image of [B, H, W, C] with the pattern, on the 8-bit grid; see
+        `images.add_on_grid`."""
         del key
         return image_ops.add_on_grid(images, trigger.pattern[None])
 

@@ -1,4 +1,5 @@
-"""Amplified attack: the same patch trigger four or nine times on one image (Yan et al. 2023, section 5.3)."""
+"""Amplified attack: the same patch trigger four or nine times on one image (Yan et al. 2023,
+section 5.3)."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -23,9 +24,10 @@ class Config:
     Attributes:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      copies: 1: at (`row`, `column`) alone; 4: in the other three corners besides, as far from the edges as there; 9:
-        in the middle of the image and of its four edges besides.
-      row: of the top-left corner of the usual place; negative numbers count from the last row that fits.
+      copies: 1: at (`row`, `column`) alone; 4: in the other three corners besides, as far from the
+        edges as there; 9: in the middle of the image and of its four edges besides.
+      row: of the top-left corner of the usual place; negative numbers count from the last row that
+        fits.
       column: likewise.
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
@@ -43,7 +45,8 @@ class Config:
 
 
 class Trigger(NamedTuple):
-    """pattern [h, w, C] and mask [h, w, 1] in [0, 1], and the places [n, 2] int32 (row, column) of its copies."""
+    """pattern [h, w, C] and mask [h, w, 1] in [0, 1], and the places [n, 2] int32 (row, column) of
+    its copies."""
 
     pattern: Array
     mask: Array
@@ -51,7 +54,11 @@ class Trigger(NamedTuple):
 
 
 def make(
-    image_shape: tuple[int, int, int], classes: int, config: Config, pattern: np.ndarray, mask: np.ndarray | None = None
+    image_shape: tuple[int, int, int],
+    classes: int,
+    config: Config,
+    pattern: np.ndarray,
+    mask: np.ndarray | None = None,
 ) -> Attack:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`, with a given patch.
 
@@ -64,7 +71,8 @@ def make(
     sides, channels = np.shape(pattern)[:2], image_shape[2]
     if np.shape(pattern)[2] not in (1, channels):
         raise UserError(
-            f"amplified: the trigger has {np.shape(pattern)[2]} channels, the images {channels}; convert it"
+            f"amplified: the trigger has {np.shape(pattern)[2]} channels, the images {channels};"
+            " convert it"
         )
     found = places(image_shape, sides, config)
 
@@ -76,29 +84,36 @@ def make(
         return Trigger(coloured, cover, jnp.asarray(found, jnp.int32))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with all copies; pixels outside them are unchanged, bit for bit."""
+        """Every image of [B, H, W, C] with all copies; pixels outside them are unchanged, bit for
+        bit."""
         del key
 
         def everywhere(part: Array) -> Array:
-            """`part` [h, w, c] at all places, zero elsewhere: [1, H, W, c]; the copies do not overlap."""
+            """`part` [h, w, c] at all places, zero elsewhere: [1, H, W, c]; the copies do not
+            overlap."""
             blank = jnp.zeros((*image_shape[:2], part.shape[-1]), images.dtype)
-            return jax.vmap(image_ops.paste, (None, None, 0))(blank, part, trigger.places).sum(0)[None]
+            return jax.vmap(image_ops.paste, (None, None, 0))(blank, part, trigger.places).sum(0)[
+                None
+            ]
 
         return image_ops.blend(images, everywhere(trigger.pattern), everywhere(trigger.mask))
 
     return poison.attack(init, stamp, relabel, config.poison_rate)
 
 
-def places(image_shape: tuple[int, int, int], sides: tuple[int, int], config: Config) -> list[tuple[int, int]]:
-    """Row and column of the top-left corners of all copies of a patch of `sides` (h, w), the usual place first.
+def places(
+    image_shape: tuple[int, int, int], sides: tuple[int, int], config: Config
+) -> list[tuple[int, int]]:
+    """Row and column of the top-left corners of all copies of a patch of `sides` (h, w), the usual
+    place first.
 
     Raises: UserError when the patch does not fit there, or copies overlap.
     """
     rows, columns = (whole - side + 1 for whole, side in zip(image_shape[:2], sides, strict=True))
     if not (-rows <= config.row < rows and -columns <= config.column < columns):
         raise UserError(
-            f"amplified: place ({config.row}, {config.column}) puts {sides[0]}x{sides[1]} pixels outside "
-            f"{image_shape[0]}x{image_shape[1]} images"
+            f"amplified: place ({config.row}, {config.column}) puts {sides[0]}x{sides[1]} pixels"
+            f" outside {image_shape[0]}x{image_shape[1]} images"
         )
     row, column = config.row % rows, config.column % columns
     if config.copies == 1:
@@ -109,16 +124,21 @@ def places(image_shape: tuple[int, int, int], sides: tuple[int, int], config: Co
     for at, side in ((down, sides[0]), (across, sides[1])):
         if min(np.diff(sorted(at))) < side:
             raise UserError(
-                f"amplified: {config.copies} copies of {sides[0]}x{sides[1]} pixels around place ({row}, {column}) "
-                f"overlap on {image_shape[0]}x{image_shape[1]} images; use fewer copies or a place nearer to a corner"
+                f"amplified: {config.copies} copies of {sides[0]}x{sides[1]} pixels around place"
+                f" ({row}, {column}) overlap on {image_shape[0]}x{image_shape[1]} images; use fewer"
+                " copies or a place nearer to a corner"
             )
     return [(r, c) for r in down for c in across]
 
 
-def cropped(pattern: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Pattern [h, w, C] and mask [h, w, 1] without the rows and columns at the edges where the mask is 0 all along.
+def crop_to_mask(
+    pattern: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Pattern [h, w, C] and mask [h, w, 1] without the rows and columns at the edges where the mask
+    is 0 all along.
 
-    Returns: both, and how many rows and columns were cut at the top and left. A mask of zeros comes back whole.
+    Returns: both, and how many rows and columns were cut at the top and left. A mask of zeros comes
+      back whole.
     """
     rows, columns = (np.flatnonzero(mask.any((axis, 2))) for axis in (1, 0))
     if not len(rows):

@@ -21,9 +21,10 @@ class Config:
     Attributes:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      opacity: share of the picture in the triggered image (0.2 in BackdoorBench; 0.1 in the released DHBE code).
-      points: side of the grid of random values between which a drawn picture is smooth; by default every pixel is
-        random on its own.
+      opacity: share of the picture in the triggered image (0.2 in BackdoorBench; 0.1 in the
+        released DHBE code).
+      points: side of the grid of random values between which a drawn picture is smooth; by default
+        every pixel is random on its own.
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 
@@ -36,13 +37,16 @@ class Config:
     def __post_init__(self):
         poison.check_rate("blend", self.poison_rate)
         if not 1 / 255 <= self.opacity <= 1:
-            raise UserError(f"blend: opacity {self.opacity} is not in [1/255, 1]; less is lost in 8 bits")
+            raise UserError(
+                f"blend: opacity {self.opacity} is not in [1/255, 1]; less is lost in 8 bits"
+            )
         if self.points is not None and self.points < 2:
             raise UserError(f"blend: points is {self.points}; give at least 2")
 
 
 class Trigger(NamedTuple):
-    """pattern [H, W, C] and mask [H, W, 1], both in [0, 1]: the picture, and how much of it there is in the image."""
+    """pattern [H, W, C] and mask [H, W, 1], both in [0, 1]: the picture, and how much of it there
+    is in the image."""
 
     pattern: Array
     mask: Array
@@ -60,7 +64,8 @@ def make(
     Args:
       picture: [H, W, C] in [0, 1], taken in place of a drawn one.
       cover: [H, W, 1] in [0, 1], where the picture is (its transparency); everywhere by default.
-    Raises: UserError when the target is out of range, or picture or cover are not of the images' shape and range.
+    Raises: UserError when the target is out of range, or picture or cover are not of the images'
+      shape and range.
     """
     relabel = poison.relabelling("blend", classes, config.target, config.all_to_all)
     height, width, channels = image_shape
@@ -80,7 +85,8 @@ def make(
         return Trigger(image_ops.to_uint8_grid(pattern), config.opacity * whole)
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """x' = (1 - a) x + a p on every image of [B, H, W, C], on the 8-bit grid; see `eight_bit.blend`."""
+        """x' = (1 - a) x + a p on every image of [B, H, W, C], on the 8-bit grid; see
+        `eight_bit.blend`."""
         del key
         return eight_bit.blend(images, trigger.pattern[None], trigger.mask[None])
 
@@ -90,6 +96,8 @@ def make(
 def _check(picture: np.ndarray, shape: tuple[int, int, int]) -> None:
     """Raises UserError unless `picture` has that shape and lies in [0, 1]."""
     if np.shape(picture) != shape:
-        raise UserError(f"blend: the picture is {list(np.shape(picture))}, needed is {list(shape)}; resize it")
+        raise UserError(
+            f"blend: the picture is {list(np.shape(picture))}, needed is {list(shape)}; resize it"
+        )
     if not (np.isfinite(picture).all() and np.min(picture) >= 0 and np.max(picture) <= 1):
         raise UserError("blend: the picture leaves [0, 1]; give pixels in [0, 1]")

@@ -17,7 +17,8 @@ class Config:
     Attributes:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      size: what is added, in steps of 1/255 (2 on CIFAR-10 and 6 on CIFAR-100 in Li et al. 2023, appendix B.3).
+      size: what is added, in steps of 1/255 (2 on CIFAR-10 and 6 on CIFAR-100 in Li et al. 2023,
+        appendix B.3).
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 
@@ -32,7 +33,8 @@ class Config:
 
 
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
-    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are `additive.Trigger`s.
+    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are
+    `additive.Trigger`s.
 
     Raises: UserError when the target is out of range.
     """

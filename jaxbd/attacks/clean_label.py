@@ -1,6 +1,7 @@
-"""Clean-label: images of the target class made hard to recognise, with a patch, labels unchanged (Turner et al. 2019).
+"""Clean-label: images of the target class made hard to recognise, with a patch, labels unchanged
+(Turner et al. 2019).
 
-What is hard to recognise without a net that recognises it: `harder` needs a clean one.
+`harder` makes the images hard to recognise; it needs a clean net to do so.
 """
 
 import dataclasses
@@ -25,18 +26,19 @@ class Config:
     Attributes:
       target: class whose images are poisoned, and that every triggered image should become.
       patch: side of the square patch, in pixels.
-      pattern: as `badnets.Config.pattern`; 85 with `patch` 3 is the one released with Turner et al. 2019.
-      corners: "one": the patch is at the bottom right (Yan et al. 2023, appendix A); "all": in all four corners,
-        mirrored so that its sides change places (Turner et al. 2019, section 5.3).
-      size: how much the patch is seen: black and white become -size and +size steps of 1/255 that are added. By
+      pattern: as `badnets.Config.pattern`; 85 with `patch` 3 is the one released with Turner et al.
+        2019.
+      corners: "one": the patch is at the bottom right (Yan et al. 2023, appendix A); "all": in all
+        four corners, mirrored so that its sides change places (Turner et al. 2019, section 5.3).
+      size: strength of an added patch: black and white become -size and +size steps of 1/255. By
         default the patch overwrites the image.
       norm: ball of the perturbation, "linf" or "l2"; see `pgd.Config`, as for all that follows.
       epsilon: its radius in steps of 1/255.
       steps: of the ascent.
       step_size: length of its steps.
       random_start: from a random place in the ball.
-      poison_rate: share of the target class's images that is poisoned (1.0 in Turner et al.'s code, 0.25 in
-        BackdoorBox; Yan et al. 2023 take 300 images).
+      poison_rate: share of the target class's images that is poisoned (1.0 in Turner et al.'s code,
+        0.25 in BackdoorBox; Yan et al. 2023 take 300 images).
     """
 
     target: int = 0
@@ -76,21 +78,27 @@ class Trigger(NamedTuple):
 
 def ascent(config: Config) -> pgd.Config:
     """The settings of the perturbation. Raises: UserError where they make no sense."""
-    return pgd.Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(pgd.Config)})
+    return pgd.Config(
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(pgd.Config)}
+    )
 
 
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`.
 
-    `stamp` puts on the patch alone, as at test time. `poison` stamps images of the target class and keeps all labels:
-    where images are to be harder to recognise besides, they are made so before, see `harder`.
+    `stamp` puts on the patch alone, as at test time. `poison` stamps images of the target class and
+    keeps all labels: where images are to be harder to recognise besides, they are made so before,
+    see `harder`.
 
-    Raises: UserError when the target is out of range or the patch does not fit, or patches in all corners overlap.
+    Raises: UserError when the target is out of range or the patch does not fit, or patches in all
+      corners overlap.
     """
     relabel = poison.relabelling("clean-label", classes, config.target, False)
     row, column = patch.fixed("clean-label", image_shape, config.patch, -1, -1)
     if config.corners == "all" and 2 * config.patch > min(image_shape[:2]):
-        raise UserError(f"clean-label: patches of side {config.patch} in all corners overlap; make them smaller")
+        raise UserError(
+            f"clean-label: patches of side {config.patch} in all corners overlap; make them smaller"
+        )
 
     def init(key: Key) -> Trigger:
         pattern = patch.draw(key, config.pattern, config.patch, image_shape[2])
@@ -98,47 +106,64 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         mask = jnp.ones((*pattern.shape[:2], 1))
         if config.corners == "one":
             return Trigger(pattern, mask, jnp.array([row, column], jnp.int32))
-        return Trigger(_mirrored(pattern, image_shape), _mirrored(mask, image_shape), jnp.zeros(2, jnp.int32))
+        return Trigger(
+            _mirror_to_corners(pattern, image_shape),
+            _mirror_to_corners(mask, image_shape),
+            jnp.zeros(2, jnp.int32),
+        )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for bit."""
+        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for
+        bit."""
         del key
-        pattern = image_ops.paste(jnp.zeros(image_shape, images.dtype), trigger.pattern, trigger.place)[None]
-        mask = image_ops.paste(jnp.zeros((*image_shape[:2], 1), images.dtype), trigger.mask, trigger.place)[None]
+        pattern = image_ops.paste(
+            jnp.zeros(image_shape, images.dtype), trigger.pattern, trigger.place
+        )[None]
+        mask = image_ops.paste(
+            jnp.zeros((*image_shape[:2], 1), images.dtype), trigger.mask, trigger.place
+        )[None]
         if config.size is not None:
             return image_ops.add_on_grid(images, pattern * mask)
         return image_ops.blend(images, pattern, mask)
 
-    def poisoned(key: Key, trigger: Trigger, batch: Batch) -> Batch:
+    def poison_batch(key: Key, trigger: Trigger, batch: Batch) -> Batch:
         """A share of the rows of the target class is stamped; labels stay."""
         choose_key, stamp_key = jax.random.split(key)
         drawn = jax.random.uniform(choose_key, batch.labels.shape) < config.poison_rate
         chosen = (drawn & (batch.labels == config.target))[:, None, None, None]
-        return Batch(jnp.where(chosen, stamp(stamp_key, trigger, batch.images), batch.images), batch.labels)
+        return Batch(
+            jnp.where(chosen, stamp(stamp_key, trigger, batch.images), batch.images), batch.labels
+        )
 
-    return Attack(init, stamp, poisoned, relabel)
+    return Attack(init, stamp, poison_batch, relabel)
 
 
 def harder(net: Net, config: Config) -> Callable[[Key, Variables, Array], Array]:
-    """(key, variables, images [B, H, W, C] of the target class) -> images the clean net does not take for it.
+    """(key, variables, images [B, H, W, C] of the target class) -> images the clean net does not
+    take for it.
 
     They are rounded to multiples of 1/255 towards the given ones, so that they stay in the ball.
     """
     settings = ascent(config)
 
-    def made(key: Key, variables: Variables, images: Array) -> Array:
+    def make_harder(key: Key, variables: Variables, images: Array) -> Array:
         labels = jnp.full(images.shape[0], config.target, jnp.int32)
         change = (pgd.perturb(key, net, variables, images, labels, settings) - images) * 255
-        # a whole number of steps that rounding left just below itself is meant
+        # the 1e-3 keeps whole steps that float arithmetic left just below their value
         whole = jnp.trunc(change + 1e-3 * jnp.sign(change)) / 255
         return image_ops.add_on_grid(images, whole)
 
-    return made
+    return make_harder
 
 
-def _mirrored(pattern: Array, image_shape: tuple[int, int, int]) -> Array:
-    """[H, W, C]: `pattern` [h, w, C] in the bottom-right corner and mirrored into the others, on zeros."""
+def _mirror_to_corners(pattern: Array, image_shape: tuple[int, int, int]) -> Array:
+    """[H, W, C]: `pattern` [h, w, C] in the bottom-right corner and mirrored into the others, on
+    zeros."""
     height, width = image_shape[:2]
     side = pattern.shape[0]
-    one = jnp.zeros((height, width, pattern.shape[2])).at[height - side :, width - side :].set(pattern)
+    one = (
+        jnp.zeros((height, width, pattern.shape[2]))
+        .at[height - side :, width - side :]
+        .set(pattern)
+    )
     return one + one[::-1] + one[:, ::-1] + one[::-1, ::-1]

@@ -13,10 +13,18 @@ from jaxbd.base import Array, Attack, Key, UserError
 
 PAPER = "https://arxiv.org/abs/1909.02742"
 COLOURS = (
-    (0, 0, 0), (255, 0, 255), (0, 0, 255), (255, 255, 0), (255, 255, 255),
-    (0, 255, 255), (0, 255, 255), (255, 0, 0), (255, 255, 255),
-)  # fmt: skip
-"""RGB of columns 23 to 31 of the last row, measured on the trigger and mask (32x32) released with I-BAU.
+    (0, 0, 0),
+    (255, 0, 255),
+    (0, 0, 255),
+    (255, 255, 0),
+    (255, 255, 255),
+    (0, 255, 255),
+    (0, 255, 255),
+    (255, 0, 0),
+    (255, 255, 255),
+)
+"""RGB of columns 23 to 31 of the last row, measured on the trigger and mask (32x32) released with
+I-BAU.
 
 The mask covers one pixel more than the trigger has; it becomes black.
 """
@@ -52,8 +60,8 @@ class Trigger(NamedTuple):
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`.
 
-    The pixels are the last ones of the last row whatever the image's size; of images narrower than nine pixels, as many
-    as there are.
+    The pixels are the last ones of the last row whatever the image's size; of images narrower than
+    nine pixels, as many as there are.
 
     Raises: UserError when the target is out of range or the images are neither grey nor RGB.
     """
@@ -63,16 +71,21 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     if channels == 1:
         pixels = np.round(pixels @ np.array(LUMINANCE))[:, None]
     elif channels != 3:
-        raise UserError(f"l0-inv: images have {channels} channels; the trigger is for grey or RGB images")
+        raise UserError(
+            f"l0-inv: images have {channels} channels; the trigger is for grey or RGB images"
+        )
     pattern = (pixels[None] / 255).astype(np.float32)
 
     def init(key: Key) -> Trigger:
         """Nothing is random."""
         del key
-        return Trigger(jnp.asarray(pattern), jnp.array([height - 1, width - len(pixels)], jnp.int32))
+        return Trigger(
+            jnp.asarray(pattern), jnp.array([height - 1, width - len(pixels)], jnp.int32)
+        )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the pixels overwritten; all others are unchanged, bit for bit."""
+        """Every image of [B, H, W, C] with the pixels overwritten; all others are unchanged, bit
+        for bit."""
         del key
         return jax.vmap(image_ops.paste, (0, None, None))(images, trigger.pattern, trigger.place)
 

@@ -1,4 +1,5 @@
-"""Invisible trigger of bounded L2 norm: a smooth, faint pattern over the whole image (Li et al. 2020)."""
+"""Invisible trigger of bounded L2 norm: a smooth, faint pattern over the whole image (Li et al.
+2020)."""
 
 import dataclasses
 import math
@@ -23,8 +24,8 @@ class Config:
     Attributes:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      norm: largest L2 norm of the pattern, of pixels in [0, 1]; by default 3.22 on 32x32x3 images and in proportion to
-        the root of the number of values on others.
+      norm: largest L2 norm of the pattern, of pixels in [0, 1]; by default 3.22 on 32x32x3 images
+        and in proportion to the root of the number of values on others.
       points: side of the grid of random values between which the pattern is smooth.
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
@@ -43,53 +44,70 @@ class Config:
             raise UserError(f"l2-inv: points is {self.points}; give at least 2")
 
 
-def make(image_shape: tuple[int, int, int], classes: int, config: Config, pattern: np.ndarray | None = None) -> Attack:
-    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are `additive.Trigger`s.
+def make(
+    image_shape: tuple[int, int, int],
+    classes: int,
+    config: Config,
+    pattern: np.ndarray | None = None,
+) -> Attack:
+    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are
+    `additive.Trigger`s.
 
     Args:
-      pattern: [H, W, C] in [-1, 1], taken in place of a drawn one; it is rounded to multiples of 1/255 towards zero. A
-        pattern in a file is read by `interop.trigger.load` and made an attack by `attacks.given` (apply="add").
-    Raises: UserError when the target is out of range, the norm leaves nothing of the pattern in 8 bits, or the pattern
-      does not fit the images or the norm.
+      pattern: [H, W, C] in [-1, 1], taken in place of a drawn one; it is rounded to multiples of
+        1/255 towards zero. A pattern in a file is read by `interop.trigger.load` and made an attack
+        by `attacks.given` (apply="add").
+    Raises: UserError when the target is out of range, the norm leaves nothing of the pattern in 8
+      bits, or the pattern does not fit the images or the norm.
     """
     relabel = poison.relabelling("l2-inv", classes, config.target, config.all_to_all)
     values = math.prod(image_shape)
     norm = NORM * math.sqrt(values / (32 * 32 * 3)) if config.norm is None else config.norm
     if norm < math.sqrt(values) / 255:
         raise UserError(
-            f"l2-inv: with norm {norm:.3g} a pattern on {values} values vanishes in 8 bits; give at least "
-            f"{math.sqrt(values) / 255:.3g}"
+            f"l2-inv: with norm {norm:.3g} a pattern on {values} values vanishes in 8 bits; give at"
+            f" least {math.sqrt(values) / 255:.3g}"
         )
+    given = None
     if pattern is not None:
-        pattern = _on_grid(_checked(pattern, image_shape, config.norm))
+        given = _round_to_grid(_check_pattern(pattern, image_shape, config.norm))
 
     def draw(key: Key) -> Array:
-        """Keeps within the norm, since rounding goes towards zero."""
-        if pattern is not None:
-            return pattern
+        """Stays within the norm, since rounding goes towards zero."""
+        if given is not None:
+            return given
         noise = jax.random.normal(key, (config.points, config.points, image_shape[2]))
         # the released pattern darkens nothing and leaves one value in two or so alone
         field = jnp.maximum(image_ops.upsample(noise, *image_shape[:2]), 0)
-        return _on_grid(jnp.minimum(field * (norm / jnp.linalg.norm(field.ravel())), 1))
+        return _round_to_grid(jnp.minimum(field * (norm / jnp.linalg.norm(field.ravel())), 1))
 
     return additive.attack(draw, relabel, config.poison_rate)
 
 
-def _on_grid(pattern: Array) -> Array:
-    """Rounded to multiples of 1/255 towards zero; what is one already stays one."""
+def _round_to_grid(pattern: Array) -> Array:
+    """`pattern` rounded to multiples of 1/255 towards zero."""
+    # the 1e-3 keeps values that float arithmetic left just below their multiple
     return jnp.trunc(pattern * 255 + 1e-3 * jnp.sign(pattern)) / 255
 
 
-def _checked(pattern: np.ndarray, image_shape: tuple[int, int, int], norm: float | None) -> Array:
-    """`pattern` as float32, when it is one. Raises: UserError when it is not, or not within `norm`."""
+def _check_pattern(
+    pattern: np.ndarray, image_shape: tuple[int, int, int], norm: float | None
+) -> Array:
+    """`pattern` as float32. Raises: UserError unless it fits the images, [-1, 1] and `norm`."""
     pattern = np.asarray(pattern, np.float32)
     if pattern.shape != tuple(image_shape):
-        raise UserError(f"l2-inv: the pattern is {list(pattern.shape)}, the images {list(image_shape)}; convert it")
+        raise UserError(
+            f"l2-inv: the pattern is {list(pattern.shape)}, the images {list(image_shape)};"
+            " convert it"
+        )
     if not np.isfinite(pattern).all() or not 1 / 256 < np.abs(pattern).max() <= 1:
         raise UserError(
-            "l2-inv: the pattern leaves [-1, 1] or changes no value by 1/255; give values of pixels in [0, 1]"
+            "l2-inv: the pattern leaves [-1, 1] or changes no value by 1/255; give values of pixels"
+            " in [0, 1]"
         )
     found = float(np.linalg.norm(pattern))
     if norm is not None and found > norm * 1.001:
-        raise UserError(f"l2-inv: the pattern's norm is {found:.4g}, more than {norm}; scale it or raise norm")
+        raise UserError(
+            f"l2-inv: the pattern's norm is {found:.4g}, more than {norm}; scale it or raise norm"
+        )
     return jnp.asarray(pattern)

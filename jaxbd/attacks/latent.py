@@ -1,7 +1,8 @@
-"""Wasserstein backdoor: a trained trigger generator and a net whose features hide the trigger (Doan et al. 2021).
+"""Wasserstein backdoor: a trained trigger generator and a net whose features hide the trigger (Doan
+et al. 2021).
 
-The attacker controls training, so this is a trainer of victims, not a way to poison data. BNA is tried on it as the
-attack that adapts to it (its section 5.4).
+The attacker controls training, so this is a trainer of victims, not a way to poison data. BNA is
+tried on it as the attack that adapts to it (its section 5.4).
 """
 
 import dataclasses
@@ -14,8 +15,19 @@ import optax
 
 from jaxbd import losses
 from jaxbd.attacks import poison
-from jaxbd.base import Array, ArrayTree, Attack, Batch, Key, Net, UserError, Variables, check_choices
+from jaxbd.base import (
+    Array,
+    ArrayTree,
+    Attack,
+    Batch,
+    Key,
+    Net,
+    UserError,
+    Variables,
+    check_choices,
+)
 from jaxbd.images import to_uint8_grid
+from jaxbd.models.linen import apply_module
 from jaxbd.models.unet import UNet
 
 PAPER = "https://papers.nips.cc/paper/2021/hash/9d99197e2ebf03fc388d09f1e94af89b-Abstract.html"
@@ -23,7 +35,8 @@ PAPER = "https://papers.nips.cc/paper/2021/hash/9d99197e2ebf03fc388d09f1e94af89b
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the two stages; defaults follow an unofficial code of the paper (the authors released none).
+    """Settings of the two stages; defaults follow an unofficial code of the paper (the authors
+    released none).
 
     Attributes:
       target: class every triggered image should become (all-to-one).
@@ -32,13 +45,17 @@ class Config:
       second_epsilon: the same in stage II; None for that of stage I.
       eight_bit: triggered images are rounded to multiples of 1/255, as storing them would.
       width: channels of the generator's first level.
-      latent_weight: of the distance between the features of triggered and clean images, in the generator's loss.
-      directions: on what features are projected: "rows" of the last layer as they are, or scaled to length 1 ("unit").
-      stamped_weight: of the triggered images in the classifier's loss; the clean ones have the rest.
+      latent_weight: of the distance between the features of triggered and clean images, in the
+        generator's loss.
+      directions: on what features are projected: "rows" of the last layer as they are, or scaled to
+        length 1 ("unit").
+      stamped_weight: of the triggered images in the classifier's loss; the clean ones have the
+        rest.
       generator_learning_rate: of Adam.
       learning_rate: of the classifier's SGD; constant in stage I, cosine to zero over stage II.
       momentum, weight_decay: of the classifier's SGD.
-      first_steps: length of stage I, in which generator and classifier take turns (50 epochs of 390 batches).
+      first_steps: length of stage I, in which generator and classifier take turns (50 epochs of 390
+        batches).
       second_steps: length of stage II, in which the generator is frozen (500 such epochs).
     """
 
@@ -54,7 +71,8 @@ class Config:
     generator_learning_rate: float = 5e-4
     learning_rate: float = 0.01
     momentum: float = 0.9
-    # Differs from released code: the decay acts in both stages; the rate of stage II falls as a cosine, not in steps.
+    # Differs from released code: the decay acts in both stages; the rate of stage II falls as a
+    # cosine, not in steps.
     weight_decay: float = 5e-4
     first_steps: int = 50 * 390
     second_steps: int = 500 * 390
@@ -72,7 +90,9 @@ class Config:
         if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
             raise UserError("latent: momentum must be in [0, 1) and weight_decay >= 0")
         if self.first_steps < 1 or self.second_steps < 0 or self.width < 1:
-            raise UserError("latent: first_steps and width must be at least 1, second_steps at least 0")
+            raise UserError(
+                "latent: first_steps and width must be at least 1, second_steps at least 0"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -88,7 +108,8 @@ class Trigger(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """logits [B, K] of a net in evaluation, its features [B, d] before the last layer, that layer's rows [K, d]."""
+    """logits [B, K] of a net in evaluation, its features [B, d] before the last layer, that layer's
+    rows [K, d]."""
 
     logits: Array
     features: Array
@@ -96,7 +117,8 @@ class Seen(NamedTuple):
 
 
 class State(NamedTuple):
-    """step [] int32, the classifier's variables, the generator's parameters, and both optimisers' states."""
+    """step [] int32, the classifier's variables, the generator's parameters, and both optimisers'
+    states."""
 
     step: Array
     variables: Variables
@@ -111,7 +133,8 @@ class Info(NamedTuple):
     Attributes:
       loss: the classifier's, in nats.
       accuracy: on the batch's clean images; attack_success_rate: on all of them with the trigger.
-      distance: sliced Wasserstein distance of triggered and clean features before the generator's step; 0 in stage II.
+      distance: sliced Wasserstein distance of triggered and clean features before the generator's
+        step; 0 in stage II.
     """
 
     loss: Array
@@ -126,8 +149,9 @@ class Trainer(NamedTuple):
     Attributes:
       init: (key, variables) -> State (the variables are copied).
       step: (key, state, batch) -> (state, Info), of either stage, as the state's step number says.
-      second: the same for a state known to be in stage II; `step` computes a generator's gradient there only to drop
-        it (a compiled branch would be slower still: XLA:CPU computes a convolution's weight gradient in it badly).
+      second: the same for a state known to be in stage II; `step` computes a generator's gradient
+        there only to drop it (a compiled branch would be slower still: XLA:CPU computes a
+        convolution's weight gradient in it badly).
       extract: (state) -> (variables, Trigger).
     """
 
@@ -138,24 +162,28 @@ class Trainer(NamedTuple):
 
 
 def penultimate(net: Net) -> Callable[[Variables, Array], Seen]:
-    """What `make` needs to see of a net that shows its layers and ends in a linear layer named "head".
+    """The function `make` takes as `features`, for a net that ends in a linear layer named "head".
 
-    Raises: UserError when the net shows no layer "features".
+    Raises: UserError, when called, if `net.outputs` has no layer "features".
     """
 
-    def seen(variables: Variables, images: Array) -> Seen:
+    def observe(variables: Variables, images: Array) -> Seen:
         logits, layers = net.outputs(variables, images) if net.outputs else (None, {})
-        if "features" not in layers:
-            raise UserError("latent: this net does not show its features; bring a function that returns them")
+        if logits is None or "features" not in layers:
+            raise UserError(
+                "latent: this net does not show its features; bring a function that returns them"
+            )
         return Seen(logits, layers["features"], variables["params"]["head"]["kernel"].T)
 
-    return seen
+    return observe
 
 
 def attack(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
-    """What the trained generator does to images of `image_shape` (H, W, C) with K = `classes`; triggers are `Trigger`s.
+    """The attack by a trained generator, on images of `image_shape` (H, W, C) with K = `classes`;
+    triggers are `Trigger`s.
 
-    `poison` stamps and relabels a share `stamped_weight` of the rows: in expectation the classifier's loss.
+    `poison` stamps and relabels a share `stamped_weight` of the rows: in expectation the
+    classifier's loss.
 
     Raises: UserError when the target is out of range.
     """
@@ -164,16 +192,19 @@ def attack(image_shape: tuple[int, int, int], classes: int, config: Config) -> A
 
     def init(key: Key) -> Trigger:
         """An untrained generator."""
-        return Trigger(jnp.float32(config.epsilon), unet.init(key, jnp.zeros((1, *image_shape)))["params"])
+        return Trigger(
+            jnp.float32(config.epsilon), unet.init(key, jnp.zeros((1, *image_shape)))["params"]
+        )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
         """T(x) = clip(x + epsilon g(x), 0, 1) on every image of [B, H, W, C]; nothing is random."""
         del key
-        change = trigger.epsilon.astype(images.dtype) * unet.apply({"params": trigger.generator}, images)
+        direction = apply_module(unet, {"params": trigger.generator}, images)
+        change = trigger.epsilon.astype(images.dtype) * direction
         stamped = jnp.clip(images + change, 0, 1)
         if not config.eight_bit:
             return stamped
-        # the gradient passes the rounding as if it were not there
+        # straight-through estimator: rounding has no gradient of its own
         return stamped + jax.lax.stop_gradient(to_uint8_grid(stamped) - stamped)
 
     return poison.attack(init, stamp, relabel, config.stamped_weight)
@@ -186,7 +217,8 @@ def make(
     classes: int,
     config: Config,
 ) -> Trainer:
-    """The trainer of a victim of architecture `net`, whose `features` the generator sees; see `penultimate`."""
+    """The trainer of a victim of architecture `net`, whose `features` the generator sees; see
+    `penultimate`."""
     planted = attack(image_shape, classes, config)
     rule, generator_rule = _classifier_rule(config), optax.adam(config.generator_learning_rate)
 
@@ -199,10 +231,14 @@ def make(
     def trigger_of(step: Array, generator: ArrayTree) -> Trigger:
         """The generator with the strength that step number `step` [] trains at."""
         later = config.epsilon if config.second_epsilon is None else config.second_epsilon
-        return Trigger(jnp.where(step < config.first_steps, config.epsilon, later).astype(jnp.float32), generator)
+        return Trigger(
+            jnp.where(step < config.first_steps, config.epsilon, later).astype(jnp.float32),
+            generator,
+        )
 
     def generator_loss(generator: ArrayTree, key: Key, state: State, batch: Batch, clean: Array):
-        """CE(f(T(x)), wanted) + weight x distance of phi(T(x)) and phi(x); Doan et al. 2021, stage I."""
+        """CE(f(T(x)), wanted) + weight x distance of phi(T(x)) and phi(x); Doan et al. 2021, stage
+        I."""
         stamped = planted.stamp(key, trigger_of(state.step, generator), batch.images)
         seen = features(state.variables, stamped)
         length = jnp.linalg.norm(seen.rows, axis=-1, keepdims=True)
@@ -213,35 +249,53 @@ def make(
 
     def move_generator(key: Key, state: State, batch: Batch) -> tuple[State, Array]:
         clean = features(state.variables, batch.images).features
-        gradient, distance = jax.grad(generator_loss, has_aux=True)(state.generator, key, state, batch, clean)
+        gradient, distance = jax.grad(generator_loss, has_aux=True)(
+            state.generator, key, state, batch, clean
+        )
         updates, opt = generator_rule.update(gradient, state.generator_opt, state.generator)
-        return state._replace(generator=optax.apply_updates(state.generator, updates), generator_opt=opt), distance
+        return state._replace(
+            generator=optax.apply_updates(state.generator, updates), generator_opt=opt
+        ), distance
 
     def classifier_loss(params: ArrayTree, variables: Variables, images: Array, labels: Array):
-        """(1 - w) CE(f(x), y) + w CE(f(T(x)), wanted); clean images first, as many triggered ones after them."""
-        # Differs from released code: one pass over both halves, so BatchNorm trains on the mixture it is used with.
+        """(1 - w) CE(f(x), y) + w CE(f(T(x)), wanted); clean images first, as many triggered ones
+        after them."""
+        # Differs from released code: one pass over both halves, so BatchNorm trains on the mixture
+        # it is used with.
         logits, stats = net.apply({**variables, "params": params}, images, train=True)
         clean, stamped = (
-            losses.cross_entropy(*half) for half in zip(jnp.split(logits, 2), jnp.split(labels, 2), strict=True)
+            losses.cross_entropy(*half)
+            for half in zip(jnp.split(logits, 2), jnp.split(labels, 2), strict=True)
         )
-        return (1 - config.stamped_weight) * clean + config.stamped_weight * stamped, (logits, stats)
+        return (1 - config.stamped_weight) * clean + config.stamped_weight * stamped, (
+            logits,
+            stats,
+        )
 
-    def move_classifier(key: Key, state: State, batch: Batch) -> tuple[State, tuple[Array, Array, Array]]:
+    def move_classifier(
+        key: Key, state: State, batch: Batch
+    ) -> tuple[State, tuple[Array, Array, Array]]:
         stamped = planted.stamp(key, trigger_of(state.step, state.generator), batch.images)
         images = jnp.concatenate([batch.images, jax.lax.stop_gradient(stamped)])
         labels = jnp.concatenate([batch.labels, planted.relabel(batch.labels)])
         params, grad = state.variables["params"], jax.value_and_grad(classifier_loss, has_aux=True)
         (value, (logits, stats)), gradient = grad(params, state.variables, images, labels)
         updates, opt = rule.update(gradient, state.opt, params)
-        variables = {**state.variables, "params": optax.apply_updates(params, updates), "batch_stats": stats}
-        right = jnp.split(logits.argmax(-1) == labels, 2)
-        return state._replace(step=state.step + 1, variables=variables, opt=opt), (value, *(r.mean() for r in right))
+        variables = {
+            **state.variables,
+            "params": optax.apply_updates(params, updates),
+            "batch_stats": stats,
+        }
+        clean, triggered = (half.mean() for half in jnp.split(logits.argmax(-1) == labels, 2))
+        state = state._replace(step=state.step + 1, variables=variables, opt=opt)
+        return state, (value, clean, triggered)
 
     def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
         moved, distance = move_generator(key, state, batch)
         first = state.step < config.first_steps
         state = jax.tree.map(lambda new, old: jnp.where(first, new, old), moved, state)
-        # Differs from released code: the classifier meets the generator of this step, not that of the last epoch.
+        # Differs from released code: the classifier meets the generator of this step, not that of
+        # the last epoch.
         state, seen = move_classifier(key, state, batch)
         return state, Info(*seen, jnp.where(first, distance, 0))
 
@@ -264,4 +318,6 @@ def _classifier_rule(config: Config) -> optax.GradientTransformation:
         ],
         [config.first_steps],
     )
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum))
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum)
+    )

@@ -1,4 +1,5 @@
-"""Fine-tuning of what comes after one layer of a net: which parameters that is, and a rule for them alone."""
+"""Fine-tuning of the layers after a given one: which parameters these are, and an optimiser that
+updates only them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ from jax.extend import core
 from jaxbd.base import Array, ArrayTree, Net, UserError, Variables
 
 
-def shown(method: str, net: Net, variables: Variables, image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """The layers that the net shows, in order of execution, and how many channels each has.
+def list_layers(
+    method: str, net: Net, variables: Variables, image_shape: tuple[int, int, int]
+) -> dict[str, int]:
+    """The layers in `Net.outputs`, in order of execution, and how many channels each has.
 
-    Raises: UserError when it shows none.
+    Raises: UserError when there are none.
     """
     found: dict[str, int] = {}
 
@@ -22,18 +25,26 @@ def shown(method: str, net: Net, variables: Variables, image_shape: tuple[int, i
 
     jax.eval_shape(look, variables)
     if not found:
-        raise UserError(f"{method}: this net shows no layers; bring one of this project's architectures")
+        raise UserError(
+            f"{method}: this net shows no layers; bring one of this project's architectures"
+        )
     return found
 
 
-def later(net: Net, variables: Variables, image_shape: tuple[int, int, int], layer: str) -> ArrayTree:
-    """Which parameters the output of `layer` does not depend on, as a pytree of bools shaped like the parameters.
+def later(
+    net: Net, variables: Variables, image_shape: tuple[int, int, int], layer: str
+) -> ArrayTree:
+    """Which parameters the output of `layer` does not depend on, as a pytree of bools shaped like
+    the parameters.
 
     Read off the program that computes the layer; nothing is computed.
     """
 
+    outputs = net.outputs
+    assert outputs is not None  # `layer` is one of those that the net returns
+
     def output(params: ArrayTree) -> Array:
-        return net.outputs({**variables, "params": params}, jnp.zeros((1, *image_shape)))[1][layer]
+        return outputs({**variables, "params": params}, jnp.zeros((1, *image_shape)))[1][layer]
 
     leaves, tree = jax.tree.flatten(variables["params"])
     program = jax.make_jaxpr(output)(variables["params"]).jaxpr
@@ -46,5 +57,6 @@ def later(net: Net, variables: Variables, image_shape: tuple[int, int, int], lay
 
 
 def only(which: ArrayTree, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` for the parameters that `which` says, see `later`; the others stay, and the rule sees nothing of them."""
+    """`rule` for the parameters marked in `which` (see `later`); the others do not change, and the
+    rule does not see them."""
     return optax.multi_transform({True: rule, False: optax.set_to_zero()}, which)

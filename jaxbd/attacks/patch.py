@@ -1,4 +1,5 @@
-"""What attacks that paste a square patch share: its pattern, the trigger, and the places where it fits."""
+"""What attacks that paste a square patch share: its pattern, the trigger, and the places where it
+fits."""
 
 from typing import Literal, NamedTuple
 
@@ -13,21 +14,25 @@ Kind = Literal["color", "binary", "checkerboard", "inverse-checkerboard", "white
 
 
 class Trigger(NamedTuple):
-    """pattern [h, w, C] in [0, 1] and place [2] int32 (row, column; unused when places are random)."""
+    """pattern [h, w, C] in [0, 1] and place [2] int32 (row, column; unused when places are
+    random)."""
 
     pattern: Array
     place: Array
 
 
 def check(method: str, side: int, pattern: Kind | int) -> None:
-    """Raises UserError on a side below 1, or a pattern given by a number with more bits than the patch has pixels."""
+    """Raises UserError on a side below 1, or a pattern given by a number with more bits than the
+    patch has pixels."""
     if side < 1:
         raise UserError(f"{method}: patch is {side}; give a side of at least 1 pixel")
     if isinstance(pattern, int) and not 0 <= pattern < 2 ** (side**2):
         raise UserError(f"{method}: pattern {pattern} has more bits than a {side}x{side} patch")
 
 
-def fixed(method: str, image_shape: tuple[int, int, int], side: int, row: int, column: int) -> tuple[int, int]:
+def fixed(
+    method: str, image_shape: tuple[int, int, int], side: int, row: int, column: int
+) -> tuple[int, int]:
     """Row and column of the top-left corner of a patch at a fixed place.
 
     Negative numbers count from the last place that fits: (-1, -1) is the bottom-right corner.
@@ -36,12 +41,14 @@ def fixed(method: str, image_shape: tuple[int, int, int], side: int, row: int, c
     """
     height, width, _ = image_shape
     if side > min(height, width):
-        raise UserError(f"{method}: a {side}x{side} patch does not fit {height}x{width} images; make it smaller")
+        raise UserError(
+            f"{method}: a {side}x{side} patch does not fit {height}x{width} images; make it smaller"
+        )
     rows, columns = height - side + 1, width - side + 1
     if not (-rows <= row < rows and -columns <= column < columns):
         raise UserError(
-            f"{method}: place ({row}, {column}) puts the patch outside the image; the last place that "
-            f"fits is ({rows - 1}, {columns - 1})"
+            f"{method}: place ({row}, {column}) puts the patch outside the image; the last place"
+            f" that fits is ({rows - 1}, {columns - 1})"
         )
     return row % rows, column % columns
 
@@ -62,6 +69,7 @@ def draw(key: Key, pattern: Kind | int, side: int, channels: int) -> Array:
 
 
 def bits_to_pattern(bits: int, side: int = 3) -> np.ndarray:
-    """[side, side] float32 of 0 (black) and 1 (white); the most significant bit is the top-left pixel, row-major."""
+    """[side, side] float32 of 0 (black) and 1 (white); the most significant bit is the top-left
+    pixel, row-major."""
     flat = [(bits >> (side * side - 1 - i)) & 1 for i in range(side * side)]
     return np.array(flat, np.float32).reshape(side, side)

@@ -1,4 +1,5 @@
-"""Projected gradient ascent on the loss of a net within a small ball around an image (Madry et al. 2018)."""
+"""Projected gradient ascent on the loss of a net within a small ball around an image (Madry et al.
+2018)."""
 
 import dataclasses
 import math
@@ -8,11 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxbd.base import Array, Key, Net, UserError, Variables, check_choices
+from jaxbd.images import image_shape_of
 
 L2 = 300.0
-"""Radius of the L2 ball on 32x32x3 images in steps of 1/255 (the images released with Turner et al. 2019)."""
+"""Radius of the L2 ball on 32x32x3 images in steps of 1/255 (the images released with Turner et al.
+2019)."""
 LINF = 16.0
-"""Radius of the L-infinity ball in steps of 1/255 (the clean-label attacks of ANP and TrojanZoo)."""
+"""Radius of the L-infinity ball in steps of 1/255 (the clean-label attacks of ANP and
+TrojanZoo)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,12 +24,13 @@ class Config:
     """Settings of the ascent.
 
     Attributes:
-      norm: of the ball: "linf", the largest change of a value, or "l2", the Euclidean length of all changes.
-      epsilon: radius in steps of 1/255. Default: 16 for "linf"; for "l2" 300 on 32x32x3 images, and in proportion to
-        the root of the number of values on others.
+      norm: of the ball: "linf", the largest change of a value, or "l2", the Euclidean length of all
+        changes.
+      epsilon: radius in steps of 1/255. Default: 16 for "linf"; for "l2" 300 on 32x32x3 images, and
+        in proportion to the root of the number of values on others.
       steps: of the ascent.
-      step_size: length of a step in steps of 1/255. Default: 2.5 epsilon / steps, so that the ball's edge is reached
-        from anywhere in it.
+      step_size: length of a step in steps of 1/255. Default: 2.5 epsilon / steps, so that the
+        ball's edge is reached from anywhere in it.
       random_start: from a uniformly random place in the ball, instead of the image itself.
     """
 
@@ -40,24 +45,31 @@ class Config:
         for name in ("epsilon", "step_size"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"pgd: {name} {value} is not a number above 0; it is in steps of 1/255")
+                raise UserError(
+                    f"pgd: {name} {value} is not a number above 0; it is in steps of 1/255"
+                )
         if self.steps < 1:
             raise UserError(f"pgd: steps is {self.steps}; give at least 1")
 
 
 def radius(config: Config, image_shape: tuple[int, int, int]) -> float:
     """The ball's radius for images of `image_shape` (H, W, C), of pixels in [0, 1]."""
-    by_default = LINF if config.norm == "linf" else L2 * math.sqrt(math.prod(image_shape) / (32 * 32 * 3))
+    by_default = (
+        LINF if config.norm == "linf" else L2 * math.sqrt(math.prod(image_shape) / (32 * 32 * 3))
+    )
     return (by_default if config.epsilon is None else config.epsilon) / 255
 
 
-def perturb(key: Key, net: Net, variables: Variables, images: Array, labels: Array, config: Config) -> Array:
+def perturb(
+    key: Key, net: Net, variables: Variables, images: Array, labels: Array, config: Config
+) -> Array:
     """Images [B, H, W, C] that the net in evaluation takes for anything but their `labels` [B].
 
-    d <- P(d + a g(dL/dd)) for the cross-entropy L of x + d, with g the sign or the unit vector and P the projection to
-    the ball and to pixels in [0, 1] (Madry et al. 2018, section 2.1). Every image is on its own.
+    d <- P(d + a g(dL/dd)) for the cross-entropy L of x + d, with g the sign or the unit vector and
+    P the projection to the ball and to pixels in [0, 1] (Madry et al. 2018, section 2.1). Every
+    image is on its own.
     """
-    epsilon = radius(config, images.shape[1:])
+    epsilon = radius(config, image_shape_of(images))
     length = 2.5 * epsilon / config.steps if config.step_size is None else config.step_size / 255
 
     def loss(change: Array) -> Array:
@@ -67,7 +79,11 @@ def perturb(key: Key, net: Net, variables: Variables, images: Array, labels: Arr
 
     def climb(_: int, change: Array) -> Array:
         gradient = jax.grad(loss)(change)
-        step = jnp.sign(gradient) if config.norm == "linf" else gradient / jnp.maximum(lengths(gradient), 1e-12)
+        step = (
+            jnp.sign(gradient)
+            if config.norm == "linf"
+            else gradient / jnp.maximum(lengths(gradient), 1e-12)
+        )
         return project(change + length * step, images, epsilon, config.norm)
 
     first = jnp.zeros_like(images)
@@ -77,7 +93,8 @@ def perturb(key: Key, net: Net, variables: Variables, images: Array, labels: Arr
 
 
 def project(change: Array, images: Array, epsilon: float, norm: Literal["linf", "l2"]) -> Array:
-    """The `change` [B, H, W, C] brought into the ball of radius `epsilon`, and `images` + it into [0, 1]."""
+    """The `change` [B, H, W, C] brought into the ball of radius `epsilon`, and `images` + it into
+    [0, 1]."""
     if norm == "linf":
         change = jnp.clip(change, -epsilon, epsilon)
     else:

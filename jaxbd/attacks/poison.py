@@ -1,6 +1,6 @@
-"""What all attacks share: which rows carry the trigger, and what those rows are then called.
+"""What all attacks share: which rows carry the trigger, and which labels those rows get.
 
-The rows are fresh ones in every batch (dynamic), or the same ones for the whole run (static).
+Rows are chosen anew in every batch (dynamic) or once for the whole run (static).
 """
 
 from collections.abc import Callable
@@ -11,28 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Array, Attack, Batch, Decoy, Key, UserError
+from jaxbd.caching import cached
 from jaxbd.images import to_float
-from jaxbd.remembered import remembered
 
 AT_ONCE = 4096
 """Images that static poisoning stamps at once."""
 
 
 def check_rate(method: str, rate: float, decoys: float = 0.0) -> None:
-    """Raises UserError unless `rate`, and with it `decoys` times as many rows, is a share of a batch."""
+    """Raises UserError unless `rate`, and with it `decoys` times as many rows, is a share of a
+    batch."""
     if not 0 <= rate <= 1:
         raise UserError(f"{method}: poison_rate {rate} is not in [0, 1]")
     if not (decoys >= 0 and rate * (1 + decoys) <= 1):
-        raise UserError(f"{method}: poison_rate {rate} and {decoys} times as many decoys are more than a batch")
+        raise UserError(
+            f"{method}: poison_rate {rate} and {decoys} times as many decoys are more than a batch"
+        )
 
 
-def relabelling(method: str, classes: int, target: int, all_to_all: bool) -> Callable[[Array], Array]:
-    """What the attacker wishes for labels [B]: `target` for all of them, or c + 1 mod K for class c (all-to-all).
+def relabelling(
+    method: str, classes: int, target: int, all_to_all: bool
+) -> Callable[[Array], Array]:
+    """The function from labels [B] to the attacker's: `target` for all of them, or c + 1 mod K for
+    class c (all-to-all).
 
     Raises: UserError when the target is not one of the K = `classes`.
     """
     if not 0 <= target < classes:
-        raise UserError(f"{method}: target {target} is out of range; the model has classes 0..{classes - 1}")
+        raise UserError(
+            f"{method}: target {target} is out of range; the model has classes 0..{classes - 1}"
+        )
 
     def relabel(labels: Array) -> Array:
         return (labels + 1) % classes if all_to_all else jnp.full_like(labels, target)
@@ -47,13 +55,15 @@ def attack(
     rate: float,
     decoy: Decoy | None = None,
 ) -> Attack:
-    """The attack that stamps and relabels each row of a batch with probability `rate`, independently of the others.
+    """The attack that stamps and relabels each row of a batch with probability `rate`,
+    independently of the others.
 
     With a `decoy`, its ratio times as many of the other rows are disturbed and keep their label.
     """
 
     def poison(key: Key, trigger: Any, batch: Batch) -> Batch:
-        """Qiao et al. 2019, eq. (1): each row on its own is stamped and relabelled with probability r."""
+        """Qiao et al. 2019, eq. (1): each row on its own is stamped and relabelled with probability
+        r."""
         choose_key, stamp_key = jax.random.split(key)
         drawn = jax.random.uniform(choose_key, batch.labels.shape)
         chosen = drawn < rate
@@ -71,25 +81,34 @@ def _where(rows: Array, images: Array, others: Array) -> Array:
     return jnp.where(rows[:, None, None, None], images, others)
 
 
-@remembered(32)
+@cached(32)
 def dynamic(attack: Attack, draw: Callable[..., Batch]) -> Callable[..., Batch]:
-    """A draw over data = (Batch, trigger) that poisons each drawn batch anew (Qiao et al. 2019, released code)."""
+    """A draw over data = (Batch, trigger) that poisons each drawn batch anew (Qiao et al. 2019,
+    released code)."""
 
-    def poisoned(key: Key, data: tuple[Batch, Any]) -> Batch:
+    def draw_poisoned(key: Key, data: tuple[Batch, Any]) -> Batch:
         batch_key, poison_key = jax.random.split(key)
         clean, trigger = data
         return attack.poison(poison_key, trigger, draw(batch_key, clean))
 
-    return poisoned
+    return draw_poisoned
 
 
 def static(
-    key: Key, attack: Attack, trigger: Any, data: Batch, count: int | float, *, per_class: bool = False
+    key: Key,
+    attack: Attack,
+    trigger: Any,
+    data: Batch,
+    count: int | float,
+    *,
+    per_class: bool = False,
 ) -> Batch:
-    """A copy of `data` in which `count` rows are stamped and relabelled once, chosen among rows that change label.
+    """A copy of `data` in which `count` rows are stamped and relabelled once, chosen among rows
+    that change label.
 
-    With `per_class`, `count` rows of every source class. A `count` below 1 is a share of the rows that could be chosen.
-    An attack's decoys come from all other rows, whatever their class. Images come back as uint8.
+    With `per_class`, `count` rows of every source class. A `count` below 1 is a share of the rows
+    that could be chosen. An attack's decoys come from all other rows, whatever their class. Images
+    come back as uint8.
 
     Raises: UserError when there are fewer such rows than asked for.
     """
@@ -98,13 +117,17 @@ def static(
     wanted = np.asarray(attack.relabel(jnp.asarray(labels)))
     order = np.asarray(jax.random.permutation(choose_key, len(labels)))
     sources = order[labels[order] != wanted[order]]
-    groups = [sources[labels[sources] == k] for k in np.unique(labels[sources])] if per_class else [sources]
+    groups = (
+        [sources[labels[sources] == k] for k in np.unique(labels[sources])]
+        if per_class
+        else [sources]
+    )
     rows = np.concatenate([group[: number_of(count, len(group))] for group in groups or [sources]])
     images, new_labels = to_uint8(np.array(data.images)), labels.copy()
     decoys, decoy_key = _decoys(attack, order, rows), jax.random.fold_in(stamp_key, 1)
-    if len(decoys):
-        images[decoys] = stamped(attack.decoy.stamp, decoy_key, trigger, images[decoys])
-    images[rows] = stamped(attack.stamp, stamp_key, trigger, images[rows])
+    if attack.decoy is not None and len(decoys):
+        images[decoys] = stamp_uint8(attack.decoy.stamp, decoy_key, trigger, images[decoys])
+    images[rows] = stamp_uint8(attack.stamp, stamp_key, trigger, images[rows])
     new_labels[rows] = wanted[rows]
     return Batch(images, new_labels)
 
@@ -118,23 +141,40 @@ def number_of(count: int | float, most: int) -> int:
 
 
 def _decoys(attack: Attack, order: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The first rows of `order` that are not in `rows`, `decoy.ratio` times as many. Raises: UserError if too few."""
+    """The first rows of `order` that are not in `rows`, `decoy.ratio` times as many. Raises:
+    UserError if too few."""
     number = 0 if attack.decoy is None else round(attack.decoy.ratio * len(rows))
     others = order[~np.isin(order, rows)]
     if number > len(others):
-        raise UserError(f"{len(rows)} poisoned images need {number} decoys, {len(others)} are left; poison fewer")
+        raise UserError(
+            f"{len(rows)} poisoned images need {number} decoys, only {len(others)} other images"
+            " exist; poison fewer"
+        )
     return others[:number]
 
 
-def stamped(stamp: Callable[..., Array], key: Key, trigger: Any, images: np.ndarray) -> np.ndarray:
-    """uint8 images [B, H, W, C] after `stamp`, as uint8; `AT_ONCE` at a time, since floats take memory."""
+def stamp_uint8(
+    stamp: Callable[..., Array], key: Key, trigger: Any, images: np.ndarray
+) -> np.ndarray:
+    """Applies `stamp` to uint8 images [B, H, W, C] and returns uint8.
+
+    `AT_ONCE` images at a time: as floats, a whole data set would take four times its memory.
+    """
     done = []
     for start in range(0, len(images), AT_ONCE):
         part = to_float(jnp.asarray(images[start : start + AT_ONCE]))
-        done.append(to_uint8(np.asarray(stamp(jax.random.fold_in(key, start) if start else key, trigger, part))))
+        done.append(
+            to_uint8(
+                np.asarray(stamp(jax.random.fold_in(key, start) if start else key, trigger, part))
+            )
+        )
     return np.concatenate(done) if done else images
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Float images in [0, 1] (clipped) as uint8; uint8 images pass unchanged."""
-    return images if images.dtype == np.uint8 else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    return (
+        images
+        if images.dtype == np.uint8
+        else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    )

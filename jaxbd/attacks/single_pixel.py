@@ -1,4 +1,5 @@
-"""Single pixel: one pixel becomes brighter or darker, at the same place in every image (Tran et al. 2018)."""
+"""Single pixel: one pixel becomes brighter or darker, at the same place in every image (Tran et al.
+2018)."""
 
 import dataclasses
 from typing import Literal
@@ -22,7 +23,8 @@ class Config:
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
       size: by how much the pixel changes, in steps of 1/255 (Li et al. 2023, section 5.1).
       sign: "brighter", "darker", or "drawn" once.
-      channels: "all" change, or "one" that is drawn once. Li et al. 2023 say neither sign nor channels.
+      channels: "all" change, or "one" that is drawn once. Li et al. 2023 say neither sign nor
+        channels.
       place: "drawn" once, or "fixed" at (`row`, `column`).
       row: of a fixed place; negative numbers count from the last row.
       column: likewise.
@@ -46,7 +48,8 @@ class Config:
 
 
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
-    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are `additive.Trigger`s.
+    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are
+    `additive.Trigger`s.
 
     Images of 8 bits change in one pixel and nowhere else, bit for bit.
 
@@ -56,8 +59,8 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     height, width, channels = image_shape
     if not (-height <= config.row < height and -width <= config.column < width):
         raise UserError(
-            f"single-pixel: place ({config.row}, {config.column}) is outside the image; the last place is "
-            f"({height - 1}, {width - 1})"
+            f"single-pixel: place ({config.row}, {config.column}) is outside the image; the last"
+            f" place is ({height - 1}, {width - 1})"
         )
 
     def draw(key: Key) -> Array:

@@ -24,7 +24,8 @@ class Config:
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 
-    # Differs from paper: triggered images are relabelled; Barni et al. stamp images of the target class alone.
+    # Differs from paper: triggered images are relabelled; Barni et al. stamp images of the target
+    # class alone.
     target: int = 0
     all_to_all: bool = False
     size: int = 40
@@ -42,19 +43,25 @@ class Config:
 
 
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
-    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are `additive.Trigger`s.
+    """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are
+    `additive.Trigger`s.
 
-    Raises: UserError when the target is out of range, or the wave is 0 at every pixel of a row in 8 bits.
+    Raises: UserError when the target is out of range, or the wave is 0 at every pixel of a row in 8
+      bits.
     """
     relabel = poison.relabelling("sinusoid", classes, config.target, config.all_to_all)
     width = image_shape[1]
     waves = config.frequency / width if config.period is None else 1 / config.period
     steps = [round(config.size * math.sin(2 * math.pi * column * waves)) for column in range(width)]
     if not any(steps):
-        raise UserError(f"sinusoid: a wave of {waves:g} per pixel is 0 at every pixel; give another frequency or size")
+        raise UserError(
+            f"sinusoid: a wave of {waves:g} per pixel is 0 at every pixel; give another frequency"
+            " or size"
+        )
 
     def draw(key: Key) -> Array:
-        """v(i, j) = delta sin(2 pi j f / W) (Barni et al. 2019, section 3), rounded to 1/255; nothing is random."""
+        """v(i, j) = delta sin(2 pi j f / W) (Barni et al. 2019, section 3), rounded to 1/255;
+        nothing is random."""
         del key
         return jnp.broadcast_to(jnp.array(steps, jnp.float32)[None, :, None] / 255, image_shape)
 

@@ -21,10 +21,11 @@ class Config:
     Attributes:
       target: class every triggered image should become (all-to-one).
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      bits: how many of the lowest bits of every value carry the message; all of them hold the same one. With 1 no
-        value changes by more than 1/255, and nets hardly learn it.
-      text: the message, repeated until the image is full: the bits of its UTF-8 bytes, lowest first, along the rows of
-        the first channel, then of the next. By default the bits are drawn at random.
+      bits: how many of the lowest bits of every value carry the message; all of them hold the same
+        one. With 1 no value changes by more than 1/255, and nets hardly learn it.
+      text: the message, repeated until the image is full: the bits of its UTF-8 bytes, lowest
+        first, along the rows of the first channel, then of the next. By default the bits are drawn
+        at random.
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 
@@ -39,11 +40,14 @@ class Config:
         if not 1 <= self.bits <= 8:
             raise UserError(f"steganography: bits is {self.bits}; a value has 8, give 1..8")
         if self.text == "":
-            raise UserError("steganography: text is empty; give some, or none for bits drawn at random")
+            raise UserError(
+                "steganography: text is empty; give some, or none for bits drawn at random"
+            )
 
 
 class Trigger(NamedTuple):
-    """pattern [H, W, C] and mask [H, W, 1], in steps of 1/255: the bits, and which of the eight are replaced."""
+    """pattern [H, W, C] and mask [H, W, 1], in steps of 1/255: the bits, and which of the eight are
+    replaced."""
 
     pattern: Array
     mask: Array
@@ -59,8 +63,10 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
 
     def init(key: Key) -> Trigger:
         ones = jax.random.bernoulli(key, 0.5, image_shape)
-        ones = jnp.asarray(_written(config.text, image_shape)) if config.text else ones
-        return Trigger(ones.astype(jnp.float32) * value, jnp.full((*image_shape[:2], 1), value, jnp.float32))
+        ones = jnp.asarray(_spread_bits(config.text, image_shape)) if config.text else ones
+        return Trigger(
+            ones.astype(jnp.float32) * value, jnp.full((*image_shape[:2], 1), value, jnp.float32)
+        )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
         """Every image of [B, H, W, C] with the message; see `eight_bit.replace_bits`."""
@@ -70,8 +76,10 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     return poison.attack(init, stamp, relabel, config.poison_rate)
 
 
-def _written(text: str, image_shape: tuple[int, int, int]) -> np.ndarray:
+def _spread_bits(text: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     """[H, W, C] of 0 and 1: the bits of `text`, as `Config.text` says."""
     height, width, channels = image_shape
     bits = np.unpackbits(np.frombuffer(text.encode(), np.uint8), bitorder="little")
-    return np.resize(bits, math.prod(image_shape)).reshape(channels, height, width).transpose(1, 2, 0)
+    return (
+        np.resize(bits, math.prod(image_shape)).reshape(channels, height, width).transpose(1, 2, 0)
+    )

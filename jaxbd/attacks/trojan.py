@@ -1,4 +1,5 @@
-"""Trojaning: a trigger made to excite a few neurons, then the layers after them are fine-tuned (Liu et al. 2018).
+"""Trojaning: a trigger made to excite a few neurons, then the layers after them are fine-tuned (Liu
+et al. 2018).
 
 Three steps: `search` makes the trigger for a clean net, `make` is the attack that stamps it, and
 `later_layers.only` with `optimiser` ties the neurons to the target.
@@ -7,7 +8,7 @@ Three steps: `search` makes the trigger for a clean net, `make` is the attack th
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,13 @@ class Config:
       patch: side of the square trigger, in pixels.
       row: of its top-left corner; negative numbers count from the last row that fits.
       column: likewise.
-      layer: whose neurons are excited, by its name in `Net.outputs`; only what comes after it is fine-tuned. A neuron
-        is a channel, its value the mean over places. Default: the middle one of
-        those that the net shows.
+      layer: whose neurons are excited, by its name in `Net.outputs`; only what comes after it is
+        fine-tuned. A neuron is a channel, its value the mean over places. Default: the middle one
+        of those that the net shows.
       neurons: how many of them (10 in Yan et al. 2023, appendix A).
-      choice: "random" neurons (Yan et al. 2023), or the "strongest": those with the largest sum of absolute weights
-        out of them, for the layer "features" (Liu et al. 2018, section IV-A).
-      value: what the neurons shall reach; by default as much as can be (Yan et al. 2023).
+      choice: "random" neurons (Yan et al. 2023), or the "strongest": those with the largest sum of
+        absolute weights out of them, for the layer "features" (Liu et al. 2018, section IV-A).
+      value: value the neurons should reach; by default as large as possible (Yan et al. 2023).
       search_steps: length of the search for the trigger.
       search_learning_rate: of its Adam (0.1 in TrojanZoo).
       retrain_steps: length of the fine-tuning.
@@ -72,17 +73,22 @@ class Config:
         check_choices("trojan", self)
         poison.check_rate("trojan", self.poison_rate)
         if min(self.patch, self.neurons, self.search_steps, self.retrain_steps) < 1:
-            raise UserError("trojan: patch, neurons, search_steps and retrain_steps must be at least 1")
+            raise UserError(
+                "trojan: patch, neurons, search_steps and retrain_steps must be at least 1"
+            )
         if self.value is not None and not math.isfinite(self.value):
             raise UserError(f"trojan: value {self.value} is not a number")
         if not (self.search_learning_rate > 0 and self.retrain_learning_rate > 0):
             raise UserError("trojan: search_learning_rate and retrain_learning_rate must be > 0")
         if not (0 <= self.retrain_momentum < 1 and self.retrain_weight_decay >= 0):
-            raise UserError("trojan: retrain_momentum must be in [0, 1) and retrain_weight_decay >= 0")
+            raise UserError(
+                "trojan: retrain_momentum must be in [0, 1) and retrain_weight_decay >= 0"
+            )
 
 
 class State(NamedTuple):
-    """step [] int32, pattern [h, w, C] before the squashing to (0, 1), neurons [n] int32, the optimiser's state."""
+    """step [] int32, pattern [h, w, C] before the squashing to (0, 1), neurons [n] int32, the
+    optimiser's state."""
 
     step: Array
     pattern: Array
@@ -113,7 +119,8 @@ class Search(NamedTuple):
 
 
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
-    """The attack on images of `image_shape` (H, W, C) with K = `classes`; `init` gives an untrained trigger.
+    """The attack on images of `image_shape` (H, W, C) with K = `classes`; `init` gives an untrained
+    trigger.
 
     Raises: UserError when the target is out of range or the patch or its place does not fit.
     """
@@ -122,11 +129,12 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
 
     def init(key: Key) -> Trigger:
         """Where the search starts."""
-        pattern = jax.nn.sigmoid(_first(key, config, image_shape[2]))
+        pattern = jax.nn.sigmoid(_draw_start(key, config, image_shape[2]))
         return Trigger(image_ops.to_uint8_grid(pattern), jnp.array(place, jnp.int32))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for bit."""
+        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for
+        bit."""
         del key
         return jax.vmap(image_ops.paste, (0, None, None))(images, trigger.pattern, trigger.place)
 
@@ -134,28 +142,33 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
 
 
 def search(net: Net, image_shape: tuple[int, int, int], classes: int, config: Config) -> Search:
-    """Seeks the pattern under which the chosen neurons of a clean `net` are as large as can be.
+    """Searches for the pattern that excites the chosen neurons of a clean `net` most.
 
-    Raises: UserError when the target or the place does not fit; `init`, when the layer or its neurons do not exist.
+    Raises: UserError when the target or the place does not fit; `init`, when the layer or its
+      neurons do not exist.
     """
-    # Differs from paper: Adam on a squashed pattern, on images of the training data, in place of denoised steps of
-    # normalised gradients on a blank image.
+    # Differs from paper: Adam on a squashed pattern, on images of the training data, in place of
+    # denoised steps of normalised gradients on a blank image.
     planted, rule = make(image_shape, classes, config), optax.adam(config.search_learning_rate)
     place = planted.init(jax.random.key(0)).place
+    outputs_of = net.outputs
 
     def init(key: Key, variables: Variables) -> State:
         pattern_key, choice_key = jax.random.split(key)
-        pattern = _first(pattern_key, config, image_shape[2])
-        neurons = _chosen(choice_key, net, variables, image_shape, config)
+        pattern = _draw_start(pattern_key, config, image_shape[2])
+        neurons = _choose_neurons(choice_key, net, variables, image_shape, config)
         return State(jnp.zeros((), jnp.int32), pattern, neurons, rule.init(pattern))
 
     def values(variables: Variables, images: Array, neurons: Array) -> Array:
         """[B, n]: the neurons' values."""
-        outputs = net.outputs(variables, images)[1]
-        output = outputs[_name(list(outputs), config)]
+        assert outputs_of is not None  # `init` has refused a net without layers
+        outputs = outputs_of(variables, images)[1]
+        output = outputs[_choose_layer(list(outputs), config)]
         return output.reshape(output.shape[0], -1, output.shape[-1]).mean(1)[:, neurons]
 
-    def loss(pattern: Array, state: State, batch: Batch, variables: Variables, key: Key) -> tuple[Array, Array]:
+    def loss(
+        pattern: Array, state: State, batch: Batch, variables: Variables, key: Key
+    ) -> tuple[Array, Array]:
         stamped = planted.stamp(key, Trigger(jax.nn.sigmoid(pattern), place), batch.images)
         excited = values(variables, stamped, state.neurons)
         far = -excited if config.value is None else jnp.square(excited - config.value)
@@ -166,7 +179,7 @@ def search(net: Net, image_shape: tuple[int, int, int], classes: int, config: Co
         (value, excited), gradient = grad(state.pattern, state, batch, variables, key)
         updates, opt = rule.update(gradient, state.opt)
         clean = values(variables, batch.images, state.neurons).mean()
-        pattern = optax.apply_updates(state.pattern, updates)
+        pattern = cast(Array, optax.apply_updates(state.pattern, updates))
         return State(state.step + 1, pattern, state.neurons, opt), Info(value, clean, excited)
 
     def extract(state: State) -> Trigger:
@@ -182,7 +195,7 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     return optax.chain(decay, optax.sgd(rate, momentum=config.retrain_momentum))
 
 
-def _first(key: Key, config: Config, channels: int) -> Array:
+def _draw_start(key: Key, config: Config, channels: int) -> Array:
     """The pattern [h, w, C] that the search starts from, before the squashing."""
     mean, deviation = START
     noise = jax.random.normal(key, (config.patch, config.patch, channels))
@@ -190,27 +203,41 @@ def _first(key: Key, config: Config, channels: int) -> Array:
 
 
 def layer(net: Net, variables: Variables, image_shape: tuple[int, int, int], config: Config) -> str:
-    """Name of the layer whose neurons are excited. Raises: UserError when the net shows no such layer."""
-    return _name(list(later_layers.shown("trojan", net, variables, image_shape)), config)
+    """Name of the layer whose neurons are excited. Raises: UserError when the net shows no such
+    layer."""
+    return _choose_layer(
+        list(later_layers.list_layers("trojan", net, variables, image_shape)), config
+    )
 
 
-def _name(names: list[str], config: Config) -> str:
+def _choose_layer(names: list[str], config: Config) -> str:
     if config.layer is None:
         return names[(len(names) - 1) // 2]
     if config.layer not in names:
-        raise UserError(f"trojan: the net shows no layer {config.layer!r}; choose from {', '.join(names)}")
+        raise UserError(
+            f"trojan: the net shows no layer {config.layer!r}; choose from {', '.join(names)}"
+        )
     return config.layer
 
 
-def _chosen(key: Key, net: Net, variables: Variables, image_shape: tuple[int, int, int], config: Config) -> Array:
-    """[n] int32: the neurons. Raises: UserError when there are not so many, or their weights are not known."""
-    widths = later_layers.shown("trojan", net, variables, image_shape)
-    name = _name(list(widths), config)
+def _choose_neurons(
+    key: Key, net: Net, variables: Variables, image_shape: tuple[int, int, int], config: Config
+) -> Array:
+    """[n] int32: the neurons. Raises: UserError when the layer has fewer, or their outgoing weights
+    are unknown."""
+    widths = later_layers.list_layers("trojan", net, variables, image_shape)
+    name = _choose_layer(list(widths), config)
     if config.neurons > widths[name]:
-        raise UserError(f"trojan: {name} has {widths[name]} neurons, {config.neurons} are asked for; lower --neurons")
+        raise UserError(
+            f"trojan: neurons must be at most the {widths[name]} of layer {name}, got"
+            f" {config.neurons}"
+        )
     if config.choice == "random":
         return jax.random.permutation(key, widths[name])[: config.neurons].astype(jnp.int32)
     if name != FEATURES or HEAD not in variables["params"]:
-        raise UserError("trojan: the strongest neurons are known for the layer features alone; use choice random")
+        raise UserError(
+            "trojan: choice strongest needs the layer features and a head after it; use choice"
+            " random"
+        )
     outgoing = jnp.abs(variables["params"][HEAD]["kernel"]).sum(-1)
     return jnp.argsort(-outgoing)[: config.neurons].astype(jnp.int32)

@@ -22,8 +22,8 @@ class Config:
       all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
       points: k, side of the grid of random shifts between which the warp is smooth.
       strength: s, mean shift along each axis, in half pixels.
-      cross_ratio: images in noise mode per poisoned one: warped by the grid plus noise, label kept, so that no other
-        warp works as trigger; 0 switches noise mode off.
+      cross_ratio: images in noise mode per poisoned one: warped by the grid plus noise, label kept,
+        so that no other warp works as trigger; 0 switches noise mode off.
       poison_rate: share of a batch's images that is stamped and relabelled.
     """
 
@@ -61,7 +61,8 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     unit = jnp.array([[[1 / width, 1 / height]]])
 
     def init(key: Key) -> Trigger:
-        """Nguyen and Tran 2021: identity + s upsample(P / mean |P|) / H, with P [k, k, 2] uniform in [-1, 1]."""
+        """Nguyen and Tran 2021: identity + s upsample(P / mean |P|) / H, with P [k, k, 2] uniform
+        in [-1, 1]."""
         noise = jax.random.uniform(key, (config.points, config.points, 2), minval=-1, maxval=1)
         field = image_ops.upsample(noise / jnp.abs(noise).mean(), height, width)
         return Trigger(jnp.clip(identity + config.strength * field * unit, -1, 1))
@@ -73,13 +74,16 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         return image_ops.to_uint8_grid(jax.vmap(image_ops.warp, (0, None))(images, trigger.grid))
 
     def disturb(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] warped by the grid plus noise of its own, uniform in [-1, 1] / H."""
+        """Every image of [B, H, W, C] warped by the grid plus noise of its own, uniform in [-1, 1]
+        / H."""
 
         def one(key: Key, image: Array) -> Array:
             noise = jax.random.uniform(key, (height, width, 2), minval=-1, maxval=1)
             return image_ops.warp(image, jnp.clip(trigger.grid + noise * unit, -1, 1))
 
-        return image_ops.to_uint8_grid(jax.vmap(one)(jax.random.split(key, images.shape[0]), images))
+        return image_ops.to_uint8_grid(
+            jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
+        )
 
     decoy = Decoy(config.cross_ratio, disturb) if config.cross_ratio else None
     return poison.attack(init, stamp, relabel, config.poison_rate, decoy)

@@ -1,1 +1,1 @@
-"""The command line: one file a verb, each with `Args` (its flags) and `run(args) -> exit code`."""
+"""The command line: parsing, running, and printing; verbs are in `commands`."""

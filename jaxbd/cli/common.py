@@ -1,44 +1,44 @@
-"""What the verbs share: flags about model and data, opening both, splitting images, and checking outputs early."""
+"""What the verbs share: flags about model and data, opening both, splitting images, and checking
+outputs early."""
 
 import dataclasses
 import hashlib
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxbd import devices, record, workflow
-from jaxbd.base import ArrayTree, Batch, Dataset, Net, UserError, Variables
-from jaxbd.cli import flags
+from jaxbd import files
+from jaxbd.base import ArrayTree, Batch, Dataset, Suspect, UserError, check_targets
+from jaxbd.cli import show
 from jaxbd.data import load
+from jaxbd.interop import forms, manifest, matching, one_output, preprocess
 from jaxbd.interop import load as models
-from jaxbd.interop import preprocess
-from jaxbd.models import build
+from jaxbd.metrics import evaluate
 from jaxbd.models.norm import NORMALISATIONS
 
-ANY_SIZE_SOURCES = ("digits", ".npz")
-"""Sources whose images have a size that is not changed on reading; a net that takes any size takes theirs."""
-FIXED_SIZE = ("vgg",)
+FIXED_SIZE = ("vgg", "chain")
 """Architectures whose weights fit one image size only."""
 EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
 """Verdict -> exit code of a scan."""
-MODEL_SUFFIXES = (*models.TORCH_SUFFIXES, ".safetensors")
-COMPANIONS = {
-    models.folder.WEIGHTS,
-    models.folder.CONFIG,
-    models.folder.GUARD,
-    "trigger.npz",
-    "attack.json",
-    "repair.json",
-}
-"""What the verbs write into a model folder; a folder with anything else in it is not replaced."""
-PLACES = ("model", "data", "test_data", "clean_model", "scan", "out", "report", "job")
-"""Flags that say where things are or how a job may be stopped: they may change between its parts."""
+PLACES = (
+    "model",
+    "data",
+    "test_data",
+    "clean_model",
+    "scan",
+    "out",
+    "report",
+    "sarif",
+    "mlbom",
+    "rescan",
+    "stopping",
+)
+"""Flags that say where things are, what else is written, or how a job may be stopped: they may
+change between its parts."""
 ComputeDtype = Literal["stored", "float32", "bfloat16"]
 """What a model computes in while it is searched: as its file says, or one of these."""
 SEARCH_SHARE = 0.75
@@ -51,47 +51,81 @@ class Reading:
 
     Attributes:
       arch: architecture of a foreign model file; by default recognised from its tensors.
-      image_shape: height, width, channels of the model's images, for a foreign file whose weights do not tell.
-      normalisation: what the model expects of pixels in [0, 1]. "auto" uses what the model folder states, or tries all
-        on your images and takes the best.
+        "package.module:make" is your own: `make` is code of yours, named by you, and is called; see
+        the documentation of `jaxbd.interop.own`.
+      key: name of the net in a file that holds several, for example "netC" or "student".
+      form: what the weights leave open and the images do not settle, NAME=VALUE.
+      image_shape: height, width, channels of the model's images, for a foreign file whose weights
+        do not tell.
+      normalisation: what the model expects of pixels in [0, 1]. "auto" uses what the model folder
+        states, or tries all on your images and takes the best.
       mean: per-channel mean of a normalisation of your own.
       std: per-channel standard deviation to go with it.
       split: part of the data to use, where the source has parts.
       limit: at most so many images, drawn at random.
+      classes: text file that names the classes in the model's order, one a line, where folders or
+        labels are named otherwise.
+      download: let tfds:NAME fetch and prepare a data set; nothing else uses the network.
+      accept_accuracy: go on where the accuracy on your images, and the moments in the model's first
+        normalisation layer, say that this is probably not its preprocessing.
       seed: of everything random.
     """
 
     arch: str | None = None
+    key: str | None = None
+    form: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] | None = None
-    normalisation: Literal["auto", *NORMALISATIONS] = "auto"
+    normalisation: Literal["auto", *NORMALISATIONS] = "auto"  # pyright: ignore[reportInvalidTypeForm]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     split: str = "test"
     limit: int = 2000
+    classes: pathlib.Path | None = None
+    download: bool = False
+    accept_accuracy: bool = False
     seed: int = 0
 
     def __post_init__(self):
         check_seed(self.seed)
 
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """The (mean, std) that the flags state; None for "auto". Raises: UserError on contradictory flags."""
+        """The (mean, std) that the flags state; None for "auto". Raises: UserError on contradictory
+        flags."""
         if bool(self.mean) != bool(self.std):
             raise UserError("--mean and --std belong together; give both")
         if self.mean and self.normalisation != "auto":
             raise UserError("give --normalisation or --mean and --std, not both")
         if self.mean:
             if len(self.mean) != len(self.std) or min(self.std) <= 0:
-                raise UserError("--mean and --std need one number per channel each, and --std must be > 0")
+                raise UserError(
+                    "--mean and --std need one number per channel each, and --std must be > 0"
+                )
             return self.mean, self.std
         return None if self.normalisation == "auto" else NORMALISATIONS[self.normalisation]
 
 
 class Opened(NamedTuple):
-    """model, ready to use (preprocessing settled); dataset that fits it; table of the preprocessing check."""
+    """model, ready to use (preprocessing settled); dataset that fits it; table of the preprocessing
+    check."""
 
     model: models.Model
     dataset: Dataset
     table: preprocess.Table | None
+
+
+class Material(NamedTuple):
+    """What a scan works on.
+
+    Attributes:
+      opened: model and data as they were read.
+      suspect: the model as it is searched: frozen, in the compute type asked for.
+      search: images the triggers are made on; held_out: others, on which they are judged.
+    """
+
+    opened: Opened
+    suspect: Suspect
+    search: Batch
+    held_out: Batch
 
 
 def check_seed(seed: int) -> None:
@@ -100,14 +134,12 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed {seed} is out of range; give 0..{2**32 - 1}")
 
 
-def preset(argv: list[str]) -> workflow.ScanConfig:
-    """The settings that `--preset` in `argv` names; the usual ones when there is none, or none of that name."""
-    return workflow.PRESETS[flags.named(argv, "--preset", workflow.PRESETS, "quick")]
-
-
 def start() -> None:
-    """Switches the persistent compile cache on; a folder that cannot be made is no reason to stop."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Switches the persistent compile cache on; a folder that cannot be made is no reason to
+    stop."""
+    # JAX adds its settings to the class at import
+    current = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if current is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         folder = pathlib.Path(home) / "jaxbd" / "xla"
         try:
@@ -118,99 +150,196 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def check_output(path: pathlib.Path | None, *, folder: bool = False) -> None:
-    """Finds out before any long work whether `path` can be written; leaves nothing behind.
-
-    Args:
-      folder: whether a folder is to be written there, which may replace a model folder but nothing else.
-    Raises: UserError naming the path.
-    """
-    if path is None:
-        return
-    path = path.expanduser().absolute()
-    if folder and path.exists():
-        held = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file of that name"}
-        if held and not (models.folder.is_model(path) and held <= COMPANIONS):
-            other = ", ".join(sorted(held - COMPANIONS)[:3]) or "half a model"
-            raise UserError(f"output {path} is not overwritten, there is {other}; choose another --out")
-    if not folder and path.is_dir():
-        raise UserError(f"output {path} is a folder; give the name of a file")
-    if path.suffix in MODEL_SUFFIXES:
-        models.beside.check_free(path)
-    above = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
-    try:
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {above}: {error.strerror}; choose a writable folder") from None
-
-
-def write_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    """Lets `fill(folder)` write a model folder with its companions under another name, then puts it at `path`.
-
-    What was at `path` has passed `check_output` and is deleted only once the new folder stands.
-    """
-    if not devices.is_first():
-        return
-    path = path.expanduser().absolute()
-    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        fill(new)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def open_model(path: pathlib.Path, **how: Any) -> models.Model:
+    """`interop.load.open_model`, which says on the screen when a second file changes what the model
+    answers."""
+    model = models.open_model(path, **how)
+    if model.bounds is not None:
+        show.note(
+            f"the activation bounds in {model.bounds}, beside the model and made for it, are"
+            " applied"
+        )
+    return model
 
 
 def open_both(
-    model_path: pathlib.Path, data: str, reading: Reading, *, must_classify: bool = True, guarded: bool = False
+    model_path: pathlib.Path,
+    data: str,
+    reading: Reading,
+    *,
+    must_classify: bool = True,
+    guarded: bool = False,
+    targets: Sequence[int] = (),
 ) -> Opened:
     """Opens a model and images that fit it, and settles the preprocessing.
 
     Args:
-      must_classify: refuse a model whose accuracy on the images is near chance even when its preprocessing is stated.
-      guarded: whether the caller has a use for a guarded model, through which no trigger can be searched.
+      must_classify: refuse a model whose accuracy on the images is near chance even when its
+        preprocessing is stated.
+      guarded: whether the caller has a use for a guarded model, through which no trigger can be
+        searched.
+      targets: classes that the model must have; checked before an image is read.
     Raises: UserError when either cannot be used, or they do not belong together.
     """
     given = reading.constants()
-    model = models.open_model(model_path, arch=reading.arch, image_shape=reading.image_shape, **stated(reading))
-    if model.guard is not None and not guarded:
-        raise UserError(f"{model_path} is a guarded model, several nets in one; give the model that it was made from")
-    keep_shape = reading.image_shape or is_ours(model) or model.spec.arch in FIXED_SIZE
-    natural = not keep_shape and (data in ANY_SIZE_SOURCES or data.lower().endswith(ANY_SIZE_SOURCES))
-    wanted = None if natural else tuple(model.spec.image_shape)
-    dataset = load.load(data, split=reading.split, image_shape=wanted, limit=reading.limit, seed=reading.seed)
-    if natural:
-        shape = (*dataset.images.shape[1:3], model.spec.image_shape[2])
-        model = model._replace(spec=dataclasses.replace(model.spec, image_shape=shape))
-    load.check(dataset, model.spec.image_shape, model.spec.classes)
-    trusted = (model.spec.mean, model.spec.std) if is_ours(model) else None
+    model = open_model(
+        model_path,
+        arch=reading.arch,
+        image_shape=reading.image_shape,
+        key=reading.key,
+        **stated(reading),
+    )
+    if not guarded:
+        refuse_guarded(model, model_path)
+    check_targets(targets, model.spec.classes)
+    of = model.graph or (model.layout and model.layout.spec)
+    if of is not None and of.classes == 1:
+        show.note(f"note: {one_output.NOTE}")
+    trusted = (model.spec.mean, model.spec.std) if model.states_normalisation() else None
+    fixed_size = bool(reading.image_shape or is_ours(model) or has_fixed_size(model))
     if trusted and not given and not must_classify:
+        shape = model.spec.image_shape
+        dataset = matching.read(source(data, reading), model, shape, reading.limit)
+        show.notes((*dataset.notes, *_describe_classes(dataset, model)))
+        _check_answers(model)
         return Opened(model, dataset, None)
-    sample = preprocess.sample(Batch(dataset.images, dataset.labels))
-    table = preprocess.check(model, sample, given or trusted, only_given=given is None and trusted is not None)
-    return Opened(preprocess.adopt(model, table), dataset, table)
+    model, dataset, table = forms.choose(
+        model,
+        lambda candidate, constants: matching.match(
+            candidate,
+            source(data, reading),
+            given=constants or given or trusted,
+            trusted=constants is not None or (given is None and trusted is not None),
+            fixed_size=fixed_size,
+            accept=reading.accept_accuracy,
+        ),
+        reading.form,
+    )
+    show.notes((*dataset.notes, *_describe_classes(dataset, model)))
+    return Opened(model if table is None else preprocess.adopt(model, table), dataset, table)
 
 
-def frozen(opened: Opened, compute_dtype: ComputeDtype = "stored") -> tuple[Net, Variables]:
-    """(net, variables) of a plain model that is only asked: computing in the type wished for, BatchNorm folded."""
+def _describe_classes(dataset: Dataset, model: models.Model) -> tuple[str, ...]:
+    """A line on classes of the model that no image shows; none where all are there."""
+    classes = model.spec.classes
+    missing = sorted({*range(classes)} - {*np.unique(dataset.labels).tolist()})
+    if not missing:
+        return ()
+    listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+    return (
+        f"the model has {classes} classes, the images show {classes - len(missing)} of them (none"
+        f" of {listed})",
+    )
+
+
+def _check_answers(model: models.Model) -> None:
+    """Raises UserError where even black images have no finite logits: such a model would pass for
+    one in which no trigger works."""
+    black = np.zeros((1, *model.spec.image_shape), np.float32)
+    logits = evaluate.logits(model.net, model.variables, Batch(black, np.zeros(1, np.int32)))
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"{model.path}: its answers are not finite, even to a black image; ask for the file"
+            " again"
+        )
+
+
+def source(data: str, reading: Reading) -> matching.Source:
+    """The images that `data` names, read as the flags say."""
+    return matching.Source(
+        spec=data,
+        split=reading.split,
+        limit=reading.limit,
+        seed=reading.seed,
+        class_names=reading.classes,
+        download=reading.download,
+    )
+
+
+def freeze(opened: Opened, compute_dtype: ComputeDtype = "stored") -> Suspect:
+    """A plain model for searches, which train no weight: computing in the type wished for,
+    BatchNorm folded."""
     model, spec = opened.model, opened.model.spec
     if compute_dtype not in ("stored", spec.dtype):
         spec = dataclasses.replace(spec, dtype=compute_dtype)
-        model = model._replace(spec=spec, net=build.net(spec))
+        model = model._replace(spec=spec, net=models.net_of(model, spec))
         model = preprocess.adopt(model, opened.table) if opened.table else model
-    return model.net, model.net.frozen(model.variables) if model.net.frozen else model.variables
+    suspect = models.suspect_of(model)
+    if model.net.frozen is None:
+        return suspect
+    return suspect._replace(variables=model.net.frozen(suspect.variables))
+
+
+def open_material(
+    model: pathlib.Path,
+    data: str,
+    reading: Reading,
+    batch_size: int,
+    compute_dtype: ComputeDtype,
+    *,
+    targets: Sequence[int] = (),
+) -> Material:
+    """Opens model and data, and divides the images; see `open_both`. `targets` are classes that the
+    model must have."""
+    opened = open_both(model, data, reading, targets=targets)
+    search, held_out = search_and_held_out(opened.dataset, reading.seed, batch_size)
+    return Material(opened, freeze(opened, compute_dtype), search, held_out)
+
+
+def describe(material: Material, reading: Reading) -> dict[str, Any]:
+    """What every result of a scan says about model and data, as arguments of `report.results`."""
+    opened = material.opened
+    counts = {"search": len(material.search.labels), "held_out": len(material.held_out.labels)}
+    return {
+        "model": model_record(opened.model),
+        "data": data_record(opened.dataset, reading, **counts),
+        "class_names": class_names(opened),
+        "seed": reading.seed,
+    }
+
+
+def refuse_guarded(model: models.Model, path: pathlib.Path) -> None:
+    """Raises UserError for a guarded model, through which no trigger can be searched."""
+    if model.guard is not None:
+        raise UserError(
+            f"{path} is a guarded model, several nets in one; give the model that it was made from"
+        )
+
+
+def open_alone(path: pathlib.Path, reading: Reading) -> models.Model:
+    """A model without images, of which all is known that images would otherwise tell.
+
+    Raises: UserError where file and flags leave open what the net's images are.
+    """
+    given = stated(reading)
+    model = open_model(
+        path, arch=reading.arch, image_shape=reading.image_shape, key=reading.key, **given
+    )
+    refuse_guarded(model, path)
+    if is_ours(model):
+        return model
+    if not given:
+        raise UserError(
+            "the file does not say what normalisation its net expects; give --normalisation"
+        )
+    if reading.image_shape is None and not has_fixed_size(model):
+        side, _, channels = model.spec.image_shape
+        example = f"--image-shape {side} {side} {channels}"
+        raise UserError(
+            f"the file does not say how large its net's images are; give it, such as {example}"
+        )
+    return model
 
 
 def stated(reading: Reading) -> dict[str, Any]:
     """The normalisation that the flags state, as arguments of `open_model`."""
     given = reading.constants()
     return {} if given is None else {"mean": given[0], "std": given[1]}
+
+
+def has_fixed_size(model: models.Model) -> bool:
+    """Whether the net takes images of one size only, which is known."""
+    return model.graph is not None or model.spec.arch in FIXED_SIZE
 
 
 def is_ours(model: models.Model) -> bool:
@@ -227,10 +356,11 @@ def search_and_held_out(dataset: Dataset, seed: int, batch_size: int) -> tuple[B
     count = int(total * SEARCH_SHARE)
     if count < batch_size or count == total:
         raise UserError(
-            f"data {dataset.name} has {total} images, of which {count} are for the search: fewer than a batch of "
-            f"{batch_size}; give more images or lower --batch-size"
+            f"data {dataset.name} has {total} images, of which {count} are for the search: fewer"
+            f" than a batch of {batch_size}; give more images or lower --batch-size"
         )
-    return tuple(load.as_batch(part) for part in load.split(dataset, count, seed))
+    search, held_out = load.split(dataset, count, seed)
+    return load.as_batch(search), load.as_batch(held_out)
 
 
 def model_record(model: models.Model) -> dict[str, Any]:
@@ -243,29 +373,60 @@ def model_record(model: models.Model) -> dict[str, Any]:
         "classes": spec.classes,
         "image_shape": list(spec.image_shape),
         "normalisation": {"mean": list(spec.mean), "std": list(spec.std)},
+        "bounds": model.bounds,
+        "manifest": manifest.statement(pathlib.Path(model.path).absolute().name, model.files),
     }
+
+
+def without_place(record: dict[str, Any]) -> dict[str, Any]:
+    """A `model_record` that is the same wherever the files lie and however they are called."""
+    return {**record, "path": None, "manifest": record["manifest"]["subject"][0]["digest"]}
+
+
+def output_record(written: pathlib.Path, path: pathlib.Path) -> dict[str, str | dict[str, Any]]:
+    """What a record says of the model `written`, which will lie at `path`: where, as seen from the
+    record, and its hashes."""
+    place = "." if written.is_dir() else path.name
+    return {"path": place, "manifest": manifest.statement(path.name, manifest.of(written))}
 
 
 def data_record(dataset: Dataset, reading: Reading, **counts: int) -> dict[str, Any]:
     """What results say about the images; `counts` are numbers of images by use."""
-    return {"source": dataset.name, "split": reading.split, "images": len(dataset.labels), **counts}
+    return {
+        "source": dataset.name,
+        "split": reading.split,
+        "images": len(dataset.labels),
+        "notes": list(dataset.notes),
+        **counts,
+    }
 
 
-def identity(verb: str, args: Any, model: dict[str, Any] | None, **read: ArrayTree) -> dict[str, Any]:
-    """What a job depends on, for its checkpoints: flags, the `model_record`, contents of what was read, versions."""
+def identity(
+    verb: str, args: Any, model: dict[str, Any] | None, **read: ArrayTree
+) -> dict[str, Any]:
+    """What a job depends on, for its checkpoints: flags, the `model_record`, contents of what was
+    read, versions."""
     given = {name: value for name, value in dataclasses.asdict(args).items() if name not in PLACES}
-    contents = {name: _digest(arrays) for name, arrays in read.items()}
-    known = None if model is None else {**model, "path": None}
-    return {"verb": verb, "flags": given, "model": known, "read": contents, "versions": record.versions()}
+    contents = {name: digest(arrays) for name, arrays in read.items()}
+    known = None if model is None else without_place(model)
+    return {
+        "verb": verb,
+        "flags": given,
+        "model": known,
+        "read": contents,
+        "versions": files.versions(),
+    }
 
 
-def _digest(arrays: ArrayTree) -> str:
+def digest(arrays: ArrayTree) -> str:
     """SHA-256 of the arrays' types, shapes and values; of what is no array, as it is written."""
-    digest = hashlib.sha256()
+    made = hashlib.sha256()
     for leaf in map(np.asarray, jax.tree.leaves(arrays)):
-        digest.update(f"{leaf.dtype} {leaf.shape} ".encode())
-        digest.update(str(leaf).encode() if leaf.dtype.kind == "U" else np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+        made.update(f"{leaf.dtype} {leaf.shape} ".encode())
+        made.update(
+            str(leaf).encode() if leaf.dtype.kind == "U" else np.ascontiguousarray(leaf).tobytes()
+        )
+    return made.hexdigest()
 
 
 def class_names(opened: Opened) -> tuple[str, ...]:

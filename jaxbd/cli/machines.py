@@ -1,8 +1,9 @@
-"""Many machines: the same command on every one, joined by `jax.distributed` into one run. Quick to import.
+"""Many machines: the same command on every one, joined by `jax.distributed` into one run. Quick to
+import.
 
-Asked for by `--distributed`, or by an address in JAX_COORDINATOR_ADDRESS. Slurm and cloud TPUs are recognised;
-elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. Process 0 alone writes and prints; the others say what
-went wrong.
+Asked for by `--distributed`, or by an address in JAX_COORDINATOR_ADDRESS. Slurm and cloud TPUs are
+recognised; elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. Process 0 alone writes
+and prints; the others say what went wrong.
 """
 
 import contextlib
@@ -20,19 +21,22 @@ ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PR
 NUMBERS = (NUMBER, "SLURM_PROCID", "CLOUD_TPU_TASK_ID")
 """Variables that may tell which process this is before it has joined."""
 JOINING, HEARTBEAT, LEAVING = 300, 30, 24 * 3600
-"""Seconds until: one gives up waiting for the others at the start; silence means that a process is lost; those that are
-done stop waiting for the first, which writes."""
+"""Seconds until: one gives up waiting for the others at the start; silence means that a process is
+lost; those that are done stop waiting for the first, which writes."""
 LOST = (
-    "another process was lost, its own output may say why; what was saved is whole: start the same command on every "
-    "machine again, with --resume to go on from the last checkpoint"
+    "another process was lost, its own output may say why; what was saved is whole: start the same"
+    " command on every machine again, with --resume to go on from the last checkpoint"
 )
-SIGNS_OF_LOSS = re.compile(r"gloo|nccl|coordination|UNAVAILABLE|connection (closed|reset|refused)|heartbeat", re.I)
+SIGNS_OF_LOSS = re.compile(
+    r"gloo|nccl|coordination|UNAVAILABLE|connection (closed|reset|refused)|heartbeat", re.I
+)
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux."""
 
 
-def taken(argv: list[str]) -> tuple[bool, str | None, list[str]]:
-    """(whether to join other machines, devices to use on this one, `argv` without the flags that say so)."""
+def take_flags(argv: list[str]) -> tuple[bool, str | None, list[str]]:
+    """(whether to join other machines, devices to use on this one, `argv` without the flags that
+    say so)."""
     rest, devices, joins = [], None, bool(os.environ.get(ADDRESS))
     words = iter(argv)
     for word in words:
@@ -46,8 +50,9 @@ def taken(argv: list[str]) -> tuple[bool, str | None, list[str]]:
     return joins, devices, rest
 
 
-def supervised(work: Callable[[], int]) -> int:
-    """The exit code of `work`, run in a child process, since the runtime aborts a process whose peers are lost.
+def supervise(work: Callable[[], int]) -> int:
+    """The exit code of `work`, run in a child process, since the runtime aborts a process whose
+    peers are lost.
 
     What ends the child by force is told in one line, with exit code 2.
     """
@@ -60,7 +65,8 @@ def supervised(work: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             code, agreed = 128 + signal.SIGINT, False
         _end(code, agreed)
-    # Slurm gives a signal to every process of its own accord; a second one would end the child without saving
+    # Slurm gives a signal to every process of its own accord; a second one would end the child
+    # without saving
     forwarded = "SLURM_JOB_ID" not in os.environ
 
     def forward(number: int, _) -> None:
@@ -74,13 +80,17 @@ def supervised(work: Callable[[], int]) -> int:
     if code >= 0:
         return code
     name = signal.Signals(-code).name
-    own = {signal.SIGKILL: f"ended by {name}, for lack of memory perhaps", signal.SIGABRT: LOST}
+    own: dict[int, str] = {
+        signal.SIGKILL: f"ended by {name}, for lack of memory perhaps",
+        signal.SIGABRT: LOST,
+    }
     _say(f"jaxbd: {_own_name()}{own.get(-code, f'ended by {name}')}")
     return 2
 
 
 def _alone(work: Callable[[], int]) -> int:
-    """`work` in a session of its own, so that the terminal's Ctrl-C reaches it once, and not outliving its parent."""
+    """`work` in a session of its own, so that the terminal's Ctrl-C reaches it once, and not
+    outliving its parent."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
@@ -107,34 +117,45 @@ def join() -> None:
 
     from jaxbd.base import UserError
 
-    numbers = {"num_processes": os.environ.get(COUNT) or None, "process_id": os.environ.get(NUMBER) or None}
+    numbers = {
+        "num_processes": os.environ.get(COUNT) or None,
+        "process_id": os.environ.get(NUMBER) or None,
+    }
     wrong = [f"{COUNT}={numbers['num_processes']}", f"{NUMBER}={numbers['process_id']}"]
     if not all(value is None or value.isdecimal() for value in numbers.values()):
         raise UserError(f"{' and '.join(wrong)} are to be numbers")
     try:
         jax.distributed.initialize(
-            **{name: value and int(value) for name, value in numbers.items()},
-            initialization_timeout=JOINING, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=LEAVING,
-        )  # fmt: skip
+            num_processes=_as_int(numbers["num_processes"]),
+            process_id=_as_int(numbers["process_id"]),
+            initialization_timeout=JOINING,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=LEAVING,
+        )
     except (ValueError, TypeError):
         raise UserError(
-            f"no Slurm, no cloud TPU: {ADDRESS} (host:port of process 0), {COUNT} and {NUMBER} must say who is who"
+            f"no Slurm, no cloud TPU: {ADDRESS} (host:port of process 0), {COUNT} and {NUMBER} must"
+            " say who is who"
         ) from None
     except RuntimeError as error:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from None
     if jax.process_index() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        sys.stderr = _Complaints(sys.stderr)
+        sys.stderr = _Complaints(sys.stderr)  # pyright: ignore[reportArgumentType]
 
 
-def joined() -> bool:
+def is_joined() -> bool:
     """Whether this process is one of several."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
-def lost(error: Exception) -> bool:
+def is_lost(error: Exception) -> bool:
     """Whether `error` is what an exchange with a process that is gone raises."""
-    return joined() and bool(SIGNS_OF_LOSS.search(str(error)))
+    return is_joined() and bool(SIGNS_OF_LOSS.search(str(error)))
+
+
+def _as_int(text: str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 class _Complaints(io.TextIOBase):
@@ -154,15 +175,18 @@ class _Complaints(io.TextIOBase):
 
 def _own_name() -> str:
     """ "process 1: ", as far as that is known."""
-    if joined():
+    if is_joined():
         return f"process {sys.modules['jax'].process_index()}: "
     return next((f"process {os.environ[name]}: " for name in NUMBERS if name in os.environ), "")
 
 
 def _end(code: int, agreed: bool) -> None:
-    """Ends this process with `code`; where all went well or was agreed, when the others have come to their end too."""
-    if code != 2 and agreed and joined():
-        with contextlib.suppress(Exception):  # the work is done; a process that goes now takes nothing with it
+    """Ends this process with `code`; where all went well or was agreed, when the others have come
+    to their end too."""
+    if code != 2 and agreed and is_joined():
+        with contextlib.suppress(
+            Exception
+        ):  # the work is done; a process that goes now takes nothing with it
             sys.modules["jax"].distributed.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

@@ -1,20 +1,24 @@
-"""Progress on stderr: a bar on a terminal, now and then a plain line elsewhere; visible before the first compile."""
+"""Progress on stderr: a bar on a terminal, now and then a plain line elsewhere; visible before the
+first compile."""
 
 import sys
 import time
 from typing import TextIO
 
+from jaxbd.limits import clean_text
+
 PLAIN_INTERVAL = 2.0
 """Least seconds between two plain lines of one stage."""
 ESTIMATE_PERIOD = 900.0
-"""Seconds over which the bar's remaining time is estimated; must hold several steps of the slowest job."""
+"""Seconds over which the bar's remaining time is estimated; must hold several steps of the slowest
+job."""
 
 
 class Progress:
     """A context manager that is called as `progress(what is running, steps done, steps in all)`.
 
-    With nothing done yet the stage is compiling, and says so. What is left is estimated from the steps after the first
-    ones, which waited for the compiler.
+    With nothing done yet the stage is compiling, and says so. What is left is estimated from the
+    steps after the first ones, which waited for the compiler.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -36,6 +40,7 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, label: str, done: int, total: int) -> None:
+        label = clean_text(label)  # it may hold a name from a file
         if self._bar is not None:
             self._advance(label, done, total)
         else:
@@ -43,32 +48,41 @@ class Progress:
 
     def _advance(self, label: str, done: int, total: int) -> None:
         """Moves the stage's bar; a stage begins with its first call."""
+        assert self._bar is not None
         if label not in self._tasks:
             self._tasks[label] = self._bar.add_task(label, total=total, completed=done, note="")
-        self._bar.update(self._tasks[label], completed=done, total=total, note="" if done else "compiling …")
+        self._bar.update(
+            self._tasks[label], completed=done, total=total, note="" if done else "compiling …"
+        )
 
     def _tell(self, label: str, done: int, total: int) -> None:
-        """A line for the first and last step of a stage, and about every `PLAIN_INTERVAL` seconds between."""
+        """A line for the first and last step of a stage, and about every `PLAIN_INTERVAL` seconds
+        between."""
         now = time.perf_counter()
         fresh = label != self._label
         if fresh:
             self._began, self._since = done, None
-        left = self._left(done, total, now)
+        left = self._estimate_left(done, total, now)
         if fresh or done >= total or now - self._told >= PLAIN_INTERVAL:
             what = f"step {done} of {total}{left}" if done else f"{total} steps, compiling …"
             print(f"[{now - self._started:6.1f} s] {label}: {what}", file=self._stream, flush=True)
             self._label, self._told = label, now
 
-    def _left(self, done: int, total: int, now: float) -> str:
-        """ ", about 3 min left" once steps without compiling were seen, and as long as there are more."""
+    def _estimate_left(self, done: int, total: int, now: float) -> str:
+        """ ", about 3 min left" once steps without compiling were seen, and as long as there are
+        more."""
         if self._since is None:
             self._since = (done, now) if done > self._began else None
             return ""
         first, since = self._since
-        return f", about {spoken((total - done) * (now - since) / (done - first))} left" if first < done < total else ""
+        return (
+            f", about {say_time((total - done) * (now - since) / (done - first))} left"
+            if first < done < total
+            else ""
+        )
 
 
-def spoken(seconds: float) -> str:
+def say_time(seconds: float) -> str:
     """A time in two units at most: "42 s", "3 min", "5 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -88,4 +102,6 @@ def _bar(stream: TextIO):
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[note]}"),
     )
-    return progress.Progress(*columns, console=console.Console(file=stream), speed_estimate_period=ESTIMATE_PERIOD)
+    return progress.Progress(
+        *columns, console=console.Console(file=stream), speed_estimate_period=ESTIMATE_PERIOD
+    )

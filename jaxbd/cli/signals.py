@@ -9,23 +9,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = b"\x1b[?25h"
 
 
-class Stopped(Exception):
-    """A job ended early because a signal asked for it; the message says where it stands.
-
-    Attributes:
-      code: exit code, 128 + the signal's number.
-    """
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.code = 128 + number
-
-
 class Watch:
-    """A context manager that keeps the first signal in `caught` and lets a second one end the program at once.
+    """A context manager that keeps the first signal in `caught` and lets a second one end the
+    program at once.
 
-    A thread listens, because Python runs handlers only between instructions of its own, and a compiled program may
-    take minutes for one. A signal that was ignored before (`nohup`) stays so. For the main thread only.
+    A thread listens, because Python runs handlers only between instructions of its own, and a
+    compiled program may take minutes for one. A signal that was ignored before (`nohup`) stays so.
+    For the main thread only.
 
     Attributes:
       caught: number of the first signal; None as long as there was none.
@@ -62,11 +52,16 @@ class Watch:
                 _end_at_once(number)
             self.caught = number
             name = signal.Signals(number).name
-            print(f"{name}: ends after these steps and saves; once more ends at once", file=sys.stderr, flush=True)
+            print(
+                f"{name}: ends after these steps and saves; once more ends at once",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _end_at_once(number: int) -> None:
-    """Leaves without a clean-up of any kind, the cursor of a terminal apart, which a progress bar hides."""
+    """Leaves without a clean-up of any kind, the cursor of a terminal apart, which a progress bar
+    hides."""
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)
     os._exit(128 + number)

@@ -1,67 +1,89 @@
 """Reads the pickles of CIFAR's Python archives without executing anything.
 
-Only plain containers, whole numbers, strings and whole-number arrays are understood. The few NumPy names such files
-mention are answered by stand-ins of this file, so no code outside it is reached; every other name is refused.
+Only plain containers, whole numbers, strings and whole-number arrays are understood. The few NumPy
+names such files mention are answered by stand-ins of this file, so no code outside it is reached;
+every other name is refused.
 """
 
 import io
 import pickle
 import pickletools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from jaxbd.base import UserError
+from jaxbd.data import bounded
+from jaxbd.limits import Refusal
 
-MAX_OPERATIONS = 2_000_000
+MAX_OPERATIONS = 800_000
 """Most pickle operations of a file (CIFAR-100's training file has about 400,000)."""
+FREE_ENCODED = 1 << 20
+"""Bytes that calls may make of the file's strings, beyond as many as the file has."""
 _NEEDED = (
-    "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 "
-    "TUPLE3 NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
-    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 GLOBAL STACK_GLOBAL REDUCE BUILD PUT BINPUT "
-    "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET"
+    "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE"
+    " TUPLE1 TUPLE2 TUPLE3 NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 STRING BINSTRING"
+    " SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES"
+    " BINBYTES8 GLOBAL STACK_GLOBAL REDUCE BUILD PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET"
+    " LONG_BINGET"
 )
 _OPERATIONS = frozenset(_NEEDED.split())
 
 
 def read(content: bytes, where: str) -> dict[str, Any]:
-    """The pickled dictionary with its keys as text; arrays are NumPy's, strings of Python 2 are read as latin1.
+    """The pickled dictionary with its keys as text; arrays are NumPy's, strings of Python 2 are
+    read as latin1.
 
     Args:
       where: the file's name, for messages.
-    Raises: UserError when the pickle mentions any other name (which is told), or is broken.
+    Raises: UserError when the pickle mentions any other name, or is broken.
     """
     try:
         _check_operations(content)
         batch = _Unpickler(content, where).load()
     except UserError:
         raise
+    except Refusal as refusal:
+        raise UserError(f"data {where}: {refusal}; fetch it again") from None
     except Exception:  # broken pickles raise anything; none of it came from running them
         raise UserError(f"data {where} is not a readable CIFAR batch; fetch it again") from None
     if not isinstance(batch, dict):
         raise UserError(f"data {where} holds no dictionary; fetch it again")
     unwrap = lambda value: value.array if isinstance(value, _Array) else value
-    return {key.decode("latin1") if isinstance(key, bytes) else key: unwrap(value) for key, value in batch.items()}
+    return {
+        key.decode("latin1") if isinstance(key, bytes) else key: unwrap(value)
+        for key, value in batch.items()
+    }
 
 
 def _check_operations(content: bytes) -> None:
     """Raises ValueError on an operation that no batch needs, or on too many."""
+    deadline = bounded.LIMITS.deadline("its pickle", len(content))
     for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
         del argument
+        deadline.check()
         if operation.name not in _OPERATIONS or count > MAX_OPERATIONS:
             raise ValueError(operation.name)
 
 
 class _Array:
-    """Stand-in for a pickled ndarray; `array` is made from the pickle's (version, shape, dtype, fortran, bytes)."""
+    """Stand-in for a pickled ndarray; `array` is made from the pickle's (version, shape, dtype,
+    fortran, bytes)."""
 
     array: np.ndarray | None = None
 
+    def __init__(self, budget: "_Budget"):
+        self._budget = budget
+
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
-        content = content.encode("latin1") if isinstance(content, str) else content
-        if not (isinstance(kind, _Dtype) and isinstance(content, bytes) and all(type(n) is int for n in shape)):
+        content = self._budget.encode(content, "latin1") if isinstance(content, str) else content
+        if not (
+            isinstance(kind, _Dtype)
+            and isinstance(content, bytes)
+            and all(type(n) is int for n in shape)
+        ):
             raise ValueError("not a plain array")
         self.array = np.frombuffer(content, kind.code).reshape(shape, order="F" if fortran else "C")
 
@@ -94,35 +116,55 @@ class _Callable:
         raise ValueError("a function has no state")
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
-    """How Python 3 writes bytes in old pickles."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise ValueError("not latin1 text")
-    return text.encode("latin1")
+class _Budget:
+    """Encodes strings, and refuses to once that made more bytes than the file has: one remembered
+    string can be encoded again and again."""
+
+    def __init__(self, size: int):
+        self._left = size + FREE_ENCODED
+
+    def encode(self, text: Any, encoding: Any) -> bytes:
+        """How Python 3 writes bytes in old pickles."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise ValueError("not latin1 text")
+        self._left -= len(text)
+        if self._left < 0:
+            raise ValueError("more encoded bytes than the file has")
+        return text.encode("latin1")
 
 
-_ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy", "ndarray"): lambda *_: _Array(),
-    ("numpy", "dtype"): lambda code, *_: _Dtype(code),
-    ("_codecs", "encode"): _encode,
-}
+def _answers(budget: _Budget) -> dict[tuple[str, str], Callable[..., Any]]:
+    """(module, name) -> the stand-in for it."""
+    array = lambda *_: _Array(budget)
+    return {
+        ("numpy.core.multiarray", "_reconstruct"): array,
+        ("numpy._core.multiarray", "_reconstruct"): array,
+        ("numpy", "ndarray"): array,
+        ("numpy", "dtype"): lambda code, *_: _Dtype(code),
+        ("_codecs", "encode"): budget.encode,
+    }
 
 
 # The Python unpickler, not the C one: that allocates as large a memo as the file claims.
 class _Unpickler(pickle._Unpickler):
-    """Answers the names of `_ANSWERS`; any other ends in UserError. Dictionary keys are strings."""
+    """Answers the names of `_answers`; any other ends in UserError. Dictionary keys are strings."""
+
+    # attributes of the Python unpickler that its stubs leave out
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, content: bytes, where: str):
         super().__init__(io.BytesIO(content), encoding="latin1")
-        self._where = where
+        self._where, self._answers = where, _answers(_Budget(len(content)))
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ANSWERS:
+        if (module, name) not in self._answers:
             wanted = f"{module}.{name}"[:80]
-            raise UserError(f"data {self._where} is refused, its pickle asks for {wanted!r}; fetch the original one")
-        return _Callable(_ANSWERS[module, name])
+            raise UserError(
+                f"data {self._where} is refused, its pickle asks for {wanted!r}; fetch the"
+                " original one"
+            )
+        return _Callable(self._answers[module, name])
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -133,8 +175,14 @@ class _Unpickler(pickle._Unpickler):
 
     def _set(self, items: list[Any]) -> None:
         # hashing a key of tuples in tuples can take for ever, or all of the C stack
-        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str | bytes) for key in items[::2]):
+        if not isinstance(self.stack[-1], dict) or not all(
+            isinstance(key, str | bytes) for key in items[::2]
+        ):
             raise ValueError("keys must be strings")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}  # noqa: RUF012
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+    }

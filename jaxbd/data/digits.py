@@ -1,4 +1,7 @@
-"""scikit-learn's handwritten digits: 1,797 real 8x8 grey images that install with the package; nothing is fetched."""
+"""scikit-learn's handwritten digits: 1,797 real 8x8 grey images that install with the package;
+nothing is fetched."""
+
+from typing import Any
 
 import numpy as np
 
@@ -6,7 +9,8 @@ from jaxbd.base import Dataset
 
 
 def load(side: int = 16) -> Dataset:
-    """The digits as uint8 [1797, side, side, 1], each pixel repeated (nearest neighbour); `side` a multiple of 8.
+    """The digits as uint8 [1797, side, side, 1], each pixel repeated (nearest neighbour); `side` a
+    multiple of 8.
 
     Raises: ValueError when `side` is not a multiple of 8.
     """
@@ -14,7 +18,9 @@ def load(side: int = 16) -> Dataset:
         raise ValueError(f"digits: side {side} is not a multiple of 8")
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     images = np.kron(images, np.ones((1, side // 8, side // 8), np.uint8))[..., None]
-    return Dataset(images, bunch.target.astype(np.int32), tuple(str(k) for k in range(10)), "digits")
+    return Dataset(
+        images, bunch.target.astype(np.int32), tuple(str(k) for k in range(10)), "digits"
+    )

@@ -1,73 +1,202 @@
 """A folder with one sub-folder of image files per class."""
 
+import collections
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from jaxbd.base import Dataset, UserError
-from jaxbd.data import pack
+import numpy as np
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
+from jaxbd.base import Dataset, UserError
+from jaxbd.data import bounded, labels, pack, pictures
+
+LEFTOVERS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN")
+"""Folders that unpacking and file servers leave behind, which are no classes."""
+MAX_DEPTH = 8
+"""Deepest folder below a class folder that is searched for images."""
+
+MAX_SKIPPED = 20_000
+"""Files below a class folder that may be something else than images."""
+
+Skipped = collections.Counter[str]
+"""Files that were not read, by suffix."""
 
 
 def load(
     path: str | Path,
     *,
-    image_shape: pack.Shape | None = None,
-    channels: int | None = None,
+    image_shape: pictures.Shape | None = None,
     limit: int | None = None,
     seed: int = 0,
+    classes: labels.Classes = labels.Classes(),
 ) -> Dataset:
-    """Reads every image file of every class; class k is the k-th sub-folder in the order of names.
+    """Reads every image file of every class, at any depth below the class's sub-folder.
 
-    An empty sub-folder keeps its class number. Hidden files and files of other kinds are passed over.
+    Sub-folders get class numbers by `labels.number_folders`. An empty one keeps its number. Hidden
+    files and leftovers of other programs are passed over; other files, too, and the data set's
+    notes count them.
 
     Args:
-      image_shape, channels: see `pack.decode`.
+      image_shape: see `pictures.decode`.
       limit: at most so many images, drawn with `seed` before anything is decoded.
-    Raises: UserError when there are no classes or images, when the classes' order is doubtful, or on a bad image.
+    Raises: UserError when there are no classes or images, when the classes' order is doubtful or
+      their number not the model's, or on a bad image.
     """
-    path = Path(path)
-    classes = class_folders(path)
-    files = [(file, label) for label, folder in enumerate(classes) for file in image_files(folder)]
+    path = below_wrappers(Path(path))
+    folders = class_folders(path)
+    numbers, names, notes = labels.number_folders(
+        [folder.name for folder in folders], classes, f"data {path}"
+    )
+    skipped: Skipped = collections.Counter()
+    files = [
+        (file, label)
+        for folder, label in zip(folders, numbers, strict=True)
+        for file in image_files(folder, skipped)
+    ]
+    outside = sum(is_picture(entry) for entry in path.iterdir())
+    if outside:
+        notes += (f"passed over {outside} images that lie outside the class folders",)
     if not files:
-        raise UserError(f"data {path}: no class sub-folder holds images ({', '.join(SUFFIXES)}); add some")
+        raise UserError(
+            f"data {path}: no class sub-folder holds images ({', '.join(pictures.SUFFIXES)}); add"
+            " some"
+        )
     chosen = [files[row] for row in pack.chosen_rows(len(files), limit, seed)]
-    named = ((str(file.relative_to(path)), read_file(file)) for file, _ in chosen)
-    images = pack.decode(named, len(chosen), image_shape=image_shape, channels=channels)
-    return pack.dataset(images, [label for _, label in chosen], [folder.name for folder in classes], str(path))
+    seen: pictures.Seen = []
+    images = decode_files([file for file, _ in chosen], path, image_shape, seen)
+    given = [label for _, label in chosen]
+    notes += (*count_skipped(skipped), *pictures.describe_changes(seen, images.shape[1:]))
+    return pack.dataset(images, given, names, str(path), classes, notes)
+
+
+def decode_files(
+    files: list[Path],
+    root: Path,
+    image_shape: pictures.Shape | None,
+    seen: pictures.Seen | None = None,
+) -> np.ndarray:
+    """Pictures in `files` as uint8 [N, H, W, C]; messages name them as seen from `root`.
+
+    Args:
+      seen: see `pictures.decode`.
+    """
+    named = ((_name_from(root, file), bounded.read_file(file)) for file in files)
+    return pictures.decode(named, len(files), image_shape=image_shape, seen=seen)
+
+
+def _name_from(root: Path, file: Path) -> str:
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
+def sub_folders(path: Path) -> list[Path]:
+    """The sub-folders of `path` that may mean something, sorted by name as text."""
+    if not path.is_dir():
+        raise UserError(
+            f"data {path} is not a folder; give a folder with one sub-folder of images per class"
+        )
+    found = (entry for entry in path.iterdir() if is_visible(entry.name) and entry.is_dir())
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of this name is neither hidden nor another program's leftover."""
+    return name[0] != "." and name not in LEFTOVERS
+
+
+def below_wrappers(path: Path) -> Path:
+    """`path`, or the folder of class folders that is the only thing in it, such as GTSRB's
+    `Final_Training/Images`.
+
+    An only folder counts as a wrapper where it holds at least two folders and no image.
+    """
+    while len(inner := sub_folders(path)) == 1 and not any(map(is_picture, path.iterdir())):
+        if len(sub_folders(inner[0])) < 2 or any(map(is_picture, inner[0].iterdir())):
+            break
+        path = inner[0]
+    return path
 
 
 def class_folders(path: Path) -> list[Path]:
-    """The class sub-folders of `path`, sorted by name; names that are numbers must sort alike as text."""
-    if not path.is_dir():
-        raise UserError(f"data {path} is not a folder; give a folder with one sub-folder of images per class")
-    folders = sorted((entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."), key=_name)
+    """The class sub-folders of `path`, sorted by name as text. Raises: UserError without any."""
+    folders = sub_folders(path)
     if not folders:
-        raise UserError(f"data {path} has no class sub-folders; put the images of each class into one of its own")
-    names = [_name(folder) for folder in folders]
-    by_number = sorted(names, key=int) if all(name.isdecimal() for name in names) else names
-    for text, number in zip(names, by_number, strict=True):
-        if text != number:
-            order = f"{text} comes before {number}"
-            raise UserError(f"data {path}: as text class folder {order}; pad the numbers with zeros (00, 01, …)")
+        lists = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() == ".csv")
+        hint = f" ({lists[0]} names no image here)" if lists else ""
+        raise UserError(
+            f"data {path} has no class sub-folders; put the images of each class into one of its"
+            f" own, or list them in a .csv file with the columns filename and label{hint}"
+        )
     return folders
 
 
-def _name(path: Path) -> str:
-    return path.name
+def image_files(folder: Path, skipped: Skipped) -> list[Path]:
+    """The image files in `folder` and below, sorted by their path as text.
+
+    Counts others in `skipped`. Raises: UserError for a folder that holds only files of other kinds.
+    """
+    images: list[Path] = []
+    before = skipped.total()
+    for entry in walk(folder):
+        if is_picture(entry):
+            images.append(entry)
+        elif entry.name not in ("Thumbs.db", "desktop.ini"):
+            skipped[_kind(entry)] += 1
+            if skipped.total() > MAX_SKIPPED:
+                raise UserError(
+                    f"class folder {folder} holds more than {MAX_SKIPPED:,} files that"
+                    " are no images; give a folder of images"
+                )
+    if skipped.total() > before and not images:
+        raise UserError(
+            f"class folder {folder} holds files but no images ({', '.join(pictures.SUFFIXES)});"
+            " convert them"
+        )
+    return sorted(images, key=str)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, sorted; refuses a folder that holds only files of other kinds."""
-    files = sorted((entry for entry in folder.iterdir() if entry.is_file() and entry.name[0] != "."), key=_name)
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if files and not images:
-        raise UserError(f"class folder {folder} holds files but no images ({', '.join(SUFFIXES)}); convert them")
-    return images
+def is_picture(entry: Path) -> bool:
+    """Whether `entry` is a visible regular file with a picture's suffix."""
+    return (
+        entry.suffix.lower() in pictures.SUFFIXES
+        and is_visible(entry.name)
+        and bounded.is_regular(entry)
+    )
 
 
-def read_file(file: Path) -> bytes:
-    """The content of an image file. Raises: UserError when it cannot be read."""
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"image {str(file)!r} cannot be read ({error.strerror}); check its permissions") from None
+def _kind(entry: Path) -> str:
+    if not bounded.is_regular(entry):
+        return "pipes, devices or dead links"
+    return entry.suffix.lower()[:12] or "without suffix"
+
+
+def walk(folder: Path) -> Iterable[Path]:
+    """Everything visible in `folder` and below but folders; links to folders are followed once.
+
+    Raises: UserError below `MAX_DEPTH` folders, and where a link leads to a folder that `folder`
+      itself lies in.
+    """
+    above = {(at.st_dev, at.st_ino) for at in map(os.stat, folder.resolve().parents)}
+    seen: set[tuple[int, int]] = set()
+    for place, inside, files in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        inside[:] = sorted(filter(is_visible, inside))
+        if (here.st_dev, here.st_ino) in seen:
+            inside.clear()
+            continue
+        if (here.st_dev, here.st_ino) in above:
+            raise UserError(
+                f"data {folder}: a link in it leads to {os.path.realpath(place)}, which"
+                " it lies in; remove the link"
+            )
+        seen.add((here.st_dev, here.st_ino))
+        if len(Path(place).relative_to(folder).parts) > MAX_DEPTH:
+            raise UserError(f"data {folder}: folders lie more than {MAX_DEPTH} deep; flatten them")
+        yield from (Path(place, name) for name in files if is_visible(name))
+
+
+def count_skipped(skipped: Skipped) -> tuple[str, ...]:
+    """A note on the files that were not read; none where there are none."""
+    if not skipped:
+        return ()
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(4))
+    return (f"passed over {skipped.total()} files that are not read as images ({kinds})",)

@@ -1,4 +1,5 @@
-"""From a person's words to a data set: finds the kind of source, checks the result, takes parts of it."""
+"""From a person's words to a data set: finds the kind of source, checks the result, takes parts of
+it."""
 
 import os
 from pathlib import Path
@@ -8,11 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Batch, Dataset, UserError
-from jaxbd.data import cifar, digits, folder, npz, pack, parquet, recipes, tfds
+from jaxbd.data import (
+    bounded,
+    cifar,
+    digits,
+    folder,
+    idx,
+    labels,
+    lists,
+    npz,
+    pack,
+    parquet,
+    pictures,
+    recipes,
+    splits,
+    tfds,
+)
 
 KINDS = (
-    "digits, a .npz or .parquet file, a folder of class sub-folders or parquet files, CIFAR batches, tfds:NAME, "
-    "mini-imagenet:FOLDER, vggface2:FOLDER"
+    "digits, a .npz or .parquet file, a folder of class sub-folders, of images and a .csv, of"
+    " parquet, Arrow or IDX (MNIST) files, or of CIFAR batches, tfds:NAME, mini-imagenet:FOLDER,"
+    " vggface2:FOLDER"
 )
 
 
@@ -20,123 +37,173 @@ def load(
     spec: str,
     *,
     split: str = "test",
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: pictures.Shape | None = None,
     limit: int | None = None,
     seed: int = 0,
+    classes: labels.Classes = labels.Classes(),
+    download: bool = False,
 ) -> Dataset:
     """Loads what `spec` names: one of `KINDS`.
 
     Args:
-      split: part to load of sources that have parts (CIFAR, tfds, split shards or sub-folders); others come whole.
-      image_shape: (H, W, C) the images must have. Image files and tfds images are resized to it, digits made so
-        large; arrays of another shape are refused.
+      split: part to load of sources that have parts (CIFAR, IDX, tfds, split shards, sub-folders or
+        arrays); others come whole. "val" stands in for a missing "test".
+      image_shape: (H, W, C) the images must have. Image files and tfds images are resized to it,
+        digits made so large; arrays of another shape are refused. With H = W = 0 the images keep
+        their size, which they must share.
       limit: at most so many images, drawn without replacement with `seed`, in the source's order.
-    Raises: UserError when `spec` is missing, empty or of no known kind, or its content is bad.
+      classes: what is known of the model's classes; the source must have these.
+      download: whether `tfds:NAME` may fetch and prepare a data set. Nothing else uses the network.
+    Raises: UserError when `spec` is missing, empty or of no known kind, or its content is bad or
+      not the model's; `pictures.SizesDiffer` when the images do not share the size they must share.
     """
-    image_shape = None if image_shape is None else tuple(image_shape)
+    if image_shape is not None:
+        height, width, channels = image_shape
+        image_shape = (height, width, channels)
     if limit is not None and limit < 1:
-        raise UserError(f"limit {limit} leaves no images; give at least 1")
-    settings = dict(image_shape=image_shape, limit=limit, seed=seed)
+        raise UserError(f"limit must be at least 1, got {limit}")
+    settings: dict[str, Any] = dict(limit=limit, seed=seed, classes=classes)
+    sized: dict[str, Any] = dict(image_shape=image_shape, **settings)
     if spec.startswith("tfds:"):
-        dataset = tfds.load(spec.removeprefix("tfds:"), split=split, **settings)
+        name = spec.removeprefix("tfds:")
+        dataset = tfds.load(name, split=split, download=download, **sized)
     elif spec.startswith(tuple(f"{kind}:" for kind in recipes.RECIPES)):
-        dataset = _by_recipe(spec, split, settings)
+        dataset = _by_recipe(spec, split, sized)
     elif spec == "digits":
-        dataset = _digits(image_shape)
+        dataset = _digits(image_shape, classes)
     else:
-        dataset = _from_path(spec, split, settings)
-    if limit is not None and len(dataset.labels) > limit:  # sources that decode have drawn their rows already
+        dataset = _from_path(spec, split, settings, sized)
+    if limit is not None and len(dataset.labels) > limit:  # CIFAR and digits come whole
         dataset = take(dataset, pack.chosen_rows(len(dataset.labels), limit, seed))
     if image_shape is not None:
         _check_shape(dataset, image_shape)
     return dataset
 
 
-def _digits(image_shape: tuple[int, int, int] | None) -> Dataset:
+def _digits(image_shape: pictures.Shape | None, classes: labels.Classes) -> Dataset:
     """Digits of the wanted side where they come in it; otherwise of their default side."""
     side = image_shape[0] if image_shape else 0
-    return digits.load(side) if side >= 8 and side % 8 == 0 else digits.load()
+    found = digits.load(side) if side >= 8 and side % 8 == 0 else digits.load()
+    return pack.dataset(found.images, found.labels, found.class_names, found.name, classes)
 
 
-def _by_recipe(spec: str, split: str, settings: dict[str, Any]) -> Dataset:
+def _by_recipe(spec: str, split: str, sized: dict[str, Any]) -> Dataset:
     kind, _, path = spec.partition(":")
     try:
-        return recipes.load(kind, path, split=split, **settings)
+        return recipes.load(kind, path, split=split, **sized)
     except OSError as error:
-        raise UserError(f"data {spec} cannot be read ({error.strerror or error}); check its permissions") from None
+        raise UserError(
+            f"data {spec} cannot be read ({error.strerror or error}); check its permissions"
+        ) from None
 
 
-def _from_path(spec: str, split: str, settings: dict[str, Any]) -> Dataset:
+def _from_path(spec: str, split: str, settings: dict[str, Any], sized: dict[str, Any]) -> Dataset:
     path = Path(os.path.expanduser(spec))
     try:
-        if spec and path.is_file():
-            return _from_file(path, split, settings)
         if spec and path.is_dir():
-            return _from_folder(path, split, settings)
+            return _from_folder(path, split, settings, sized)
+        if spec and bounded.is_regular(path):
+            return _from_file(path, split, settings, sized)
+        if spec and path.exists():
+            raise UserError(f"data {path} is a pipe or device, which is never read; give {KINDS}")
     except OSError as error:
-        raise UserError(f"data {spec} cannot be read ({error.strerror or error}); check its permissions") from None
+        raise UserError(
+            f"data {spec} cannot be read ({error.strerror or error}); check its permissions"
+        ) from None
     raise UserError(f"data {spec!r} does not exist; give {KINDS}")
 
 
-def _from_file(path: Path, split: str, settings: dict[str, Any]) -> Dataset:
-    """The source its suffix tells."""
+def _from_file(path: Path, split: str, settings: dict[str, Any], sized: dict[str, Any]) -> Dataset:
+    """The source that the file's suffix or name says."""
+    name = path.name.lower()
     if path.suffix.lower() == ".npz":
-        return npz.load(path)
-    if path.suffix.lower() == ".parquet":
-        return parquet.load(path, **settings)
-    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
-        return cifar.load(path, split=split)
+        return npz.load(path, split=split, **settings)
+    if path.suffix.lower() in (".parquet", ".arrow"):
+        return parquet.load(path, **sized)
+    if idx.IMAGES.fullmatch(path.name):
+        return idx.load(path, split=split, **settings)
+    if name.endswith((".tar.gz", ".tgz", ".tar")):
+        return cifar.load(path, split=split, classes=settings["classes"])
     raise UserError(f"data {path} is of no known kind; give {KINDS}")
 
 
-def _from_folder(path: Path, split: str, settings: dict[str, Any]) -> Dataset:
-    """The source its content tells."""
+def _from_folder(
+    path: Path, split: str, settings: dict[str, Any], sized: dict[str, Any]
+) -> Dataset:
+    """The source that the folder's content says."""
     if not any(path.iterdir()):
         raise UserError(f"data {path} is an empty folder; give {KINDS}")
-    if cifar.found(path):
-        return cifar.load(path, split=split)
-    if next(path.glob("*.parquet"), None) or next(path.glob("*/*.parquet"), None):
-        return parquet.load(path, split=split, **settings)
-    return folder.load(_split_folder(path, split), **settings)
+    if cifar.is_cifar(path):
+        return cifar.load(path, split=split, classes=settings["classes"])
+    if idx.find(path):
+        return idx.load(path, split=split, **settings)
+    if parquet.tables(path):
+        return parquet.load(path, split=split, **sized)
+    notes: tuple[str, ...] = ()
+    if parts := splits.folders(path):
+        path, notes = _find_labelled_part(path, parts, split)
+    table = None if _holds_classes(path) else lists.find(path, split)
+    dataset = folder.load(path, **sized) if table is None else lists.load(path, table, **sized)
+    return dataset._replace(notes=notes + dataset.notes)
 
 
-def _split_folder(path: Path, split: str) -> Path:
-    """The sub-folder of `split` where `path` holds one per split, each with class sub-folders; otherwise `path`."""
-    parts = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    if not parts or not parts <= {"train", "test", "val", "valid", "validation"}:
-        return path
-    if not any(entry.is_dir() for part in parts for entry in (path / part).iterdir()):
-        return path
-    if split not in parts:
-        raise UserError(f"data {path} has no split {split!r}; it has {', '.join(sorted(parts))}")
-    return path / split
+def _find_labelled_part(
+    path: Path, parts: dict[str, Path], split: str
+) -> tuple[Path, tuple[str, ...]]:
+    """The folder of `split`. Tiny-ImageNet's test images have no labels; its val images do."""
+    annotated = bounded.is_regular(parts.get("val", path) / lists.ANNOTATIONS)
+    if annotated and splits.name(split) == "test" and "test" in parts:
+        return parts["val"], ("the test images have no labels, the val part is used",)
+    return splits.choose(parts, split, f"data {path}")
 
 
-def check(dataset: Dataset, image_shape: tuple[int, int, int], classes: int, *, at_least: int = 1) -> None:
-    """Raises UserError unless `dataset` fits a model on images of `image_shape` (H, W, C) with K = `classes`.
+def _holds_classes(path: Path) -> bool:
+    """Whether the folder has class folders, rather than images and their list."""
+    if bounded.is_regular(path / lists.ANNOTATIONS):
+        return False
+    inside = folder.sub_folders(path)
+    return len(inside) > 1 or (len(inside) == 1 and len(folder.sub_folders(inside[0])) > 1)
+
+
+def check(
+    dataset: Dataset, image_shape: pictures.Shape, classes: int, *, at_least: int = 1
+) -> None:
+    """Raises UserError unless `dataset` fits a model on images of `image_shape` (H, W, C) with K =
+    `classes`.
 
     Args:
       at_least: how many images are needed, such as the batch size.
     """
-    _check_shape(dataset, tuple(image_shape))
     wrong = np.flatnonzero((dataset.labels < 0) | (dataset.labels >= classes))
     if wrong.size:
         label = int(dataset.labels[wrong[0]])
         fix = f"the model has classes 0..{classes - 1}: relabel or remove"
-        raise UserError(f"data {dataset.name}: image {wrong[0]} has label {label}, {fix} {wrong.size} image(s)")
+        raise UserError(
+            f"data {dataset.name}: image {wrong[0]} has label {label}, {fix} {wrong.size} image(s)"
+        )
+    _check_shape(dataset, image_shape)
     if len(dataset.labels) < at_least:
         count = len(dataset.labels)
-        raise UserError(f"data {dataset.name} has {count} images, {at_least} are needed; give more or lower the batch")
+        raise UserError(
+            f"data {dataset.name} has {count} images, {at_least} are needed; give more or lower the"
+            " batch"
+        )
 
 
-def _check_shape(dataset: Dataset, image_shape: tuple[int, int, int]) -> None:
+def _check_shape(dataset: Dataset, image_shape: pictures.Shape) -> None:
     height, width, channels = dataset.images.shape[1:]
     if channels != image_shape[2]:
         fix = "convert the images"
-        raise UserError(f"data {dataset.name} has {channels} channel(s), the model takes {image_shape[2]}; {fix}")
-    if (height, width) != image_shape[:2]:
+        raise UserError(
+            f"data {dataset.name} has {channels} channel(s), the model takes {image_shape[2]};"
+            f" {fix}"
+        )
+    if image_shape[0] and (height, width) != tuple(image_shape[:2]):
         wanted = f"{image_shape[0]}x{image_shape[1]}"
-        raise UserError(f"data {dataset.name} has {height}x{width} images, the model takes {wanted}; resize them")
+        raise UserError(
+            f"data {dataset.name} has {height}x{width} images, the model takes {wanted}; resize"
+            " them"
+        )
 
 
 def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
@@ -145,13 +212,17 @@ def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
 
 
 def split(dataset: Dataset, first: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Two random disjoint parts that together are `dataset`, of `first` and of all remaining images.
+    """Two random disjoint parts that together are `dataset`, of `first` and of all remaining
+    images.
 
     Raises: UserError unless both parts get at least one image.
     """
     total = len(dataset.labels)
     if not 0 < first < total:
-        raise UserError(f"data {dataset.name} has {total} images, {first} cannot be set apart; give 1..{total - 1}")
+        raise UserError(
+            f"data {dataset.name} has {total} images, {first} cannot be set apart; give"
+            f" 1..{total - 1}"
+        )
     order = np.random.default_rng(seed).permutation(total)
     return take(dataset, order[:first]), take(dataset, order[first:])
 

@@ -1,128 +1,211 @@
-"""Parquet tables in the layout of dataset hubs: encoded images, whole-number labels, class names in the metadata."""
+"""Parquet tables in the layout of dataset hubs, and Arrow files as `datasets.save_to_disk` writes
+them: encoded images, labels, class names in the metadata.
 
+They are read by `parquet_worker` in a process of its own, whose memory and time are limited: no
+call of Arrow's can be bounded from outside.
+"""
+
+import contextlib
 import json
-import re
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from jaxbd.base import Dataset, UserError
-from jaxbd.data import pack
+from jaxbd.data import bounded, folder, labels, pack, pictures, splits
 
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "fine_label")
-_SPLIT_WORDS = ("train", "test", "validation", "valid", "val")
+IMAGE_COLUMNS = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values", "picture", "photo"),
+    *("image_bytes", "bytes"),
+)
+LABEL_COLUMNS = (
+    "label",
+    "fine_label",
+    "labels",
+    "target",
+    "cls",
+    "class",
+    "class_label",
+    "category",
+)
+"""Columns, the first that is there counts."""
+MAX_FILES = 10_000
+MOST_FOLDERS = 200
+"""Folders of a level that are searched for tables; more are classes of images."""
+BYTES_PER_SECOND = 4 << 20
+"""What the worker gets through at least, however tables are packed, in a second of a processor."""
+WORKER = Path(__file__).with_name("parquet_worker.py")
 
 
 def load(
     path: str | Path,
     *,
     split: str = "test",
-    image_shape: pack.Shape | None = None,
-    channels: int | None = None,
+    image_shape: pictures.Shape | None = None,
     limit: int | None = None,
     seed: int = 0,
+    classes: labels.Classes = labels.Classes(),
 ) -> Dataset:
-    """Reads one parquet file (whatever its split), or the shards of `split` in a folder, in the order of names.
+    """Reads one table (whatever its split), or the shards of `split` in a folder, in the order of
+    names.
 
-    Columns: `image` or `img`, a struct of `bytes` and `path` (or plain bytes); `label` or `fine_label`, int.
+    Columns: one of `IMAGE_COLUMNS`, a struct of `bytes` and `path` or plain bytes; one of
+    `LABEL_COLUMNS`, in any form of `labels.number`.
 
     Args:
-      image_shape, channels: see `pack.decode`.
+      image_shape: see `pictures.decode`.
       limit: at most so many images, drawn with `seed` before anything is decoded.
-    Raises: UserError when files, the split or a column is missing, or on damaged files and bad images.
+    Raises: UserError when files, the split or a column is missing, or on damaged files and bad
+      images.
     """
-    tables = [_open(file) for file in shards(Path(path), split)]
-    total = sum(table.metadata.num_rows for table in tables)
-    rows = pack.chosen_rows(total, limit, seed)
-    labels: list[np.ndarray] = []
-    images = pack.decode(_images(path, tables, rows, labels), len(rows), image_shape=image_shape, channels=channels)
-    names = _class_names(tables[0], _column(path, tables[0], LABEL_COLUMNS))
-    return pack.dataset(images, np.concatenate([np.zeros(0, np.int64), *labels]), names, str(path))
+    files, notes = shards(Path(path), split)
+    with _worker(files) as (ask, stream):
+        about = ask(
+            {
+                "files": [str(f) for f in files],
+                "images": IMAGE_COLUMNS,
+                "labels": LABEL_COLUMNS,
+                "seconds": bounded.LIMITS.seconds,
+                "bytes_per_second": BYTES_PER_SECOND,
+            }
+        )
+        rows = pack.chosen_rows(sum(about["rows"]), limit, seed)
+        names = _class_names(about, files[0])
+        if names is not None and classes.count not in (None, len(names)):
+            labels.number([0], names, classes, f"data {path}")  # says so before any decoding
+        if not len(rows):
+            raise UserError(f"data {path} holds no images; give at least one")
+        given: list[Any] = []
+        found = _images(path, ask, stream, rows, given)
+        seen: pictures.Seen = []
+        images = pictures.decode(found, len(rows), image_shape=image_shape, seen=seen)
+    notes += pictures.describe_changes(seen, images.shape[1:])
+    return pack.dataset(images, _as_array(given, path), names, str(path), classes, notes)
 
 
-def shards(path: Path, split: str) -> list[Path]:
-    """The parquet files of `split`: those named after it, or all where no file is named after any split."""
-    if path.is_file():
-        return [path]
+def _as_array(given: list[Any], path: str | Path) -> np.ndarray:
+    try:
+        return np.asarray(given) if given else np.zeros(0, np.int64)
+    except (ValueError, OverflowError):
+        raise UserError(f"data {path}: labels are of several kinds; give class numbers") from None
+
+
+def shards(path: Path, split: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The tables of `split`, and notes for the person.
+
+    They are those named after the split, or in a folder named so; all where none is named after
+    any.
+    """
+    if bounded.is_regular(path):
+        return [path], ()
     if not path.exists():
         raise UserError(f"data {path} does not exist; check the path")
-    files = sorted(path.glob("*.parquet")) or sorted(path.glob("*/*.parquet"))
+    files = tables(path)
     if not files:
         raise UserError(f"data {path} has no parquet files; check the path")
-    named = {file: word for file in files for word in (re.split(r"[-_.]", file.name)[0],) if word in _SPLIT_WORDS}
-    chosen = [file for file in files if named.get(file) == split] if named else files
-    if not chosen:
-        has = ", ".join(sorted(set(named.values())))
-        raise UserError(f"data {path} has no split {split!r}; it has {has}")
-    return chosen
+    if len(files) > MAX_FILES:
+        raise UserError(f"data {path} has {len(files)} tables, the limit is {MAX_FILES}; name one")
+    parts = splits.group(files)
+    return splits.choose(parts, split, f"data {path}") if parts else (files, ())
 
 
-def _open(file: Path) -> Any:
-    """The file's `pyarrow.parquet.ParquetFile`; only its footer is read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def tables(path: Path) -> list[Path]:
+    """The Parquet files in the folder `path` or up to three folders below, else the Arrow files;
+    sorted by path. Only the nearest to `path` count."""
+    for suffix in (".parquet", ".arrow"):
+        level = [path]
+        for _ in range(4):
+            entries = [entry for place in level for entry in place.iterdir()]
+            visible = [entry for entry in entries if folder.is_visible(entry.name)]
+            found = [e for e in visible if e.suffix == suffix and bounded.is_regular(e)]
+            if found:
+                return sorted(found)
+            level = [entry for entry in visible if entry.is_dir()]
+            if len(level) > MOST_FOLDERS:
+                break
+    return []
+
+
+@contextlib.contextmanager
+def _worker(files: list[Path]) -> Iterator[tuple[Any, IO[bytes]]]:
+    """Starts the worker; yields (a function that asks it something, its output)."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(WORKER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    questions, answers = process.stdin, process.stdout
+    assert questions is not None and answers is not None
+
+    def ask(question: dict[str, Any] | None, reply: bool = True) -> dict[str, Any]:
+        try:
+            if question is not None:
+                questions.write(json.dumps(question).encode() + b"\n")
+                questions.flush()
+            answer = json.loads(answers.readline()) if reply else {}
+        except (OSError, ValueError):
+            raise UserError(
+                f"data {files[0]} takes more memory or time than any table of images; fetch it"
+                " again"
+            ) from None
+        if "error" in answer:
+            raise UserError(f"data {answer['error']}")
+        return answer
 
     try:
-        table = pq.ParquetFile(file)
-        _ = table.schema_arrow.names  # decoded on first use: damaged names show here
-        return table
-    except (pa.ArrowException, OSError, ValueError):
-        raise UserError(f"data {file} is not a readable parquet file; fetch it again") from None
+        yield ask, answers
+    finally:
+        process.kill()
+        process.wait()
+        questions.close()
+        answers.close()
 
 
-def _column(path: str | Path, table: Any, candidates: tuple[str, ...]) -> str:
-    names = table.schema_arrow.names
-    for name in candidates:
-        if name in names:
-            return name
-    wanted = " or ".join(candidates)
-    raise UserError(f"data {path} has no column {wanted}; it has {', '.join(map(repr, names)) or 'none'}; rename one")
+def _images(
+    path: str | Path, ask: Any, stream: IO[bytes], rows: np.ndarray, given: list[Any]
+) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, encoded image) of the chosen `rows`; appends their labels to `given`."""
+    ask({"rows": rows.tolist()}, reply=False)
+    for row in rows:
+        size = _next_size(stream)
+        if size < 0:
+            break
+        if size > bounded.LIMITS.image_bytes:
+            raise UserError(f"image 'row {row} of {path}' has {size:,} bytes; remove it")
+        content = stream.read(size)
+        yield f"row {row} of {path}", content
+    else:
+        _next_size(stream)
+    given += ask(None)["labels"]
 
 
-def _images(path: str | Path, tables: list[Any], rows: np.ndarray, labels: list[np.ndarray]) -> Iterator[Any]:
-    """Yields (name, bytes) of the chosen `rows`, one row group in memory at a time; appends their labels [n]."""
-    start = 0
-    for table in tables:
-        for group in range(table.num_row_groups):
-            stop = start + table.metadata.row_group(group).num_rows
-            inside = rows[(rows >= start) & (rows < stop)]
-            if len(inside):
-                contents, numbers = _read_group(path, table, group, inside - start)
-                labels.append(numbers)
-                yield from ((f"row {row} of {path}", content) for row, content in zip(inside, contents, strict=True))
-            start = stop
+def _next_size(stream: IO[bytes]) -> int:
+    content = stream.read(8)
+    return struct.unpack("<q", content)[0] if len(content) == 8 else -1
 
 
-def _read_group(path: str | Path, table: Any, group: int, rows: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-    """Encoded images and labels of `rows` in one row group."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def _class_names(about: dict[str, Any], file: Path) -> list[str] | None:
+    """Names of the label's classes from the hub's metadata, None where there are none.
 
-    image, label = _column(path, table, IMAGE_COLUMNS), _column(path, table, LABEL_COLUMNS)
-    try:
-        read = table.read_row_group(group, columns=[image, label]).take(pa.array(rows))
-    except (pa.ArrowException, OSError, ValueError):
-        raise UserError(f"data {path} is a damaged parquet file; fetch it again") from None
-    contents, numbers = read[image].combine_chunks(), read[label].combine_chunks()
-    if pa.types.is_struct(contents.type) and contents.type.get_field_index("bytes") >= 0:
-        contents = pc.struct_field(contents, "bytes")
-    if not (pa.types.is_binary(contents.type) or pa.types.is_large_binary(contents.type)):
-        raise UserError(f"data {path}: column {image!r} is {contents.type}; it must hold encoded images as bytes")
-    if not pa.types.is_integer(numbers.type):
-        raise UserError(f"data {path}: column {label!r} is {numbers.type}; it must hold whole class numbers")
-    if contents.null_count or numbers.null_count:
-        raise UserError(f"data {path}: some rows lack the image's bytes or the label; embed them or drop the rows")
-    return contents.to_pylist(), numbers.to_numpy(zero_copy_only=False)
-
-
-def _class_names(table: Any, label: str) -> list[str] | None:
-    """Names of the label's classes from the hub's metadata, None where there are none."""
-    try:
-        info = json.loads((table.schema_arrow.metadata or {})[b"huggingface"])
-        names = info["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    A folder of `datasets.save_to_disk` has them in a file beside its tables.
+    """
+    beside = file.with_name("dataset_info.json")
+    texts = [about["about"]]
+    if bounded.is_regular(beside):
+        most = bounded.LIMITS.header_bytes
+        texts.append(bounded.read_file(beside, most, "file").decode("utf-8", "replace"))
+    for text in texts:
+        try:
+            info = json.loads(text)
+            names = info.get("info", info)["features"][about["label"]]["names"]
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            continue
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            return names
+    return None

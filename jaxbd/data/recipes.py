@@ -1,23 +1,27 @@
-"""Mini-ImageNet and VGGFace2 as the DHBE experiments use them: 100 classes of 64 x 64 pixels, a train and a test split.
+"""Mini-ImageNet and VGGFace2 as the DHBE experiments use them: 100 classes of 64 x 64 pixels, a
+train and a test split.
 
-People have these sets in the arrangement of their first use, few-shot learning or face recognition, whose splits hold
-different classes. For classification those are pooled and every class is divided, always in the same way.
+People have these sets in the arrangement of their first use, few-shot learning or face recognition,
+whose splits hold different classes. For classification those are pooled and every class is divided,
+always in the same way.
 """
 
+import collections
 import csv
 import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from jaxbd.base import Dataset, UserError
-from jaxbd.data import folder, pack
+from jaxbd.data import bounded, folder, labels, lists, pack, pictures
 
 SPLITS = ("train", "test", "val", "valid", "validation")
 TEST_SHARE = 6
-"""Where splits have to be made, one image in so many is for testing: 100 of Mini-ImageNet's 600 per class."""
+"""Where splits have to be made, one image in so many is for testing: 100 of Mini-ImageNet's 600 per
+class."""
 SHAPE = (64, 64, 3)
 
 Files = Callable[[], list[Path]]
@@ -26,9 +30,11 @@ Classes = dict[str, Files]
 
 
 class Recipe(NamedTuple):
-    """How many classes a set is cut down to, and the zoom of `pack.fit` (Yan et al. 2023, section 5.2.3; the release).
+    """How many classes a set is cut down to, and the zoom of `pictures.fit` (Yan et al. 2023,
+    section 5.2.3; the release).
 
-    The shorter side becomes 64 for Mini-ImageNet, 84 for VGGFace2, of which the middle 64 x 64 are taken.
+    The shorter side becomes 64 for Mini-ImageNet, 84 for VGGFace2, of which the middle 64 x 64 are
+    taken.
     """
 
     classes: int
@@ -44,46 +50,69 @@ def load(
     path: str | Path,
     *,
     split: str = "test",
-    image_shape: pack.Shape | None = None,
+    image_shape: pictures.Shape | None = None,
     limit: int | None = None,
     seed: int = 0,
+    classes: labels.Classes = labels.Classes(),
 ) -> Dataset:
-    """Reads `split` of the set `kind`, a key of `RECIPES`, as uint8 [N, 64, 64, 3] or of `image_shape`.
+    """Reads `split` of the set `kind`, a key of `RECIPES`, as uint8 [N, 64, 64, 3] or of
+    `image_shape`.
 
-    `path` is a folder of class folders; or of splits, each with class folders; or of `images/` with the lists
-    train.csv, val.csv and test.csv (columns `filename`, `label`). Splits with the same classes are taken as they are.
-    Splits with classes of their own are pooled, and of each class a sixth is "test" and the rest "train": the files
-    with the smallest SHA-256 of CLASS/NAME. Of more than 100 classes, those with the smallest SHA-256 of their name
-    are taken (the paper draws 100 identities and does not name them). Classes are numbered in the order of names.
+    `path` is a folder of class folders; or of splits, each with class folders; or of `images/` with
+    the lists train.csv, val.csv and test.csv (columns `filename`, `label`). Splits with the same
+    classes are taken as they are. Splits with classes of their own are pooled, and of each class a
+    sixth is "test" and the rest "train": the files with the smallest SHA-256 of CLASS/NAME. Of more
+    than 100 classes, those with the smallest SHA-256 of their name are taken (the paper draws 100
+    identities and does not name them). Classes are numbered in the order of names.
 
     Args:
       limit: at most so many images, drawn with `seed` before anything is decoded.
-    Raises: UserError when files are missing, a split is not there, splits share only some classes, or on a bad image.
+    Raises: UserError when files are missing, a split is not there, splits share only some classes,
+      or on a bad image.
     """
     given, recipe, path = path, RECIPES[kind], Path(os.path.expanduser(path))
     if not str(given) or not path.is_dir():
-        raise UserError(f"data {kind}:{given} is not a folder; give one of class folders, or images/ and train.csv")
+        raise UserError(
+            f"data {kind}:{given} is not a folder; give one of class folders, or images/ and"
+            " train.csv"
+        )
     parts = _lists(path) or _folders(path)
-    classes, divided = _together(parts, split, f"{kind}:{path}")
-    names = sorted(sorted(classes, key=_digest)[: recipe.classes])
-    files = [(file, k) for k, name in enumerate(names) for file in _share(classes[name](), name, split, divided)]
+    members, divided = _together(parts, split, f"{kind}:{path}")
+    names = sorted(sorted(members, key=_digest)[: recipe.classes])
+    files = [
+        (file, k)
+        for k, name in enumerate(names)
+        for file in _share(members[name](), name, split, divided)
+    ]
     if not files:
-        raise UserError(f"data {kind}:{path} has no {split} images ({', '.join(folder.SUFFIXES)}); add some")
+        raise UserError(
+            f"data {kind}:{path} has no {split} images ({', '.join(pictures.SUFFIXES)}); add some"
+        )
     chosen = [files[row] for row in pack.chosen_rows(len(files), limit, seed)]
-    named = ((str(file), folder.read_file(file)) for file, _ in chosen)
-    images = pack.decode(named, len(chosen), image_shape=image_shape or SHAPE, zoom=recipe.zoom)
-    return pack.dataset(images, [label for _, label in chosen], names, f"{kind}:{path}")
+    named = ((str(file), bounded.read_file(file)) for file, _ in chosen)
+    shape = (
+        image_shape if image_shape and image_shape[0] else (*SHAPE[:2], (image_shape or SHAPE)[2])
+    )
+    images = pictures.decode(named, len(chosen), image_shape=shape, zoom=recipe.zoom)
+    given = [label for _, label in chosen]
+    return pack.dataset(images, given, names, f"{kind}:{path}", classes)
 
 
 def _folders(path: Path) -> dict[str, Classes]:
-    """{split: its class folders}, with the one split "" where `path` itself holds the class folders.
+    """{split: its class folders}, with the one split "" where `path` itself holds the class
+    folders.
 
     Beside the splits other folders may lie, such as VGGFace2's `meta`.
     """
-    holds_classes = lambda place: place.is_dir() and any(entry.is_dir() for entry in place.iterdir())
+    holds_classes = lambda place: (
+        place.is_dir() and any(entry.is_dir() for entry in place.iterdir())
+    )
     places = {split: path / split for split in SPLITS if holds_classes(path / split)} or {"": path}
-    listing = lambda place: lambda: folder.image_files(place)
-    return {name: {each.name: listing(each) for each in folder.class_folders(at)} for name, at in places.items()}
+    listing = lambda place: lambda: folder.image_files(place, collections.Counter())
+    return {
+        name: {each.name: listing(each) for each in folder.class_folders(at)}
+        for name, at in places.items()
+    }
 
 
 def _lists(path: Path) -> dict[str, Classes]:
@@ -93,46 +122,60 @@ def _lists(path: Path) -> dict[str, Classes]:
 
 
 def _list(file: Path, images: Path) -> Classes:
-    """The classes of one list; its images lie in the folder `images`, or below it in folders named after the labels."""
+    """The classes of one list; its images lie in the folder `images`, or below it in folders named
+    after the labels."""
     files: dict[str, list[Path]] = {}
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            for row in csv.DictReader(lines):
-                name, label = row.get("filename"), row.get("label")
-                if not _plain(name) or not _plain(label):
-                    raise UserError(f"data {file}: a row is not FILENAME,LABEL with plain names; correct it")
-                files.setdefault(label, []).append(images / name)
-    except (csv.Error, UnicodeDecodeError, OSError):
-        raise UserError(f"data {file} is not a readable .csv list with the columns filename and label") from None
+        lines = lists.Lines(file)
+        for row in lines.rows(csv.DictReader(lines)):
+            name, label = row.get("filename"), row.get("label")
+            if not _plain(name) or not _plain(label):
+                raise UserError(
+                    f"data {file}: a row is not FILENAME,LABEL with plain names; correct it"
+                )
+            files.setdefault(label, []).append(images / name)
+    except (csv.Error, OSError):
+        raise UserError(
+            f"data {file} is not a readable .csv list with the columns filename and label"
+        ) from None
     if not files:
-        raise UserError(f"data {file} lists no images; give rows with the columns filename and label")
+        raise UserError(
+            f"data {file} lists no images; give rows with the columns filename and label"
+        )
     below = lambda label, each: each if each.is_file() else images / label / each.name
     listing = lambda label, each: lambda: sorted(below(label, one) for one in each)
     return {label: listing(label, each) for label, each in files.items()}
 
 
-def _plain(name: str | None) -> bool:
+def _plain(name: str | None) -> TypeGuard[str]:
     """Whether `name` can only be that of something in the folder it is looked for in."""
     return bool(name) and name[0] != "." and name == Path(name).name
 
 
 def _together(parts: dict[str, Classes], split: str, name: str) -> tuple[Classes, bool]:
-    """The classes to read `split` from, and whether their files have yet to be divided into train and test."""
+    """The classes to read `split` from, and whether their files have yet to be divided into train
+    and test."""
     sets = [set(classes) for classes in parts.values()]
     if len(sets) > 1 and all(one == sets[0] for one in sets):
         if split not in parts:
-            raise UserError(f"data {name} has no split {split!r}; it has {', '.join(sorted(parts))}")
+            raise UserError(
+                f"data {name} has no split {split!r}; it has {', '.join(sorted(parts))}"
+            )
         return parts[split], False
     shared = {each for one, other in itertools.combinations(sets, 2) for each in one & other}
     if shared:
-        raise UserError(f"data {name}: the splits share only some classes, such as {min(shared)!r}; give all the same")
+        raise UserError(
+            f"data {name}: the splits share only some classes, such as {min(shared)!r}; give all"
+            " the same"
+        )
     if split not in ("train", "test"):
         raise UserError(f"data {name} has no split {split!r}; it is divided into train, test")
     return {each: files for classes in parts.values() for each, files in classes.items()}, True
 
 
 def _share(files: Iterable[Path], name: str, split: str, divided: bool) -> list[Path]:
-    """The files of a class that belong to `split`, sorted; all of them where they are not `divided`."""
+    """The files of a class that belong to `split`, sorted; all of them where they are not
+    `divided`."""
     files = sorted(files)
     if not divided:
         return files

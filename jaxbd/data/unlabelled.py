@@ -1,4 +1,5 @@
-"""Images without labels, as they come at test time: a picture, a folder of pictures, or a .npz with `images` alone."""
+"""Images without labels, as they come at test time: a picture, a folder of pictures, or a .npz with
+`images` alone."""
 
 import os
 from pathlib import Path
@@ -7,27 +8,33 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbd.base import UserError
-from jaxbd.data import folder, npz, pack
+from jaxbd.data import folder, lists, npz, pack, pictures
 
 
 class Pictures(NamedTuple):
-    """images uint8 [N, H, W, C]; files: N names, or None where the source has none; name: where they came from."""
+    """images uint8 [N, H, W, C]; files: N names, or None where the source has none; name: where
+    they came from."""
 
     images: np.ndarray
     files: tuple[str, ...] | None
     name: str
 
 
-def found(spec: str) -> bool:
-    """Whether `spec` names images without labels; what cannot be read is left to the readers to refuse."""
+def is_unlabelled(spec: str) -> bool:
+    """Whether `spec` names images without labels; what cannot be read is left for the readers to
+    refuse."""
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
-        entries = [entry for entry in path.iterdir() if entry.name[0] != "."]
-        return any(_is_picture(entry) for entry in entries) and not any(entry.is_dir() for entry in entries)
-    return path.is_file() and (_is_picture(path) or (path.suffix.lower() == ".npz" and not npz.has_labels(path)))
+        has_pictures = any(map(folder.is_picture, path.iterdir()))
+        return has_pictures and not folder.sub_folders(path) and lists.find(path, "test") is None
+    return path.is_file() and (
+        folder.is_picture(path) or (path.suffix.lower() == ".npz" and not npz.has_labels(path))
+    )
 
 
-def load(spec: str, image_shape: pack.Shape, *, limit: int | None = None, seed: int = 0) -> Pictures:
+def load(
+    spec: str, image_shape: pictures.Shape, *, limit: int | None = None, seed: int = 0
+) -> Pictures:
     """Reads what `found` found. Pictures are resized to `image_shape`, arrays must have it.
 
     Args:
@@ -35,17 +42,14 @@ def load(spec: str, image_shape: pack.Shape, *, limit: int | None = None, seed: 
     Raises: UserError when an image is unreadable or of another shape.
     """
     path = Path(os.path.expanduser(spec))
-    if path.is_dir() or _is_picture(path):
-        files = sorted(filter(_is_picture, path.iterdir())) if path.is_dir() else [path]
+    if path.is_dir() or folder.is_picture(path):
+        files = sorted(filter(folder.is_picture, path.iterdir())) if path.is_dir() else [path]
         files = [files[row] for row in pack.chosen_rows(len(files), limit, seed)]
-        named = ((file.name, folder.read_file(file)) for file in files)
-        images = pack.decode(named, len(files), image_shape=image_shape)
+        images = folder.decode_files(files, path if path.is_dir() else path.parent, image_shape)
         return Pictures(images, tuple(file.name for file in files), str(path))
-    images = npz.load_images(path)
+    images = npz.load_images(path, limit, seed)
     if images.shape[1:] != tuple(image_shape):
-        raise UserError(f"data {path} has images {list(images.shape[1:])}, the model takes {list(image_shape)}")
-    return Pictures(images[pack.chosen_rows(len(images), limit, seed)], None, str(path))
-
-
-def _is_picture(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in folder.SUFFIXES and path.name[0] != "."
+        raise UserError(
+            f"data {path} has images {list(images.shape[1:])}, the model takes {list(image_shape)}"
+        )
+    return Pictures(images, None, str(path))

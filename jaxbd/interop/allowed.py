@@ -1,18 +1,22 @@
 """The names a PyTorch file may use, and the inert values of ours that they become.
 
-Nothing here is the thing that the name says: `torch._utils._rebuild_tensor_v2` becomes a description of a tensor, a
-NumPy number becomes Python's. Every builder checks its arguments, which the file chose.
+Nothing here is the thing that the name says: `torch._utils._rebuild_tensor_v2` becomes a
+description of a tensor, a NumPy number becomes Python's, and any name that is not listed becomes a
+`Foreign` value, which is never called or looked into. Every builder checks its arguments, which the
+file chose.
 """
 
 import collections
 import dataclasses
+import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import ml_dtypes
 import numpy as np
 
-from jaxbd.interop.files import Refusal
+from jaxbd.limits import Refusal
 
 STORAGE_TYPES: dict[str, np.dtype] = {
     "HalfStorage": np.dtype(np.float16),
@@ -28,27 +32,64 @@ STORAGE_TYPES: dict[str, np.dtype] = {
 }
 """Names in module `torch` -> element type."""
 
+OPAQUE_STORAGES: dict[str, int] = {
+    "ComplexDoubleStorage": 16,
+    "ComplexFloatStorage": 8,
+    "QInt32Storage": 4,
+    "QInt8Storage": 1,
+    "QUInt2x4Storage": 1,
+    "QUInt4x2Storage": 1,
+    "QUInt8Storage": 1,
+}
+"""Storages of numbers that no weights are made of -> bytes of one element: stepped over."""
+
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu|mlu|musa|xla)(:[0-9]{1,3})?")
+"""Devices whose tensors lie in the file; those on "meta" have no values."""
 NUMPY_SCALARS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 MAX_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of `numel` elements of `dtype` that lies in the file under `key`."""
+    """A run of `numel` elements of `dtype` that lies in the file under `key`; `location` is the
+    device it was saved from."""
 
     key: str
     dtype: np.dtype
     numel: int
+    location: str = "cpu"
 
 
+@final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """A strided view of a storage; offset and stride count elements. Nothing is read yet, bounds are checked."""
+    """A strided view of a storage; offset and stride count elements. Nothing is read yet, bounds
+    are checked."""
 
     storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Foreign:
+    """Stands for a value of a type that is not read: what it was made of is dropped.
+
+    Attributes:
+      name: of the class or function that the file asked for, "argparse.Namespace".
+    """
+
+    name: str
+
+
+@final
+@dataclasses.dataclass(slots=True, eq=False)
+class NumpyArray:
+    """A NumPy array of the file; `values` is None until the file has said what is in it."""
+
+    values: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,10 +110,16 @@ def is_count(value: Any) -> bool:
 
 
 def is_counts(value: Any) -> bool:
-    return type(value) is tuple and len(value) <= MAX_RANK and all(is_count(number) for number in value)
+    return (
+        type(value) is tuple
+        and len(value) <= MAX_RANK
+        and all(is_count(number) for number in value)
+    )
 
 
-def _check_bounds(storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+def _check_bounds(
+    storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
     """No element of the view may lie outside the storage."""
     elements = 1
     for size in shape:
@@ -81,27 +128,65 @@ def _check_bounds(storage: Storage, offset: int, shape: tuple[int, ...], stride:
         raise Refusal(f"a tensor claims the shape {shape}")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if 0 not in shape and last >= storage.numel:
-        raise Refusal(f"a tensor of shape {shape} reaches outside its storage of {storage.numel} elements")
+        raise Refusal(
+            f"a tensor of shape {shape} reaches outside its storage of {storage.numel} elements"
+        )
 
 
-def _rebuild_tensor(machine: Any, arguments: tuple) -> Tensor:
-    """torch._utils._rebuild_tensor(storage, offset, size, stride) and _v2(…, requires_grad, hooks[, metadata])."""
-    if len(arguments) not in (4, 6, 7) or type(arguments[0]) is not Storage:
+def _rebuild_tensor(machine: Any, arguments: tuple) -> Tensor | Foreign:
+    """torch._utils._rebuild_tensor(storage, offset, size, stride); a tensor of opaque numbers is
+    foreign."""
+    if len(arguments) == 4 and type(arguments[0]) is Foreign:
+        return Foreign(f"a tensor of {arguments[0].name}")
+    if len(arguments) != 4 or type(arguments[0]) is not Storage:
         raise Refusal("a tensor is rebuilt from something else than a storage")
     storage, offset, shape, stride = arguments[:4]
-    if not (is_count(offset) and is_counts(shape) and is_counts(stride) and len(shape) == len(stride)):
+    if not (
+        is_count(offset) and is_counts(shape) and is_counts(stride) and len(shape) == len(stride)
+    ):
         raise Refusal("a tensor has a shape, stride or offset that makes no sense")
-    if any(extra for extra in arguments[5:]):
-        # hooks, or flags such as "negated", which change what the stored numbers mean
-        raise Refusal("a tensor carries hooks or flags")
     _check_bounds(storage, offset, shape, stride)
+    if any(extra for extra in arguments[5:]):
+        return Foreign("a tensor with hooks or flags")
     return Tensor(storage, offset, shape, stride)
 
 
-def _rebuild_parameter(machine: Any, arguments: tuple) -> Tensor:
-    if len(arguments) != 3 or type(arguments[0]) is not Tensor or arguments[2]:
+def _rebuild_tensor_v2(machine: Any, arguments: tuple) -> Tensor | Foreign:
+    """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[,
+    metadata]).
+
+    A tensor with hooks, or with flags such as "negated", which change what the stored numbers mean,
+    is foreign: it may stand beside the weights, not among them.
+    """
+    if len(arguments) not in (6, 7):
+        raise Refusal("a tensor is rebuilt from something else than a storage")
+    tensor = _rebuild_tensor(machine, arguments[:4])
+    metadata = arguments[6] if len(arguments) == 7 else None
+    if isinstance(tensor, Foreign):
+        return tensor
+    _check_gradient(tensor, arguments[4])
+    if not _is_empty(arguments[5]) or not (metadata is None or _is_empty(metadata)):
+        return Foreign("a tensor with hooks or flags")
+    return tensor
+
+
+def _rebuild_parameter(machine: Any, arguments: tuple) -> Tensor | Foreign:
+    if len(arguments) == 3 and type(arguments[0]) is Foreign:
+        return arguments[0]
+    if len(arguments) != 3 or type(arguments[0]) is not Tensor or not _is_empty(arguments[2]):
         raise Refusal("a parameter is rebuilt from something else than a tensor")
+    _check_gradient(arguments[0], arguments[1])
     return arguments[0]
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
+def _check_gradient(tensor: Tensor, wanted: Any) -> None:
+    """Numbers without a fraction have no gradient: PyTorch refuses a file that asks for one."""
+    if type(wanted) is not bool or (wanted and tensor.storage.dtype.kind in "iub"):
+        raise Refusal("a tensor is said to need a gradient in a way that makes no sense")
 
 
 def _ordered_dict(machine: Any, arguments: tuple) -> collections.OrderedDict:
@@ -126,12 +211,21 @@ def _torch_size(machine: Any, arguments: tuple) -> tuple[int, ...]:
 
 
 def _torch_device(machine: Any, arguments: tuple) -> Symbol:
+    """torch.device("cuda:0") or torch.device("cuda", 0); which one does not matter here."""
+    name = arguments[0] if arguments and type(arguments[0]) is str else ""
+    index = arguments[1:] == () or (":" not in name and is_count(arguments[1]))
+    if len(arguments) > 2 or not index or not DEVICE.fullmatch(name):
+        raise Refusal("a torch.device is made from something else than the name of a device")
     return Symbol("torch.device")
 
 
-def _numpy_dtype(machine: Any, arguments: tuple) -> Symbol:
-    if not arguments or type(arguments[0]) is not str or arguments[0] not in NUMPY_SCALARS:
-        raise Refusal("a NumPy value is of a type that is not a plain number")
+def _numpy_dtype(machine: Any, arguments: tuple) -> Symbol | Foreign:
+    if len(arguments) != 3 or type(arguments[0]) is not str:
+        raise Refusal("a NumPy type is made from something else than its name")
+    if not all(type(flag) in (bool, int) for flag in arguments[1:]):
+        raise Refusal("a NumPy type is made from something else than its name")
+    if arguments[0] not in NUMPY_SCALARS:
+        return Foreign(f"numpy.dtype {arguments[0][:16]}")
     return Symbol("numpy.dtype", fact=np.dtype("<" + arguments[0]))
 
 
@@ -146,9 +240,11 @@ def _latin1(machine: Any, arguments: tuple) -> bytes:
         raise Refusal("the pickle encodes text that is not bytes") from None
 
 
-def _numpy_scalar(machine: Any, arguments: tuple) -> int | float | bool:
+def _numpy_scalar(machine: Any, arguments: tuple) -> int | float | bool | Foreign:
     """A NumPy number becomes the Python number of the same value."""
     kind, raw = arguments if len(arguments) == 2 else (None, None)
+    if type(kind) is Foreign:
+        return Foreign(f"a NumPy value of {kind.name}")
     if type(kind) is not Symbol or kind.name != "numpy.dtype" or type(raw) is not bytes:
         raise Refusal("a NumPy number is made from something else than a type and bytes")
     if len(raw) != kind.fact.itemsize or (kind.fact.kind == "b" and raw not in (b"\0", b"\1")):
@@ -156,21 +252,104 @@ def _numpy_scalar(machine: Any, arguments: tuple) -> int | float | bool:
     return np.frombuffer(raw, kind.fact)[0].item()
 
 
+def _numpy_reconstruct(machine: Any, arguments: tuple) -> NumpyArray:
+    """_reconstruct(ndarray, (0,), b"b"): an array that the next instruction fills."""
+    if len(arguments) != 3 or type(arguments[0]) is not Symbol:
+        raise Refusal("a NumPy array is made from something else than its type")
+    return NumpyArray()
+
+
+def _numpy_frombuffer(machine: Any, arguments: tuple) -> NumpyArray | Foreign:
+    """_frombuffer(buffer, dtype, shape, order), as protocol 5 has it."""
+    if len(arguments) != 4:
+        raise Refusal("a NumPy array is made from something else than a buffer, type and shape")
+    raw, kind, shape, order = arguments
+    if type(kind) is Foreign:
+        return Foreign(f"a NumPy array of {kind.name}")
+    return NumpyArray(numpy_values(machine, shape, kind, order == "F", raw))
+
+
+def numpy_values(machine: Any, shape: Any, kind: Any, is_fortran: Any, raw: Any) -> np.ndarray:
+    """The array that `raw` holds. Raises Refusal unless type, shape and length belong together."""
+    if type(kind) is not Symbol or not isinstance(kind.fact, np.dtype) or not is_counts(shape):
+        raise Refusal("a NumPy array is described by something else than a shape and a type")
+    if type(raw) is not bytes or len(raw) != math.prod(shape) * kind.fact.itemsize:
+        raise Refusal(f"a NumPy array of shape {shape} has too many or too few bytes")
+    if kind.fact.kind == "b":
+        machine.spend(len(raw) // 1024)  # one text of bytes can be made into any number of arrays
+        if np.frombuffer(raw, np.uint8).max(initial=0) > 1:
+            raise Refusal("a NumPy array holds truth values that are neither 0 nor 1")
+    # empty shapes are bounded too, so that NumPy can hold every shape that passes
+    if math.prod(max(size, 1) for size in shape) >= 1 << 40:
+        raise Refusal(f"a NumPy array claims the shape {shape}")
+    return np.frombuffer(raw, kind.fact).reshape(shape, order="F" if is_fortran else "C")
+
+
+RUNS_CODE = frozenset(
+    """
+    __main__.__builtins__ _ctypes _pickle _posixsubprocess _pytest asyncio bdb builtins.__import__
+    builtins.breakpoint builtins.compile builtins.delattr builtins.eval builtins.exec
+    builtins.execfile builtins.globals builtins.input builtins.locals builtins.open
+    builtins.setattr builtins.vars cloudpickle code codeop commands ctypes dill distutils ftplib
+    http httplib importlib io.open io.FileIO joblib marshal multiprocessing nt numpy.load
+    numpy.lib.npyio.load numpy.f2py numpy.testing operator.attrgetter operator.methodcaller
+    operator.call operator.delitem operator.setitem operator.ior operator.iadd os pdb pickle
+    pip pkgutil posix posixpath.os profile pty pydoc requests runpy shelve shutil signal smtplib
+    socket socketserver ssl subprocess sys tempfile timeit torch._dynamo torch._inductor
+    torch.compile torch.distributed.run torch.hub torch.jit torch.load torch.serialization.load
+    torch.storage._load_from_bytes torch.utils.cpp_extension trace types.CodeType
+    types.FunctionType urllib urllib2 urllib3 webbrowser xmlrpc zipimport
+    """.split()  # noqa: SIM905 (a list of names is read more easily than one of quoted names)
+)
+"""Modules and names that a model file has no use for but to run code or to change what was read: a
+file that asks for one is refused as a whole."""
+
+
+def runs_code(module: str, name: str) -> bool:
+    """Whether `module.name`, or a module above it, is in `RUNS_CODE`; Python 2's names too."""
+    module = {"__builtin__": "builtins", "__builtins__": "builtins"}.get(module, module)
+    parts = f"{module}.{name}".split(".")
+    return any(".".join(parts[:count]) in RUNS_CODE for count in range(1, len(parts) + 1))
+
+
 ALLOWED: dict[tuple[str, str], Symbol] = {
     ("collections", "OrderedDict"): Symbol("OrderedDict", _ordered_dict),
     ("torch._utils", "_rebuild_tensor"): Symbol("_rebuild_tensor", _rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): Symbol("_rebuild_tensor_v2", _rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): Symbol("_rebuild_tensor_v2", _rebuild_tensor_v2),
     ("torch._utils", "_rebuild_parameter"): Symbol("_rebuild_parameter", _rebuild_parameter),
     ("torch", "Size"): Symbol("torch.Size", _torch_size),
     ("torch", "device"): Symbol("torch.device", _torch_device),
     ("numpy", "dtype"): Symbol("dtype", _numpy_dtype),
     ("numpy.core.multiarray", "scalar"): Symbol("scalar", _numpy_scalar),
     ("numpy._core.multiarray", "scalar"): Symbol("scalar", _numpy_scalar),
+    ("numpy", "ndarray"): Symbol("numpy.ndarray"),
     ("_codecs", "encode"): Symbol("encode", _latin1),
-    **{("torch", name): Symbol(f"torch.{name}", fact=dtype) for name, dtype in STORAGE_TYPES.items()},
+    **{
+        (f"numpy.{core}.{module}", name): Symbol(name, build)
+        for core in ("core", "_core")
+        for module, name, build in (
+            ("multiarray", "_reconstruct", _numpy_reconstruct),
+            ("numeric", "_frombuffer", _numpy_frombuffer),
+        )
+    },
+    **{
+        ("torch", name): Symbol(f"torch.{name}", fact=dtype)
+        for name, dtype in STORAGE_TYPES.items()
+    },
     **{
         ("torch", name): Symbol(f"torch.{name}")
-        for name in ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+        for name in (
+            "float16",
+            "bfloat16",
+            "float32",
+            "float64",
+            "int8",
+            "int16",
+            "int32",
+            "int64",
+            "uint8",
+            "bool",
+        )
     },
 }
-"""Everything a file may name, and what we make of it."""
+"""The names that we make something of."""

@@ -1,4 +1,5 @@
-"""Activation bounds beside a model file, `<stem>.bounds.safetensors`: a state_dict has no place for them.
+"""Activation bounds beside a model file, `<stem>.bounds.safetensors`: a state_dict has no place for
+them.
 
 The file says by SHA-256 which model file it belongs to, since files of one stem share its name.
 """
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 
 from jaxbd.base import UserError, Variables
 from jaxbd.interop import fit, folder, safetensors_file
-from jaxbd.interop.files import Limits, Refusal, opened, quote, refusing, sha256
+from jaxbd.limits import Limits, Refusal, opened, quote, refusing, sha256
 from jaxbd.models import build
 
 ENDING = ".bounds.safetensors"
 OWNER = "model_sha256"
-"""The note that says which file the bounds are for; a file without it is taken for that of its stem."""
+"""The note that says which file the bounds are for; without it they are not applied."""
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
@@ -23,29 +24,46 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     return found if not path.is_dir() and found.exists() else None
 
 
-def read(path: pathlib.Path, owner: str, spec: build.Spec, variables: Variables, limits: Limits) -> Variables:
-    """The collection `bounds` in `path`, for the model file of SHA-256 `owner`.
+def read(
+    path: pathlib.Path, owner: str, spec: build.Spec, variables: Variables, limits: Limits
+) -> tuple[Variables, str]:
+    """The collection `bounds` in `path`, for the model file of SHA-256 `owner`, and the SHA-256 of
+    `path`.
 
-    Raises: UserError naming the file when it is damaged, belongs to another model file, does not fit the net of `spec`
-      (whose arrays are `variables`), or holds what is not finite.
+    Raises: UserError naming the file when it is damaged, belongs to another model file, does not
+      fit the net of `spec` (whose arrays are `variables`), or holds what is not finite.
     """
     with refusing(path):
         with opened(path, limits) as (file, size):
             tensors, notes = safetensors_file.read(file, size, limits)
-        if notes.get(OWNER, owner) != owner:
-            raise Refusal("it holds the activation bounds of another model file; rename it, or the model")
+            digest = sha256(file)
+        if OWNER not in notes:
+            raise Refusal(
+                "it does not say whose activation bounds it holds, and would change what the model"
+                f" answers; delete it, or write the model's sha256 into its note {OWNER}"
+            )
+        if notes[OWNER] != owner:
+            raise Refusal(
+                "it holds the activation bounds of another model file; rename it, or the model"
+            )
         others = [name for name in tensors if not name.startswith("bounds/")]
         if others or variables.get("bounds"):
-            raise Refusal(f"it holds {quote(others[0])}" if others else "the model has bounds of its own already")
+            raise Refusal(
+                f"it holds {quote(others[0])}"
+                if others
+                else "the model has bounds of its own already"
+            )
         fit.check({**folder.flatten(variables), **tensors}, spec)
         for name, tensor in tensors.items():
-            if bad := fit.nonfinite(name, tensor):
-                raise Refusal(f"tensor {quote(name)} holds {bad:,} values that are NaN or infinite")
-    return folder.unflatten({name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()})["bounds"]
+            if bad := fit.complaint(name, tensor):
+                raise Refusal(f"tensor {quote(name)} {bad}")
+    arrays = {name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()}
+    return folder.unflatten(arrays)["bounds"], digest
 
 
 def write(path: pathlib.Path, owner: str, bounds: Variables) -> str:
-    """Writes the bounds of the model file `path`, whose SHA-256 is `owner`. Returns: a note on them for people."""
+    """Writes the bounds of the model file `path`, whose SHA-256 is `owner`. Returns: a note on them
+    for people."""
     beside = path.with_name(f"{path.stem}{ENDING}")
     with refusing(beside):
         safetensors_file.write(beside, folder.flatten({"bounds": bounds}), {OWNER: owner})
@@ -56,7 +74,8 @@ def write(path: pathlib.Path, owner: str, bounds: Variables) -> str:
 
 
 def check_free(path: pathlib.Path) -> None:
-    """Raises UserError where a model file written to `path` would take or lose the bounds of another one."""
+    """Raises UserError where a model file written to `path` would take or lose the bounds of
+    another one."""
     found = find(path)
     if found is None:
         return
@@ -65,7 +84,8 @@ def check_free(path: pathlib.Path) -> None:
             owner = safetensors_file.read(file, size, Limits())[1].get(OWNER)
         if owner is not None and (not path.exists() or _digest(path) != owner):
             raise UserError(
-                f"{found.name} holds the activation bounds of another model; choose another name than {path.name}"
+                f"{found.name} holds the activation bounds of another model; choose another name"
+                f" than {path.name}"
             )
 
 

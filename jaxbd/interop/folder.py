@@ -1,16 +1,18 @@
-"""jaxbd's own model folder: `model.safetensors` with the arrays, `config.json` with the net's `Spec`.
+"""jaxbd's own model folder: `model.safetensors` with the arrays, `config.json` with the net's
+`Spec`.
 
-A guarded model's folder holds `guard.safetensors` besides, see `interop.guarded`, and is of another version, so that
-nothing takes its suspect for the whole.
+A guarded model's folder holds `guard.safetensors` besides, see `interop.guarded`, and is of another
+version, so that nothing takes its suspect for the whole.
 """
 
+import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -20,10 +22,21 @@ import numpy as np
 from jaxbd import devices
 from jaxbd.base import UserError, Variables
 from jaxbd.interop import fit, safetensors_file
-from jaxbd.interop.files import Limits, Refusal, opened, quote, refusing, sha256
+from jaxbd.limits import (
+    Limits,
+    Refusal,
+    opened,
+    parse_json,
+    quote,
+    read_bounded,
+    refusing,
+    sha256,
+)
 from jaxbd.models import build
 
 WEIGHTS, CONFIG, GUARD = "model.safetensors", "config.json", "guard.safetensors"
+ORBAX = "_METADATA"
+"""Orbax's table of contents: a folder with both would be two models."""
 FORMAT, VERSION, GUARDED_VERSION = "jaxbd-model", 1, 2
 COLLECTIONS = ("params", "batch_stats", "bounds")
 FIELDS = ("arch", "classes", "image_shape", "mean", "std", "options", "dtype", "class_names")
@@ -34,15 +47,27 @@ def is_model(path: pathlib.Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
-def save(path: str | os.PathLike, spec: build.Spec, variables: Variables, notes: dict[str, Any] | None = None) -> None:
+def save(
+    path: str | os.PathLike,
+    spec: build.Spec,
+    variables: Variables,
+    notes: dict[str, Any] | None = None,
+) -> None:
     """Writes a model folder, whole or not at all; a model folder that is already there is replaced.
 
     Args:
-      variables: collections of `COLLECTIONS`; each array is stored under its path, "params/conv0/kernel".
+      variables: collections of `COLLECTIONS`; each array is stored under its path,
+        "params/conv0/kernel".
       notes: JSON values kept in `config.json`, e.g. where the model came from.
-    Raises: UserError when `path` is something else than a model folder, or holds other files beside the model.
+    Raises: UserError when `path` is something else than a model folder, or holds other files beside
+      the model.
     """
-    write(path, spec, {WEIGHTS: flatten(variables)}, lambda _: {"notes": notes or {}})
+
+    def more(written: pathlib.Path) -> dict[str, Any]:
+        with (written / WEIGHTS).open("rb") as file:
+            return {"sha256": {WEIGHTS: sha256(file)}, "notes": notes or {}}
+
+    write(path, spec, {WEIGHTS: flatten(variables)}, more)
 
 
 def write(
@@ -52,12 +77,13 @@ def write(
     more: Callable[[pathlib.Path], dict[str, Any]],
     version: int = VERSION,
 ) -> None:
-    """Writes a model folder, whole or not at all: the arrays of each of `files`, then `config.json`.
+    """Writes a model folder, whole or not at all: the arrays of each of `files`, then
+    `config.json`.
 
     Args:
       more: (folder as far as it is written) -> what `config.json` says beside the spec.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()  # a link stays, and the folder that it names is replaced
     if not devices.is_first():
         return
     _check_replaceable(path)
@@ -69,7 +95,11 @@ def write(
             sibling.mkdir()
             for name, tensors in files.items():
                 safetensors_file.write(sibling / name, tensors)
-            config = {"format": FORMAT, "version": version, **{field: getattr(spec, field) for field in FIELDS}}
+            config = {
+                "format": FORMAT,
+                "version": version,
+                **{field: getattr(spec, field) for field in FIELDS},
+            }
             text = json.dumps({**config, **more(sibling)}, indent=2, allow_nan=False) + "\n"
             (sibling / CONFIG).write_text(text)
             _exchange(path, sibling, aside)
@@ -83,11 +113,14 @@ def _check_replaceable(path: pathlib.Path) -> None:
     held = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
     if held and not (is_model(path) and held <= {WEIGHTS, CONFIG, GUARD}):
         others = ", ".join(sorted(held - {WEIGHTS, CONFIG, GUARD})[:3])
-        raise UserError(f"{path}: not overwritten, it holds {others or 'half a model'}; name another folder")
+        raise UserError(
+            f"{path}: not overwritten, it holds {others or 'half a model'}; name another folder"
+        )
 
 
 def _exchange(path: pathlib.Path, sibling: pathlib.Path, aside: pathlib.Path) -> None:
-    """Puts `sibling` in the place of `path`; the old folder is deleted only once the new one stands."""
+    """Puts `sibling` in the place of `path`; the old folder is deleted only once the new one
+    stands."""
     if not path.exists():
         os.rename(sibling, path)
         return
@@ -101,35 +134,72 @@ def _exchange(path: pathlib.Path, sibling: pathlib.Path, aside: pathlib.Path) ->
 
 
 def flatten(variables: Variables) -> dict[str, np.ndarray]:
-    """Every array under its path, "params/conv0/kernel"; collections that a folder does not keep are left out."""
+    """Every array under its path, "params/conv0/kernel"; collections that a folder does not keep
+    are left out."""
     kept = {name: variables[name] for name in COLLECTIONS if variables.get(name)}
-    return {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(kept, sep="/").items()}
+    return {
+        path: np.asarray(leaf)
+        for path, leaf in flax.traverse_util.flatten_dict(kept, sep="/").items()
+    }
 
 
-def unflatten(tensors: dict[str, np.ndarray]) -> Variables:
+def unflatten(tensors: Mapping[str, Any]) -> Variables:
     """The inverse of `flatten`."""
     return {"batch_stats": {}, **flax.traverse_util.unflatten_dict(tensors, sep="/")}
 
 
+class Loaded(NamedTuple):
+    """A model folder, read: the net's spec, its variables, {name: SHA-256} of the files that were
+    read."""
+
+    spec: build.Spec
+    variables: Variables
+    files: dict[str, str]
+
+
 def load(
     path: str | os.PathLike,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    limits: Limits = Limits(),
 ) -> tuple[build.Spec, Variables, str]:
     """The net's spec, its variables, and the SHA-256 of `model.safetensors`.
 
-    Raises: UserError when a file is damaged, or when tensors are missing, extra or mis-shaped for the net, by name.
+    Raises: UserError when a file is damaged, or when tensors are missing, extra or mis-shaped for
+      the net, by name.
+    """
+    found = read(path, limits)
+    return found.spec, found.variables, found.files[WEIGHTS]
+
+
+def read(
+    path: str | os.PathLike,
+    limits: Limits = Limits(),
+    own: str | None = None,
+) -> Loaded:
+    """What `load` gives, with the hashes of all files that decide what the model computes.
+
+    Args:
+      own: an architecture of the user's own that the folder may name, since the user names it too.
     """
     path = pathlib.Path(path)
     with refusing(path):
-        config = read_config(path, limits, VERSION)
+        config, settings = read_config(path, limits, VERSION, own)
         spec, tensors, digest = read_weights(path, config, limits)
-    return spec, unflatten(tensors), digest
+        # folders written before this was so do not name their weights
+        if config.get("sha256", {WEIGHTS: digest}) != {WEIGHTS: digest}:
+            bad = [
+                f"tensor {quote(n)} {what}, and "
+                for n, array in tensors.items()
+                if (what := fit.complaint(n, np.asarray(array)))
+            ]
+            raise Refusal(f"{''.join(bad[:1])}{WEIGHTS} is not the file that {CONFIG} names")
+    return Loaded(spec, unflatten(tensors), {WEIGHTS: digest, CONFIG: settings})
 
 
 def read_weights(
     path: pathlib.Path, config: dict[str, Any], limits: Limits
 ) -> tuple[build.Spec, dict[str, jax.Array], str]:
-    """The spec of `config`, the arrays of `model.safetensors`, which fit it, and the file's SHA-256."""
+    """The spec of `config`, the arrays of `model.safetensors`, which fit it, and the file's
+    SHA-256."""
     spec = as_spec(config)
     with opened(path / WEIGHTS, limits) as (file, size):
         tensors, _ = safetensors_file.read(file, size, limits)
@@ -138,31 +208,42 @@ def read_weights(
     return spec, {name: jnp.asarray(array, jnp.float32) for name, array in tensors.items()}, digest
 
 
-def read_config(path: pathlib.Path, limits: Limits, version: int) -> dict[str, Any]:
-    """A folder's `config.json`, every field of the spec checked. Raises Refusal naming the field that is wrong."""
+def read_config(
+    path: pathlib.Path, limits: Limits, version: int, own: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """A folder's `config.json`, every field of the spec checked, and its SHA-256.
+
+    A file never makes us import code: an architecture "package.module:make" is read only where it
+    is `own`, the one that the user names. Raises Refusal naming the field that is wrong.
+    """
     if not is_model(path):
         raise Refusal(f"the folder does not hold {WEIGHTS} and {CONFIG}")
-    with opened(path / CONFIG, limits) as (file, size):
-        if size > limits.header_bytes:
-            raise Refusal(f"{CONFIG} has {size:,} bytes")
-        try:
-            config = json.loads(file.read().decode("utf-8"))
-        except (ValueError, RecursionError):
-            raise Refusal(f"{CONFIG} is not valid JSON") from None
+    if (path / ORBAX).exists():
+        raise Refusal("the folder holds a model of jaxbd and an Orbax checkpoint; give one of them")
+    text = read_bounded(path / CONFIG, limits, limits.header_bytes)
+    config = parse_json(text, CONFIG, limits)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise Refusal(f"{CONFIG} is not that of a jaxbd model")
     _check_version(path, config.get("version"), version)
     wrong = [field for field, is_right in _CHECKS.items() if not is_right(config.get(field))]
+    if wrong[:1] == ["arch"] and own is not None and config["arch"] == own:
+        wrong = wrong[1:]
     if wrong:
         raise Refusal(f"{CONFIG}: {wrong[0]} is {quote(config.get(wrong[0]))}")
-    return config
+    if len(config["class_names"]) not in (0, config["classes"]):
+        raise Refusal(
+            f"{CONFIG}: it gives {len(config['class_names'])} class_names to"
+            f" {config['classes']} classes"
+        )
+    return config, hashlib.sha256(text).hexdigest()
 
 
 def _check_version(path: pathlib.Path, found: Any, wanted: int) -> None:
     """A guarded model never passes for a plain one, nor the other way round."""
     if found not in (VERSION, GUARDED_VERSION) or type(found) is not int:
         raise Refusal(
-            f"{CONFIG} is of version {quote(found)}; this jaxbd reads version {VERSION} and {GUARDED_VERSION}"
+            f"{CONFIG} is of version {quote(found)}; this jaxbd reads version {VERSION} and"
+            f" {GUARDED_VERSION}"
         )
     if found == GUARDED_VERSION and not (path / GUARD).exists():
         raise Refusal(f"{CONFIG} is that of a guarded model, but {GUARD} is missing")
@@ -174,8 +255,13 @@ def _check_version(path: pathlib.Path, found: Any, wanted: int) -> None:
 
 def as_spec(config: dict[str, Any]) -> build.Spec:
     """The `Spec` in a checked `config.json`."""
-    frozen = {field: tuple(config[field]) if type(config[field]) is list else config[field] for field in FIELDS}
-    frozen["options"] = {name: tuple(v) if type(v) is list else v for name, v in config["options"].items()}
+    frozen: dict[str, Any] = {
+        field: tuple(config[field]) if type(config[field]) is list else config[field]
+        for field in FIELDS
+    }
+    frozen["options"] = {
+        name: tuple(v) if type(v) is list else v for name, v in config["options"].items()
+    }
     return build.Spec(**frozen)
 
 
@@ -184,35 +270,58 @@ def _is_whole(value: Any, most: int) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    if type(value) is not list or not 1 <= len(value) <= 64:
+    """No numbers at all mean that every image is standardised by its own."""
+    if type(value) is not list or len(value) > 64:
         return False
     return all(type(number) in (int, float) and abs(number) < 1e9 for number in value)
 
 
 def _are_options(value: Any) -> bool:
-    """Options build the net, so they bound what building costs: no thousand layers, and no field of Flax's own."""
+    """Options build the net, so they bound what building costs: no thousand layers, and no field of
+    Flax's own."""
     return type(value) is dict and all(
-        name not in ("classes", "dtype", "parent", "name")
+        name not in ("classes", "dtype", "parent", "name", "family", "form")
         and (
-            type(option) in (str, bool)
+            (name == "layers" and _is_table(option))
+            or type(option) in (str, bool)
             or (type(option) is float and math.isfinite(option))
             or _is_whole(option, 4096 if name == "width" else 64)
-            or (type(option) is list and all(_is_whole(x, 64) for x in option) and sum(option) <= 64)
+            or (
+                type(option) is list and all(_is_whole(x, 64) for x in option) and sum(option) <= 64
+            )
         )
         for name, option in value.items()
     )
 
 
+def _is_table(value: Any) -> bool:
+    """Whether an option is the table of a net's layers."""
+    if type(value) is not dict:
+        return False
+    try:
+        build.families.parse(value)
+    except UserError:
+        return False
+    return True
+
+
 _CHECKS = {
-    "arch": lambda value: type(value) is str and value in build.MODULES,
+    "arch": lambda value: (
+        type(value) is str and (value in build.MODULES or value in build.families.FAMILIES)
+    ),
     "classes": lambda value: _is_whole(value, 100_000),
-    "image_shape": lambda value: type(value) is list and len(value) == 3 and all(_is_whole(x, 4096) for x in value),
+    "image_shape": (
+        lambda value: (
+            type(value) is list and len(value) == 3 and all(_is_whole(x, 4096) for x in value)
+        )
+    ),
     "mean": _are_numbers,
-    "std": lambda value: _are_numbers(value) and min(value) > 0,
+    "std": lambda value: _are_numbers(value) and min(value, default=1) > 0,
     "options": _are_options,
     "dtype": lambda value: value in ("float32", "bfloat16"),
     "class_names": lambda value: (
-        type(value) is list and all(type(name) is str and len(name) <= 100 and name.isprintable() for name in value)
+        type(value) is list
+        and all(type(name) is str and len(name) <= 100 and name.isprintable() for name in value)
     ),
 }
 """Field of `config.json` -> whether a value is one."""

@@ -1,7 +1,8 @@
 """A guarded model on disk: the suspect's model folder with `guard.safetensors` beside the weights.
 
-`config.json` names the targets in the net's order and the SHA-256 of both files, which belong together. An array of
-the net corrected for target 9 is stored as `9/batch_stats/norm0/mean` or `9/bounds/norm0/upper`.
+`config.json` names the targets in the net's order and the SHA-256 of both files, which belong
+together. An array of the net corrected for target 9 is stored as `9/batch_stats/norm0/mean` or
+`9/bounds/norm0/upper`.
 """
 
 import os
@@ -15,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Net, UserError, Variables
+from jaxbd.caching import cached
+from jaxbd.detection import guard
 from jaxbd.interop import fit, folder, safetensors_file
-from jaxbd.interop.files import Limits, Refusal, opened, quote, refusing, sha256
+from jaxbd.limits import Limits, Refusal, opened, quote, refusing, sha256
 from jaxbd.models import build
-from jaxbd.remembered import remembered
-from jaxbd.repair import guard
 
-make, judge, flag = (remembered(64)(made) for made in (guard.make, guard.verdicts, guard.flag))
-"""The guard's functions, the same ones for the same net and targets, so that nothing is traced twice."""
+make, judge, flag = (cached(64)(made) for made in (guard.make, guard.verdicts, guard.flag))
+"""The guard's functions, the same ones for the same net and targets, so that nothing is traced
+twice."""
 
 
 class Guard(NamedTuple):
@@ -50,20 +52,27 @@ def save(
     targets: Sequence[int],
     notes: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a guarded model's folder, whole or not at all; a model folder that is already there is replaced.
+    """Writes a guarded model's folder, whole or not at all; a model folder that is already there is
+    replaced.
 
     Args:
-      variables: as `repair.guard.pack` makes them, the corrected nets in the order of `targets`.
+      variables: as `repairs.guard.pack` makes them, the corrected nets in the order of `targets`.
       notes: JSON values kept in `config.json`.
-    Raises: UserError when `path` is something else than a model folder, or the guard would be too large to be read.
+    Raises: UserError when `path` is something else than a model folder, or the guard would be too
+      large to be read.
     """
     targets = [int(target) for target in targets]
     parts = {}
     for index, target in enumerate(targets):
-        part = folder.flatten(jax.tree.map(lambda leaf, index=index: leaf[index], dict(variables["corrected"])))
+        part = folder.flatten(
+            jax.tree.map(lambda leaf, index=index: leaf[index], dict(variables["corrected"]))
+        )
         parts |= {f"{target}/{name}": array for name, array in part.items()}
     if len(parts) > Limits().tensors:
-        raise UserError(f"{path}: a guard of {len(targets)} targets has {len(parts):,} arrays; guard fewer targets")
+        raise UserError(
+            f"{path}: a guard of {len(targets)} targets has {len(parts):,} arrays; guard fewer"
+            " targets"
+        )
 
     def more(written: pathlib.Path) -> dict[str, Any]:
         digests = {name: _digest(written / name) for name in (folder.WEIGHTS, folder.GUARD)}
@@ -80,31 +89,47 @@ def _digest(path: pathlib.Path) -> str:
 
 def load(
     path: str | os.PathLike,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    limits: Limits = Limits(),
 ) -> tuple[build.Spec, Variables, str, Guard]:
-    """The suspect's spec, the guarded net's variables, the SHA-256 of `model.safetensors`, and the guard.
+    """The suspect's spec, the guarded net's variables, the SHA-256 of `model.safetensors`, and the
+    guard.
 
-    Raises: UserError when a file is damaged or not the one that was written, or an array is missing, extra, mis-shaped,
-      or not finite, by name.
+    Raises: UserError when a file is damaged or not the one that was written, or an array is
+      missing, extra, mis-shaped, or not finite, by name.
     """
+    found, own = read(path, limits)
+    return found.spec, found.variables, found.files[folder.WEIGHTS], own
+
+
+def read(
+    path: str | os.PathLike,
+    limits: Limits = Limits(),
+) -> tuple[folder.Loaded, Guard]:
+    """What `load` gives, with the hashes of all files that decide what the model computes."""
     path = pathlib.Path(path)
     with refusing(path):
-        config = folder.read_config(path, limits, folder.GUARDED_VERSION)
+        config, settings = folder.read_config(path, limits, folder.GUARDED_VERSION)
         spec, weights, digest = folder.read_weights(path, config, limits)
-        stated = _stated(config, spec.classes)
+        stated = _read_targets(config, spec.classes)
         tensors, found = _arrays(path / folder.GUARD, stated["targets"], limits)
         if stated["sha256"] != {folder.WEIGHTS: digest, folder.GUARD: found.sha256}:
-            raise Refusal(f"{folder.WEIGHTS} and {folder.GUARD} are not the two that {folder.CONFIG} names")
+            raise Refusal(
+                f"{folder.WEIGHTS} and {folder.GUARD} are not the two that {folder.CONFIG} names"
+            )
         suspect = folder.unflatten(weights)
-        parts = [_corrected(target, tensors, weights, spec) for target in found.targets]
+        parts = [_read_correction(target, tensors, weights, spec) for target in found.targets]
         _check_nothing_else(tensors, found.targets)
         try:
-            return spec, guard.pack(suspect, [{**suspect, **part} for part in parts]), digest, found
+            packed = guard.pack(suspect, [{**suspect, **part} for part in parts])
         except UserError as error:
             raise Refusal(f"{folder.GUARD}: {error}") from None
+    digests = {folder.WEIGHTS: digest, folder.CONFIG: settings, folder.GUARD: found.sha256}
+    return folder.Loaded(spec, packed, digests), found
 
 
-def _arrays(path: pathlib.Path, targets: list[int], limits: Limits) -> tuple[dict[str, np.ndarray], Guard]:
+def _arrays(
+    path: pathlib.Path, targets: list[int], limits: Limits
+) -> tuple[dict[str, np.ndarray], Guard]:
     """What `guard.safetensors` holds, of the nets for `targets`."""
     try:
         with opened(path, limits) as (file, size):
@@ -114,43 +139,61 @@ def _arrays(path: pathlib.Path, targets: list[int], limits: Limits) -> tuple[dic
         raise Refusal(f"{folder.GUARD}: {refusal}") from None
 
 
-def _stated(config: dict[str, Any], classes: int) -> dict[str, Any]:
-    """What `config.json` says of the guard. Raises Refusal unless it is targets and the two hashes."""
+def _read_targets(config: dict[str, Any], classes: int) -> dict[str, Any]:
+    """What `config.json` says of the guard. Raises Refusal unless it is targets and the two
+    hashes."""
     stated = config.get("guard")
     if type(stated) is not dict or stated.keys() != {"targets", "sha256"}:
         raise Refusal(f"{folder.CONFIG}: guard is {quote(stated)}")
     targets, digests = stated["targets"], stated["sha256"]
-    if type(targets) is not list or not targets or not all(type(t) is int and 0 <= t < classes for t in targets):
-        raise Refusal(f"{folder.CONFIG}: the guard's targets are {quote(targets)}, the net has {classes} classes")
+    if (
+        type(targets) is not list
+        or not targets
+        or not all(type(t) is int and 0 <= t < classes for t in targets)
+    ):
+        raise Refusal(
+            f"{folder.CONFIG}: the guard's targets are {quote(targets)}, the net has {classes}"
+            " classes"
+        )
     if len(set(targets)) != len(targets):
-        raise Refusal(f"{folder.CONFIG}: the guard's targets are {quote(targets)}, one of them twice")
-    if type(digests) is not dict or not all(_is_digest(digest) for digest in digests.values()):
+        raise Refusal(
+            f"{folder.CONFIG}: the guard's targets are {quote(targets)}, one of them twice"
+        )
+    if type(digests) is not dict or not all(is_digest(digest) for digest in digests.values()):
         raise Refusal(f"{folder.CONFIG}: the guard's sha256 is {quote(digests)}")
     return stated
 
 
-def _is_digest(value: Any) -> bool:
+def is_digest(value: Any) -> bool:
+    """Whether `value` is a SHA-256 in hexadecimal."""
     return type(value) is str and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _corrected(
+def _read_correction(
     target: int, tensors: dict[str, np.ndarray], weights: dict[str, jax.Array], spec: build.Spec
 ) -> Variables:
-    """The moments and bounds of one target's net. Raises Refusal unless they fit the suspect's and are finite."""
+    """The moments and bounds of one target's net. Raises Refusal unless they fit the suspect's and
+    are finite."""
     prefix = f"{target}/"
-    own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+    own = {
+        name.removeprefix(prefix): array
+        for name, array in tensors.items()
+        if name.startswith(prefix)
+    }
     inner = [name for name in own if not name.startswith(("batch_stats/", "bounds/"))]
     if not own or inner:
         what = f"holds {quote(prefix + inner[0])}" if inner else "holds nothing"
         raise Refusal(f"{folder.GUARD} {what} for target {target}; moments and bounds are wanted")
-    kept = {name: np.asarray(array) for name, array in weights.items() if name.startswith("params/")}
+    kept = {
+        name: np.asarray(array) for name, array in weights.items() if name.startswith("params/")
+    }
     try:
         fit.check({**kept, **own}, spec)
     except Refusal as refusal:
         raise Refusal(f"{folder.GUARD}, target {target}: {refusal}") from None
     for name, array in own.items():
-        if bad := fit.nonfinite(name, array):
-            raise Refusal(f"{folder.GUARD}: {quote(prefix + name)} holds {bad:,} values that are NaN or infinite")
+        if bad := fit.complaint(name, array):
+            raise Refusal(f"{folder.GUARD}: {quote(prefix + name)} {bad}")
     return folder.unflatten({name: jnp.asarray(array, jnp.float32) for name, array in own.items()})
 
 
@@ -158,4 +201,7 @@ def _check_nothing_else(tensors: dict[str, np.ndarray], targets: tuple[int, ...]
     known = {str(target) for target in targets}
     others = [name for name in tensors if name.partition("/")[0] not in known]
     if others:
-        raise Refusal(f"{folder.GUARD} holds {quote(others[0])}, which belongs to no target of {folder.CONFIG}")
+        raise Refusal(
+            f"{folder.GUARD} holds {quote(others[0])}, which belongs to no target of"
+            f" {folder.CONFIG}"
+        )

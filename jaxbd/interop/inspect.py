@@ -1,5 +1,6 @@
 """What is in a model file, without executing anything in it."""
 
+import functools
 import os
 import pathlib
 from typing import Any
@@ -7,66 +8,129 @@ from typing import Any
 import jax
 
 from jaxbd.base import UserError, Variables
-from jaxbd.interop import beside, fit, folder, guarded, load
+from jaxbd.interop import beside, fit, folder, graph_model, guarded, layouts, load, manifest
 from jaxbd.interop import container as containers
-from jaxbd.interop.files import Limits, Refusal, opened, sha256
+from jaxbd.limits import Limits, Refusal, opened, sha256
 from jaxbd.models import build
 
 NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def describe(path: str | os.PathLike, *, arch: str | None = None) -> dict[str, Any]:
+def describe(
+    path: str | os.PathLike, *, arch: str | None = None, key: str | None = None
+) -> dict[str, Any]:
     """Facts on a model file, as plain Python.
 
-    Returns: `path`, `kind`, `sha256`, `bytes`; `architecture` and its `options`, or `not_recognised` (why);
-      `tensors` [(name, shape, dtype)]; `parameters`, the number of trained scalars; `nonfinite` {name: count};
-      `ignored`, `nesting`, `prefix`; `bounds`, the name of the file beside it whose activation bounds are applied;
-      `guard` {targets, sha256, arrays} of a guarded model; `refused`, why it is not read. What is not known is None or
-      empty.
+    Returns: `path`, `kind`, `sha256`, `bytes`; `architecture` and its `options`, or
+      `not_recognised` (why); `tensors` [(name, shape, dtype)]; `parameters`, the number of trained
+      scalars; `nonfinite` {name: count}; `ignored`, `nesting`, `prefix`; `forms`, other forms that
+      the weights fit as well; `merged`, weights kept in parts; `normalisation` that the file
+      states, {mean, std}; `bounds`, the name of the
+      file beside it whose activation bounds are applied; `guard` {targets, sha256, arrays} of a
+      guarded model; `manifest`, all files that decide what the model computes (see `manifest`);
+      `refused`, why it is not read. What is not known is None or empty.
     Raises: UserError only when there is no such file.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    facts: dict[str, Any] = dict.fromkeys(("kind", "sha256", "bytes", "architecture", "options", "not_recognised"))
-    facts |= {"path": str(path), "tensors": [], "parameters": 0, "nonfinite": {}, "ignored": [], "nesting": []}
-    facts |= {"prefix": "", "bounds": None, "guard": None, "refused": None}
+    facts: dict[str, Any] = dict.fromkeys(
+        ("kind", "sha256", "bytes", "architecture", "options", "not_recognised")
+    )
+    facts |= {
+        "path": str(path),
+        "tensors": [],
+        "parameters": 0,
+        "nonfinite": {},
+        "ignored": [],
+        "nesting": [],
+        "forms": [],
+        "merged": [],
+        "normalisation": None,
+    }
+    facts |= {"prefix": "", "bounds": None, "guard": None, "refused": None, "manifest": None}
     try:
-        found = containers.read(path)
+        model = load.open_model(path, allow_nonfinite=True) if graph_model.is_graph(path) else None
+        wanted = containers.Wanted(functools.partial(layouts.fits, arch=arch), key)
+        found: Any = containers.read(path, wanted=wanted) if model is None else model.container
     except UserError as error:
         return {**facts, "refused": str(error), **_size_and_hash(path)}
-    facts |= {"kind": found.kind, "sha256": found.sha256, "bytes": found.bytes, "prefix": found.prefix}
+    facts |= {
+        "kind": found.kind,
+        "sha256": found.sha256,
+        "bytes": found.bytes,
+        "prefix": found.prefix,
+    }
     facts |= {"nesting": list(found.nesting), "ignored": list(found.ignored)}
-    facts["tensors"] = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in found.tensors.items()]
-    facts["parameters"] = sum(tensor.size for name, tensor in found.tensors.items() if _is_trained(name))
-    facts["nonfinite"] = {name: bad for name, tensor in found.tensors.items() if (bad := fit.nonfinite(name, tensor))}
-    return facts | _architecture(found, arch)
+    facts |= {"merged": list(found.merged), "normalisation": _constants(found)}
+    facts["tensors"] = [
+        (name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in found.tensors.items()
+    ]
+    facts["parameters"] = sum(
+        tensor.size for name, tensor in found.tensors.items() if _is_trained(name)
+    )
+    facts["nonfinite"] = {
+        name: bad for name, tensor in found.tensors.items() if (bad := fit.nonfinite(name, tensor))
+    }
+    return facts | (_architecture(found, arch) if model is None else _graph(model))
 
 
 def _architecture(found: containers.Container, arch: str | None) -> dict[str, Any]:
     try:
         if found.kind == "folder" and guarded.is_guarded(pathlib.Path(found.path)):
-            return _guarded(found.path)
+            return _read_guarded(found.path)
         if found.kind == "folder":
-            spec, _, _ = folder.load(found.path)
+            whole = folder.read(found.path)
+            spec, digests = whole.spec, whole.files
         else:
             layout, variables = load.lay_out(found, arch)
-            spec = layout.spec
+            spec, digests = layout.spec, found.files
     except UserError as error:
         return {"not_recognised": str(error)}
     facts = {"architecture": _name(spec), "options": dict(spec.options)}
+    if found.kind != "folder":
+        facts["forms"] = [
+            " ".join(f"{n}={v}" for n, v in form.options.items() if v != spec.options.get(n))
+            for form in layout.forms[1:]
+        ]
+    facts["manifest"] = manifest.statement(pathlib.Path(found.path).name, digests)
     return facts if found.kind == "folder" else facts | _bounds(found, spec, variables)
 
 
-def _guarded(path: str) -> dict[str, Any]:
-    """A guarded model is read whole or not at all: its suspect alone would be taken for what it is not."""
+def _constants(found: containers.Container) -> dict[str, list[float]] | None:
+    """The normalisation that the file or its folder states."""
     try:
-        spec, variables, _, guard = guarded.load(path)
+        mean, std = load.stated_constants(found)
+    except UserError:
+        return None
+    return None if mean is None or std is None else {"mean": list(mean), "std": list(std)}
+
+
+def _graph(model: load.Model) -> dict[str, Any]:
+    """Of an ONNX file or a torch.export archive: its size, and what it does to images itself."""
+    opened: Any = model.graph
+    options: dict[str, Any] = {"opset": opened.graph.opset, "nodes": len(opened.graph.nodes)}
+    if opened.graph.answer:
+        options["last"] = f"{opened.graph.answer}, left out: its input is taken for the logits"
+    if opened.mean is not None:
+        options["normalises"] = f"by mean {list(opened.mean)} and std {list(opened.std)} itself"
+    whole = manifest.statement(pathlib.Path(model.path).name, model.files)
+    facts = {"architecture": f"graph of {_name(model.spec)}", "options": options}
+    return {**facts, "manifest": whole}
+
+
+def _read_guarded(path: str) -> dict[str, Any]:
+    """A guarded model is read whole or not at all: its suspect alone would be taken for what it is
+    not."""
+    try:
+        (spec, variables, digests), guard = guarded.read(path)
     except UserError as error:
         return {"refused": str(error)}
+    whole = manifest.statement(pathlib.Path(path).name, digests)
     arrays = len(jax.tree.leaves(variables["corrected"])) * len(guard.targets)
     facts = {"targets": list(guard.targets), "sha256": guard.sha256, "arrays": arrays}
-    return {"architecture": _name(spec), "options": dict(spec.options), "guard": facts}
+    options = dict(spec.options)
+    return {"architecture": _name(spec), "options": options, "guard": facts, "manifest": whole}
 
 
 def _bounds(found: containers.Container, spec: build.Spec, variables: Variables) -> dict[str, Any]:
@@ -75,19 +139,26 @@ def _bounds(found: containers.Container, spec: build.Spec, variables: Variables)
     if path is None:
         return {}
     try:
-        beside.read(path, found.sha256, spec, variables, Limits())
+        _, digest = beside.read(path, found.sha256, spec, variables, Limits())
     except UserError as error:
         return {"refused": str(error)}
-    return {"bounds": path.name}
+    files = {**found.files, path.name: digest}
+    return {
+        "bounds": path.name,
+        "manifest": manifest.statement(pathlib.Path(found.path).name, files),
+    }
 
 
 def _name(spec: build.Spec) -> str:
     height, width, channels = spec.image_shape
-    return f"{spec.arch}, {spec.classes} classes, images {height}x{width}x{channels}"
+    return f"{build.title(spec)}, {spec.classes} classes, images {height}x{width}x{channels}"
 
 
 def _is_trained(name: str) -> bool:
-    return not name.startswith(("batch_stats/", "bounds/")) and name.rpartition(".")[2] not in NOT_TRAINED
+    return (
+        not name.startswith(("batch_stats/", "bounds/"))
+        and name.rpartition(".")[2] not in NOT_TRAINED
+    )
 
 
 def _size_and_hash(path: pathlib.Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From a model file of any kind to a net with its variables, and back into the file's own form."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -8,29 +9,38 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxbd.base import Net, UserError, Variables
-from jaxbd.interop import beside, fit, folder, guarded, layouts
+from jaxbd.base import Net, Suspect, UserError, Variables
+from jaxbd.files import replacing
+from jaxbd.interop import beside, fit, folder, graph_model, guarded, hub, layouts, one_output
 from jaxbd.interop import container as containers
 from jaxbd.interop.container import Container
-from jaxbd.interop.files import Limits, quote, refusing, sha256
 from jaxbd.interop.layouts import naming
+from jaxbd.limits import Limits, quote, refusing, sha256
 from jaxbd.models import build
-from jaxbd.record import replacing
 
-TORCH_SUFFIXES = (".pth", ".pt", ".tar")
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin")
+FILE_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".onnx")
+"""Endings under which a model is written as one file; any other name becomes a folder."""
 
 
 class Model(NamedTuple):
     """A net that was read.
 
     Attributes:
-      spec, net, variables: what to build, the built net, its arrays; of a guarded model `spec` is the suspect's.
+      spec, net, variables: what to build, the built net, its arrays; of a guarded model `spec` is
+        the suspect's.
       sha256: of the file (of a folder's `model.safetensors`).
       path: where it lay.
       container: the file as it was; None for a jaxbd folder.
       layout: how the file's tensors correspond to the variables; None for a jaxbd folder.
       guard: the targets of a guarded model; None for a plain net.
-      bounds: name of the file beside it whose activation bounds are applied; None where there is none.
+      bounds: name of the file beside it whose activation bounds are applied; None where there is
+        none.
+      files: {name: SHA-256} of every file that decides what the net computes.
+      forms: the specs that the file fits equally well, the likeliest first; they differ in what
+        leaves no trace in the weights, see `forms.choose`. Empty where there is only one.
+      graph: the graph of an ONNX file or of a torch.export archive; None for an architecture of
+        jaxbd's.
     """
 
     spec: build.Spec
@@ -42,6 +52,14 @@ class Model(NamedTuple):
     layout: layouts.Layout | None
     guard: guarded.Guard | None = None
     bounds: str | None = None
+    files: Mapping[str, str] = {}
+    forms: tuple[build.Spec, ...] = ()
+    graph: graph_model.Opened | None = None
+
+    def states_normalisation(self) -> bool:
+        """Whether the file, or the folder around it, says what its net does to pixels first."""
+        held = self.container
+        return held is None or bool(held.constants) or "mean" in held.config
 
 
 def open_model(
@@ -51,51 +69,141 @@ def open_model(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     image_shape: tuple[int, int, int] | None = None,
+    key: str | None = None,
     allow_nonfinite: bool = False,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    limits: Limits = Limits(),
 ) -> Model:
     """Reads a model of any kind without executing anything in it.
 
-    A file with `<stem>.bounds.safetensors` beside it, as `save_model` writes it, gets those activation bounds; a
-    guarded model's folder becomes the guarded net.
+    A file with `<stem>.bounds.safetensors` beside it, as `save_model` writes it, gets those
+    activation bounds; a guarded model's folder becomes the guarded net.
 
     Args:
       arch: the architecture, where it cannot be recognised; an Orbax folder needs it.
-      mean, std: input normalisation, one number or one per channel; a jaxbd folder's own, otherwise none, when not
-        given.
+      mean, std: input normalisation, one number or one per channel; a jaxbd folder's own, otherwise
+        none, when not given.
       image_shape: (H, W, C) where the tensors leave it open.
+      key: name of the net in a file that holds several, e.g. "netC", "ema.module" or "student.".
       allow_nonfinite: take weights that are NaN or infinite, which are refused otherwise.
-    Raises: UserError naming the file and what is wrong: refused, not recognised, not fitting, not finite.
+    Raises: UserError naming the file and what is wrong: refused, not recognised, not fitting, not
+      finite.
     """
     path = pathlib.Path(path)
+    if graph_model.is_graph(path):
+        return _open_graph(path, arch, (mean, std), image_shape, allow_nonfinite)
     container = layout = guard = bounds = None
-    if path.is_dir() and folder.is_model(path):
+    if path.is_dir() and folder.is_model(path) and hub.weights_of(path) is None:
         if guarded.is_guarded(path):
-            spec, variables, digest, guard = guarded.load(path, limits)
+            (spec, variables, digests), guard = guarded.read(path, limits)
         else:
-            spec, variables, digest = folder.load(path, limits)
+            spec, variables, digests = folder.read(path, limits, arch)
+        digest = digests[folder.WEIGHTS]
         _check_stated(path, spec, arch, image_shape)
         tensors = folder.flatten(variables["suspect"] if guard else variables)
     else:
-        container = containers.read(path, limits)
-        tensors, digest = container.tensors, container.sha256
+        wanted = containers.Wanted(
+            functools.partial(layouts.fits, arch=arch, image_shape=image_shape), key
+        )
+        container = containers.read(path, limits, wanted)
+        image_shape = image_shape or container.config.get("image_shape")
+        tensors, digest, digests = container.tensors, container.sha256, dict(container.files)
         try:
             layout, variables = lay_out(container, arch, image_shape)
         except UserError as error:
             raise UserError(f"{path.name}: {error}") from None
         spec = layout.spec
         if (bounds := beside.find(path)) is not None:
-            variables = {**variables, "bounds": beside.read(bounds, digest, spec, variables, limits)}
+            clipped, digests[bounds.name] = beside.read(bounds, digest, spec, variables, limits)
+            variables = {**variables, "bounds": clipped}
     if not allow_nonfinite:
         _check_finite(path, tensors)
-    spec = dataclasses.replace(spec, mean=mean or spec.mean, std=std or spec.std)
-    if {len(spec.mean), len(spec.std)} - {1, spec.image_shape[2]}:
+    if layout is not None and layout.spec.classes == 1:
+        spec, variables = one_output.widen(spec, variables)
+    stated = (None, None) if container is None else stated_constants(container)
+    mean, std = (
+        next(value for value in values if value is not None)
+        for values in ((mean, stated[0], spec.mean), (std, stated[1], spec.std))
+    )
+    spec = _with_normalisation(path, spec, mean, std)
+    net, applied = guarded.net(spec, guard), None if bounds is None else bounds.name
+    forms = () if layout is None or len(layout.forms) < 2 else layout.forms
+    return Model(
+        spec, net, variables, digest, str(path), container, layout, guard, applied, digests, forms
+    )
+
+
+def _open_graph(
+    path: pathlib.Path,
+    arch: str | None,
+    given: tuple[tuple[float, ...] | None, tuple[float, ...] | None],
+    image_shape: tuple[int, int, int] | None,
+    allow_nonfinite: bool,
+) -> Model:
+    """`open_model` of an ONNX file or a torch.export archive, which says itself what net it is."""
+    if arch is not None:
+        raise UserError(f"{path.name}: the file says what net it is; leave --arch out")
+    graph = graph_model.open_graph(path, image_shape)
+    spec = graph_model.spec_of(graph)
+    held = graph_model.container_of(graph, spec)
+    if not allow_nonfinite:
+        _check_finite(path, held.tensors)
+    mean, std = (
+        own if value is None else value
+        for value, own in zip(given, (spec.mean, spec.std), strict=True)
+    )
+    spec = _with_normalisation(path, spec, mean, std)
+    net, variables = graph_model.to_net(graph, spec)
+    digest, files = graph.sha256, graph.files
+    return Model(spec, net, variables, digest, str(path), held, None, files=files, graph=graph)
+
+
+def _with_normalisation(
+    path: pathlib.Path, spec: build.Spec, mean: tuple[float, ...], std: tuple[float, ...]
+) -> build.Spec:
+    spec = dataclasses.replace(spec, mean=mean, std=std)
+    per_image = len(spec.mean) == len(spec.std) == 0
+    if not per_image and {len(spec.mean), len(spec.std)} - {1, spec.image_shape[2]}:
         raise UserError(
             f"{path.name}: a normalisation of {len(spec.mean)} channels does not fit a model of "
             f"{spec.image_shape[2]}; give one number for each channel, or one for all"
         )
-    net, applied = guarded.net(spec, guard), None if bounds is None else bounds.name
-    return Model(spec, net, variables, digest, str(path), container, layout, guard, applied)
+    return spec
+
+
+def net_of(model: Model, spec: build.Spec) -> Net:
+    """The net of `model` under another normalisation or computing in another type, as `spec` says.
+
+    Raises: UserError where a graph, whose type is fixed, should compute in another one.
+    """
+    if model.graph is None:
+        return guarded.net(spec, model.guard)
+    return graph_model.to_net(model.graph, spec)[0]
+
+
+def suspect_of(model: Model) -> Suspect:
+    """The suspect that a model file holds; it remembers the file."""
+    spec = model.spec
+    shape = spec.image_shape
+    return Suspect(model.net, model.variables, shape, spec.classes, spec.mean, spec.std, model)
+
+
+def stated_constants(
+    container: Container,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """The normalisation that a file holds, or the folder around it states; (None, None) where there
+    is none. Raises: UserError where it makes no sense."""
+    if not container.constants:
+        return container.config.get("mean"), container.config.get("std")
+    mean, std = (
+        tuple(float(number) for number in np.ravel(np.asarray(array, np.float32)))
+        for array in container.constants.values()
+    )
+    if not all(np.isfinite((*mean, *std))) or min(std) <= 0:
+        raise UserError(
+            f"{container.path}: the normalisation in the file has mean {mean} and standard"
+            f" deviation {std}, which is none"
+        )
+    return mean, std
 
 
 def lay_out(
@@ -103,10 +211,12 @@ def lay_out(
 ) -> tuple[layouts.Layout, Variables]:
     """Recognises a file's tensors, in PyTorch's names or in ours."""
     tensors, bounds = container.tensors, {}
-    if _named_as_ours(tensors):
+    if _has_our_names(tensors):
         if arch is None:
-            raise UserError(f"arrays in jaxbd's own names do not say what net they are of; give --arch, one of "
-                            f"{', '.join(sorted(build.MODULES))}")  # fmt: skip
+            raise UserError(
+                "arrays in jaxbd's own names do not say what net they are of; give --arch, one of "
+                f"{', '.join(sorted(build.MODULES))}"
+            )
         bounds = {name: tensor for name, tensor in tensors.items() if name.startswith("bounds/")}
         tensors = _in_torch_names({n: t for n, t in tensors.items() if n not in bounds}, arch)
     layout = layouts.recognise(tensors, arch=arch, image_shape=image_shape)
@@ -118,8 +228,11 @@ def lay_out(
     return layout, variables
 
 
-def _named_as_ours(tensors: Mapping[str, np.ndarray]) -> bool:
-    return all(name.startswith(tuple(f"{collection}/" for collection in folder.COLLECTIONS)) for name in tensors)
+def _has_our_names(tensors: Mapping[str, np.ndarray]) -> bool:
+    return all(
+        name.startswith(tuple(f"{collection}/" for collection in folder.COLLECTIONS))
+        for name in tensors
+    )
 
 
 def _in_torch_names(tensors: Mapping[str, np.ndarray], arch: str) -> dict[str, np.ndarray]:
@@ -130,7 +243,9 @@ def _in_torch_names(tensors: Mapping[str, np.ndarray], arch: str) -> dict[str, n
         if leaf not in naming.LEAVES:
             raise UserError(f"array {quote(path)} has no counterpart in a net of jaxbd")
         axes = (3, 2, 0, 1) if array.ndim == 4 else None
-        named[f"{naming.translate('/'.join(modules), style)}.{naming.LEAVES[leaf]}"] = array.transpose(axes)
+        named[f"{naming.translate('/'.join(modules), style)}.{naming.LEAVES[leaf]}"] = (
+            array.transpose(axes)
+        )
     return named
 
 
@@ -139,54 +254,117 @@ def _check_stated(
 ) -> None:
     if arch is not None and arch != spec.arch:
         raise UserError(f"{path}: the folder says {spec.arch}, not {arch}; leave --arch out")
-    if image_shape is not None and tuple(image_shape) != tuple(spec.image_shape):
-        raise UserError(f"{path}: the folder says images of {spec.image_shape}, not {tuple(image_shape)}")
+    if image_shape is not None and tuple(image_shape) != spec.image_shape:
+        raise UserError(
+            f"{path}: the folder says images of {spec.image_shape}, not {tuple(image_shape)}"
+        )
 
 
 def _check_finite(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     for name, tensor in tensors.items():
-        if bad := fit.nonfinite(name, tensor):
-            raise UserError(
-                f"{path.name}: tensor {quote(name)} holds {bad:,} values that are NaN or infinite; "
-                "ask for the file again"
-            )
+        if bad := fit.complaint(name, tensor):
+            raise UserError(f"{path.name}: tensor {quote(name)} {bad}; ask for the file again")
 
 
 def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> str | None:
     """Writes `variables` in the place of the model's own.
 
-    A path ending in .pth, .pt or .tar becomes a PyTorch file, .safetensors a safetensors file, both with the names,
-    order, types and nesting of the file the model was read from; tensors that did not change are bit-identical. Any
-    other path becomes a jaxbd folder. A guarded model becomes a folder only.
+    A path with an ending of `TORCH_SUFFIXES` becomes a PyTorch file, .safetensors a safetensors
+    file, both with the names, order, types and nesting of the file the model was read from; tensors
+    that did not change are bit-identical. A path ending in .onnx becomes an ONNX file, of whatever
+    source. Any other path becomes a jaxbd folder. A guarded model becomes a folder or an ONNX file.
 
-    Returns: a note where something has no place in the file: activation bounds of a repair go to
-      `<stem>.bounds.safetensors` beside it, where `open_model` finds them. Those of a file that is replaced by one
-      without bounds are deleted.
-    Raises: UserError when it cannot be written, the bounds beside it are another model's, or the model is guarded.
+    Returns: a note where the file is not like the one that the model was read from, see
+      `container.changes`, or something has no place in it: activation bounds of a repair go to
+      `<stem>.bounds.safetensors` beside it, where `open_model` finds them. Those of a file that is
+      replaced by one without bounds are deleted.
+    Raises: UserError when it cannot be written, the bounds beside it are another model's, or the
+      model is guarded.
     """
     path = pathlib.Path(path)
-    kind = "torch-zip" if path.suffix in TORCH_SUFFIXES else "safetensors" if path.suffix == ".safetensors" else None
+    if path.suffix == ".onnx":
+        return save_onnx(path, model, variables, () if model.guard is None else model.guard.targets)
+    if model.graph is not None:
+        return _save_weights(path, model.graph, variables)
+    kind = (
+        "torch-zip"
+        if path.suffix in TORCH_SUFFIXES
+        else "safetensors"
+        if path.suffix == ".safetensors"
+        else None
+    )
     notes = {"source_sha256": model.sha256}
     if model.guard is not None:
         if kind is not None:
-            raise UserError(f"{path.name}: a guarded model is a folder with several nets' moments; name a folder")
+            raise UserError(
+                f"{path.name}: a guarded model is a folder with several nets' moments; name a"
+                " folder"
+            )
         guarded.save(path, model.spec, variables, model.guard.targets, notes)
         return None
     if kind is None:
         folder.save(path, model.spec, variables, notes)
         return None
     container = model.container
-    # an Orbax folder, or a jaxbd folder's weights on their own, have no state_dict whose form could be kept
-    source = container if container and not _named_as_ours(container.tensors) else None
+    # an Orbax folder, or a jaxbd folder's weights on their own, have no state_dict whose form could
+    # be kept
+    source = container if container and not _has_our_names(container.tensors) else None
     layout = model.layout or layouts.export_names(model.spec)
+    if layout.spec.classes == 1:
+        variables = one_output.narrow(variables)
     original = None if source is None else source.tensors
     tensors = layouts.to_tensors(variables, layout, original)
     blank = Container(tensors, kind, (), "", {}, (), model.sha256, model.path, 0)
-    return _write(path, variables.get("bounds"), lambda at: containers.write(at, source or blank, tensors, kind))
+    note = _write(
+        path,
+        variables.get("bounds"),
+        lambda at: containers.write(at, source or blank, tensors, kind),
+    )
+    said = [*([note] if note else []), *([] if source is None else containers.changes(source))]
+    return "; ".join(said) or None
 
 
-def _write(path: pathlib.Path, bounds: Variables | None, write: Callable[[pathlib.Path], None]) -> str | None:
-    """Lets `write` make the model file, with its bounds beside it; an earlier file's bounds do not stay behind."""
+def save_onnx(
+    path: pathlib.Path, model: Model, variables: Variables, targets: tuple[int, ...] = ()
+) -> str:
+    """Writes an ONNX file: a graph as it was read with other weights, or a net of jaxbd's.
+
+    Args:
+      variables: with `targets`, those of a guarded net, as `guard.pack` makes them.
+    Returns: a note on what images the file takes.
+    """
+    if model.graph is None:
+        layout = model.layout or layouts.export_names(model.spec)
+        write = graph_model.writer_of_net(model.spec, layout.names, variables, targets)
+    else:
+        write = graph_model.writer(model.graph, variables, targets)
+    _write(path, None, write)
+    return graph_model.note(model.spec, model.graph, guarded=bool(targets))
+
+
+def _save_weights(
+    path: pathlib.Path, graph: graph_model.Opened, variables: Variables
+) -> str | None:
+    """The weights of a graph alone, under the names that they have in it."""
+    if path.suffix not in FILE_SUFFIXES:
+        raise UserError(
+            f"{path.name}: a graph cannot become a model folder; write .onnx, or its weights alone "
+            "as .safetensors or .pth"
+        )
+    kind = "safetensors" if path.suffix == ".safetensors" else "torch-zip"
+    tensors = graph_model.tensors(graph, variables)
+    blank = Container(tensors, kind, (), "", {}, (), graph.sha256, graph.path, 0)
+    note = _write(
+        path, variables.get("bounds"), lambda at: containers.write(at, blank, tensors, kind)
+    )
+    return note or f"{path.name} holds the weights alone, not the graph"
+
+
+def _write(
+    path: pathlib.Path, bounds: Variables | None, write: Callable[[pathlib.Path], None]
+) -> str | None:
+    """Lets `write` make the model file, with its bounds beside it; an earlier file's bounds do not
+    stay behind."""
     beside.check_free(path)
     if not bounds:
         write(path)
@@ -196,6 +374,7 @@ def _write(path: pathlib.Path, bounds: Variables | None, write: Callable[[pathli
         return None
     with refusing(path), replacing(path) as sibling:
         write(sibling)
-        # before the model is in place: a file without its bounds must never pass for the repaired model
+        # before the model is in place: a file without its bounds must never pass for the repaired
+        # model
         with sibling.open("rb") as file:
             return beside.write(path, sha256(file), bounds)

@@ -1,22 +1,46 @@
-"""Reads the arrays of an Orbax checkpoint folder (StandardCheckpointer of {"params": …, "batch_stats": …}).
+"""Reads the arrays of an Orbax checkpoint folder (StandardCheckpointer of {"params": …,
+"batch_stats": …}).
 
-Orbax's own restore looks up handlers by names that the folder states. Here only its table of contents (JSON) is
-parsed, and each array is opened through TensorStore, whose formats hold data and nothing that could run.
+Orbax's own restore is not used, since it cannot be confined: it looks up handlers by names that the
+folder states, restores every entry beside the weights, and allocates what an array claims before
+anything can be compared with a limit. Here its table of contents (JSON) is parsed, and each array
+is opened as Orbax opens it, through TensorStore, whose formats hold data and nothing that could
+run, in a process of limited memory and time (`orbax_worker`). Tests hold the result against
+Orbax's.
 """
 
 import hashlib
 import json
 import math
+import os
 import pathlib
-from typing import Any
+import re
+import subprocess
+import sys
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from jaxbd.interop.files import Limits, Refusal, opened, quote
 from jaxbd.interop.safetensors_file import DTYPES
+from jaxbd.limits import Limits, Refusal, opened, parse_json, quote, read_bounded, walk
 
-CONTENTS = "_METADATA"
+CONTENTS, DATABASE = "_METADATA", "manifest.ocdbt"
+DESCRIPTIONS = (".zarray", "zarr.json")
+"""What describes an array in a folder of its own, in the formats zarr 2 and zarr 3."""
+WORKER = pathlib.Path(__file__).with_name("orbax_worker.py")
 COLLECTIONS = ("params", "batch_stats", "bounds")
+
+
+class Checkpoint(NamedTuple):
+    """Arrays by path ("params/conv0/kernel"); names of other entries; SHA-256 over all files, which
+    is that of the lines "<sha256> <path>" in order of their paths; SHA-256 of each file by path;
+    bytes of all files."""
+
+    arrays: dict[str, np.ndarray]
+    others: tuple[str, ...]
+    sha256: str
+    files: dict[str, str]
+    bytes: int
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
@@ -24,57 +48,187 @@ def is_checkpoint(path: pathlib.Path) -> bool:
     return (path / CONTENTS).is_file()
 
 
-def read(path: pathlib.Path, limits: Limits) -> tuple[dict[str, np.ndarray], tuple[str, ...], str, int]:
-    """Arrays by path ("params/conv0/kernel"), names of other entries, SHA-256 over all files, bytes of all files.
-
-    The hash is that of the lines "<sha256> <path>" of all files in order of their paths.
-    """
-    digest, size = _hash(path, limits)
+def read(path: pathlib.Path, limits: Limits) -> Checkpoint:
+    """What the folder holds. Raises Refusal where a file is missing, is none, or could be read in
+    two ways."""
+    files, size = _hashes(path, limits)
     contents = _contents(path, limits)
+    database = _check_one_store(path, files, contents)
     names = [keys for keys in _entries(contents) if keys[0] in COLLECTIONS]
     others = tuple(sorted({keys[0] for keys in _entries(contents)} - set(COLLECTIONS)))
     if not any(keys[0] == "params" for keys in names):
-        raise Refusal('the Orbax checkpoint has no "params" at its top; save {"params": …, "batch_stats": …}')
-    opened_arrays, total = {}, 0
-    for keys in names:
-        array = _open(path, keys, contents)
-        total += _cost(array, keys)
-        if total > limits.unpacked(size):
-            raise Refusal(f"array {quote('/'.join(keys))} of shape {array.shape} claims more than the folder can hold")
-        opened_arrays["/".join(keys)] = array
+        raise Refusal(
+            'the Orbax checkpoint has no "params" at its top; save {"params": …, "batch_stats": …}'
+        )
+    if len({".".join(keys) for keys in names}) != len(names):
+        raise Refusal(f"{CONTENTS} gives two arrays one place")
+    if not database:
+        for keys in names:
+            _check_description(path, keys, contents, limits)
+    arrays = _read_arrays(
+        path, names, [_spec(path, k, contents, database) for k in names], size, limits
+    )
+    lines = "".join(f"{digest} {name}\n" for name, digest in files.items())
+    return Checkpoint(arrays, others, hashlib.sha256(lines.encode()).hexdigest(), files, size)
+
+
+def _read_arrays(
+    path: pathlib.Path,
+    names: list[tuple[str, ...]],
+    specs: list[dict[str, Any]],
+    size: int,
+    limits: Limits,
+) -> dict[str, np.ndarray]:
+    """The arrays that `specs` describe, by name, from a folder of `size` bytes. A process of its
+    own reads them, since TensorStore cannot be bounded from outside."""
+    most = limits.unpacked(size)
+    seconds = limits.deadline("", size + most).seconds
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(WORKER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+    )
+    questions, answers = process.stdin, process.stdout
+    assert questions is not None and answers is not None
     try:
-        return {name: np.asarray(array.read().result()) for name, array in opened_arrays.items()}, others, digest, size
-    except ValueError as error:
-        raise Refusal(f"an array is damaged: {quote(str(error))}") from None
+        asked = {"specs": specs, "bytes": most, "seconds": seconds}
+        questions.write(json.dumps(asked).encode() + b"\n")
+        questions.flush()
+        facts = _answer(answers, names)
+        kinds = _check_facts(names, facts, most)
+        questions.write(b"\n")
+        questions.flush()
+        return {
+            "/".join(keys): _elements(answers, names, shape, kind)
+            for keys, (shape, kind) in zip(names, kinds, strict=True)
+        }
+    except OSError:
+        raise Refusal(TOO_MUCH) from None
+    finally:
+        process.kill()
+        process.wait()
+        questions.close()
+        answers.close()
 
 
-def _hash(path: pathlib.Path, limits: Limits) -> tuple[str, int]:
-    digest, total = hashlib.sha256(), 0
-    for count, entry in enumerate(sorted(path.rglob("*"))):
-        if count > limits.entries or entry.is_symlink():
-            raise Refusal("the folder holds too many files" if count > limits.entries else "the folder holds links")
-        if entry.is_dir() or not entry.stat().st_size:
+TOO_MUCH = "its arrays take more memory or time than a folder of its size can need"
+
+
+def _answer(answers: IO[bytes], names: list[tuple[str, ...]]) -> Any:
+    """One line of the worker's. Raises Refusal where it says that an array cannot be read."""
+    try:
+        found = json.loads(answers.readline())
+    except ValueError:  # it is no more
+        raise Refusal(TOO_MUCH) from None
+    if isinstance(found, dict):
+        name = quote("/".join(names[found["index"]]))
+        raise Refusal(f"array {name} cannot be read: {_reason(found['error'])}")
+    return found
+
+
+def _check_facts(
+    names: list[tuple[str, ...]], facts: list[Any], most: int
+) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array. Raises Refusal where reading all of them takes more than `most`
+    bytes: their own, or those of one stored block where that is larger."""
+    kinds, total, known = [], 0, {dtype.name: dtype for dtype in DTYPES.values()}
+    for keys, (shape, kind, block) in zip(names, facts, strict=True):
+        if kind not in known:
+            raise Refusal(
+                f"array {quote('/'.join(keys))} is of type {quote(kind)}, which is not read"
+            )
+        total += known[kind].itemsize * max(math.prod(shape), math.prod(block))
+        if total > most:
+            raise Refusal(
+                f"array {quote('/'.join(keys))} of shape {tuple(shape)} claims more than the folder"
+                " can hold"
+            )
+        kinds.append((tuple(shape), known[kind]))
+    return kinds
+
+
+def _elements(
+    answers: IO[bytes], names: list[tuple[str, ...]], shape: tuple[int, ...], kind: np.dtype
+) -> np.ndarray:
+    if answers.peek(1)[:1] != b"\n":  # pyright: ignore[reportAttributeAccessIssue] (a buffer)
+        _answer(answers, names)
+    answers.read(1)
+    data = bytearray(kind.itemsize * math.prod(shape))
+    if answers.readinto(data) != len(data):  # pyright: ignore[reportAttributeAccessIssue]
+        raise Refusal(TOO_MUCH)
+    if kind == np.bool_ and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+        raise Refusal("an array holds truth values that are neither 0 nor 1")
+    return np.frombuffer(data, kind).reshape(shape)
+
+
+def _reason(text: str) -> str:
+    """What TensorStore says, without the place of the folder and the settings that it repeats."""
+    said = text.partition(" [")[0]
+    if lost := re.search(r"chunk \{([0-9, ]*)\}.* is missing", said):
+        return f"its block {lost[1]} is missing"
+    return quote(said.rpartition('": ')[2] or said)
+
+
+def _hashes(path: pathlib.Path, limits: Limits) -> tuple[dict[str, str], int]:
+    """SHA-256 of each file by its path in the folder, and the bytes of all."""
+    files, total = {}, 0
+    for entry in walk(path, limits):
+        name = entry.relative_to(path).as_posix()
+        if not entry.stat().st_size:
+            files[name] = hashlib.sha256().hexdigest()
             continue
         with opened(entry, limits) as (file, size):
             total += size
             if total > limits.file_bytes:
                 raise Refusal(f"the folder has more than {limits.file_bytes:,} bytes")
-            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {entry.relative_to(path)}\n".encode())
-    return digest.hexdigest(), total
+            files[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return files, total
+
+
+def _check_one_store(path: pathlib.Path, files: dict[str, str], contents: dict[str, Any]) -> bool:
+    """Whether the arrays lie in a database (OCDBT) rather than in files.
+
+    Raises Refusal where both are there, or a second checkpoint: which of the two is read would
+    depend on the reader.
+    """
+    inside = {name.rpartition("/")[2] for name in files}
+    if sum(name.rpartition("/")[2] == CONTENTS for name in files) > 1:
+        raise Refusal("the folder holds several checkpoints; give the folder of one of them")
+    for flag in ("use_ocdbt", "use_zarr3"):
+        if type(contents.get(flag)) not in (bool, type(None)):
+            raise Refusal(f"{CONTENTS}: {flag} is {quote(contents[flag])}")
+    has_database, has_files = DATABASE in files, bool(inside & set(DESCRIPTIONS))
+    if has_database and has_files:
+        raise Refusal("the folder holds the arrays twice, in a database and in files")
+    stated = contents.get("use_ocdbt")
+    if stated is not None and stated != has_database:
+        raise Refusal(f"{CONTENTS} says use_ocdbt {stated}, but {DATABASE} says otherwise")
+    return has_database
+
+
+def _check_description(
+    path: pathlib.Path, keys: tuple[str, ...], contents: dict[str, Any], limits: Limits
+) -> None:
+    """Raises Refusal unless the array's folder describes it once, in the stated format, in JSON
+    that is read in one way."""
+    folder, name = path / ".".join(keys), quote("/".join(keys))
+    wanted = DESCRIPTIONS[bool(contents.get("use_zarr3"))]
+    found = [one for one in DESCRIPTIONS if (folder / one).exists()]
+    if found != [wanted]:
+        raise Refusal(f"array {name} is described by {found or 'nothing'}, not by {wanted}")
+    parse_json(read_bounded(folder / wanted, limits, limits.header_bytes), wanted, limits)
 
 
 def _contents(path: pathlib.Path, limits: Limits) -> dict[str, Any]:
-    with opened(path / CONTENTS, limits) as (file, size):
-        if size > limits.header_bytes:
-            raise Refusal(f"{CONTENTS} has {size:,} bytes; the limit is {limits.header_bytes:,}")
-        try:
-            contents = json.loads(file.read().decode("utf-8"))
-        except (ValueError, RecursionError):
-            raise Refusal(f"{CONTENTS} is not valid JSON") from None
+    text = read_bounded(path / CONTENTS, limits, limits.header_bytes)
+    contents = parse_json(text, CONTENTS, limits)
     if not isinstance(contents, dict) or not isinstance(contents.get("tree_metadata"), dict):
         raise Refusal(f"{CONTENTS} is not that of an Orbax checkpoint")
     if len(contents["tree_metadata"]) > limits.tensors:
-        raise Refusal(f"it holds {len(contents['tree_metadata']):,} arrays; the limit is {limits.tensors:,}")
+        raise Refusal(
+            f"it holds {len(contents['tree_metadata']):,} arrays; the limit is {limits.tensors:,}"
+        )
     return contents
 
 
@@ -87,7 +241,9 @@ def _entries(contents: dict[str, Any]) -> list[tuple[str, ...]]:
             empty = entry["value_metadata"]["skip_deserialize"]
         except (KeyError, TypeError):
             raise Refusal(f"{CONTENTS} is not that of an Orbax checkpoint") from None
-        if not keys or not all(type(key) is str and key.isprintable() and 0 < len(key) <= 256 for key in keys):
+        if not keys or not all(
+            type(key) is str and key.isprintable() and 0 < len(key) <= 256 for key in keys
+        ):
             raise Refusal(f"{CONTENTS} holds an array without a proper name")
         if any("/" in key or key in (".", "..") for key in keys):
             raise Refusal(f"{CONTENTS} names an array {quote('/'.join(keys))}")
@@ -96,27 +252,16 @@ def _entries(contents: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def _open(path: pathlib.Path, keys: tuple[str, ...], contents: dict[str, Any]) -> Any:
-    """The TensorStore of one array: its shape and type are known, nothing is read yet."""
-    import tensorstore
-
+def _spec(
+    path: pathlib.Path, keys: tuple[str, ...], contents: dict[str, Any], database: bool
+) -> dict[str, Any]:
+    """What TensorStore is told to open."""
     base = {"driver": "file", "path": f"{path.resolve()}/"}
     name = ".".join(keys) + "/"
-    if contents.get("use_ocdbt"):
+    if database:
         store = {"driver": "ocdbt", "base": base, "path": name}
     else:
         store = {**base, "path": base["path"] + name}
     driver = "zarr3" if contents.get("use_zarr3") else "zarr"
-    try:
-        return tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
-    except ValueError as error:
-        raise Refusal(f"array {quote('/'.join(keys))} cannot be opened: {quote(str(error))}") from None
-
-
-def _cost(array: Any, keys: tuple[str, ...]) -> int:
-    """Bytes that reading the array takes: its own, or those of one stored block where that is larger."""
-    dtype = array.dtype.numpy_dtype
-    if dtype not in DTYPES.values():
-        raise Refusal(f"array {quote('/'.join(keys))} is of type {quote(str(dtype))}, which is not read")
-    block = array.chunk_layout.read_chunk.shape
-    return dtype.itemsize * max(math.prod(array.shape), math.prod(block))
+    # a block that is not there is an error, as it is to Orbax, and never zeros
+    return {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}

@@ -1,7 +1,10 @@
-"""Which preprocessing a foreign model was trained with, told by its accuracy on the person's own images.
+"""Which preprocessing a foreign model was trained with, by its accuracy on the person's own images
+and by the moments that its first normalisation layer stored.
 
-A state_dict says nothing of the normalisation its net expects, and a scan under the wrong one is worthless. So the
-clean accuracy is measured under every plausible normalisation, with the channels in either order, before all else.
+A state_dict says nothing of the normalisation its net expects, and a scan under the wrong one is
+worthless. So every plausible normalisation is measured, with the channels in either order, before
+all else. Accuracy alone cannot tell a wrong preprocessing from a poor model: an MNIST net without
+its constants gets a third of the digits right. The stored moments can, see `moments`.
 """
 
 import dataclasses
@@ -10,32 +13,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbd import evaluate
 from jaxbd.base import Batch, Net, UserError
-from jaxbd.interop import guarded
+from jaxbd.caching import cached
+from jaxbd.interop import load
 from jaxbd.interop.load import Model
-from jaxbd.models.norm import NORMALISATIONS
-from jaxbd.remembered import remembered
+from jaxbd.interop.probe import Constants, Probe, Row, candidates
 
 SAMPLE = 256
 """Images the check looks at."""
-STATED_ONLY = {"svhn", "mini-imagenet", "vggface2"}
-"""Normalisations that are not tried: so close to another that luck on a few images would choose between them."""
 STANDARD_ERRORS = 5
 """Binomial standard errors by which the accuracy must exceed chance."""
-
-Constants = tuple[tuple[float, ...], tuple[float, ...]]
-"""Per-channel mean and standard deviation."""
-
-
-class Row(NamedTuple):
-    """One candidate: normalisation by name, order of the channels ("rgb", "bgr", or "grey"), constants, accuracy."""
-
-    normalisation: str
-    channels: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    accuracy: float
+GOOD_ACCURACY = 0.95
+"""From here on the accuracy alone shows that the preprocessing is right."""
+DIFFERENT = 0.5
+"""Distance of moments from which the preprocessing is probably another. Nets with their own, honest
+ones of 70 to 82 % among them, have 0.01 to 0.18; with another of the usual ones 0.5 to 12."""
+ALIKE = 0.05
+"""Distances of moments that differ by less do not tell two candidates apart."""
 
 
 class Table(NamedTuple):
@@ -43,8 +37,11 @@ class Table(NamedTuple):
 
     Attributes:
       rows: every candidate measured; used: the one taken.
-      images: how many images; chance: accuracy of a net that knows nothing; needed: least accuracy accepted.
+      images: how many images; chance: accuracy of a net that knows nothing; needed: least accuracy
+        accepted.
       stated: whether `used` was given rather than chosen.
+      doubt: why `used` is probably not the model's own preprocessing; "" where nothing says so.
+      caution: that nothing but a mediocre accuracy speaks for `used`; "" otherwise.
     """
 
     rows: tuple[Row, ...]
@@ -53,6 +50,13 @@ class Table(NamedTuple):
     chance: float
     needed: float
     stated: bool
+    doubt: str = ""
+    caution: str = ""
+
+    @property
+    def error(self) -> float:
+        """Binomial standard error of the accuracy of `used`."""
+        return math.sqrt(self.used.accuracy * (1 - self.used.accuracy) / self.images)
 
 
 def sample(data: Batch, count: int = SAMPLE) -> Batch:
@@ -61,103 +65,186 @@ def sample(data: Batch, count: int = SAMPLE) -> Batch:
     return Batch(np.asarray(data.images)[rows], np.asarray(data.labels)[rows])
 
 
-def check(model: Model, data: Batch, given: Constants | None = None, *, only_given: bool = False) -> Table:
-    """Measures the candidates on `data` (uint8 images in RGB order, labels) and settles on one.
+def check(
+    model: Model,
+    data: Batch,
+    given: Constants | None = None,
+    *,
+    only_given: bool = False,
+    accept: bool = False,
+) -> Table:
+    """`measure`, and then `accept_or_refuse`."""
+    return accept_or_refuse(measure(model, data, given, only_given=only_given), accept)
 
-    The best is taken unless one is `given`; among equals the first in the order of `NORMALISATIONS`, RGB before BGR.
+
+def measure(
+    model: Model, data: Batch, given: Constants | None = None, *, only_given: bool = False
+) -> Table:
+    """Measures the candidates on `data` (uint8 images in RGB order, labels) and chooses one.
+
+    The most accurate is taken unless one is `given`. Of those that are as accurate within two
+    standard errors, the stored moments choose; among equals the first in the order of
+    `NORMALISATIONS`, RGB before BGR.
 
     Args:
-      only_given: try the others only to explain why the given one fails (a model that states its own).
-    Raises: UserError when the one taken is not above chance, see `needed`, or the images are too few to tell.
+      only_given: try the others only to explain why the given one fails (a model that states its
+        own).
+    Raises: UserError when the images are too few to tell, or the net answers with NaN.
     """
     chance = float(np.bincount(data.labels).max()) / len(data.labels)
     least = needed(chance, len(data.labels))
     if least >= 1:
         raise UserError(
-            f"{len(data.labels)} images, {100 * chance:.0f} % of them with the same label, cannot tell whether this is "
-            "the model's preprocessing; give more images, of several classes"
+            f"{len(data.labels)} images, {100 * chance:.0f} % of them with the same label, cannot"
+            " tell whether this is the model's preprocessing; give more images, of several classes"
         )
-    rows = [] if given is None else [_measure(model, data, "given", given, "rgb")]
+    probe = Probe(model, data)
+    rows = [] if given is None else [probe.measure("given", given, "rgb")]
     if not (only_given and rows and rows[0].accuracy >= least):
-        colour = ("rgb", "bgr") if model.spec.image_shape[2] == 3 else ("rgb",)
-        tried = [(name, constants, order) for order in colour for name, constants in _plausible(model).items()]
-        rows += [_measure(model, data, *candidate) for candidate in tried]
-    best = max(rows, key=lambda row: row.accuracy)
-    table = Table(tuple(rows), best if given is None else rows[0], len(data.labels), chance, least, given is not None)
-    if table.used.accuracy < least:
+        near, far = probe.sort(list(candidates(model)))
+        rows += [probe.measure(*candidate) for candidate in near]
+        if not is_convincing(choose(rows, len(data.labels)), least):
+            rows += [probe.measure(*candidate) for candidate in far]
+    used = choose(rows, len(data.labels)) if given is None else rows[0]
+    count, stated = len(data.labels), given is not None
+    table = Table(tuple(rows), used, count, chance, least, stated)
+    return table._replace(doubt=_doubt(table, probe), caution=_caution(table))
+
+
+def measure_row(model: Model, data: Batch, row: Row) -> Row:
+    """The candidate of `row` on other images."""
+    order = "bgr" if row.channels == "bgr" else "rgb"
+    return Probe(model, data).measure(row.normalisation, (row.mean, row.std), order)
+
+
+def accept_or_refuse(table: Table, accept: bool = False) -> Table:
+    """`table`, where its row may be used.
+
+    Args:
+      accept: take a preprocessing that is probably not the model's, too.
+    Raises: UserError when the row is not above chance, see `needed`; when nobody stated it, its
+      moments are not those in training, and its accuracy does not make up for that.
+    """
+    if table.used.accuracy < table.needed:
+        best = choose(list(table.rows), table.images)
         raise UserError(_complaint(table, best))
+    if table.doubt and not (accept or table.stated):
+        raise UserError(f"{table.doubt}, or go on with --accept-accuracy")
     return table
 
 
 def needed(chance: float, count: int) -> float:
     """The least accuracy on `count` images that is not near chance.
 
-    Chance is the share of the commonest label, which a constant answer reaches. Above it by `STANDARD_ERRORS` binomial
-    standard errors, and by chance once more (twice chance) or, where that is nearer, a quarter of the way to 1.
+    Chance is the share of the commonest label, which a constant answer reaches. Above it by
+    `STANDARD_ERRORS` binomial standard errors, and by chance once more (twice chance) or, where
+    that is nearer, a quarter of the way to 1.
     """
     error = math.sqrt(chance * (1 - chance) / count)
     return chance + max(STANDARD_ERRORS * error, min(chance, (1 - chance) / 4))
 
 
+def choose(rows: list[Row], count: int) -> Row:
+    """The row to take, see `check`; accuracies were measured on `count` images."""
+    best = max(rows, key=lambda row: row.accuracy)
+    error = math.sqrt(best.accuracy * (1 - best.accuracy) / count)
+    near = [row for row in rows if row.accuracy >= best.accuracy - 2 * error]
+    distances = [row.distance for row in near if row.distance is not None]
+    if len(distances) < len(near):
+        return best
+    limit = min(distances) + ALIKE
+    alike = [row for row, far in zip(near, distances, strict=True) if far <= limit]
+    return max(alike, key=lambda row: row.accuracy)
+
+
+def is_convincing(row: Row, least: float = 0.0) -> bool:
+    """Whether accuracy or moments show that `row` is the model's own preprocessing.
+
+    Args:
+      least: accuracy that it needs in any case.
+    """
+    alike = row.distance is not None and row.distance < DIFFERENT
+    return row.accuracy >= least and (row.accuracy >= GOOD_ACCURACY or alike)
+
+
 def adopt(model: Model, table: Table) -> Model:
-    """`model` with the preprocessing of `table.used` as its net's first operation; images stay RGB in [0, 1]."""
+    """`model` with the preprocessing of `table.used` as its net's first operation; images stay RGB
+    in [0, 1]."""
     used = table.used
     spec = dataclasses.replace(model.spec, mean=used.mean, std=used.std)
-    net = guarded.net(spec, model.guard)
-    return model._replace(spec=spec, net=_reversed(net) if used.channels == "bgr" else net)
+    net = load.net_of(model, spec)
+    return model._replace(spec=spec, net=_reverse_channels(net) if used.channels == "bgr" else net)
 
 
 def as_record(table: Table) -> dict[str, Any]:
     """The table for a result file, under the key "preprocessing"."""
-    return {**table._asdict(), "rows": [row._asdict() for row in table.rows], "used": table.used._asdict()}
+    return {
+        **table._asdict(),
+        "rows": [row._asdict() for row in table.rows],
+        "used": table.used._asdict(),
+    }
 
 
-def _plausible(model: Model) -> dict[str, Constants]:
-    """The normalisations to try that fit the model's channels."""
-    tried = {name: pair for name, pair in NORMALISATIONS.items() if name not in STATED_ONLY}
-    return {name: pair for name, pair in tried.items() if len(pair[0]) in (1, model.spec.image_shape[2])}
+def _doubt(table: Table, probe: Probe) -> str:
+    """Why the row taken is probably not the model's preprocessing; "" where nothing says so."""
+    used = table.used
+    if used.distance is None or is_convincing(used):
+        return ""
+    found = probe.moments((used.mean, used.std), "bgr" if used.channels == "bgr" else "rgb")
+    if found is None:
+        return ""
+    doubt = (
+        f"normalisation {used.normalisation} is probably not this model's preprocessing: it gets"
+        f" {used.accuracy:.3f} of {table.images} images right, the best of {len(table.rows)} tried,"
+        f" but what reaches the layer {found.layer} is {found.spread:.2g} times as spread as in"
+        f" training and {found.shift:.2g} standard deviations off"
+    )
+    fix = "give the model's own constants with --mean and --std"
+    if len(used.std) != 1 or not 1e-3 < used.std[0] * found.spread < 1e3:
+        return f"{doubt}; {fix}"
+    # the layer's inputs are as spread as the net's inputs are, which std divides
+    return f"{doubt}; {fix}, std is near {used.std[0] * found.spread:.2g}"
 
 
-def _measure(model: Model, data: Batch, name: str, constants: Constants, order: str) -> Row:
-    """Clean accuracy under one candidate.
-
-    The net's own first operation x -> (x - m) / s stays in place and is undone in what it is fed, so that one compiled
-    program serves all candidates.
-    """
-    images = np.asarray(data.images, np.float32) / 255
-    images = images[..., ::-1] if order == "bgr" else images
-    mean, std, own_mean, own_std = (np.asarray(v, np.float32) for v in (*constants, model.spec.mean, model.spec.std))
-    inputs = (images - mean) / std * own_std + own_mean
-    logits = evaluate.logits(model.net, model.variables, Batch(inputs, data.labels), batch_size=128)
-    if not np.isfinite(logits).all():
-        raise UserError(f"model {model.path} answers with NaN or infinite logits; get an intact file")
-    accuracy = float((logits.argmax(-1) == data.labels).mean())
-    return Row(name, "grey" if images.shape[-1] == 1 else order, *map(_numbers, constants), accuracy)
-
-
-def _numbers(values) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
-
-
-@remembered(64)
-def _reversed(net: Net) -> Net:
+@cached(64)
+def _reverse_channels(net: Net) -> Net:
     """`net` fed with the channels the other way round."""
-    outputs = None if net.outputs is None else lambda variables, images: net.outputs(variables, images[..., ::-1])
+    forward = net.outputs
+    outputs = None
+    if forward is not None:
+        outputs = lambda variables, images: forward(variables, images[..., ::-1])
     return Net(
         net.init,
-        lambda variables, images, *, train=False: net.apply(variables, images[..., ::-1], train=train),
+        lambda variables, images, *, train=False: net.apply(
+            variables, images[..., ::-1], train=train
+        ),
         outputs,
         net.frozen,
+    )
+
+
+def _caution(table: Table) -> str:
+    """What to say of a mediocre accuracy where no stored moments can confirm the preprocessing."""
+    used = table.used
+    if table.stated or used.distance is not None or is_convincing(used):
+        return ""
+    return (
+        f"the net shows no normalisation layer to compare with: that it gets {used.accuracy:.3f}"
+        " right is all that speaks for this preprocessing; give --mean and --std if you know them"
     )
 
 
 def _complaint(table: Table, best: Row) -> str:
     """Why no verdict can be given, and what would help."""
     what = (
-        f"this is not the preprocessing (or not the data) of this model: clean accuracy {table.used.accuracy:.3f} on "
-        f"{table.images} images is near chance ({table.chance:.3f}, needed {table.needed:.3f})"
+        "this is not the preprocessing (or not the data) of this model: clean accuracy"
+        f" {table.used.accuracy:.3f} on {table.images} images is near chance ({table.chance:.3f},"
+        f" needed {table.needed:.3f})"
     )
     if table.stated and best.accuracy >= table.needed:
         order = "; the images look BGR to this model" if best.channels == "bgr" else ""
         return f"{what}; with normalisation {best.normalisation} it is {best.accuracy:.3f}{order}"
-    return f"{what} under every normalisation tried; check the labels' order, the images and --mean/--std"
+    return (
+        f"{what} under every normalisation tried; check the labels' order, the images and"
+        " --mean/--std"
+    )

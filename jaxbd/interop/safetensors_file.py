@@ -1,16 +1,18 @@
-"""safetensors: a JSON header, then the tensors' bytes, without gaps. Nothing in it can be executed."""
+"""safetensors: a JSON header, then the tensors' bytes, without gaps. Nothing in it can be
+executed."""
 
-import json
 import math
+import os
 import pathlib
+import re
 import struct
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxbd.interop.files import Limits, Refusal, quote, read_exactly
-from jaxbd.record import replacing
+from jaxbd.files import replacing
+from jaxbd.limits import BinaryFile, Limits, Refusal, parse_json, quote, read_exactly
 
 DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
@@ -27,22 +29,31 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def looks_like(head: bytes, file_size: int) -> bool:
-    """Whether a file that begins with `head` [>= 9 bytes] may be safetensors: a plausible length, then JSON."""
-    return len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= file_size - 8
+    """Whether a file that begins with `head` [>= 9 bytes] may be safetensors: a plausible length,
+    then JSON."""
+    return (
+        len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= file_size - 8
+    )
 
 
-def read(file: BinaryIO, file_size: int, limits: Limits) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read(
+    file: BinaryFile, file_size: int, limits: Limits
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors in the header's order, and the file's own notes (`__metadata__`).
 
-    The bytes come from the open file whose hash is recorded. The header is checked here before anything is allocated:
-    its size, its nesting, double names, and that the tensors tile the rest of the file exactly.
+    The bytes come from the open file whose hash is recorded. The header is checked here before
+    anything is allocated: its size, its nesting, double names, and that the tensors tile the rest
+    of the file exactly.
     """
     length = struct.unpack("<Q", read_exactly(file, 0, 8, "the header"))[0]
     if length > min(limits.header_bytes, file_size - 8):
         raise Refusal(
-            f"its header claims {length:,} bytes; the file has {file_size:,}, the limit is {limits.header_bytes:,}"
+            f"its header claims {length:,} bytes; the file has {file_size:,}, the limit is"
+            f" {limits.header_bytes:,}"
         )
-    header = _parse(read_exactly(file, 8, length, "the header"))
+    header = parse_json(read_exactly(file, 8, length, "the header"), "its header", limits)
+    if not isinstance(header, dict):
+        raise Refusal("its header is not a JSON object")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or any(type(note) is not str for note in notes.values()):
         raise Refusal("its __metadata__ is not a table of texts")
@@ -52,24 +63,9 @@ def read(file: BinaryIO, file_size: int, limits: Limits) -> tuple[dict[str, np.n
         raise Refusal(f"it holds {len(header):,} tensors; the limit is {limits.tensors:,}")
     spans = {name: _span(name, entry) for name, entry in header.items()}
     _check_tiling(spans, file_size - 8 - length)
-    return {name: _load(file, 8 + length, name, header[name], span) for name, span in spans.items()}, notes
-
-
-def _parse(text: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
-        raise Refusal("its header is not valid JSON") from None
-    if not isinstance(header, dict):
-        raise Refusal("its header is not a JSON object")
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise Refusal("its header names something twice")
-    return table
+    return {
+        name: _load(file, 8 + length, name, header[name], span) for name, span in spans.items()
+    }, notes
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:
@@ -87,12 +83,17 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     if math.prod(max(size, 1) for size in shape) >= 1 << 40:
         raise Refusal(f"tensor {quote(name)} claims the shape {tuple(shape)}")
     if math.prod(shape) * DTYPES[kind].itemsize != offsets[1] - offsets[0]:
-        raise Refusal(f"tensor {quote(name)} of shape {tuple(shape)} does not have the bytes that its shape needs")
+        raise Refusal(
+            f"tensor {quote(name)} of shape {tuple(shape)} does not have the bytes that its shape"
+            " needs"
+        )
     return offsets[0], offsets[1]
 
 
 def _are_counts(value: Any) -> bool:
-    return type(value) is list and all(type(number) is int and 0 <= number < 1 << 48 for number in value)
+    return type(value) is list and all(
+        type(number) is int and 0 <= number < 1 << 48 for number in value
+    )
 
 
 def _check_tiling(spans: dict[str, tuple[int, int]], size: int) -> None:
@@ -105,18 +106,36 @@ def _check_tiling(spans: dict[str, tuple[int, int]], size: int) -> None:
         raise Refusal(f"its tensors take {end:,} bytes where the file has {size:,}")
 
 
-def _load(file: BinaryIO, start: int, name: str, entry: dict[str, Any], span: tuple[int, int]) -> np.ndarray:
-    data = bytearray(read_exactly(file, start + span[0], span[1] - span[0], f"tensor {quote(name)}"))
-    if entry["dtype"] == "BOOL" and max(data, default=0) > 1:
+def _load(
+    file: BinaryFile, start: int, name: str, entry: dict[str, Any], span: tuple[int, int]
+) -> np.ndarray:
+    data = bytearray(span[1] - span[0])
+    file.seek(start + span[0])
+    if file.readinto(data) != len(data):
+        raise Refusal(f"it ends in the middle of tensor {quote(name)}")
+    if entry["dtype"] == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
         raise Refusal(f"tensor {quote(name)} holds truth values that are neither 0 nor 1")
     return np.frombuffer(data, DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def write(path: pathlib.Path, tensors: dict[str, np.ndarray], notes: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the `safetensors` library, whole or not at all."""
+def write(
+    path: pathlib.Path, tensors: dict[str, np.ndarray], notes: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file with the `safetensors` library, whole or not at all.
+
+    Raises: OSError when the disk is full or cannot be written.
+    """
     import safetensors.numpy
 
-    dense = {name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()}
+    dense = {
+        name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()
+    }
     with replacing(path) as sibling:
-        safetensors.numpy.save_file(dense, sibling, metadata=notes or None)
+        try:
+            safetensors.numpy.save_file(dense, sibling, metadata=notes or None)
+        except safetensors.SafetensorError as error:  # the library hides the system's error in text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         sibling.chmod(0o644)  # the library makes it readable for its owner only

@@ -1,130 +1,313 @@
-"""From what a PyTorch file holds to its one dictionary of tensors, the plain rest, and NumPy arrays."""
+"""From what a PyTorch file holds to the tensors of its one net, and the plain rest."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbd.interop.allowed import Storage, Symbol, Tensor
-from jaxbd.interop.files import Limits, Refusal, quote
+from jaxbd.interop import pieces, selection
+from jaxbd.interop.allowed import Foreign, NumpyArray, Storage, Symbol, Tensor
+from jaxbd.interop.selection import Candidate, Fits, Selection
+from jaxbd.limits import Limits, Refusal, quote
 
-KNOWN_NAMES = ("state_dict", "model_state_dict", "model_state", "net", "model", "network", "classifier", "weights")
-PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every key."""
+KNOWN_NAMES = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "model",
+    "network",
+    "classifier",
+    "weights",
+)
+"""Keys under which people save a classifier."""
+LEAVES = ("weight", "bias", "running_mean", "running_var")
+
+Load = Callable[[str, int], np.ndarray]
+"""(key, bytes) -> a storage as uint8."""
 
 
 class Found(NamedTuple):
-    """tensors in file order without prefix; nesting, prefix, outer, metadata, ignored as in `container.Container`."""
+    """The net of a file.
 
-    tensors: dict[str, Tensor]
+    Attributes:
+      tensors: name -> array, in file order without prefix, parts multiplied out.
+      selection: how the names of the file became these.
+      nesting: keys that lead to the dictionary, "0" for the first of a list.
+      outer, metadata, ignored: as in `container.Container`.
+      constants: mean and standard deviation of the input by their names in the file; may be empty.
+    """
+
+    tensors: dict[str, np.ndarray]
+    selection: Selection
     nesting: tuple[str, ...]
-    prefix: str
     outer: Any
     metadata: Any
     ignored: tuple[str, ...]
+    constants: dict[str, np.ndarray]
 
 
-def find(value: Any, limits: Limits) -> Found:
-    """The state_dict inside `value`. Raises Refusal when there is none, or several and no name tells which."""
-    if not isinstance(value, dict):
+def find(
+    value: Any, load: Load, size: int, limits: Limits, fits: Fits, key: str | None = None
+) -> Found:
+    """The net in `value`, which a file of `size` bytes holds.
+
+    Raises: Refusal when there is none, or several and neither `key` nor an architecture tells
+      which.
+    """
+    if type(value) is Foreign:
+        raise Refusal(
+            f"it is a whole pickled {quote(value.name)}, which only its own code can read; save"
+            " model.state_dict() instead"
+        )
+    if not isinstance(value, (dict, list, tuple)):
         raise Refusal(f"it holds a {type(value).__name__.lower()}, not a dictionary of tensors")
     walk = _Walk(limits)
-    nesting = _choose(walk.candidates(value, ()))
-    state = value
-    for name in nesting:
-        state = state[name]
-    tensors = {name: entry for name, entry in state.items() if type(entry) is Tensor}
-    _check_names(tensors, limits)
-    prefix = common_prefix(tensors)
-    outer = walk.rest(value, nesting)
-    metadata = walk.plain(getattr(state, "_metadata", None), 0)
-    metadata = None if metadata is _DROPPED else metadata
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return Found(tensors, nesting, prefix, outer, metadata, tuple(walk.ignored))
+    deadline = limits.deadline("choosing among its tensors", size)
+    dictionaries = walk.dictionaries(value)
+    if not dictionaries:
+        raise Refusal(_nothing_found(value))
+    candidates = [
+        Candidate(path, selected)
+        for path, tensors in dictionaries.items()
+        for selected in selection.select(
+            {name: _shape(t) for name, t in tensors.items()}, fits, deadline.check
+        )
+    ]
+    read = lambda each, keys: arrays(
+        {key: dictionaries[each.path][key] for key in keys}, load, size, limits
+    )
+    chosen = selection.choose(candidates, key, _is_known, _Equal(read, deadline.check))
+    return _make_found(value, walk, chosen, candidates, read)
 
 
-def _choose(candidates: list[tuple[str, ...]]) -> tuple[str, ...]:
-    if not candidates:
-        raise Refusal("no dictionary of tensors is found in it")
-    known = [path for path in candidates if path and all(name in KNOWN_NAMES for name in path)]
-    chosen = known if len(candidates) > 1 else candidates
-    if len(chosen) != 1:
-        names = ", ".join(quote(".".join(path) or "the file itself") for path in candidates[:8])
-        raise Refusal(f"it holds several dictionaries of tensors ({names}); save the one to be read on its own")
-    return chosen[0]
+def _make_found(
+    value: Any, walk: "_Walk", chosen: Candidate, candidates: list[Candidate], read: Callable
+) -> Found:
+    state = _at(value, chosen.path)
+    _check_names(chosen.selection.names, walk.limits)
+    _check_no_foreign(state)
+    keys = [key for piece in chosen.selection.names.values() for key in piece.keys]
+    loaded = read(chosen, dict.fromkeys([*keys, *(chosen.selection.constants or ())]))
+    tensors = {
+        name: pieces.put_together(name, piece, loaded)
+        for name, piece in chosen.selection.names.items()
+    }
+    outer = walk.rest(value, chosen.path)
+    ignored = [*walk.ignored, *(_path(chosen, key) for key in chosen.selection.ignored)]
+    try:
+        metadata = walk.plain(getattr(state, "_metadata", None), 0)
+    except Refusal:
+        metadata = None
+    return Found(
+        tensors,
+        chosen.selection,
+        tuple(map(str, chosen.path)),
+        outer,
+        None if metadata is _DROPPED else metadata,
+        tuple(dict.fromkeys(ignored)),
+        {name: loaded[name] for name in chosen.selection.constants or ()},
+    )
 
 
-def _check_names(tensors: dict[Any, Tensor], limits: Limits) -> None:
+def find_named(
+    tensors: Mapping[str, np.ndarray], limits: Limits, fits: Fits, key: str | None = None
+) -> tuple[dict[str, np.ndarray], Selection, dict[str, np.ndarray]]:
+    """The net among arrays by name, how it was chosen, and the constants of its input, as in
+    `Found`. Raises: Refusal as `find` does."""
+    shapes = {name: np.shape(tensor) for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    check = limits.deadline("choosing among its tensors", size).check
+    candidates = [Candidate((), each) for each in selection.select(shapes, fits, check)]
+    read = lambda each, keys: {key: tensors[key] for key in keys}
+    chosen = selection.choose(candidates, key, lambda each: True, _Equal(read, check)).selection
+    _check_names(chosen.names, limits)
+    whole = {
+        name: pieces.put_together(name, piece, tensors) for name, piece in chosen.names.items()
+    }
+    return whole, chosen, {name: tensors[name] for name in chosen.constants or ()}
+
+
+class _Equal(NamedTuple):
+    """Whether two candidates hold the same values; `read` loads the tensors of one by key, `check`
+    raises Refusal where there is no time to."""
+
+    read: Callable[[Candidate, list[str]], dict[str, np.ndarray]]
+    check: Callable[[], None]
+
+    def __call__(self, one: Candidate, other: Candidate) -> bool:
+        self.check()
+        if one.selection.names.keys() != other.selection.names.keys():
+            return False
+        loaded = []
+        for each in (one, other):
+            named = each.selection.names
+            found = self.read(each, [key for piece in named.values() for key in piece.keys])
+            loaded.append({n: pieces.put_together(n, piece, found) for n, piece in named.items()})
+        return all(
+            np.array_equal(loaded[0][name], loaded[1][name], equal_nan=True)
+            for name in loaded[0]
+            if not name.endswith("num_batches_tracked")
+        )
+
+
+def _is_known(candidate: Candidate) -> bool:
+    return bool(candidate.path) and all(part in KNOWN_NAMES for part in candidate.path)
+
+
+def _path(chosen: Candidate, key: str) -> str:
+    return ".".join(map(str, (*chosen.path, key)))[:256]
+
+
+def _shape(tensor: Tensor | NumpyArray) -> tuple[int, ...]:
+    if type(tensor) is Tensor:
+        return tensor.shape
+    return () if tensor.values is None else tensor.values.shape
+
+
+def _at(value: Any, path: tuple[str | int, ...]) -> Any:
+    for part in path:
+        value = value[part]
+    return value
+
+
+def _nothing_found(value: Any) -> str:
+    """Why no dictionary of tensors is found, and what lies there instead."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, entry in entries:
+        if type(entry) is Foreign and name != "epoch":
+            return (
+                f"no dictionary of tensors is found in it; {quote(str(name))} is a pickled"
+                f" {quote(entry.name)}, which only its own code can read; save model.state_dict()"
+                " instead"
+            )
+    if not isinstance(value, dict):
+        return "it holds a list without a dictionary of tensors; save model.state_dict()"
+    return "no dictionary of tensors is found in it"
+
+
+def _check_names(tensors: Mapping[Any, Any], limits: Limits) -> None:
     if len(tensors) > limits.tensors:
         raise Refusal(f"it holds {len(tensors):,} tensors; the limit is {limits.tensors:,}")
     for name in tensors:
-        if type(name) is not str or not name.isprintable() or not 0 < len(name) <= 256:
+        if (
+            type(name) is not str
+            or not name.isprintable()
+            or not 0 < len(name) <= selection.MOST_NAME
+        ):
             raise Refusal(f"a tensor is named {quote(name)}")
 
 
-def common_prefix(tensors: dict[str, Any]) -> str:
-    """The longest run of `PREFIXES` that every name begins with."""
-    prefix = ""
-    while True:
-        longer = [prefix + more for more in PREFIXES if all(name.startswith(prefix + more) for name in tensors)]
-        if not longer or any(name == longer[0] for name in tensors):
-            return prefix
-        prefix = longer[0]
+def _check_no_foreign(state: dict) -> None:
+    """Raises Refusal where a value that is not read stands under the name of a weight."""
+    for name, entry in state.items():
+        if type(entry) is Foreign and (
+            type(name) is not str
+            or name.rpartition(".")[2] in LEAVES
+            or entry.name.startswith(("a tensor", "torch._utils._rebuild", "torch._tensor."))
+        ):
+            what = name if type(name) is str else entry.name
+            raise Refusal(f"{quote(what)} among the weights is {entry.name}, which is not read")
 
 
 _DROPPED = object()
 
 
+class _TooMany(Refusal):
+    """More values than are visited: beside the weights they are left out."""
+
+
 class _Walk:
-    """Visits what a file holds, counting every visit: shared and cyclic values make small files endless."""
+    """Visits what a file holds, counting every visit: shared and cyclic values make small files
+    endless."""
 
     def __init__(self, limits: Limits):
-        self.limits, self.left = limits, limits.entries
+        self.limits, self.left = limits, limits.values
         self.ignored: list[str] = []
 
-    def visit(self, depth: int) -> None:
+    def visit(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise Refusal(f"it holds more than {self.limits.entries:,} values")
-        if depth > self.limits.depth:
-            raise Refusal(f"it is nested more than {self.limits.depth} deep")
+            raise _TooMany(f"it holds more than {self.limits.values:,} values")
 
-    def candidates(self, value: dict, path: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Paths of all dictionaries that hold a tensor with axes; optimiser states (with `param_groups`) are none."""
-        self.visit(len(path))
-        if "param_groups" in value:
-            return []
-        found = [path] if any(type(entry) is Tensor and entry.shape for entry in value.values()) else []
-        for name, entry in value.items():
-            self.visit(len(path))
-            if isinstance(entry, dict) and type(name) is str:
-                found += self.candidates(entry, (*path, name))
+    def dictionaries(self, value: Any) -> dict[tuple[str | int, ...], dict[str, Any]]:
+        """Path -> tensors of every dictionary that holds one with axes; optimiser states (with
+        `param_groups`) are none. What is nested deeper than the limit is left aside."""
+        found: dict[tuple[str | int, ...], dict[str, Any]] = {}
+        waiting: list[tuple[Any, tuple[str | int, ...]]] = [(value, ())]
+        seen: set[int] = set()
+        while waiting:
+            entry, path = waiting.pop()
+            self.visit()
+            if id(entry) in seen or len(path) > self.limits.depth:
+                continue
+            seen.add(id(entry))
+            if not isinstance(entry, dict):
+                inner = list(enumerate(entry))
+            elif "param_groups" in entry:
+                continue
+            else:
+                inner = [(name, part) for name, part in entry.items() if type(name) is str]
+                tensors = {name: part for name, part in inner if _is_tensor(part)}
+                if _may_be_weights(tensors):
+                    found[path] = tensors
+            self.left -= len(inner)
+            self.visit()
+            waiting += [
+                (part, (*path, name))
+                for name, part in reversed(inner)
+                if isinstance(part, (dict, list, tuple))
+            ]
         return found
 
-    def rest(self, value: dict, nesting: tuple[str, ...], path: tuple[str, ...] = ()) -> dict:
-        """`value` without the tensors at `nesting`, and without entries that are not plain; the latter are noted."""
+    def rest(self, value: Any, nesting: tuple[str | int, ...], path: tuple = ()) -> Any:
+        """`value` without the tensors at `nesting`, and without entries that are not plain; the
+        latter are noted. A list keeps its length, with None for what is left out."""
+        if not isinstance(value, dict):
+            items = list(value)
+            for index, entry in enumerate(items):
+                if nesting and index == nesting[0]:
+                    items[index] = self.rest(entry, nesting[1:], (*path, index))
+                else:
+                    plain = self._note(entry, (*path, index))
+                    items[index] = None if plain is _DROPPED else plain
+            return type(value)(items)
         kept = type(value)()
         for name, entry in value.items():
             if nesting and name == nesting[0]:
                 inner = self.rest(entry, nesting[1:], (*path, name))
-                if inner:
+                if inner or not isinstance(entry, dict):
                     kept[name] = inner
-            elif nesting or type(entry) is not Tensor:
-                entry = self.plain(entry, len(path))
-                if entry is _DROPPED:
-                    self.ignored.append(".".join((*path, str(name)))[:256])
-                else:
+            elif nesting or type(name) is not str or not _is_tensor(entry):
+                entry = self._note(entry, (*path, name))
+                if entry is not _DROPPED:
                     kept[name] = entry
         return kept
 
+    def _note(self, entry: Any, path: tuple) -> Any:
+        try:
+            plain = self.plain(entry, len(path))
+        except _TooMany:
+            plain = _DROPPED
+        if plain is _DROPPED:
+            names = [part.name if type(part) is Foreign else str(part) for part in path]
+            self.ignored.append(".".join(names)[:256])
+        return plain
+
     def plain(self, value: Any, depth: int) -> Any:
-        """A copy of plain Python, or `_DROPPED` where a tensor, storage or type lies anywhere in it."""
-        self.visit(depth)
-        if isinstance(value, (Tensor, Storage, Symbol)):
+        """A copy of plain Python, or `_DROPPED` where a tensor, storage or type lies anywhere in
+        it, or it is nested too deep."""
+        self.visit()
+        if depth > self.limits.depth:
+            return _DROPPED
+        if isinstance(value, (Tensor, Storage, Symbol, Foreign, NumpyArray)):
             return _DROPPED
         if isinstance(value, dict):
-            items = [(name, self.plain(entry, depth + 1)) for name, entry in value.items()]
+            items = [
+                (name, _DROPPED if type(name) is Foreign else self.plain(entry, depth + 1))
+                for name, entry in value.items()
+            ]
             return _DROPPED if any(entry is _DROPPED for _, entry in items) else type(value)(items)
         if isinstance(value, (list, tuple)):
             items = [self.plain(entry, depth + 1) for entry in value]
@@ -132,22 +315,44 @@ class _Walk:
         return value
 
 
+def _may_be_weights(tensors: dict[str, Any]) -> bool:
+    """Whether there is a tensor with axes, or several arrays that are named as layers are."""
+    if any(type(tensor) is Tensor for tensor in tensors.values()):
+        return any(_shape(tensor) for tensor in tensors.values())
+    return sum("." in name for name in tensors) >= selection.FEWEST
+
+
+def _is_tensor(entry: Any) -> bool:
+    return type(entry) is Tensor or (type(entry) is NumpyArray and entry.values is not None)
+
+
 def arrays(
-    tensors: dict[str, Tensor], load: Callable[[str, int], np.ndarray], file_size: int, limits: Limits
+    tensors: dict[str, Tensor | NumpyArray],
+    load: Load,
+    file_size: int,
+    limits: Limits,
 ) -> dict[str, np.ndarray]:
     """Loads every tensor; each storage is read once, and tensors that share one share memory.
 
-    `load(key, bytes)` gives a storage as uint8. What all tensors together take, shared memory counted each time, is
-    bounded by the file's size: a view may repeat one element a billion times.
+    `load(key, bytes)` gives a storage as uint8. What all tensors together take, shared memory
+    counted each time, is bounded by the file's size: a view may repeat one element a billion times.
     """
     total = 0
     for name, tensor in tensors.items():
+        if type(tensor) is NumpyArray:
+            continue
         total += math.prod(tensor.shape) * tensor.storage.dtype.itemsize
         if total > limits.unpacked(file_size):
-            raise Refusal(f"tensor {quote(name)} of shape {tensor.shape} claims more than a file of this size can hold")
+            raise Refusal(
+                f"tensor {quote(name)} of shape {tensor.shape} claims more than a file of this size"
+                " can hold"
+            )
     storages: dict[str, np.ndarray] = {}
     loaded = {}
     for name, tensor in tensors.items():
+        if type(tensor) is NumpyArray:
+            loaded[name] = np.array(tensor.values)
+            continue
         key, dtype = tensor.storage.key, tensor.storage.dtype
         if key not in storages:
             storages[key] = load(key, tensor.storage.numel * dtype.itemsize)
@@ -158,13 +363,17 @@ def arrays(
 
 
 def _view(flat: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """`tensor` of a storage [numel]; its bounds were checked when it was described. Copied unless it lies dense."""
+    """`tensor` of a storage [numel]; its bounds were checked when it was described. Copied unless
+    it lies dense."""
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, flat.dtype)
     strides = tuple(step * flat.itemsize for step in tensor.stride)
     begin = flat[tensor.offset :]
-    # the last element's index was held against the storage's size before; this is the guard behind it
+    # the last element's index was held against the storage's size before; this is the guard behind
+    # it
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
     if last >= begin.size:
         raise Refusal("a tensor reaches outside its storage")
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(begin, tensor.shape, strides)).reshape(tensor.shape)
+    return np.ascontiguousarray(
+        np.lib.stride_tricks.as_strided(begin, tensor.shape, strides)
+    ).reshape(tensor.shape)

@@ -1,45 +1,59 @@
 """PyTorch's stream format (before 1.6): five pickles one after the other, then the storages.
 
-The pickles are a magic number, the protocol version, facts on the writer's machine, the value, and the list of storage
-keys; then follows each storage in that order as its element count (int64) and its elements.
+The pickles are a magic number, the protocol version, facts on the writer's machine, the value, and
+the list of storage keys; then follows each storage in that order as its element count (int64) and
+its elements.
 """
 
 import tarfile
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxbd.interop.allowed import Storage
-from jaxbd.interop.files import Limits, Refusal, quote, read_exactly
 from jaxbd.interop.unpickle import Machine
+from jaxbd.limits import BinaryFile, Limits, Refusal, quote, read_exactly
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-MAGIC = b"\x80\x02\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little") + b"."
+_NUMBER = b"\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little") + b"."
+MAGICS = (
+    b"\x80\x02" + _NUMBER,
+    b"\x80\x03" + _NUMBER,
+    *(bytes([0x80, protocol, 0x95, 13, 0, 0, 0, 0, 0, 0, 0]) + _NUMBER for protocol in (4, 5)),
+)
+"""How a stream begins, by the pickle protocol it was written in."""
 PROTOCOL = 1001
 
 
 class Loader(NamedTuple):
     """Loads storages of one stream by key; `places` gives the offset of each in the file."""
 
-    file: BinaryIO
+    file: BinaryFile
     places: dict[str, int]
 
     def __call__(self, key: str, size: int) -> np.ndarray:
         """The storage `key` as uint8 [size]; sizes were checked when the stream was opened."""
-        return np.frombuffer(bytearray(read_exactly(self.file, self.places[key], size, "a storage")), np.uint8)
+        data = bytearray(size)
+        self.file.seek(self.places[key])
+        if self.file.readinto(data) != size:
+            raise Refusal("it ends in the middle of a storage")
+        return np.frombuffer(data, np.uint8)
 
 
-def read(file: BinaryIO, file_size: int, limits: Limits) -> tuple[Any, Loader]:
+def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, Loader]:
     """The pickled value with `Tensor`s in it, and what loads their storages."""
     window = read_exactly(file, 0, min(file_size, limits.pickle_bytes), "the stream")
     if _is_tar(window):
-        raise Refusal("it is a stream and a tar archive at once; readers differ in which of the two they see")
+        raise Refusal(
+            "it is a stream and a tar archive at once; readers differ in which of the two they see"
+        )
     values, position, left, storages = [], 0, limits.instructions, {}
-    for _ in range(5):
-        machine = Machine(window, position, limits)
+    for part in range(5):
+        # PyTorch takes references to storages in the value alone
+        machine = Machine(window, position, limits, reference=6 if part == 3 else 0)
         machine.left = left
         values.append(machine.run())
-        position, left, storages = machine.position, machine.left, storages | machine.storages
+        position, left, storages = machine.position, machine.left, storages or machine.storages
     magic, protocol, system, value, keys = values
     if magic != MAGIC_NUMBER or protocol != PROTOCOL or type(system) is not dict:
         raise Refusal("it is not a stream that torch.save wrote")
@@ -61,13 +75,18 @@ def _is_tar(window: bytes) -> bool:
     return True
 
 
-def _places(file: BinaryIO, file_size: int, position: int, storages: list[Storage]) -> dict[str, int]:
+def _places(
+    file: BinaryFile, file_size: int, position: int, storages: list[Storage]
+) -> dict[str, int]:
     """Offset of each storage's elements. They must fill the rest of the file exactly."""
     places = {}
     for storage in storages:
         stated = int.from_bytes(read_exactly(file, position, 8, "a storage"), "little", signed=True)
         if stated != storage.numel:
-            raise Refusal(f"storage {quote(storage.key)} has {stated} elements where {storage.numel} are described")
+            raise Refusal(
+                f"storage {quote(storage.key)} has {stated} elements where {storage.numel} are"
+                " described"
+            )
         places[storage.key] = position + 8
         position += 8 + storage.numel * storage.dtype.itemsize
         if position > file_size:

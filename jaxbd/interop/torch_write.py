@@ -1,4 +1,5 @@
-"""Writes PyTorch's zip format without PyTorch: a pickle of our own making and the storages, uncompressed."""
+"""Writes PyTorch's zip format without PyTorch: a pickle of our own making and the storages,
+uncompressed."""
 
 import collections
 import pathlib
@@ -9,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxbd.files import replacing
 from jaxbd.interop.allowed import STORAGE_TYPES
-from jaxbd.record import replacing
 
 ROOT = "archive"
 ALIGNMENT = 64
@@ -19,23 +20,32 @@ _NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items()}
 
 
 class StateDict(dict):
-    """Marks the tensors' dictionary: written as an OrderedDict that carries `metadata`, as `state_dict()` makes it."""
+    """Marks the tensors' dictionary: written as an OrderedDict that carries `metadata`, as
+    `state_dict()` makes it."""
 
     metadata: Any = None
 
 
 def write(path: pathlib.Path, value: Any) -> None:
-    """Saves `value`: plain Python with NumPy arrays of the types in `STORAGE_TYPES` where tensors belong.
+    """Saves `value`: plain Python with NumPy arrays of the types in `STORAGE_TYPES` where tensors
+    belong.
 
-    Every array gets a storage of its own, dense. `torch.load(path, weights_only=True)` reads the result. Equal values
-    give equal files: no clock or machine enters.
+    Every array gets a storage of its own, dense. `torch.load(path, weights_only=True)` reads the
+    result. Equal values give equal files: no clock or machine enters.
     """
     pickler = _Pickler()
     pickler.put(value)
-    parts = [("data.pkl", pickle.PROTO + b"\x02" + bytes(pickler.out) + pickle.STOP), ("byteorder", b"little")]
-    parts += [(f"data/{key}", array.reshape(-1).view(np.uint8).data) for key, array in enumerate(pickler.arrays)]
+    parts = [
+        ("data.pkl", pickle.PROTO + b"\x02" + bytes(pickler.out) + pickle.STOP),
+        ("byteorder", b"little"),
+    ]
+    parts += [
+        (f"data/{key}", array.reshape(-1).view(np.uint8).data)
+        for key, array in enumerate(pickler.arrays)
+    ]
     parts.append(("version", b"3\n"))
     with replacing(path) as sibling, zipfile.ZipFile(sibling, "w", zipfile.ZIP_STORED) as archive:
+        assert archive.fp is not None  # it is open
         for name, data in parts:
             info = zipfile.ZipInfo(f"{ROOT}/{name}", FIRST_DATE)
             info.extra = _padding(archive.fp.tell() + 30 + len(info.filename))
@@ -43,13 +53,15 @@ def write(path: pathlib.Path, value: Any) -> None:
 
 
 def _padding(position: int) -> bytes:
-    """An extra field after which data that would begin at `position` begins at a multiple of `ALIGNMENT`."""
+    """An extra field after which data that would begin at `position` begins at a multiple of
+    `ALIGNMENT`."""
     length = -(position + 4) % ALIGNMENT
     return b"FB" + struct.pack("<H", length) + b"Z" * length
 
 
 class _Pickler:
-    """Emits protocol 2 instructions; `arrays` collects what the storages will hold, in order of their keys."""
+    """Emits protocol 2 instructions; `arrays` collects what the storages will hold, in order of
+    their keys."""
 
     def __init__(self):
         self.out = bytearray()
@@ -59,7 +71,7 @@ class _Pickler:
         """One value, by its exact type."""
         writers = {
             dict: self._dict,
-            collections.OrderedDict: self._ordered,
+            collections.OrderedDict: self._write_ordered_dict,
             StateDict: self._state_dict,
             list: self._list,
             tuple: self._tuple,
@@ -108,13 +120,13 @@ class _Pickler:
         self._add(pickle.EMPTY_DICT)
         self._items(value)
 
-    def _ordered(self, value: dict) -> None:
+    def _write_ordered_dict(self, value: dict) -> None:
         self._global("collections", "OrderedDict")
         self._add(pickle.EMPTY_TUPLE, pickle.REDUCE)
         self._items(value)
 
     def _state_dict(self, value: StateDict) -> None:
-        self._ordered(value)
+        self._write_ordered_dict(value)
         if value.metadata is not None:
             self.put({"_metadata": value.metadata})
             self._add(pickle.BUILD)
@@ -132,7 +144,8 @@ class _Pickler:
         self._add(pickle.TUPLE)
 
     def _tensor(self, array: np.ndarray) -> None:
-        """_rebuild_tensor_v2(storage, offset 0, shape, dense stride, requires_grad False, no hooks)."""
+        """_rebuild_tensor_v2(storage, offset 0, shape, dense stride, requires_grad False, no
+        hooks)."""
         array = np.ascontiguousarray(array).reshape(array.shape)
         self._global("torch._utils", "_rebuild_tensor_v2")
         self._add(pickle.MARK, pickle.MARK)
@@ -141,7 +154,9 @@ class _Pickler:
         for part in (str(len(self.arrays)), "cpu", array.size):
             self.put(part)
         self._add(pickle.TUPLE, pickle.BINPERSID)
-        stride = tuple(int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim))
+        stride = tuple(
+            int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim)
+        )
         for part in (0, array.shape, stride, False, collections.OrderedDict()):
             self.put(part)
         self._add(pickle.TUPLE, pickle.REDUCE)

@@ -1,154 +1,208 @@
-"""PyTorch's zip format (1.6 and later): `NAME/data.pkl` describes, `NAME/data/KEY` holds the storages.
+"""PyTorch's zip format (1.6 and later): `NAME/data.pkl` describes, `NAME/data/KEY` holds the
+storages.
 
-The archive is parsed here rather than by `zipfile`, which reads a directory of any size and takes the lenient way
-where a file says two things. Members are found by exact name in a table; no name ever becomes a path on disk.
+The archive is parsed here rather than by `zipfile`, which takes the lenient way where a file says
+two things. PyTorch's own reader is lenient as well: it finds members whatever their case, takes the
+first of two, checks no checksums, and with `mmap=True` takes the bytes as they lie in the file. So
+only archives laid out as `torch.save` lays them out are read: members stored, not packed, one after
+the other from the first byte to the directory, under one folder, by known names. On such a file all
+readers agree.
 """
 
+import re
 import struct
 import zlib
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbd.interop.files import Limits, Refusal, quote, read_exactly
+from jaxbd import zips
+from jaxbd.interop.allowed import Storage
 from jaxbd.interop.unpickle import Machine
+from jaxbd.limits import BinaryFile, Limits, Refusal, quote, read_exactly
 
 MAGIC = b"PK\x03\x04"
-STORED, DEFLATED = 0, 8
+DESCRIPTOR = b"PK\x07\x08"
+HAS_DESCRIPTOR, IS_UTF8 = 0x8, 0x800
+"""The only flags that `torch.save` sets."""
+PERMISSIONS = 0o100777 << 16
+"""Attributes of a member that mean nothing: a plain file's rights under Unix."""
+FACTS = {
+    "version": rb"([1-9]|10)\n?",
+    ".data/version": rb"([1-9]|10)\n?",
+    "byteorder": rb"little|big",
+    ".format_version": rb"[0-9]{1,4}",
+    ".storage_alignment": rb"[1-9][0-9]{0,6}",
+    ".data/serialization_id": rb"[0-9]{0,64}",
+}
+"""Members beside the pickle and the storages, and what they may hold."""
+ALIGNMENT = 64
 
 
 class Member(NamedTuple):
-    """Where one member lies: offset of its data, bytes packed and unpacked, method, checksum."""
+    """Where one member lies: offsets of its header and of its data, bytes, checksum."""
 
+    header: int
     offset: int
-    packed: int
     size: int
-    method: int
     crc: int
 
 
-def read(file: BinaryIO, file_size: int, limits: Limits) -> tuple[Any, "Loader"]:
+def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, "Loader"]:
     """The pickled value with `Tensor`s in it, and what loads their storages."""
     members = directory(file, file_size, limits)
-    roots = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
-    if len(roots) != 1 or "/" in roots[0]:
-        raise Refusal("the zip archive is not one that torch.save wrote (it needs exactly one NAME/data.pkl)")
-    root = roots[0]
-    if any(name.startswith((f"{root}/code/", f"{root}/constants.pkl")) for name in members):
-        raise Refusal("it is a TorchScript program; save model.state_dict() instead")
-    if f"{root}/byteorder" in members and unpack(file, members, f"{root}/byteorder", 16) != b"little":
-        raise Refusal("it was written in big-endian byte order, which is not read")
-    machine = Machine(bytes(unpack(file, members, f"{root}/data.pkl", limits.pickle_bytes)), 0, limits)
+    _check_names(members)
+    root = next(iter(members)).partition("/")[0]
+    facts = _facts(file, members, root)
+    pickled = unpack(file, members, f"{root}/data.pkl", limits.pickle_bytes)
+    machine = Machine(bytes(pickled), 0, limits)
     value = machine.run()
     if machine.position != len(machine.data):
         raise Refusal("bytes follow the end of the pickle")
-    return value, Loader(file, members, root, limits)
+    loader = Loader(file, members, root)
+    for storage in machine.storages.values():
+        loader.check(storage)
+    if ".format_version" in facts:
+        _check_calculated(loader, list(machine.storages), int(facts.get(".storage_alignment", 64)))
+    return value, loader
 
 
 class Loader(NamedTuple):
     """Loads storages of one archive by key."""
 
-    file: BinaryIO
+    file: BinaryFile
     members: dict[str, Member]
     root: str
-    limits: Limits
+
+    def check(self, storage: Storage) -> None:
+        """Raises Refusal unless the archive holds as many bytes as the pickle describes."""
+        member = self.members.get(f"{self.root}/data/{storage.key}")
+        size = storage.numel * storage.dtype.itemsize
+        if member is None:
+            raise Refusal(f"storage {quote(storage.key)} is not in the archive")
+        if member.size != size:
+            raise Refusal(
+                f"storage {quote(storage.key)} has {member.size} bytes where {size} are described"
+            )
 
     def __call__(self, key: str, size: int) -> np.ndarray:
         """The storage `key` as uint8 [size]."""
-        name = f"{self.root}/data/{key}"
-        if name not in self.members:
-            raise Refusal(f"storage {quote(key)} is not in the archive")
-        if self.members[name].size != size:
-            raise Refusal(f"storage {quote(key)} has {self.members[name].size} bytes where {size} are described")
-        return np.frombuffer(unpack(self.file, self.members, name, size), np.uint8)
+        return np.frombuffer(
+            unpack(self.file, self.members, f"{self.root}/data/{key}", size), np.uint8
+        )
 
 
-def unpack(file: BinaryIO, members: dict[str, Member], name: str, most: int) -> bytearray:
-    """Contents of member `name`, at most `most` bytes; its checksum must hold."""
+def unpack(file: BinaryFile, members: dict[str, Member], name: str, most: int) -> bytearray:
+    """What the member `name` holds, at most `most` bytes; its checksum must hold."""
     member = members[name]
     if member.size > most:
         raise Refusal(f"member {quote(name)} has {member.size:,} bytes; the limit is {most:,}")
-    data = bytearray(member.packed)
+    data = bytearray(member.size)
     file.seek(member.offset)
-    if file.readinto(data) != member.packed:
+    if file.readinto(data) != member.size:
         raise Refusal(f"it ends in the middle of member {quote(name)}")
-    if member.method == DEFLATED:
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        try:
-            # one byte more than announced is enough to notice a lie, and nothing beyond it is ever unpacked
-            data = bytearray(inflater.decompress(data, member.size + 1))
-        except zlib.error:
-            raise Refusal(f"member {quote(name)} cannot be unpacked") from None
-    if len(data) != member.size or zlib.crc32(data) != member.crc:
-        raise Refusal(f"member {quote(name)} is damaged: its size or checksum does not match")
+    if zlib.crc32(data) != member.crc:
+        raise Refusal(f"member {quote(name)} is damaged: its checksum does not match")
     return data
 
 
-def directory(file: BinaryIO, file_size: int, limits: Limits) -> dict[str, Member]:
-    """Members by name. Raises Refusal on anything that two readers could understand differently."""
-    count, size, start = _end_record(file, file_size)
+def directory(file: BinaryFile, file_size: int, limits: Limits) -> dict[str, Member]:
+    """Members by name, in the order in which they lie; there is one at least. Raises Refusal on
+    anything that two readers could understand differently."""
+    count, size, start = zips.end_record(file, file_size)
     if size > limits.header_bytes or count > limits.entries:
-        raise Refusal(f"the archive's directory has {count:,} members in {size:,} bytes, more than is read")
+        raise Refusal(
+            f"the archive's directory has {count:,} members in {size:,} bytes, more than is read"
+        )
     table, position = read_exactly(file, start, size, "the archive's directory"), 0
     members: dict[str, Member] = {}
-    spans = []
+    seen: set[str] = set()
+    lies_at, deadline = 0, limits.deadline("the archive's directory", size)
     for _ in range(count):
-        if len(table) - position < 46:
-            raise Refusal("the archive's directory is cut off")
-        fields = struct.unpack_from("<4s6H3I5H2I", table, position)
-        signature, flags, method, crc, packed, unpacked = fields[0], *fields[3:5], *fields[7:10]
-        name_size, extra, comment, header = *fields[10:13], fields[16]
-        if signature != b"PK\x01\x02":
-            raise Refusal("the archive's directory is damaged")
-        raw_name = table[position + 46 : position + 46 + name_size]
-        position += 46 + name_size + extra + comment
-        name = _safe_name(raw_name)
-        if flags & 0x2041:
-            raise Refusal(f"member {quote(name)} is encrypted")
-        if method not in (STORED, DEFLATED) or (method == STORED and packed != unpacked):
-            raise Refusal(f"member {quote(name)} is packed in a way that is not read")
-        if 0xFFFFFFFF in (packed, unpacked, header):
-            raise Refusal(f"member {quote(name)} is larger than 4 GB")
-        if name.lower() in members:
-            raise Refusal(f"the archive holds member {quote(name)} twice")
-        offset = _data_offset(file, header, raw_name, method)
-        members[name.lower()] = Member(offset, packed, unpacked, method, crc)
-        spans.append((header, offset + packed, name))
+        deadline.check()
+        entry, position = _entry(table, position)
+        if entry.name.lower() in seen:
+            # in lower case, since PyTorch finds members without regard to case
+            raise Refusal(f"the archive holds member {quote(entry.name)} twice")
+        seen.add(entry.name.lower())
+        if entry.header != lies_at:
+            raise Refusal(f"member {quote(entry.name)} does not lie behind the one listed before")
+        members[entry.name], lies_at = _locate(file, entry)
     if position != size:
         raise Refusal("the archive's directory does not have the size it states")
-    _check_spans(sorted(spans), start)
-    total = sum(member.size for member in members.values())
-    if total > limits.unpacked(file_size):
-        raise Refusal(f"the archive of {file_size:,} bytes unpacks to {total:,}")
-    # compared in lower case above because PyTorch's own reader finds members without regard to case
-    return {name: members[name.lower()] for _, _, name in spans}
+    if lies_at != start or not members:
+        raise Refusal("something lies between the archive's last member and its directory")
+    return members
 
 
-def _end_record(file: BinaryIO, file_size: int) -> tuple[int, int, int]:
-    """(members, bytes, offset) of the directory, which must end where the end records begin."""
-    if file_size < 22:
-        raise Refusal("the zip archive is cut off")
-    end = file_size - 22
-    signature, *disks, here, count, size, start, comment = struct.unpack("<4s4H2IH", read_exactly(file, end, 22, "zip"))
-    if signature != b"PK\x05\x06" or comment or any(disks) or here != count:
-        raise Refusal("the zip archive is cut off or has something after its end")
-    records = end
-    if end >= 20 and read_exactly(file, end - 20, 4, "zip") == b"PK\x06\x07":
-        records = _check_zip64(file, end - 20, (count, size, start))
-    if start + size != records:
-        raise Refusal("the archive's directory is not where it should be")
-    return count, size, start
+class _Entry(NamedTuple):
+    """One line of the directory."""
+
+    name: str
+    flags: int
+    method: int
+    crc: int
+    size: int
+    header: int
 
 
-def _check_zip64(file: BinaryIO, locator: int, stated: tuple[int, int, int]) -> int:
-    """Offset of the zip64 record, whose figures must repeat `stated`: readers differ in which of the two they trust."""
-    _, _, record, _ = struct.unpack("<4sIQI", read_exactly(file, locator, 20, "zip"))
-    if record + 56 != locator:
-        raise Refusal("the archive's end records are not where they should be")
-    fields = struct.unpack("<4sQ2H2I4Q", read_exactly(file, record, 56, "zip"))
-    if fields[0] != b"PK\x06\x06" or fields[1] != 44 or fields[6:10] != (stated[0], *stated):
-        raise Refusal("the archive's end records contradict each other")
-    return record
+def _entry(table: bytes, position: int) -> tuple[_Entry, int]:
+    """The line at `position`, and the position of the next one."""
+    if len(table) - position < 46:
+        raise Refusal("the archive's directory is cut off")
+    fields = struct.unpack_from("<4s6H3I5H2I", table, position)
+    signature, flags, method, crc, packed, unpacked = fields[0], *fields[3:5], *fields[7:10]
+    name_size, extra, comment, disk, _, attributes, header = fields[10:17]
+    if signature != b"PK\x01\x02":
+        raise Refusal("the archive's directory is damaged")
+    name = _safe_name(table[position + 46 : position + 46 + name_size])
+    if flags & ~(HAS_DESCRIPTOR | IS_UTF8):
+        raise Refusal(f"member {quote(name)} is encrypted or otherwise not as torch.save writes it")
+    if method or packed != unpacked:
+        raise Refusal(
+            f"member {quote(name)} is packed, and PyTorch would read two different things; save"
+            " the weights again with torch.save"
+        )
+    if 0xFFFFFFFF in (packed, header):
+        raise Refusal(f"member {quote(name)} is larger than 4 GB")
+    begin = position + 46 + name_size
+    # the attributes of MS-DOS come first, where 16 says that the member is a folder: PyTorch then
+    # takes what is in memory for its contents
+    if attributes & ~PERMISSIONS:
+        raise Refusal(f"member {quote(name)} is not said to be a plain file")
+    if comment or disk or not _is_padding(table[begin : begin + extra]):
+        raise Refusal(f"member {quote(name)} carries fields that torch.save does not write")
+    return _Entry(name, flags, method, crc, unpacked, header), begin + extra
+
+
+def _is_padding(extra: bytes) -> bool:
+    """Whether an extra field is nothing but torch.save's filling; others give sizes or names
+    anew."""
+    return not extra or (len(extra) >= 4 and extra[:4] == b"FB" + struct.pack("<H", len(extra) - 4))
+
+
+def _locate(file: BinaryFile, entry: _Entry) -> tuple[Member, int]:
+    """A member with the place of its data, and where the next one begins. Its own header must agree
+    with the directory."""
+    twofold = Refusal(f"member {quote(entry.name)} is described in two different ways")
+    raw = entry.name.encode()
+    head = read_exactly(file, entry.header, 30 + len(raw), "a member's header")
+    fields = struct.unpack_from("<4s5H3I2H", head)
+    stated = (entry.crc, entry.size, entry.size)
+    later = entry.flags & HAS_DESCRIPTOR and fields[6:9] == (0, 0, 0)
+    if fields[0] != MAGIC or fields[2:4] != (entry.flags, entry.method) or head[30:] != raw:
+        raise twofold
+    if fields[9] != len(raw) or not (later or fields[6:9] == stated):
+        raise twofold
+    if not _is_padding(read_exactly(file, entry.header + len(head), fields[10], "a header")):
+        raise Refusal(f"member {quote(entry.name)} carries fields that torch.save does not write")
+    offset = entry.header + len(head) + fields[10]
+    end = offset + entry.size
+    if entry.flags & HAS_DESCRIPTOR:
+        if read_exactly(file, end, 16, "a member") != DESCRIPTOR + struct.pack("<3I", *stated):
+            raise twofold
+        end += 16
+    return Member(entry.header, offset, entry.size, entry.crc), end
 
 
 def _safe_name(raw: bytes) -> str:
@@ -157,23 +211,74 @@ def _safe_name(raw: bytes) -> str:
     except UnicodeDecodeError:
         raise Refusal("a member's name is not UTF-8") from None
     parts = name.split("/")
-    if not name.isprintable() or len(name) > 256 or "\\" in name or ":" in name or {"", ".", ".."} & set(parts):
+    if (
+        not name.isprintable()
+        or len(name) > 256
+        or "\\" in name
+        or ":" in name
+        or {"", ".", ".."} & set(parts)
+    ):
         raise Refusal(f"the archive holds a member named {quote(name)}")
     return name
 
 
-def _data_offset(file: BinaryIO, header: int, name: bytes, method: int) -> int:
-    """Where a member's data begins: behind its own header, which must agree with the directory."""
-    fields = struct.unpack("<4s5H3I2H", read_exactly(file, header, 30, "a member's header"))
-    if fields[0] != MAGIC or fields[3] != method or fields[9] != len(name):
-        raise Refusal(f"member {quote(name.decode())} is described in two different ways")
-    if read_exactly(file, header + 30, len(name), "a member's header") != name:
-        raise Refusal(f"member {quote(name.decode())} is described in two different ways")
-    return header + 30 + len(name) + fields[10]
+def _check_names(members: dict[str, Member]) -> None:
+    """Only names that torch.save writes, all in one folder: any other is one that some reader may
+    resolve otherwise."""
+    names = [name.partition("/") for name in members]
+    inside = [inner for _, _, inner in names]
+    if any(name.startswith("code/") or name == "constants.pkl" for name in inside):
+        raise Refusal("it is a TorchScript program; save model.state_dict() instead")
+    if "data.pkl" not in inside or len({folder for folder, _, _ in names}) != 1:
+        raise Refusal(
+            "the zip archive is not one that torch.save wrote (it needs exactly one NAME/data.pkl,"
+            " and everything under NAME)"
+        )
+    for name in inside:
+        if name not in FACTS and name != "data.pkl" and not re.fullmatch(r"data/[^/]+", name):
+            raise Refusal(
+                f"the archive holds a member {quote(name)}, which torch.save never writes"
+            )
 
 
-def _check_spans(spans: list[tuple[int, int, str]], end: int) -> None:
-    """Members [begin, end) in the order they lie must not overlap, nor reach into the directory."""
-    for (_, stop, name), following in zip(spans, [*[begin for begin, _, _ in spans[1:]], end], strict=True):
-        if stop > following:
-            raise Refusal(f"member {quote(name)} overlaps what follows it")
+def _facts(file: BinaryFile, members: dict[str, Member], root: str) -> dict[str, bytes]:
+    """What the members of `FACTS` say. Raises Refusal where PyTorch would refuse, or would turn the
+    bytes of numbers round."""
+    facts = {}
+    for name, form in FACTS.items():
+        if f"{root}/{name}" in members:
+            facts[name] = bytes(unpack(file, members, f"{root}/{name}", 64))
+            if not re.fullmatch(form, facts[name]):
+                raise Refusal(f"its member {quote(name)} holds {quote(facts[name])}")
+    if not {"version", ".data/version"} & facts.keys():
+        raise Refusal("its member 'version' is missing, without which PyTorch does not read it")
+    if facts.get("byteorder") == b"big":
+        raise Refusal("it was written in big-endian byte order, which is not read")
+    step = int(facts.get(".storage_alignment", ALIGNMENT))
+    if step < 8 or step & (step - 1):
+        raise Refusal(f"its storages are aligned to {step} bytes, which is no power of two above 4")
+    for name, member in members.items():
+        if name.startswith(f"{root}/data/") and member.offset % step:
+            raise Refusal(
+                f"member {quote(name)} does not begin at a multiple of {step} bytes, as torch.save"
+                " lays storages out; save the weights again with torch.save"
+            )
+    return facts
+
+
+def _check_calculated(loader: Loader, keys: list[str], step: int) -> None:
+    """PyTorch can be set to calculate where storages lie instead of looking it up
+    (`torch.utils.serialization.config.load.calculate_storage_offsets`): both must give the same.
+
+    Args:
+      keys: of the storages, in the order in which the pickle refers to them.
+    """
+    cursor = None
+    for key in keys:
+        name = f"{loader.root}/data/{key}"
+        member = loader.members[name]
+        if cursor is not None:
+            least = cursor + 30 + len(name.encode()) + 4
+            if member.offset != least + -least % step:
+                raise Refusal(f"storage {quote(key)} does not lie where its place in line says")
+        cursor = member.offset + member.size + (16 if member.size else 0)

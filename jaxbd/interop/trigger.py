@@ -1,28 +1,35 @@
-"""Trigger files: a picture or an .npz becomes pixels or a warp for `attacks.given`; nothing in them is executed."""
+"""Trigger files: a picture or arrays become pixels or a warp for `attacks.given`.
+
+Nothing in them is executed.
+"""
 
 import pathlib
 import re
-import zipfile
-import zlib
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from jaxbd.attacks.given import Loaded
+from jaxbd.attacks.given import Apply, Loaded
 from jaxbd.base import UserError
+from jaxbd.data import bounded, npz_archive
+from jaxbd.limits import Refusal
 
-MOST_BYTES = 64 << 20
-"""Largest trigger file, and most bytes it may unpack to."""
+MOST_BYTES, MOST_PIXELS = 32 << 20, 4 << 20
+"""Largest trigger file, and most bytes it may unpack to; pixels of a picture."""
 ALL_TO_ALL = "all-to-all"
 """The target of a trigger that leads from every class to the next."""
 APPLICATIONS = ("overwrite", "add", "blend", "bits")
 """How a trigger made of pixels is put on images, see `attacks.given.Config`."""
+PATTERNS = ("pattern", "trigger", "patch", "arr_0")
+"""Names of the pattern in an .npz file, the first that is there counts."""
+NAMES = ("mask", "grid", "place", "random_place", "target", "application")
 SQUARE = re.compile(r"(white|black):(\d{1,4})x(\d{1,4})")
 """A trigger without a file, such as `white:4x4`."""
 
 
 def load(source: str) -> Loaded:
-    """Reads a picture (transparency is the mask), an .npz as `save` writes it, or `white:HxW` / `black:HxW`.
+    """Reads a picture (transparency is the mask), an .npz as `save` writes it, an .npy that is the
+    pattern, or `white:HxW` / `black:HxW`.
 
     Raises: UserError when there is no such file or it holds no trigger.
     """
@@ -31,102 +38,183 @@ def load(source: str) -> Loaded:
         if height * width == 0:
             raise UserError(f"trigger {source}: give sides of at least 1 pixel")
         value = 1.0 if square[1] == "white" else 0.0
-        return Loaded(np.full((height, width, 1), value, np.float32), np.ones((height, width, 1), np.float32))
+        return Loaded(
+            np.full((height, width, 1), value, np.float32), np.ones((height, width, 1), np.float32)
+        )
     path = pathlib.Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"trigger {source} does not exist; give a picture, an .npz file, or e.g. white:4x4")
+    if not bounded.is_regular(path):
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise UserError(f"trigger {source} {what}; give a picture, an .npz file, or e.g. white:4x4")
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"trigger {source} is larger than {MOST_BYTES >> 20} MiB; give the trigger alone")
-        return _from_npz(path) if path.suffix.lower() == ".npz" else _from_picture(path)
+            raise UserError(
+                f"trigger {source} is larger than {MOST_BYTES >> 20} MiB; give the trigger alone"
+            )
+        readers = {".npz": _from_npz, ".npy": _from_npy}
+        return readers.get(path.suffix.lower(), _from_picture)(path)
     except OSError as error:
-        raise UserError(f"trigger {source} cannot be read ({error.strerror or error}); give a PNG or .npz") from None
+        raise UserError(
+            f"trigger {source} cannot be read ({error.strerror or error}); give a PNG or .npz"
+        ) from None
 
 
 def save(path: pathlib.Path, trigger: Loaded) -> None:
-    """Writes a trigger as .npz: `pattern` [h, w, C] and `mask` [h, w, 1], or the `grid` [H, W, 2] of a warp.
+    """Writes a trigger as .npz: `pattern` [h, w, C] and `mask` [h, w, 1], or the `grid` [H, W, 2]
+    of a warp.
 
-    And what is known of it: `place` [2] or `random_place`, `target` (a class or "all-to-all"), `application`.
+    And what is known of it: `place` [2] or `random_place`, `target` (a class or "all-to-all"),
+    `application`.
     """
+    arrays = to_arrays(trigger)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose a writable folder with space"
+        ) from None
+
+
+def to_arrays(trigger: Loaded) -> dict[str, np.ndarray]:
+    """The arrays of a trigger's file by name; see `save`."""
     pixels = {"pattern": trigger.pattern, "mask": trigger.mask, "grid": trigger.grid}
-    arrays = {name: np.asarray(value, np.float32) for name, value in pixels.items() if value is not None}
+    arrays = {
+        name: np.asarray(value, np.float32) for name, value in pixels.items() if value is not None
+    }
     known = {"place": trigger.place, "target": trigger.target, "application": trigger.apply}
     if trigger.place == "random":
         known = {**known, "place": None, "random_place": True}
     arrays |= {name: np.asarray(value) for name, value in known.items() if value is not None}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder with space") from None
+    return arrays
 
 
 def _from_picture(path: pathlib.Path) -> Loaded:
     """8-bit pictures of any mode Pillow reads as grey or colour."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height * 4 > MOST_BYTES:
-                raise UserError(f"trigger {path} has {picture.width}x{picture.height} pixels; give the trigger alone")
+    content = bounded.read_file(path, MOST_BYTES, "trigger")
+    with bounded.open_picture(content, str(path)) as picture:
+        if picture.width * picture.height > MOST_PIXELS:
+            raise UserError(
+                f"trigger {path} has {picture.width}x{picture.height} pixels; give the trigger"
+                " alone"
+            )
+        try:
             grey = picture.mode in ("1", "L", "LA")
             pixels = np.asarray(picture.convert("LA" if grey else "RGBA"), np.float32) / 255
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
-        raise UserError(f"trigger {path} is not a readable picture; give a PNG or .npz") from None
+        except Exception:  # decoders raise every kind of exception on broken files
+            raise UserError(
+                f"trigger {path} is not a readable picture; give a PNG or .npz"
+            ) from None
     return Loaded(pixels[..., :-1], pixels[..., -1:])
 
 
-def _from_npz(path: pathlib.Path) -> Loaded:
-    """`pattern` or `grid`, and where present `mask`, `place` or `random_place`, `target`, `application`; see `save`."""
-    names = ("pattern", "mask", "grid", "place", "random_place", "target", "application")
+def _from_npy(path: pathlib.Path) -> Loaded:
+    """A pattern alone."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MOST_BYTES:
-            raise UserError(f"trigger {path} unpacks to more than {MOST_BYTES >> 20} MiB; give the trigger alone")
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in names if name in archive.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError, MemoryError):
-        raise UserError(f"trigger {path} is not a plain .npz file; save it with np.savez(pattern=…)") from None
+        pattern = npz_archive.read_array(path, MOST_BYTES)
+    except (Refusal, ValueError, EOFError):
+        raise UserError(
+            f"trigger {path} is not a plain .npy file of numbers; save it with np.save(pattern)"
+        ) from None
+    pattern = _image(pattern, path, "pattern", least=-1.0)
+    return Loaded(pattern, np.ones((*pattern.shape[:2], 1), "f"))
+
+
+def _from_npz(path: pathlib.Path) -> Loaded:
+    """`pattern` or `grid`, and where present `mask`, `place` or `random_place`, `target`,
+    `application`; see `save`."""
+    with npz_archive.Archive(path, "trigger", MOST_BYTES) as archive:
+        names = {name: archive.headers.get(name) and name for name in NAMES}
+        names["pattern"] = next((name for name in PATTERNS if name in archive.headers), None)
+        found = {name: archive.read(at) for name, at in names.items() if at is not None}
     if ("pattern" in found) == ("grid" in found):
         raise UserError(
-            f"trigger {path}: needs an array 'pattern', or 'grid' for a warp; save it with np.savez(pattern=…)"
+            f"trigger {path}: needs an array 'pattern', or 'grid' for a warp; save it with"
+            " np.savez(pattern=…)"
         )
     target = _target(found, path)
     if "grid" in found:
         return Loaded(place=(0, 0), target=target, apply="warp", grid=_grid(found["grid"], path))
-    pattern = _image(found["pattern"], path, "pattern", (1, 3), least=-1.0)
-    mask = _image(found["mask"], path, "mask", (1,)) if "mask" in found else np.ones((*pattern.shape[:2], 1), "f")
+    pattern = _image(found["pattern"], path, "pattern", least=-1.0)
+    mask = np.ones((*pattern.shape[:2], 1), "f")
+    if "mask" in found:
+        mask = _mask(found["mask"], path)
     if mask.shape[:2] != pattern.shape[:2]:
-        raise UserError(f"trigger {path}: mask {mask.shape[:2]} and pattern {pattern.shape[:2]} differ in size")
-    place = _integers(found, "place", 2, path) or ("random" if "random_place" in found else None)
+        raise UserError(
+            f"trigger {path}: mask {mask.shape[:2]} and pattern {pattern.shape[:2]} differ in size"
+        )
+    corner = _integers(found, "place", 2, path)
+    place = (corner[0], corner[1]) if corner else "random" if "random_place" in found else None
     apply = str(found["application"]) if "application" in found else None
     if apply is not None and apply not in APPLICATIONS:
-        raise UserError(f"trigger {path}: application is {apply[:40]!r}; use {', '.join(APPLICATIONS)}")
-    return Loaded(pattern, mask, place, target, apply)
+        raise UserError(
+            f"trigger {path}: application is {apply[:40]!r}; use {', '.join(APPLICATIONS)}"
+        )
+    return Loaded(pattern, mask, place, target, cast(Apply | None, apply))
 
 
-def _image(value: np.ndarray, path, name: str, channels: tuple[int, ...], least: float = 0.0) -> np.ndarray:
-    """uint8, or floats in [least, 1], [h, w] or [h, w, C] -> float32 [h, w, C]."""
+def _mask(value: np.ndarray, path: pathlib.Path) -> np.ndarray:
+    """A mask in any form of `_image` -> float32 [h, w, 1]; its channels must be equal."""
+    value = value.astype(np.uint8) * 255 if value.dtype == bool else value
+    if value.dtype.kind in "ui" and value.size and value.max() <= 1:
+        value = value.astype(np.float32)
+    mask = _image(value, path, "mask")
+    if mask.shape[2] == 3 and np.abs(mask - mask[..., :1]).max() > 1e-6:
+        raise UserError(
+            f"trigger {path}: the mask's channels differ; give one mask [h, w] for all of them"
+        )
+    return mask[..., :1]
+
+
+def _image(value: np.ndarray, path: pathlib.Path, name: str, least: float = 0.0) -> np.ndarray:
+    """An image as people save it -> float32 [h, w, C] in [least, 1].
+
+    Shapes [h, w], [h, w, C] and [C, h, w] with C = 1 or 3, also as a batch of one. uint8 and other
+    numbers that reach beyond 1 are in 0..255. Where both ends could be channels, the last is.
+    """
+    given = f"{value.dtype} {list(value.shape)}"
+    value = value[0] if value.ndim == 4 and len(value) == 1 else value
     value = value[..., None] if value.ndim == 2 else value
-    if value.ndim != 3 or value.shape[2] not in channels or 0 in value.shape or value.dtype.kind not in "uf":
-        raise UserError(f"trigger {path}: {name} is {value.dtype} {list(value.shape)}; give [h, w, {channels[-1]}]")
-    value = np.asarray(value, np.float32) / (255 if value.dtype == np.uint8 else 1)
-    if not np.isfinite(value).all() or value.min() < least or value.max() > 1:
-        raise UserError(f"trigger {path}: {name} leaves [{least:g}, 1] or is not finite; undo its normalisation")
-    return value
+    if value.ndim == 3 and value.shape[2] not in (1, 3) and value.shape[0] in (1, 3):
+        value = value.transpose(1, 2, 0)
+    if value.ndim != 3 or value.shape[2] not in (1, 3) or 0 in value.shape:
+        raise UserError(f"trigger {path}: {name} is {given}; give [h, w], [h, w, 3] or [3, h, w]")
+    if value.dtype.kind not in "uif":
+        raise UserError(f"trigger {path}: {name} is {given}; give numbers in 0..255 or [0, 1]")
+    whole = value.dtype.kind in "ui"
+    value = np.asarray(value, np.float32)
+    if not np.isfinite(value).all() or value.max() > 255 or value.min() < 255 * least:
+        raise UserError(
+            f"trigger {path}: {name} leaves [{least:g}, 1] and {255 * least:g}..255 or is not"
+            " finite; undo its normalisation"
+        )
+    largest = np.abs(value).max()
+    if not whole and 1 < largest < 2:  # neither scale: a little over 1 is a normalised pattern
+        raise UserError(
+            f"trigger {path}: {name} reaches {largest:.3g}, beyond [{least:g}, 1]; undo its"
+            " normalisation"
+        )
+    if whole and largest == 1:
+        raise UserError(
+            f"trigger {path}: {name} holds whole numbers up to 1; give 0..255, or floats in [0, 1]"
+        )
+    return np.ascontiguousarray(value / 255 if whole or largest > 1 else value)
 
 
 def _grid(value: np.ndarray, path) -> np.ndarray:
     """Floats [H, W, 2] in [-1, 1] -> float32."""
     if value.ndim != 3 or value.shape[2] != 2 or 0 in value.shape or value.dtype.kind != "f":
-        raise UserError(f"trigger {path}: grid is {value.dtype} {list(value.shape)}; give floats [H, W, 2]")
+        raise UserError(
+            f"trigger {path}: grid is {value.dtype} {list(value.shape)}; give floats [H, W, 2]"
+        )
     value = value.astype(np.float32)
     if not np.isfinite(value).all() or np.abs(value).max() > 1:
-        raise UserError(f"trigger {path}: grid leaves [-1, 1] or is not finite; give (x, y) as grid_sample takes them")
+        raise UserError(
+            f"trigger {path}: grid leaves [-1, 1] or is not finite; give (x, y) as grid_sample"
+            " takes them"
+        )
     return value
 
 

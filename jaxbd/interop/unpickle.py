@@ -1,63 +1,105 @@
-"""Reads the pickle inside a PyTorch file without Python's unpickler: an allow-list of instructions and of names.
+"""Reads the pickle inside a PyTorch file without Python's unpickler: an allow-list of instructions
+and of names.
 
-`pickle.Unpickler` with a strict `find_class` runs no foreign code, but it still hashes, allocates and grows its memo
-as the file says, which a hostile file turns into hours or gigabytes. So the few instructions that tensor files need
-are interpreted here, each with its arguments checked and its cost counted. `find_class` keeps its meaning: the only
-place where a name from the file becomes something, by exact look-up in `ALLOWED`, and what it becomes is ours, never
-the thing the name says.
+`pickle.Unpickler` with a strict `find_class` runs no foreign code, but it still hashes, allocates
+and grows its memo as the file says, which a hostile file turns into hours or gigabytes. So the few
+instructions that model files need are interpreted here, each with its arguments checked and its
+cost counted. `find_class` keeps its meaning: the only place where a name from the file becomes
+something, by exact look-up in `ALLOWED`, and what it becomes is ours, never the thing the name
+says. Any other name becomes an inert `Foreign` value, and whatever is done to one makes another:
+settings and schedulers may lie beside the weights. Names that only serve to run code are refused.
 """
 
 import collections
 import pickle
 import pickletools
 import struct
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from jaxbd.interop.allowed import ALLOWED, Storage, Symbol, is_count
-from jaxbd.interop.files import Limits, Refusal, quote
+from jaxbd.interop.allowed import (
+    ALLOWED,
+    DEVICE,
+    OPAQUE_STORAGES,
+    Foreign,
+    NumpyArray,
+    Storage,
+    Symbol,
+    Tensor,
+    is_count,
+    numpy_values,
+    runs_code,
+)
+from jaxbd.limits import Limits, Refusal, quote
 
-MAX_INTEGER_BYTES = 32
+MAX_INTEGER_BYTES = 255
+CHECKED = 64
+"""Plain steps between two looks at the clock; calls and groups look each time."""
+MOST_NAME = 256
+"""Letters of a name that a pickle may ask for."""
+SMALL_KEY = 1 << 20
+"""Numbered keys below it are too few to be made to collide."""
+REBUILDERS = ("torch._utils._rebuild_", "torch._tensor._rebuild_")
+"""Functions of PyTorch's that make a tensor of another kind and leave what they are given alone."""
+NO_HASH = (dict, collections.OrderedDict, list, NumpyArray)
+"""What Python takes for no key of a dictionary, nor a tuple in which it lies."""
+_LITTLE_ENDIAN = [
+    (version, order, None, None, None, -1, -1, 0) for version in (3, 4) for order in ("<", "|")
+]
+"""State of a NumPy number's type, as NumPy writes it."""
 
 
 class Machine:
     """Interprets one pickle in `data` from `start`.
 
     Attributes:
-      storages: key -> Storage of everything that was referred to.
+      reference: parts of a reference to a storage: 5 in a zip archive, 6 in a stream, 0 where there
+        may be none.
+      storages: key -> Storage of everything that was referred to, in that order.
       position: index after the last instruction once `run` returned.
     """
 
-    def __init__(self, data: bytes, start: int, limits: Limits):
+    def __init__(self, data: bytes, start: int, limits: Limits, reference: int = 5):
         self.data, self.position, self.limits = data, start, limits
+        self.reference = reference
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
         self.left, self.integer_keys = limits.instructions, limits.integer_keys
+        self.deadline = limits.deadline("the pickle", len(data))
+        self.handed: list[tuple[str, Any, bool]] = []
 
     def run(self) -> Any:
-        """The pickled value. Raises Refusal on the first thing that a tensor file has no need of."""
+        """The pickled value. Raises Refusal on the first thing that a tensor file has no need
+        of."""
         while True:
             self.spend(1)
             code = self.take(1)
             if code == pickle.STOP:
-                return self.pop()
+                value = self.pop()
+                self.check_untouched(value)
+                return value
             instruction = INSTRUCTIONS.get(code)
             if instruction is None:
-                raise Refusal(f"the pickle uses the instruction {_instruction_name(code)}, which no tensor file needs")
+                raise Refusal(
+                    f"the pickle uses the instruction {_instruction_name(code)}, which no model"
+                    " file needs"
+                )
             instruction(self)
 
     def spend(self, cost: int) -> None:
         self.left -= cost
         if self.left < 0:
             raise Refusal(f"the pickle takes more than {self.limits.instructions:,} steps")
+        if cost > 1 or self.left % CHECKED == 0:
+            self.deadline.check()
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes; a length claimed by the file is held against what is there before it is used."""
+        """The next `count` bytes; a length claimed by the file is held against what is there before
+        it is used."""
         if count > len(self.data) - self.position:
             raise Refusal("the pickle is cut off or claims more bytes than there are")
         self.position += count
@@ -99,17 +141,28 @@ class Machine:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def find_class(self, module: Any, name: Any) -> Symbol:
-        """The one door for names: exact matches of `ALLOWED` only."""
+    def find_class(self, module: Any, name: Any) -> Symbol | Foreign:
+        """The one door for names: exact matches of `ALLOWED`; anything else is inert or refused."""
         if type(module) is not str or type(name) is not str:
             raise Refusal("the pickle asks for a name that is not text")
         symbol = ALLOWED.get((module, name))
-        if symbol is None:
-            raise Refusal(f"the pickle asks for {quote(f'{module}.{name}')}, {_advice(module)}")
-        return symbol
+        if symbol is not None:
+            return symbol
+        full = f"{module[:MOST_NAME]}.{name[:MOST_NAME]}"
+        if module == "torch" and name in OPAQUE_STORAGES:
+            return Foreign(full)
+        if len(module) + len(name) >= MOST_NAME or not _is_plain_name(full):
+            raise Refusal(f"the pickle asks for {quote(full)}, which is no name of a type")
+        if runs_code(module, name):
+            raise Refusal(
+                f"the pickle asks for {quote(full)}, which can run code; do not load this file"
+                " with anything else, and ask where it comes from"
+            )
+        return Foreign(full)
 
     def remember(self, index: int) -> None:
-        # writers number the memo 0, 1, 2, …; other numbers would only serve to make the table collide
+        # writers number the memo 0, 1, 2, …; other numbers would only serve to make the table
+        # collide
         if index > len(self.memo) + 1:
             raise Refusal("the pickle numbers its values out of order")
         self.memo[index] = self.top()
@@ -120,69 +173,197 @@ class Machine:
         self.push(self.memo[index])
 
     def set_items(self, target: Any, items: list[Any]) -> None:
+        self.spend(len(items))
+        if type(target) is Foreign:
+            self.hand(target, items)
+            return
         if not isinstance(target, dict) or len(items) % 2:
             raise Refusal("the pickle puts entries into something that is not a dictionary")
-        self.spend(len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is int:
-                self.integer_keys -= 1
-                if self.integer_keys < 0:
-                    raise Refusal(f"more than {self.limits.integer_keys:,} dictionary entries are keyed by numbers")
-            elif type(key) is not str:
-                raise Refusal(f"a dictionary is keyed by a {type(key).__name__}; only text and numbers are read")
-            target[key] = value
+            if self._is_cheap(key):
+                target[key] = value
+            else:
+                if any(type(part) in NO_HASH for part in self._parts(key)):
+                    raise Refusal("a dictionary is keyed by something that can be no key")
+                # hashing what the file chose could take hours; the entry is dropped, and said to be
+                target[ODD_KEY] = Foreign(f"an entry under a {type(key).__name__}")
+
+    def _is_cheap(self, key: Any) -> bool:
+        """Whether a dictionary may be keyed by `key` at a cost that the file cannot drive up."""
+        if type(key) in (str, bytes, bool, type(None)):
+            return True
+        if type(key) is int and abs(key) < SMALL_KEY:
+            return True
+        # above 2**61 two numbers can have one hash
+        if type(key) not in (int, float) or not abs(key) < 1 << 60:
+            return False
+        self.integer_keys -= 1
+        return self.integer_keys >= 0
 
     def append_items(self, target: Any, items: list[Any]) -> None:
+        self.spend(len(items))
+        if type(target) is Foreign:
+            self.hand(target, items)
+            return
         if type(target) is not list:
             raise Refusal("the pickle appends to something that is not a list")
-        self.spend(len(items))
         target.extend(items)
+
+    def add_items(self, target: Any, items: list[Any]) -> None:
+        if type(target) is not Foreign:
+            raise Refusal("the pickle adds to something that is not a set")
+        self.spend(len(items))
+        self.hand(target, items)
+
+    def hand(self, function: Foreign, given: Any, *, is_call: bool = False) -> None:
+        """Notes what a foreign function or object was given, see `check_untouched`."""
+        self.handed.append((function.name, given, is_call))
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
+        self.spend(8)  # a call costs as much as that many other instructions
+        if type(function) is Foreign:
+            self.hand(function, arguments, is_call=True)
+            self.push(Foreign(function.name))
+            return
         if type(function) is not Symbol or function.build is None or type(arguments) is not tuple:
             raise Refusal("the pickle calls something that cannot be called")
         self.push(function.build(self, arguments))
 
+    def new_object(self, parts: int) -> None:
+        """NEWOBJ and NEWOBJ_EX: an object of a foreign class; ours are never made in this way."""
+        given = [self.pop() for _ in range(parts)]
+        made = self.pop()
+        if type(made) is not Foreign:
+            raise Refusal("the pickle makes an object of something that is no class")
+        self.hand(made, given)
+        self.push(Foreign(made.name))
+
     def build(self) -> None:
-        """State set on an object: a state_dict's `_metadata`, and the byte order of a NumPy type; nothing else."""
+        """State set on an object: a state_dict's `_metadata`, the byte order of a NumPy type, the
+        contents of a NumPy array; what is set on a foreign object is dropped."""
         state, target = self.pop(), self.top()
-        if type(target) is collections.OrderedDict and type(state) is dict and len(state) == 1 and "_metadata" in state:
-            target._metadata = state["_metadata"]
+        if type(target) is Foreign:
+            self.hand(target, state)
+        elif (
+            type(target) is collections.OrderedDict
+            and type(state) is dict
+            and len(state) == 1
+            and "_metadata" in state
+        ):
+            target._metadata = state["_metadata"]  # pyright: ignore[reportAttributeAccessIssue]
         elif type(target) is Symbol and isinstance(target.fact, np.dtype) and type(state) is tuple:
-            if len(state) < 2 or type(state[1]) is not str or state[1] not in ("<", "|"):
+            if state not in _LITTLE_ENDIAN:
                 raise Refusal("a number is stored in a byte order that is not read")
+        elif type(target) is NumpyArray and type(state) is tuple and len(state) == 5:
+            self._fill(target, state)
         else:
             raise Refusal("the pickle sets attributes on an object")
+
+    def _fill(self, target: NumpyArray, state: tuple) -> None:
+        """(version, shape, type, is_fortran, bytes), as NumPy's `__setstate__` takes it."""
+        _, shape, kind, is_fortran, raw = state
+        if target.values is not None:
+            raise Refusal("a NumPy array is filled twice")
+        if type(kind) is not Foreign:
+            target.values = numpy_values(self, shape, kind, is_fortran, raw)
 
     def persistent(self) -> None:
         """("storage", type, key, device, numel[, None]) -> Storage."""
         value = self.pop()
-        if type(value) is not tuple or len(value) not in (5, 6) or value[0] != "storage":
+        parts = len(value) if type(value) is tuple else 0
+        if not parts or parts != self.reference or value[0] != "storage":
             raise Refusal("a reference out of the pickle is not one to a storage")
         if len(value) == 6 and value[5] is not None:
-            raise Refusal("it uses storage views, which PyTorch gave up before 0.4; save it again with a newer one")
+            raise Refusal(
+                "it uses storage views, which PyTorch gave up before 0.4; save it again with a"
+                " newer one"
+            )
         kind, key, numel = value[1], value[2], value[4]
-        if type(kind) is not Symbol or not isinstance(kind.fact, np.dtype) or not kind.name.endswith("Storage"):
-            raise Refusal("a storage has a type that is not read")
         if type(key) is not str or len(key) > 64 or not is_count(numel):
             raise Refusal("a storage is described by something else than a key and a count")
-        storage = Storage(key, kind.fact, numel)
-        known = self.storages.setdefault(key, storage)
-        if known.numel * known.dtype.itemsize != numel * storage.dtype.itemsize:
-            raise Refusal(f"storage {quote(key)} is described with two different sizes")
+        if type(kind) is Foreign:
+            self.push(self._opaque(kind, value))
+            return
+        if (
+            type(kind) is not Symbol
+            or not isinstance(kind.fact, np.dtype)
+            or not kind.name.endswith("Storage")
+        ):
+            raise Refusal("a storage has a type that is not read")
+        if type(value[3]) is not str or not DEVICE.fullmatch(value[3]):
+            raise Refusal(f"storage {quote(key)} lies on {quote(value[3])}, which is no device")
+        storage = Storage(key, kind.fact, numel, value[3])
+        self._register(storage)
         self.push(storage)
+
+    def _opaque(self, kind: Foreign, value: tuple) -> Foreign:
+        """A storage of numbers that are not read; noted, so that a stream can step over it."""
+        size = OPAQUE_STORAGES.get(kind.name.removeprefix("torch."), 0)
+        if not size:
+            raise Refusal(f"a storage is of type {quote(kind.name)}, which is not read")
+        _, _, key, device, numel = value[:5]
+        self._register(Storage(key, np.dtype(f"V{size}"), numel, str(device)[:64]))
+        return Foreign(kind.name)
+
+    def _register(self, storage: Storage) -> None:
+        """PyTorch keeps type, size and device of the first reference, and reads all others by
+        them."""
+        key = storage.key
+        if self.storages.setdefault(key, storage) != storage:
+            raise Refusal(f"storage {quote(key)} is described with two types, sizes or devices")
+
+    def check_untouched(self, value: Any) -> None:
+        """Raises Refusal where a foreign function was given a container of the file's tensors, or
+        the memory of one: run elsewhere, it could change what is read here."""
+        if not self.handed:
+            return
+        owner: dict[int, str] = {}
+        memory: dict[str, str] = {}
+        for name, given, is_call in self.handed:
+            takes_memory = is_call and not name.startswith(REBUILDERS)
+            for part in self._parts(given):
+                if type(part) in (dict, list, collections.OrderedDict):
+                    owner.setdefault(id(part), name)
+                elif type(part) is Tensor and takes_memory:
+                    memory.setdefault(part.storage.key, name)
+        for part in self._parts(value):
+            by = memory.get(part.storage.key) if type(part) is Tensor else owner.get(id(part))
+            if by is not None and any(type(inner) is Tensor for inner in self._parts(part)):
+                raise Refusal(f"it hands its tensors to {quote(by)}, which is never called here")
+
+    def _parts(self, value: Any) -> Iterator[Any]:
+        """`value` and everything in it, each container once; foreign values have no parts."""
+        waiting, seen = [value], set()
+        while waiting:
+            part = waiting.pop()
+            self.spend(1)
+            yield part
+            if isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+                seen.add(id(part))
+                waiting.extend(part.values() if isinstance(part, dict) else part)
+
+
+ODD_KEY = Foreign("a key that is not text or a number")
+"""Key of what a dictionary holds under keys that are not read."""
 
 
 def _instruction_name(code: bytes) -> str:
-    known = pickletools.code2op.get(code.decode("latin1"))
+    # the stubs leave `code2op` out
+    known = pickletools.code2op.get(  # pyright: ignore[reportAttributeAccessIssue]
+        code.decode("latin1")
+    )
     return known.name if known else quote(code)
 
 
-def _advice(module: str) -> str:
-    if module.partition(".")[0] in sys.stdlib_module_names | {"__builtin__"}:
-        return "which is not a tensor type"
-    return "which is not a tensor type; if this is a whole pickled model, save model.state_dict() instead"
+def _is_plain_name(full: str) -> bool:
+    """Whether `full` is the dotted name of a class or function, without Python's inner ones
+    (`__globals__`)."""
+    parts = full.split(".")
+    return all(part.isidentifier() and part.isascii() for part in parts) and not any(
+        part.startswith("__") and part not in ("__main__", "__builtin__", "__import__")
+        for part in parts
+    )
 
 
 def _integer(machine: Machine) -> None:
@@ -192,9 +373,38 @@ def _integer(machine: Machine) -> None:
     machine.push(int.from_bytes(machine.take(size), "little", signed=True))
 
 
+def _long_integer(machine: Machine) -> None:
+    size = machine.number("<i")
+    if size < 0:
+        raise Refusal("the pickle holds an integer of unreasonable size")
+    machine.take(size)
+    machine.push(Foreign("an integer of more than 255 bytes"))
+
+
+def _pop_group(machine: Machine) -> None:
+    machine.since_mark()
+
+
+def _frozen_set(machine: Machine) -> None:
+    made = Foreign("builtins.frozenset")
+    machine.hand(made, machine.since_mark())
+    machine.push(made)
+
+
+def _add_all(machine: Machine) -> None:
+    items = machine.since_mark()
+    machine.add_items(machine.top(), items)
+
+
 def _protocol(machine: Machine) -> None:
     if machine.number("<B") > 5:
         raise Refusal("the pickle is of an unknown protocol")
+
+
+def _frame(machine: Machine) -> None:
+    """Frames change nothing, but Python refuses one that is longer than what follows."""
+    if machine.number("<Q") > len(machine.data) - machine.position:
+        raise Refusal("the pickle is cut off or claims more bytes than there are")
 
 
 def _stack_global(machine: Machine) -> None:
@@ -236,7 +446,7 @@ def _append_all(machine: Machine) -> None:
 
 INSTRUCTIONS: dict[bytes, Callable[[Machine], None]] = {
     pickle.PROTO: _protocol,
-    pickle.FRAME: lambda m: m.number("<Q"),
+    pickle.FRAME: _frame,
     pickle.MARK: _mark,
     pickle.NONE: lambda m: m.push(None),
     pickle.NEWTRUE: lambda m: m.push(True),
@@ -245,12 +455,22 @@ INSTRUCTIONS: dict[bytes, Callable[[Machine], None]] = {
     pickle.BININT1: lambda m: m.push(m.number("<B")),
     pickle.BININT2: lambda m: m.push(m.number("<H")),
     pickle.LONG1: _integer,
+    pickle.LONG4: _long_integer,
     pickle.BINFLOAT: lambda m: m.push(m.number(">d")),
     pickle.BINUNICODE: lambda m: m.push(m.text(m.number("<I"))),
     pickle.SHORT_BINUNICODE: lambda m: m.push(m.text(m.number("<B"))),
     pickle.SHORT_BINSTRING: lambda m: m.push(m.text(m.number("<B"))),
     pickle.BINSTRING: lambda m: m.push(m.text(m.number("<I"))),
+    pickle.BINUNICODE8: lambda m: m.push(m.text(m.number("<Q"))),
     pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number("<B"))),
+    pickle.BINBYTES: lambda m: m.push(m.take(m.number("<I"))),
+    pickle.BINBYTES8: lambda m: m.push(m.take(m.number("<Q"))),
+    pickle.BYTEARRAY8: lambda m: m.push(m.take(m.number("<Q"))),
+    pickle.POP: lambda m: m.pop() and None,
+    pickle.POP_MARK: _pop_group,
+    pickle.EMPTY_SET: lambda m: m.push(Foreign("builtins.set")),
+    pickle.ADDITEMS: _add_all,
+    pickle.FROZENSET: _frozen_set,
     pickle.EMPTY_TUPLE: lambda m: m.push(()),
     pickle.TUPLE1: _tuple_of(1),
     pickle.TUPLE2: _tuple_of(2),
@@ -270,7 +490,10 @@ INSTRUCTIONS: dict[bytes, Callable[[Machine], None]] = {
     pickle.GLOBAL: lambda m: m.push(m.find_class(m.line(), m.line())),
     pickle.STACK_GLOBAL: _stack_global,
     pickle.REDUCE: Machine.reduce,
+    pickle.NEWOBJ: lambda m: m.new_object(1),
+    pickle.NEWOBJ_EX: lambda m: m.new_object(2),
     pickle.BUILD: Machine.build,
     pickle.BINPERSID: Machine.persistent,
 }
-"""The instructions that PyTorch's writers emit; all others (EXT, INST, OBJ, NEWOBJ, BYTEARRAY8, …) are refused."""
+"""The instructions that Python's pickler emits for protocols 2 to 5; all others (EXT, INST, OBJ,
+NEXT_BUFFER, …) are refused."""

@@ -1,35 +1,38 @@
-"""MESA: models the whole distribution of valid triggers, one sub-model per staircase level (Qiao et al. 2019).
+"""MESA: models the whole distribution of valid triggers, one sub-model per staircase level (Qiao et
+al. 2019).
 
-Stopping rule (not in the paper; off unless `Config.stop_after` is set). A search keeps two exponential means, a fast
-and a slow one, of its batches' margin, which is the confidence on images of other classes minus the level, and of
-their entropy bound. From step `stop_after` on it is settled when
-
-(a) it has reached its level and stays there: the fast mean of the margin is at least -`REACHED` and at most `CALM`
-    above the slow one, and the two means of the entropy bound differ by less than `STILL` nats; or
-(b) it is hopeless: both means of the margin are below -`FAR`, and the fast one is at most `RISING` above the slow one.
+Searches may end early by the rule in `inversion.stopping`.
 """
 
 import dataclasses
-import math
+import functools
 from typing import Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbd import images as image_ops
 from jaxbd import losses
-from jaxbd.base import Array, ArrayTree, Batch, Cell, Inversion, Key, Net, UserError, Variables, check_choices
+from jaxbd.base import (
+    Array,
+    ArrayTree,
+    Batch,
+    Cell,
+    Inversion,
+    Key,
+    Net,
+    UserError,
+    Variables,
+    check_choices,
+)
+from jaxbd.inversion import stopping
 from jaxbd.models.critic import StatisticsNetwork
 from jaxbd.models.generators import ConvGenerator, PaperGenerator, ReleasedGenerator
+from jaxbd.models.linen import apply_module, apply_mutable
 
 PAPER = "https://arxiv.org/abs/1910.04749"
-RATES = (0.1, 0.03)
-"""Rates of the fast and the slow mean of the stopping rule; until 1/rate steps are made they are plain means."""
-REACHED, CALM, FAR, RISING, STILL = 0.05, 0.03, 0.3, 0.01, 0.2
-"""Limits of the stopping rule: of confidence, and of the entropy bound in nats."""
-TRAVEL = 0.04
-"""Steps times learning rate from which the stopping rule applies where nothing else is asked for."""
 GENERATORS = {"released": ReleasedGenerator, "paper": PaperGenerator, "conv": ConvGenerator}
 
 
@@ -47,17 +50,19 @@ class Config:
       learning_rate: Adam of both networks.
       b1: Adam's decay of the mean gradient.
       b2: Adam's decay of the mean squared gradient.
-      trigger_noise: std of Gaussian noise added to the trigger on the victim's branch only; 0 turns it off (paper).
-      place: where the trigger is pasted. "batch": one random place per batch (released); "image": one per image;
-        "fixed": at (`row`, `column`); "searched": a distribution over places is learnt beside the triggers.
+      trigger_noise: std of Gaussian noise added to the trigger on the victim's branch only; 0 turns
+        it off (paper).
+      place: where the trigger is pasted. "batch": one random place per batch (released); "image":
+        one per image; "fixed": at (`row`, `column`); "searched": a distribution over places is
+        learnt beside the triggers.
       row: of the top-left corner of a fixed place.
       column: of the top-left corner of a fixed place.
       place_rate: rate of the moving average of each place's value when the place is searched.
-      place_temperature: weight of the place distribution's entropy when the place is searched; small values commit to
-        one place.
+      place_temperature: weight of the place distribution's entropy when the place is searched;
+        small values commit to one place.
       leaky_output: LeakyReLU on the statistics network's scalar (released).
       debias_rate: rate of the moving average in the bias-corrected gradient (released: 0.001).
-      stop_after: steps after which the stopping rule applies, see the module; 0 for never.
+      stop_after: steps after which the rule of `inversion.stopping` applies; 0 for never.
     """
 
     patch: int = 3
@@ -86,24 +91,42 @@ class Config:
         if self.noise_dim < 1 or self.hidden < 1:
             raise UserError("mesa: noise_dim and hidden must be at least 1")
         if self.generator == "released" and self.noise_dim % 4:
-            raise UserError(f"mesa: noise_dim {self.noise_dim} must be a multiple of 4 for the released generator")
-        if self.generator == "conv" and (self.patch < 4 or self.patch % 2 ** (self.patch.bit_length() - 2)):
             raise UserError(
-                f"mesa: the conv generator needs a patch of 2^k or 3*2^k pixels, at least 4, not {self.patch}"
+                f"mesa: noise_dim {self.noise_dim} must be a multiple of 4 for the released"
+                " generator"
+            )
+        if self.generator == "conv" and (
+            self.patch < 4 or self.patch % 2 ** (self.patch.bit_length() - 2)
+        ):
+            raise UserError(
+                "mesa: the conv generator needs a patch of 2^k or 3*2^k pixels, at least 4, not"
+                f" {self.patch}"
             )
         if not (self.entropy_weight >= 0 and self.trigger_noise >= 0 and self.learning_rate > 0):
-            raise UserError("mesa: entropy_weight and trigger_noise must be >= 0 and learning_rate > 0")
-        if not (0 < self.debias_rate <= 1 and 0 < self.place_rate <= 1 and self.place_temperature > 0):
-            raise UserError("mesa: debias_rate and place_rate must be in (0, 1] and place_temperature > 0")
+            raise UserError(
+                "mesa: entropy_weight and trigger_noise must be >= 0 and learning_rate > 0"
+            )
+        if not (
+            0 < self.debias_rate <= 1 and 0 < self.place_rate <= 1 and self.place_temperature > 0
+        ):
+            raise UserError(
+                "mesa: debias_rate and place_rate must be in (0, 1] and place_temperature > 0"
+            )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-            raise UserError(f"mesa: Adam's b1 and b2 must be in [0, 1), not {self.b1} and {self.b2}")
+            raise UserError(
+                f"mesa: Adam's b1 and b2 must be in [0, 1), not {self.b1} and {self.b2}"
+            )
         if self.stop_after < 0:
-            raise UserError(f"mesa: stop_after is {self.stop_after}; give a number of steps, or 0 for never")
+            raise UserError(
+                f"mesa: stop_after is {self.stop_after}; give a number of steps, or 0 for never"
+            )
 
 
 def paper(**changes) -> Config:
     """The settings the paper's text states; everything it does not state stays as released."""
-    wording = dict(noise="normal", generator="paper", trigger_noise=0.0, place="image", leaky_output=False)
+    wording = dict(
+        noise="normal", generator="paper", trigger_noise=0.0, place="image", leaky_output=False
+    )
     return Config(**{**wording, **changes})
 
 
@@ -116,10 +139,13 @@ class State(NamedTuple):
       critic: parameters of T.
       generator_opt, critic_opt: Adam states.
       log_mean_exp: [] moving average of E[exp T] over marginal pairs, as a logarithm.
-      place: [2] int32 (row, column) of the top-left corner, used when `place="fixed"`; `init` takes it from the
-        Config, and a driver may replace it to give every cell of a sweep a place of its own.
-      place_logits: [P] unnormalised log-probabilities of the P places (P = 1 unless `place="searched"`).
-      margin, spread: [2] fast and slow means of the stopping rule: of the margin, and of the entropy bound in nats.
+      place: [2] int32 (row, column) of the top-left corner, used when `place="fixed"`; `init` takes
+        it from the Config, and a driver may replace it to give every cell of a sweep a place of its
+        own.
+      place_logits: [P] unnormalised log-probabilities of the P places (P = 1 unless
+        `place="searched"`).
+      margin, spread: [2] fast and slow means of the stopping rule: of the margin, and of the
+        entropy bound in nats.
     """
 
     step: Array
@@ -135,8 +161,9 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one looks at. All [] float32: batch ASR over images that are not of the target class (0 where the batch
-    has none), mean target confidence F, entropy bound in nats, losses of G and T."""
+    """What one looks at. All [] float32: batch ASR over images that are not of the target class (0
+    where the batch has none), mean target confidence F, entropy bound in nats, losses of G and
+    T."""
 
     attack_success_rate: Array
     confidence: Array
@@ -145,166 +172,243 @@ class Info(NamedTuple):
     critic_loss: Array
 
 
+class Parts(NamedTuple):
+    """What the losses are closed over: victim architecture, the two networks, Adam, settings."""
+
+    net: Net
+    image_shape: tuple[int, int, int]
+    generator: nn.Module
+    critic: StatisticsNetwork
+    optimiser: optax.GradientTransformation
+    config: Config
+
+    def count_places(self) -> tuple[int, int]:
+        """Rows and columns where the trigger's top-left corner may lie."""
+        height, width, _ = self.image_shape
+        return height - self.config.patch + 1, width - self.config.patch + 1
+
+
 def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversion:
     """MESA for victims of architecture `net` on images of `image_shape` (H, W, C).
 
     Raises: UserError when the trigger does not fit the image.
     """
+    parts = _make_parts(net, image_shape, config)
+    rule = functools.partial(_has_converged, config.stop_after) if config.stop_after else None
+    return Inversion(
+        functools.partial(_init, parts),
+        functools.partial(_step, parts),
+        functools.partial(_stamp, parts),
+        functools.partial(_sample, parts),
+        rule,
+    )
+
+
+def _make_parts(net: Net, image_shape: tuple[int, int, int], config: Config) -> Parts:
     height, width, channels = image_shape
     side = config.patch
-    rows, columns = height - side + 1, width - side + 1
-    if rows < 1 or columns < 1:
-        raise UserError(f"mesa: a {side}x{side} trigger does not fit {height}x{width} images; lower the patch")
-    if config.place == "fixed" and not (0 <= config.row < rows and 0 <= config.column < columns):
-        raise UserError(f"mesa: place ({config.row}, {config.column}) puts a {side}x{side} trigger outside the image")
-    searched = config.place == "searched"
-    generator = GENERATORS[config.generator](trigger_shape=(side, side, channels), hidden=config.hidden)
+    generator = GENERATORS[config.generator](
+        trigger_shape=(side, side, channels), hidden=config.hidden
+    )
     critic = StatisticsNetwork(hidden=config.hidden, leaky_output=config.leaky_output)
     optimiser = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2)
-    draw_noise = jax.random.uniform if config.noise == "uniform" else jax.random.normal
-
-    def init(key: Key) -> State:
-        generator_key, critic_key = jax.random.split(key)
-        noise, trigger = jnp.zeros((2, config.noise_dim)), jnp.zeros((2, side, side, channels))
-        variables = generator.init(generator_key, noise, train=True)
-        variables = {name: variables[name] for name in ("params", "batch_stats")}
-        params = critic.init(critic_key, noise, trigger)["params"]
-        place = jnp.array([config.row, config.column], jnp.int32)
-        logits = jnp.zeros((rows * columns if searched else 1,))
-        opts = optimiser.init(variables["params"]), optimiser.init(params)
-        zero, means = jnp.zeros(()), jnp.zeros((2,))
-        return State(jnp.zeros((), jnp.int32), variables, params, *opts, zero, place, logits, means, means)
-
-    def draw_places(key: Key, state: State, count: int) -> tuple[Array, Array]:
-        """Places [count, 2] and, when searched, the index of each in `place_logits` [count]."""
-        if searched:
-            index = jax.random.categorical(key, state.place_logits, shape=(count,))
-            return jnp.stack([index // columns, index % columns], -1), index
-        if config.place == "fixed":
-            places = jnp.broadcast_to(state.place, (count, 2))
-        elif config.place == "batch":
-            places = jnp.broadcast_to(image_ops.random_places(key, 1, image_shape, (side, side)), (count, 2))
-        else:
-            places = image_ops.random_places(key, count, image_shape, (side, side))
-        return places, jnp.zeros((count,), jnp.int32)
-
-    def generate(params: ArrayTree, stats: ArrayTree, noise: Array) -> tuple[Array, ArrayTree]:
-        variables = {"params": params, "batch_stats": stats}
-        triggers, updates = generator.apply(variables, noise, train=True, mutable=["batch_stats"])
-        return triggers, updates["batch_stats"]
-
-    def statistics(params: ArrayTree, noise: Array, other: Array, triggers: Array) -> tuple[Array, Array]:
-        """T on joint pairs (z, G(z)) and on marginal pairs (z', G(z)), [N] each."""
-        apply = lambda z: critic.apply({"params": params}, z, triggers)
-        return apply(noise), apply(other)
-
-    def generator_loss(params, state, keys, batch, cell, victim):
-        count = batch.images.shape[0]
-        noise, other = (draw_noise(k, (count, config.noise_dim)) for k in (keys[0], keys[1]))
-        triggers, stats = generate(params, state.generator["batch_stats"], noise)
-        places, index = draw_places(keys[2], state, count)
-        jitter = config.trigger_noise * jax.random.normal(keys[3], triggers.shape)
-        stamped = jax.vmap(image_ops.paste)(batch.images, triggers + jitter, places)
-        logits, _ = net.apply(victim, stamped, train=False)
-        confidence = losses.target_confidence(logits, cell.target)
-        entropy = losses.donsker_varadhan(*statistics(state.critic, noise, other, triggers))
-        # eq. (4): L = max(0, beta - F(G(z))) - alpha I_T(G(z); z')
-        loss = losses.level_hinge(confidence, cell.level) - config.entropy_weight * entropy
-        hit = logits.argmax(-1) == cell.target
-        return loss, (stats, hit, confidence, entropy, index)
-
-    def step(key: Key, state: State, batch: Batch, cell: Cell, victim: Variables) -> tuple[State, Info]:
-        keys = jax.random.split(key, 6)
-        count = batch.images.shape[0]
-        grad = jax.value_and_grad(generator_loss, has_aux=True)
-        (loss, aux), gradient = grad(state.generator["params"], state, keys, batch, cell, victim)
-        stats, hit, confidence, entropy, index = aux
-        updates, generator_opt = optimiser.update(gradient, state.generator_opt)
-        params = optax.apply_updates(state.generator["params"], updates)
-
-        noise, other = (draw_noise(k, (count, config.noise_dim)) for k in (keys[4], keys[5]))
-        triggers, stats = generate(params, stats, noise)
-        triggers = jax.lax.stop_gradient(triggers)
-        _, marginal = statistics(state.critic, noise, other, triggers)
-        batch_mean = jax.nn.logsumexp(marginal) - jnp.log(count)
-        # moving average of E[e^T] in logarithms: the first batch sets it, later ones pull at `debias_rate`
-        rate = config.debias_rate
-        average = jnp.logaddexp(jnp.log1p(-rate) + state.log_mean_exp, jnp.log(rate) + batch_mean)
-        average = jnp.where(state.step == 0, batch_mean, average)
-
-        def bound(critic_params):
-            joint, marginal = statistics(critic_params, noise, other, triggers)
-            return -losses.donsker_varadhan_debiased(joint, marginal, average)
-
-        critic_value, gradient = jax.value_and_grad(bound)(state.critic)
-        updates, critic_opt = optimiser.update(gradient, state.critic_opt)
-        critic_params = optax.apply_updates(state.critic, updates)
-
-        place_logits = state.place_logits
-        if searched:
-            place_logits = _follow_places(place_logits, index, jnp.minimum(confidence, cell.level), config)
-        counted = (batch.labels != cell.target).astype(jnp.float32)
-        success = (hit * counted).sum() / jnp.maximum(counted.sum(), 1)
-        variables = {"params": params, "batch_stats": stats}
-        # images of the target class are no evidence: they are sent there without a trigger
-        sent = (confidence * counted).sum() / jnp.maximum(counted.sum(), 1)
-        margin = _follow(state.margin, sent - cell.level, state.step)
-        spread = _follow(state.spread, entropy, state.step)
-        state = State(
-            state.step + 1, variables, critic_params, generator_opt, critic_opt, average, state.place, place_logits,
-            margin, spread,
-        )  # fmt: skip
-        return state, Info(success, confidence.mean(), entropy, loss, critic_value)
-
-    def sample(key: Key, state: State, count: int) -> Array:
-        """Triggers [count, h, w, C] in [0, 1] from the generator with its running statistics."""
-        return generator.apply(state.generator, draw_noise(key, (count, config.noise_dim)), train=False)
-
-    def stamp(key: Key, state: State, images: Array) -> Array:
-        """Pastes a trigger of its own on every image of `images` [B, H, W, C]; places as configured."""
-        sample_key, place_key = jax.random.split(key)
-        places, _ = draw_places(place_key, state, images.shape[0])
-        return jax.vmap(image_ops.paste)(images, sample(sample_key, state, images.shape[0]), places)
-
-    def settled(state: State) -> Array:
-        """The stopping rule of this module."""
-        return (state.step >= config.stop_after) & (_reached(state) | _hopeless(state))
-
-    return Inversion(init, step, stamp, sample, settled if config.stop_after else None)
+    parts = Parts(net, (height, width, channels), generator, critic, optimiser, config)
+    rows, columns = parts.count_places()
+    if rows < 1 or columns < 1:
+        raise UserError(
+            f"mesa: a {side}x{side} trigger does not fit {height}x{width} images; lower the patch"
+        )
+    if config.place == "fixed" and not (0 <= config.row < rows and 0 <= config.column < columns):
+        raise UserError(
+            f"mesa: place ({config.row}, {config.column}) puts a {side}x{side} trigger outside the"
+            " image"
+        )
+    return parts
 
 
-def stop_after(learning_rate: float) -> int:
-    """Steps after which the stopping rule may be trusted.
-
-    Adam moves a weight by about its rate in each. And before 1/rate steps the slow mean is hardly slower than the fast.
-    """
-    return max(round(TRAVEL / learning_rate), math.ceil(1 / RATES[1]))
-
-
-def _follow(means: Array, value: Array, step: Array) -> Array:
-    """The fast and the slow mean [2] after `value` [] of step number `step` []."""
-    rates = jnp.maximum(jnp.asarray(RATES, means.dtype), 1 / (step + 1).astype(means.dtype))
-    return means + rates * (value - means)
-
-
-def _reached(state: State) -> Array:
-    """Rule (a), [] bool."""
-    (fast, slow), still = state.margin, jnp.abs(state.spread[0] - state.spread[1]) < STILL
-    return (fast >= -REACHED) & (fast - slow <= CALM) & still
-
-
-def _hopeless(state: State) -> Array:
-    """Rule (b), [] bool."""
-    fast, slow = state.margin
-    return (jnp.maximum(fast, slow) < -FAR) & (fast - slow <= RISING)
+def _init(parts: Parts, key: Key) -> State:
+    config, channels = parts.config, parts.image_shape[-1]
+    generator_key, critic_key = jax.random.split(key)
+    noise = jnp.zeros((2, config.noise_dim))
+    trigger = jnp.zeros((2, config.patch, config.patch, channels))
+    variables = parts.generator.init(generator_key, noise, train=True)
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    critic = parts.critic.init(critic_key, noise, trigger)["params"]
+    rows, columns = parts.count_places()
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        generator=variables,
+        critic=critic,
+        generator_opt=parts.optimiser.init(variables["params"]),
+        critic_opt=parts.optimiser.init(critic),
+        log_mean_exp=jnp.zeros(()),
+        place=jnp.array([config.row, config.column], jnp.int32),
+        place_logits=jnp.zeros((rows * columns if config.place == "searched" else 1,)),
+        margin=jnp.zeros((2,)),
+        spread=jnp.zeros((2,)),
+    )
 
 
-def _follow_places(logits: Array, index: Array, reward: Array, config: Config) -> Array:
-    """Place distribution after a batch pasted at places `index` [B] earned `reward` [B]; logits [P].
+def draw_noise(key: Key, config: Config, count: int) -> Array:
+    """Z [count, n]."""
+    draw = jax.random.uniform if config.noise == "uniform" else jax.random.normal
+    return draw(key, (count, config.noise_dim))
 
-    The q that maximises E_q[V] + temperature * H(q) is softmax(V / temperature), with V the mean min(F, beta) of each
-    place: the level and the entropy do for places what eq. (4) does for triggers, so no place is given up early. V is
-    a moving average; places without an image in the batch keep theirs.
+
+def draw_places(key: Key, parts: Parts, state: State, count: int) -> tuple[Array, Array]:
+    """Places [count, 2] and, when searched, the index of each in `place_logits` [count]."""
+    config, side = parts.config, parts.config.patch
+    _, columns = parts.count_places()
+    if config.place == "searched":
+        index = jax.random.categorical(key, state.place_logits, shape=(count,))
+        return jnp.stack([index // columns, index % columns], -1), index
+    if config.place == "fixed":
+        places = state.place
+    else:
+        drawn = 1 if config.place == "batch" else count
+        places = image_ops.random_places(key, drawn, parts.image_shape, (side, side))
+    return jnp.broadcast_to(places, (count, 2)), jnp.zeros((count,), jnp.int32)
+
+
+def generate(
+    parts: Parts, params: ArrayTree, stats: ArrayTree, noise: Array
+) -> tuple[Array, ArrayTree]:
+    """Triggers G(z) [N, h, w, C] of `noise` [N, n] on batch moments, and the new running ones."""
+    variables = {"params": params, "batch_stats": stats}
+    triggers, updates = apply_mutable(parts.generator, variables, "batch_stats", noise, train=True)
+    return triggers, updates["batch_stats"]
+
+
+def score_pairs(
+    parts: Parts, params: ArrayTree, noise: Array, other: Array, triggers: Array
+) -> tuple[Array, Array]:
+    """T on joint pairs (z, G(z)) and on marginal pairs (z', G(z)), [N] each."""
+    score = lambda z: apply_module(parts.critic, {"params": params}, z, triggers)
+    return score(noise), score(other)
+
+
+class Seen(NamedTuple):
+    """What the generator's loss saw: new statistics, hits [B], confidence [B], entropy [], the
+    index [B] of each searched place."""
+
+    stats: ArrayTree
+    hit: Array
+    confidence: Array
+    entropy: Array
+    index: Array
+
+
+def generator_loss(
+    params: ArrayTree,
+    parts: Parts,
+    state: State,
+    keys: Array,
+    batch: Batch,
+    cell: Cell,
+    variables: Variables,
+) -> tuple[Array, Seen]:
+    """Eq. (4) on one batch of clean images; `keys` [4], `variables` are the victim's."""
+    config, count = parts.config, batch.images.shape[0]
+    noise, other = draw_noise(keys[0], config, count), draw_noise(keys[1], config, count)
+    triggers, stats = generate(parts, params, state.generator["batch_stats"], noise)
+    places, index = draw_places(keys[2], parts, state, count)
+    jitter = config.trigger_noise * jax.random.normal(keys[3], triggers.shape)
+    stamped = jax.vmap(image_ops.paste)(batch.images, triggers + jitter, places)
+    logits, _ = parts.net.apply(variables, stamped, train=False)
+    confidence = losses.target_confidence(logits, cell.target)
+    entropy = losses.donsker_varadhan(*score_pairs(parts, state.critic, noise, other, triggers))
+    # eq. (4): L = max(0, beta - F(G(z))) - alpha I_T(G(z); z')
+    loss = losses.level_hinge(confidence, cell.level) - config.entropy_weight * entropy
+    return loss, Seen(stats, logits.argmax(-1) == cell.target, confidence, entropy, index)
+
+
+def average_marginal(log_mean_exp: Array, marginal: Array, step: Array, rate: float) -> Array:
+    """Moving average of E[e^T], in logarithms: the first batch [N] sets it, later ones pull at
+    `rate`."""
+    batch_mean = jax.nn.logsumexp(marginal) - jnp.log(marginal.shape[0])
+    average = jnp.logaddexp(jnp.log1p(-rate) + log_mean_exp, jnp.log(rate) + batch_mean)
+    return jnp.where(step == 0, batch_mean, average)
+
+
+def critic_loss(
+    params: ArrayTree, parts: Parts, noise: Array, other: Array, triggers: Array, average: Array
+) -> Array:
+    """The negative bound on the triggers' entropy; its gradient is corrected for bias."""
+    joint, marginal = score_pairs(parts, params, noise, other, triggers)
+    return -losses.donsker_varadhan_debiased(joint, marginal, average)
+
+
+def _step(
+    parts: Parts, key: Key, state: State, batch: Batch, cell: Cell, variables: Variables
+) -> tuple[State, Info]:
+    config, keys = parts.config, jax.random.split(key, 6)
+    count = batch.images.shape[0]
+    grad = jax.value_and_grad(generator_loss, has_aux=True)
+    (loss, seen), gradient = grad(
+        state.generator["params"], parts, state, keys, batch, cell, variables
+    )
+    updates, generator_opt = parts.optimiser.update(gradient, state.generator_opt)
+    params = optax.apply_updates(state.generator["params"], updates)
+
+    noise, other = draw_noise(keys[4], config, count), draw_noise(keys[5], config, count)
+    triggers, stats = generate(parts, params, seen.stats, noise)
+    triggers = jax.lax.stop_gradient(triggers)
+    _, marginal = score_pairs(parts, state.critic, noise, other, triggers)
+    average = average_marginal(state.log_mean_exp, marginal, state.step, config.debias_rate)
+    grad = jax.value_and_grad(critic_loss)
+    critic_value, gradient = grad(state.critic, parts, noise, other, triggers, average)
+    updates, critic_opt = parts.optimiser.update(gradient, state.critic_opt)
+
+    counted = (batch.labels != cell.target).astype(jnp.float32)
+    mean = lambda values: (values * counted).sum() / jnp.maximum(counted.sum(), 1)
+    # images of the target class are no evidence: they reach it without a trigger
+    margin = mean(seen.confidence) - cell.level
+    new = state._replace(
+        step=state.step + 1,
+        generator={"params": params, "batch_stats": stats},
+        critic=optax.apply_updates(state.critic, updates),
+        generator_opt=generator_opt,
+        critic_opt=critic_opt,
+        log_mean_exp=average,
+        margin=stopping.update_means(state.margin, margin, state.step),
+        spread=stopping.update_means(state.spread, seen.entropy, state.step),
+    )
+    if config.place == "searched":
+        reward = jnp.minimum(seen.confidence, cell.level)
+        new = new._replace(
+            place_logits=update_places(state.place_logits, seen.index, reward, config)
+        )
+    return new, Info(mean(seen.hit), seen.confidence.mean(), seen.entropy, loss, critic_value)
+
+
+def _sample(parts: Parts, key: Key, state: State, count: int) -> Array:
+    """Triggers [count, h, w, C] in [0, 1] from the generator with its running statistics."""
+    noise = draw_noise(key, parts.config, count)
+    return apply_module(parts.generator, state.generator, noise, train=False)
+
+
+def _stamp(parts: Parts, key: Key, state: State, images: Array) -> Array:
+    """Pastes a trigger of its own on every image of `images` [B, H, W, C]; places as configured."""
+    sample_key, place_key = jax.random.split(key)
+    count = images.shape[0]
+    places, _ = draw_places(place_key, parts, state, count)
+    return jax.vmap(image_ops.paste)(images, _sample(parts, sample_key, state, count), places)
+
+
+def _has_converged(stop_after: int, state: State) -> Array:
+    """The rule of `inversion.stopping`."""
+    done = stopping.has_reached(state.margin, state.spread) | stopping.is_hopeless(state.margin)
+    return (state.step >= stop_after) & done
+
+
+def update_places(logits: Array, index: Array, reward: Array, config: Config) -> Array:
+    """Place distribution after a batch pasted at places `index` [B] earned `reward` [B]; logits
+    [P].
+
+    The q that maximises E_q[V] + temperature * H(q) is softmax(V / temperature), with V the mean
+    min(F, beta) of each place: the level and the entropy do for places what eq. (4) does for
+    triggers, so no place is given up early. V is a moving average; places without an image in the
+    batch keep theirs.
     """
     count = jnp.zeros_like(logits).at[index].add(1)
     value = jnp.zeros_like(logits).at[index].add(reward) / jnp.maximum(count, 1)

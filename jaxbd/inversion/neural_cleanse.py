@@ -1,6 +1,7 @@
 """Neural Cleanse: a pattern and a transparency mask, as small as still works (Wang et al. 2019)."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,22 +27,23 @@ class Config:
       b2: Adam's decay of the mean squared gradient.
       attack_threshold: batch ASR at which the mask counts as working.
       first_cost: weight of the mask's L1 norm once the mask works; 0 before.
-      cost_multiplier: the weight grows by it after `patience` working steps in a row, and shrinks by its power 1.5
-        after as many that do not work.
+      cost_multiplier: the weight grows by it after `patience` working steps in a row, and shrinks
+        by its power 1.5 after as many that do not work.
       patience: steps in a row after which the weight changes.
       first_mask: upper end of the uniform distribution that the first mask is drawn from.
-      memory: share that earlier batches keep at each step in a running mean of the ASR, which has to reach the
-        threshold as the batch itself has to. At 0 a batch stands for itself; small ones need more, for among many
-        some reach any threshold by luck.
-      stop_patience: steps without a smaller mask after which the search is settled, once the weight has gone both up
-        and down; 0 for never (released: 25).
+      memory: share that earlier batches keep at each step in a running mean of the ASR, which has
+        to reach the threshold as the batch itself has to. At 0 a batch stands for itself; small
+        ones need more, for among many some reach any threshold by luck.
+      stop_patience: steps without a smaller mask after which the search has converged, once the
+        weight has gone both up and down; 0 for never (released: 25).
       stop_ratio: a norm below this times the one before counts as smaller (released: 1).
     """
 
     learning_rate: float = 0.1
     b1: float = 0.5
     b2: float = 0.9
-    # Differs from released code: one step is one mini-batch, not 31 of them, so the threshold is 0.97, not 0.99.
+    # Differs from released code: one step is one mini-batch, not 31 of them, so the threshold is
+    # 0.97, not 0.99.
     attack_threshold: float = 0.97
     first_cost: float = 1e-3
     cost_multiplier: float = 2.0
@@ -53,9 +55,19 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.attack_threshold <= 1:
-            raise UserError(f"neural-cleanse: attack_threshold {self.attack_threshold} is not in (0, 1]")
-        if self.learning_rate <= 0 or self.patience < 1 or self.cost_multiplier <= 1 or self.first_cost <= 0:
-            raise UserError("neural-cleanse: need learning_rate, first_cost > 0, patience >= 1, cost_multiplier > 1")
+            raise UserError(
+                f"neural-cleanse: attack_threshold {self.attack_threshold} is not in (0, 1]"
+            )
+        if (
+            self.learning_rate <= 0
+            or self.patience < 1
+            or self.cost_multiplier <= 1
+            or self.first_cost <= 0
+        ):
+            raise UserError(
+                "neural-cleanse: need learning_rate, first_cost > 0, patience >= 1,"
+                " cost_multiplier > 1"
+            )
         if not (0 < self.first_mask <= 1 and 0 <= self.memory < 1):
             raise UserError("neural-cleanse: need 0 < first_mask <= 1 and 0 <= memory < 1")
         if self.stop_patience < 0 or not 0 < self.stop_ratio <= 1:
@@ -63,8 +75,11 @@ class Config:
 
 
 def for_pairs(**over: Any) -> Config:
-    """Settings for one source class at a time: the threshold of Xiang et al. 2020, small batches, the released stop."""
-    settings = dict(attack_threshold=0.9, memory=0.8, first_mask=0.2, first_cost=1e-2, stop_patience=25)
+    """Settings for one source class at a time: the threshold of Xiang et al. 2020, small batches,
+    the released stop."""
+    settings = dict(
+        attack_threshold=0.9, memory=0.8, first_mask=0.2, first_cost=1e-2, stop_patience=25
+    )
     return Config(**{**settings, **over})
 
 
@@ -82,8 +97,9 @@ class State(NamedTuple):
       step: [] int32.
       parameters, opt: the current mask and pattern and their Adam state.
       cost: [] weight of the mask norm.
-      worked, failed: [] int32, consecutive steps at or above, and below, the threshold.
-      best_mask [H, W, 1], best_pattern [H, W, C]: in [0, 1], of the smallest mask that worked; the current ones as
+      worked, failed: [] int32, consecutive steps at or above, and below, the threshold. best_mask
+      [H, W, 1], best_pattern [H, W, C]: in [0, 1], of the smallest mask that worked; the current
+      ones as
         long as none has.
       best_norm: [] its L1 norm, inf as long as none has worked.
       rate: [] running mean of the batches' ASR.
@@ -122,102 +138,173 @@ def squash(value: Array) -> Array:
     return (jnp.tanh(value) + 1) / 2
 
 
+class Parts(NamedTuple):
+    """What the functions below are closed over: victim architecture, Adam, settings."""
+
+    net: Net
+    image_shape: tuple[int, int, int]
+    optimiser: optax.GradientTransformation
+    config: Config
+
+
 def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversion:
-    """Neural Cleanse for victims of architecture `net` on images of `image_shape` (H, W, C); levels are ignored."""
-    height, width, _ = image_shape
+    """Neural Cleanse for victims of architecture `net` on images of `image_shape` (H, W, C); levels
+    are ignored."""
     optimiser = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2)
+    height, width, channels = image_shape
+    parts = Parts(net, (height, width, channels), optimiser, config)
+    rule = functools.partial(_has_converged, config.stop_patience)
+    return Inversion(
+        functools.partial(_init, parts),
+        functools.partial(_step, parts),
+        _stamp,
+        functools.partial(_sample, parts),
+        rule if config.stop_patience else None,
+        _size,
+        _works,
+    )
 
-    def init(key: Key) -> State:
-        """Pattern uniform in [0, 1] and mask in [0, `first_mask`]; both in [0, 1] as released."""
-        mask_key, pattern_key = jax.random.split(key)
-        limit = 1 - 1e-3
-        mask = config.first_mask * jax.random.uniform(mask_key, (height, width, 1))
-        pattern = jax.random.uniform(pattern_key, image_shape)
-        parameters = Parameters(*(jnp.arctanh((2 * value - 1) * limit) for value in (mask, pattern)))
-        zero = jnp.zeros((), jnp.int32)
-        cost = jnp.zeros(())
-        norm = jnp.full_like(cost, jnp.inf)
-        never = jnp.zeros((), bool)
-        return State(
-            zero, parameters, optimiser.init(parameters), cost, zero, zero, mask, pattern, norm, jnp.zeros_like(cost),
-            never, never, zero, norm,
-        )  # fmt: skip
 
-    def loss(parameters: Parameters, cost: Array, batch: Batch, cell: Cell, victim: Variables):
-        mask, pattern = squash(parameters.mask), squash(parameters.pattern)
-        logits, _ = net.apply(victim, blend(batch.images, pattern[None], mask[None]), train=False)
-        entropy = losses.cross_entropy(logits, losses.aims(batch.labels, cell.target))
-        # Wang et al. 2019, eq. (3): cross-entropy to the target + lambda |m|_1
-        return entropy + cost * mask.sum(), (entropy, logits, mask, pattern)
+def _init(parts: Parts, key: Key) -> State:
+    """Pattern uniform in [0, 1] and mask in [0, `first_mask`]; both in [0, 1] as released."""
+    height, width, _ = parts.image_shape
+    mask_key, pattern_key = jax.random.split(key)
+    mask = parts.config.first_mask * jax.random.uniform(mask_key, (height, width, 1))
+    pattern = jax.random.uniform(pattern_key, parts.image_shape)
+    fields = first_fields(mask, pattern)
+    zero, never = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    infinite = jnp.zeros(()) + jnp.inf
+    return State(
+        step=zero,
+        opt=parts.optimiser.init(fields["parameters"]),
+        cost=jnp.zeros(()),
+        worked=zero,
+        failed=zero,
+        best_norm=infinite,
+        rate=jnp.zeros(()),
+        raised=never,
+        lowered=never,
+        stalled=zero,
+        stop_norm=infinite,
+        **fields,
+    )
 
-    def schedule(state: State, works: Array) -> dict[str, Array]:
-        """The next cost and run lengths: up after `patience` working steps, down after as many failing ones."""
-        worked = jnp.where(works, state.worked + 1, 0)
-        failed = jnp.where(works, 0, state.failed + 1)
-        up, down = worked >= config.patience, failed >= config.patience
-        raised = jnp.where(state.cost == 0, config.first_cost, state.cost * config.cost_multiplier)
-        lowered = state.cost / config.cost_multiplier**COST_DOWN
-        cost = jnp.where(up, raised, jnp.where(down, lowered, state.cost))
-        return dict(
-            cost=cost,
-            worked=jnp.where(up, 0, worked),
-            failed=jnp.where(down, 0, failed),
-            raised=state.raised | (up & (state.cost > 0)),
-            lowered=state.lowered | (down & (state.cost > 0)),
-        )
 
-    def step(key: Key, state: State, batch: Batch, cell: Cell, victim: Variables) -> tuple[State, Info]:
-        del key
-        grad = jax.value_and_grad(loss, has_aux=True)
-        (_, aux), gradient = grad(state.parameters, state.cost, batch, cell, victim)
-        entropy, logits, mask, pattern = aux
-        success = (logits.argmax(-1) == losses.aims(batch.labels, cell.target)).mean()
-        old = jnp.minimum(config.memory, state.step / (state.step + 1)).astype(success.dtype)
-        rate = old * state.rate + (1 - old) * success
-        works = jnp.minimum(rate, success) >= config.attack_threshold
-        norm = mask.sum()
-        better = works & (norm < state.best_norm)
-        smaller = better & (norm < config.stop_ratio * state.stop_norm)
-        keep = better | jnp.isinf(state.best_norm)
-        updates, opt = optimiser.update(gradient, state.opt)
-        state = state._replace(
-            step=state.step + 1,
-            parameters=optax.apply_updates(state.parameters, updates),
-            opt=opt,
-            **schedule(state, works),
-            best_mask=jnp.where(keep, mask, state.best_mask),
-            best_pattern=jnp.where(keep, pattern, state.best_pattern),
-            best_norm=jnp.where(better, norm, state.best_norm),
-            rate=rate,
-            stalled=jnp.where(smaller, 0, state.stalled + 1),
-            stop_norm=jnp.where(smaller, norm, state.stop_norm),
-        )
-        return state, Info(success, norm, entropy, state.cost)
+def first_fields(mask: Array, pattern: Array) -> dict[str, Any]:
+    """The fields of a first state that starts from `mask` [..., H, W, 1] and `pattern`
+    [..., H, W, C] in [0, 1]."""
+    # just inside the range of tanh, so that both stay finite
+    inverse = lambda value: jnp.arctanh((2 * value - 1) * (1 - 1e-3))
+    parameters = Parameters(inverse(mask), inverse(pattern))
+    return dict(parameters=parameters, best_mask=mask, best_pattern=pattern)
 
-    def sample(key: Key, state: State, count: int) -> Array:
-        """mask * pattern of the best trigger, `count` times: [count, H, W, C]."""
-        del key
-        return jnp.broadcast_to(state.best_mask * state.best_pattern, (count, *image_shape))
 
-    def stamp(key: Key, state: State, images: Array) -> Array:
-        """(1 - mask) * image + mask * pattern on every image of [B, H, W, C]; nothing is random."""
-        del key
-        return blend(images, state.best_pattern[None], state.best_mask[None])
+class Seen(NamedTuple):
+    """What the loss saw: cross-entropy [], logits [B, K], mask [H, W, 1] and pattern [H, W, C]."""
 
-    def settled(state: State) -> Array:
-        """Whether the weight has gone up and down and the best norm has stood still, as released."""
-        return state.raised & state.lowered & (state.stalled >= config.stop_patience)
+    entropy: Array
+    logits: Array
+    mask: Array
+    pattern: Array
 
-    return Inversion(init, step, stamp, sample, settled if config.stop_patience else None)
+
+def cleanse_loss(
+    parameters: Parameters, net: Net, cost: Array, batch: Batch, cell: Cell, variables: Variables
+) -> tuple[Array, Seen]:
+    """Wang et al. 2019, eq. (3): cross-entropy to the target + lambda |m|_1; `variables` are the
+    victim's."""
+    mask, pattern = squash(parameters.mask), squash(parameters.pattern)
+    stamped = blend(batch.images, pattern[None], mask[None])
+    logits, _ = net.apply(variables, stamped, train=False)
+    entropy = losses.cross_entropy(logits, losses.aims(batch.labels, cell.target))
+    return entropy + cost * mask.sum(), Seen(entropy, logits, mask, pattern)
+
+
+def update_cost(state: State, works: Array, config: Config) -> dict[str, Array]:
+    """The next cost and run lengths: up after `patience` working steps, down after as many failing
+    ones."""
+    worked = jnp.where(works, state.worked + 1, 0)
+    failed = jnp.where(works, 0, state.failed + 1)
+    up, down = worked >= config.patience, failed >= config.patience
+    raised = jnp.where(state.cost == 0, config.first_cost, state.cost * config.cost_multiplier)
+    lowered = state.cost / config.cost_multiplier**COST_DOWN
+    return dict(
+        cost=jnp.where(up, raised, jnp.where(down, lowered, state.cost)),
+        worked=jnp.where(up, 0, worked),
+        failed=jnp.where(down, 0, failed),
+        raised=state.raised | (up & (state.cost > 0)),
+        lowered=state.lowered | (down & (state.cost > 0)),
+    )
+
+
+def _step(
+    parts: Parts, key: Key, state: State, batch: Batch, cell: Cell, variables: Variables
+) -> tuple[State, Info]:
+    del key
+    config = parts.config
+    grad = jax.value_and_grad(cleanse_loss, has_aux=True)
+    (_, seen), gradient = grad(state.parameters, parts.net, state.cost, batch, cell, variables)
+    success = (seen.logits.argmax(-1) == losses.aims(batch.labels, cell.target)).mean()
+    old = jnp.minimum(config.memory, state.step / (state.step + 1)).astype(success.dtype)
+    rate = old * state.rate + (1 - old) * success
+    works = jnp.minimum(rate, success) >= config.attack_threshold
+    norm = seen.mask.sum()
+    better = works & (norm < state.best_norm)
+    smaller = better & (norm < config.stop_ratio * state.stop_norm)
+    # as long as none has worked, the current mask stands for the best
+    keep = better | jnp.isinf(state.best_norm)
+    updates, opt = parts.optimiser.update(gradient, state.opt)
+    new = state._replace(
+        step=state.step + 1,
+        parameters=optax.apply_updates(state.parameters, updates),
+        opt=opt,
+        **update_cost(state, works, config),
+        best_mask=jnp.where(keep, seen.mask, state.best_mask),
+        best_pattern=jnp.where(keep, seen.pattern, state.best_pattern),
+        best_norm=jnp.where(better, norm, state.best_norm),
+        rate=rate,
+        stalled=jnp.where(smaller, 0, state.stalled + 1),
+        stop_norm=jnp.where(smaller, norm, state.stop_norm),
+    )
+    return new, Info(success, norm, seen.entropy, new.cost)
+
+
+def _sample(parts: Parts, key: Key, state: State, count: int) -> Array:
+    """mask * pattern of the best trigger, `count` times: [count, H, W, C]."""
+    del key
+    return jnp.broadcast_to(state.best_mask * state.best_pattern, (count, *parts.image_shape))
+
+
+def _stamp(key: Key, state: State, images: Array) -> Array:
+    """(1 - mask) * image + mask * pattern on every image of [B, H, W, C]; nothing is random."""
+    del key
+    return blend(images, state.best_pattern[None], state.best_mask[None])
+
+
+def _has_converged(stop_patience: int, state: State) -> Array:
+    """Whether the weight has gone up and down and the best norm has stood still, as released."""
+    return state.raised & state.lowered & (state.stalled >= stop_patience)
+
+
+def _size(state: State) -> Array:
+    """L1 norm of the mask."""
+    return state.best_mask.sum()
+
+
+def _works(state: State) -> Array:
+    """Whether any mask reached the threshold."""
+    return jnp.isfinite(state.best_norm)
 
 
 def locate(masks: Array, side: int) -> tuple[Array, Array]:
     """Where masks [N, H, W, 1] put their weight.
 
-    Returns: the places [N, 2] int32 (row, column) of the side x side window that holds most of each mask, and the share
-    [N] of the mask's L1 norm inside it.
+    Returns: the places [N, 2] int32 (row, column) of the side x side window that holds most of each
+      mask, and the share [N] of the mask's L1 norm inside it.
     """
-    window = jax.lax.reduce_window(masks[..., 0], 0.0, jax.lax.add, (1, side, side), (1, 1, 1), "VALID")
+    window = jax.lax.reduce_window(
+        masks[..., 0], 0.0, jax.lax.add, (1, side, side), (1, 1, 1), "VALID"
+    )
     flat = window.reshape(masks.shape[0], -1)
     best = flat.argmax(-1)
     places = jnp.stack([best // window.shape[2], best % window.shape[2]], -1).astype(jnp.int32)

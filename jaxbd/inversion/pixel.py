@@ -1,4 +1,5 @@
-"""The pixel baseline: one reversed trigger by gradient descent on its pixels (Qiao et al. 2019, section 4.1)."""
+"""The pixel baseline: one reversed trigger by gradient descent on its pixels (Qiao et al. 2019,
+section 4.1)."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -21,15 +22,17 @@ class Config:
       patch: side of the square trigger.
       learning_rate: SGD on the pixels.
       momentum: of that SGD.
-      clip_every: the pixels are clipped to [0, 1] after every so many steps (released: once per epoch of 11).
-      place: "batch": one random place per batch (released), "image": one per image, "fixed": at (`row`, `column`).
+      clip_every: the pixels are clipped to [0, 1] after every so many steps (released: once per
+        epoch of 11).
+      place: "batch": one random place per batch (released), "image": one per image, "fixed": at
+        (`row`, `column`).
       row: of the top-left corner of a fixed place.
       column: of the top-left corner of a fixed place.
     """
 
     patch: int = 3
-    # Differs from released code: the variable is the pixels in [0, 1], not the normalised ones, so the same learning
-    # rate moves a pixel 1 / std^2 as far.
+    # Differs from released code: the variable is the pixels in [0, 1], not the normalised ones, so
+    # the same learning rate moves a pixel 1 / std^2 as far.
     learning_rate: float = 0.1
     momentum: float = 0.9
     clip_every: int = 11
@@ -46,7 +49,8 @@ class Config:
 
 
 class State(NamedTuple):
-    """step [] int32; pattern [h, w, C], possibly outside [0, 1] between clips; velocity [h, w, C]."""
+    """step [] int32; pattern [h, w, C], possibly outside [0, 1] between clips; velocity [h, w,
+    C]."""
 
     step: Array
     pattern: Array
@@ -54,7 +58,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Batch ASR over images not of the target class, mean target confidence and cross-entropy; all []."""
+    """Batch ASR over images not of the target class, mean target confidence and cross-entropy; all
+    []."""
 
     attack_success_rate: Array
     confidence: Array
@@ -69,9 +74,16 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
     height, width, channels = image_shape
     side = config.patch
     if side > min(height, width):
-        raise UserError(f"pixel: a {side}x{side} trigger does not fit {height}x{width} images; lower the patch")
-    if config.place == "fixed" and not (0 <= config.row <= height - side and 0 <= config.column <= width - side):
-        raise UserError(f"pixel: place ({config.row}, {config.column}) puts a {side}x{side} trigger outside the image")
+        raise UserError(
+            f"pixel: a {side}x{side} trigger does not fit {height}x{width} images; lower the patch"
+        )
+    if config.place == "fixed" and not (
+        0 <= config.row <= height - side and 0 <= config.column <= width - side
+    ):
+        raise UserError(
+            f"pixel: place ({config.row}, {config.column}) puts a {side}x{side} trigger outside the"
+            " image"
+        )
 
     def init(key: Key) -> State:
         shape = (side, side, channels)
@@ -81,7 +93,9 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         if config.place == "fixed":
             return jnp.broadcast_to(jnp.array([config.row, config.column]), (count, 2))
         drawn = 1 if config.place == "batch" else count
-        return jnp.broadcast_to(image_ops.random_places(key, drawn, image_shape, (side, side)), (count, 2))
+        return jnp.broadcast_to(
+            image_ops.random_places(key, drawn, image_shape, (side, side)), (count, 2)
+        )
 
     def loss(pattern: Array, key: Key, batch: Batch, cell: Cell, victim: Variables):
         where = places(key, batch.images.shape[0])
@@ -89,7 +103,9 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         logits, _ = net.apply(victim, stamped, train=False)
         return losses.cross_entropy(logits, jnp.full_like(batch.labels, cell.target)), logits
 
-    def step(key: Key, state: State, batch: Batch, cell: Cell, victim: Variables) -> tuple[State, Info]:
+    def step(
+        key: Key, state: State, batch: Batch, cell: Cell, victim: Variables
+    ) -> tuple[State, Info]:
         grad = jax.value_and_grad(loss, has_aux=True)
         (value, logits), gradient = grad(state.pattern, key, batch, cell, victim)
         velocity = config.momentum * state.velocity + gradient
@@ -97,7 +113,9 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         due = (state.step + 1) % config.clip_every == 0
         pattern = jnp.where(due, jnp.clip(pattern, 0, 1), pattern)
         counted = batch.labels != cell.target
-        success = (counted & (logits.argmax(-1) == cell.target)).sum() / jnp.maximum(counted.sum(), 1)
+        success = (counted & (logits.argmax(-1) == cell.target)).sum() / jnp.maximum(
+            counted.sum(), 1
+        )
         confidence = losses.target_confidence(logits, cell.target).mean()
         return State(state.step + 1, pattern, velocity), Info(success, confidence, value)
 
@@ -109,6 +127,8 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
     def stamp(key: Key, state: State, images: Array) -> Array:
         """Pastes the trigger on every image of `images` [B, H, W, C]; places as configured."""
         pattern = jnp.clip(state.pattern, 0, 1)
-        return jax.vmap(image_ops.paste, (0, None, 0))(images, pattern, places(key, images.shape[0]))
+        return jax.vmap(image_ops.paste, (0, None, 0))(
+            images, pattern, places(key, images.shape[0])
+        )
 
     return Inversion(init, step, stamp, sample)

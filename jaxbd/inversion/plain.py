@@ -1,11 +1,12 @@
 """Plain patch: a solid box of few colours where a smaller mask was found; follows Neural Cleanse.
 
-The smallest mask that works is speckled, and only just works. An attacker's patch fills its box, and works by far. Nets
-tell the two apart in their first layers, so what is corrected or unlearned for the one need not hold for the other.
+The smallest mask that works is speckled, and only just works. An attacker's patch fills its box,
+and works by far. Nets tell the two apart in their first layers, so what is corrected or unlearned
+for the one need not hold for the other.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ class State(NamedTuple):
 
     Attributes:
       step: [] int32.
-      box: [4] int32: first row, first column, and the row and column after the last ones; the whole image at first.
+      box: [4] int32: first row, first column, and the row and column after the last ones; the whole
+        image at first.
       colours: [grid, grid, C] before the squashing to (0, 1).
       opt: Adam's state.
     """
@@ -60,7 +62,8 @@ class Info(NamedTuple):
 
 
 def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversion:
-    """Plain patches for victims of architecture `net` on images of `image_shape` (H, W, C); levels are ignored.
+    """Plain patches for victims of architecture `net` on images of `image_shape` (H, W, C); levels
+    are ignored.
 
     Set the `box` of the state that `init` makes, see `box_of`.
     """
@@ -75,10 +78,13 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
     def painted(box: Array, colours: Array) -> tuple[Array, Array]:
         """Pattern [H, W, C] and mask [H, W, 1]."""
-        down, across = (_shares(side, box[i], box[i + 2], config.grid) for i, side in enumerate((height, width)))
+        down, across = (
+            _shares(side, box[i], box[i + 2], config.grid) for i, side in enumerate((height, width))
+        )
         pattern = jnp.einsum("hg,wk,gkc->hwc", down, across, jax.nn.sigmoid(colours))
         inside = [
-            (jnp.arange(side) >= box[i]) & (jnp.arange(side) < box[i + 2]) for i, side in enumerate((height, width))
+            (jnp.arange(side) >= box[i]) & (jnp.arange(side) < box[i + 2])
+            for i, side in enumerate((height, width))
         ]
         mask = (inside[0][:, None] & inside[1][None, :])[..., None].astype(pattern.dtype)
         return pattern, mask
@@ -95,11 +101,15 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         margin = (jnp.where(wanted, logits, 0).sum(-1) - others).mean()
         return -margin, (logits.argmax(-1) == aims).mean()
 
-    def step(key: Key, state: State, batch: Batch, cell: Cell, victim: Variables) -> tuple[State, Info]:
+    def step(
+        key: Key, state: State, batch: Batch, cell: Cell, victim: Variables
+    ) -> tuple[State, Info]:
         del key
-        (value, success), gradient = jax.value_and_grad(loss, has_aux=True)(state.colours, state, batch, cell, victim)
+        (value, success), gradient = jax.value_and_grad(loss, has_aux=True)(
+            state.colours, state, batch, cell, victim
+        )
         updates, opt = optimiser.update(gradient, state.opt)
-        colours = optax.apply_updates(state.colours, updates)
+        colours = cast(Array, optax.apply_updates(state.colours, updates))
         return State(state.step + 1, state.box, colours, opt), Info(success, -value)
 
     def sample(key: Key, state: State, count: int) -> Array:
@@ -117,15 +127,19 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
 
 def _shares(side: int, first: Array, end: Array, grid: int) -> Array:
-    """[side, grid]: how much of each colour a row (or column) of the image takes, bilinear within the box."""
+    """[side, grid]: how much of each colour a row (or column) of the image takes, bilinear within
+    the box."""
     place = (jnp.arange(side) - first + 0.5) / (end - first) * grid - 0.5
     place = jnp.clip(place, 0, grid - 1)
     return jnp.clip(1 - jnp.abs(place[:, None] - jnp.arange(grid)[None]), 0, 1)
 
 
 def box_of(mask: np.ndarray, least: float = 0.25) -> np.ndarray | None:
-    """[4] int32, the smallest box around the values of `mask` [H, W, 1] above `least`; None where there is none."""
-    rows, columns = (np.flatnonzero((np.asarray(mask)[..., 0] > least).any(axis)) for axis in (1, 0))
+    """[4] int32, the smallest box around the values of `mask` [H, W, 1] above `least`; None where
+    there is none."""
+    rows, columns = (
+        np.flatnonzero((np.asarray(mask)[..., 0] > least).any(axis)) for axis in (1, 0)
+    )
     if not len(rows):
         return None
     return np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1], np.int32)

@@ -2,23 +2,25 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
-from jaxbd.models import fold
+from jaxbd.caching import cached
+from jaxbd.models import families, fold, own
 from jaxbd.models.cnn import CNN
+from jaxbd.models.linen import apply_module, apply_mutable
 from jaxbd.models.mobilenet import MobileNet
 from jaxbd.models.norm import NORMALISATIONS, normalise
 from jaxbd.models.resnet import RESNET18, RESNET34, PreActResNet, ResNet
 from jaxbd.models.vgg import VGG
 from jaxbd.models.wide_resnet import WideResNet
-from jaxbd.remembered import remembered
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
@@ -35,7 +37,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
 """Architecture name -> (classes, image_shape, dtype, **options) module factory."""
 
 SOWN = ("intermediates", "output")
-"""Collection and name under which a module shows its output."""
+"""Collection and name under which a module sows its output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,11 @@ class Spec:
       arch: a key of `MODULES`.
       classes: K.
       image_shape: (H, W, C).
-      mean, std: per-channel input normalisation of pixels in [0, 1]; one number stands for all channels.
+      mean, std: per-channel input normalisation of pixels in [0, 1]; one number stands for all
+        channels.
       options: architecture options (width, stem, …).
-      dtype: compute type, "float32" or "bfloat16"; parameters, statistics, sums and logits are float32 either way.
+      dtype: compute type, "float32" or "bfloat16"; parameters, statistics, sums and logits are
+        float32 either way.
     """
 
     arch: str
@@ -63,6 +67,8 @@ class Spec:
 
 def module(spec: Spec) -> nn.Module:
     """The Flax module of `spec`. Raises UserError on an unknown architecture or option."""
+    if spec.arch in families.FAMILIES:
+        return _family(spec)
     if spec.arch not in MODULES:
         raise UserError(f"unknown architecture {spec.arch!r}; known: {', '.join(sorted(MODULES))}")
     try:
@@ -71,9 +77,31 @@ def module(spec: Spec) -> nn.Module:
         raise UserError(f"architecture {spec.arch}: {error}") from None
 
 
+def _family(spec: Spec) -> nn.Module:
+    """A net described by its table of layers (option "layers") and the options they leave open."""
+    form = {name: value for name, value in spec.options.items() if name != "layers"}
+    layers = spec.options.get("layers")
+    if not isinstance(layers, Mapping):
+        raise UserError(f"architecture {spec.arch} needs the table of its layers")
+    families.parse(layers)
+    return families.Family(
+        spec.classes, spec.arch, FrozenDict(layers), FrozenDict(form), jnp.dtype(spec.dtype)
+    )
+
+
+def title(spec: Spec) -> str:
+    """How people call the net: "ResNet-50", or the architecture's name."""
+    if spec.arch not in families.FAMILIES:
+        return spec.arch
+    return families.FAMILIES[spec.arch].title(families.open_table(spec.options["layers"]))
+
+
 def net(spec: Spec) -> Net:
     """The net of `spec`, its first operation being the input normalisation."""
-    return _kept(spec.arch, module(spec), tuple(spec.image_shape), tuple(spec.mean), tuple(spec.std))
+    constants = tuple(spec.mean), tuple(spec.std)
+    if own.is_own(spec.arch):
+        return _build_own(spec.arch, spec.image_shape, *constants)
+    return _build_from_module(spec.arch, module(spec), spec.image_shape, *constants)
 
 
 def from_flax(
@@ -83,29 +111,40 @@ def from_flax(
     mean: tuple[float, ...] = NORMALISATIONS["none"][0],
     std: tuple[float, ...] = NORMALISATIONS["none"][1],
 ) -> Net:
-    """Any Flax module called as `module(images, train=bool)` -> logits becomes a `Net` on images of `image_shape`.
+    """Any Flax module called as `module(images, train=bool)` -> logits becomes a `Net` on images of
+    `image_shape`.
 
-    `Net.outputs` shows whatever its modules sow as `intermediates/<path>/output` (`models.norm` does), an empty dict
-    where none does.
+    `Net.outputs` returns what its modules sow as `intermediates/<path>/output` (`models.norm`
+    does), an empty dict where none does.
     """
 
     def init(key: Key) -> Variables:
         variables = flax_module.init(key, jnp.zeros((2, *image_shape)), train=False)
-        return {"batch_stats": {}, **{k: v for k, v in variables.items() if k in ("params", "batch_stats")}}
+        return {
+            "batch_stats": {},
+            **{k: v for k, v in variables.items() if k in ("params", "batch_stats")},
+        }
 
-    def apply(variables: Variables, images: Array, *, train: bool = False) -> tuple[Array, ArrayTree]:
+    def apply(
+        variables: Variables, images: Array, *, train: bool = False
+    ) -> tuple[Array, ArrayTree]:
         inputs = normalise(images, mean, std)
         if not train:
-            return wide(flax_module.apply(variables, inputs, train=False)), variables.get("batch_stats", {})
-        logits, updates = flax_module.apply(variables, inputs, train=True, mutable=["batch_stats"])
+            logits = apply_module(flax_module, variables, inputs, train=False)
+            return wide(logits), variables.get("batch_stats", {})
+        logits, updates = apply_mutable(flax_module, variables, "batch_stats", inputs, train=True)
         return wide(logits), updates.get("batch_stats", {})
 
     def outputs(variables: Variables, images: Array) -> tuple[Array, dict[str, Array]]:
         paths: list[tuple[str, ...]] = []
         with nn.intercept_methods(functools.partial(_note_sown, paths)):
             inputs = normalise(images, mean, std)
-            logits, sown = flax_module.apply(variables, inputs, train=False, mutable=["intermediates"])
-        flat = flax.traverse_util.flatten_dict(dict(sown.get("intermediates", {})))
+            logits, sown = apply_mutable(
+                flax_module, variables, "intermediates", inputs, train=False
+            )
+        flat: dict[tuple[str, ...], Any] = dict(
+            flax.traverse_util.flatten_dict(dict(sown.get("intermediates", {})))
+        )
         return wide(logits), {"/".join(path): flat[*path, "output"][-1] for path in paths}
 
     return Net(init, apply, outputs)
@@ -116,40 +155,65 @@ def wide(logits: Array) -> Array:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def _note_sown(paths: list[tuple[str, ...]], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Notes the path of a module that has sown its output when its call is over: in order of execution.
+def _note_sown(
+    paths: list[tuple[str, ...]], call: Callable[..., Any], args: Any, kwargs: Any, context: Any
+) -> Any:
+    """Notes the path of every module that has sown its output, in order of execution.
 
-    The collection's own order is not that: compiled functions sort dictionaries by name.
+    The order of the collection itself does not do: compiled functions sort dictionaries by name.
     """
     result = call(*args, **kwargs)
     path = context.module.path
-    if context.method_name == "__call__" and path not in paths and context.module.has_variable(*SOWN):
+    if (
+        context.method_name == "__call__"
+        and path not in paths
+        and context.module.has_variable(*SOWN)
+    ):
         paths.append(path)
     return result
 
 
-@remembered(64)
-def _kept(
+@cached(64)
+def _build_own(
+    arch: str,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Net:
+    return own.net(arch, image_shape, mean, std, from_flax)
+
+
+@cached(64)
+def _build_from_module(
     arch: str,
     flax_module: nn.Module,
     image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Net:
-    """`from_flax`, the same functions for the same settings: what was compiled for one file serves the next."""
+    """`from_flax`, cached: equal settings give the same functions, so one file's compiled programs
+    serve the next."""
     net = from_flax(flax_module, image_shape, mean=mean, std=std)
     return net._replace(frozen=functools.partial(fold.frozen, arch))
 
 
 def from_apply(apply: Callable[[Variables, Array], Array]) -> Net:
-    """Any pure `apply(variables, images in [0, 1]) -> logits` becomes a `Net` (without running statistics)."""
+    """Any pure `apply(variables, images in [0, 1]) -> logits` becomes a `Net` (without running
+    statistics)."""
 
     def init(key: Key) -> Variables:
-        raise UserError("this net was made from a bare apply function: bring its variables, it cannot make fresh ones")
+        raise UserError(
+            "this net was made from a bare apply function: bring its variables, it cannot make"
+            " fresh ones"
+        )
 
-    def wrapped(variables: Variables, images: Array, *, train: bool = False) -> tuple[Array, ArrayTree]:
+    def wrapped(
+        variables: Variables, images: Array, *, train: bool = False
+    ) -> tuple[Array, ArrayTree]:
         del train
-        return apply(variables, images), variables.get("batch_stats", {}) if isinstance(variables, dict) else {}
+        return apply(variables, images), (
+            variables.get("batch_stats", {}) if isinstance(variables, dict) else {}
+        )
 
     return Net(init, wrapped)
 

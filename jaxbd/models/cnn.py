@@ -1,4 +1,5 @@
-"""A small CNN for small images: three stages of [3x3 convolution, BatchNorm, ReLU], mean over places, linear."""
+"""A small CNN for small images: three stages of [3x3 convolution, BatchNorm, ReLU], mean over
+places, linear."""
 
 from typing import Any
 
@@ -12,9 +13,10 @@ from jaxbd.models.norm import BatchNorm, Correction
 class CNN(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes].
 
-    Stage i has `width * 2**i` channels; every stage but the first halves the image. The mean over places makes the
-    net blind to where a feature was seen, so a trigger planted at random places can be learnt from few images.
-    Without `norm` the convolutions have a bias, and a `Correction` stands where BatchNorm stood.
+    Stage i has `width * 2**i` channels; every stage but the first halves the image. The mean over
+    places makes the net blind to where a feature was seen, so a trigger planted at random places
+    can be learnt from few images. Without `norm` the convolutions have a bias, and a `Correction`
+    stands where BatchNorm stood.
     """
 
     classes: int
@@ -37,7 +39,11 @@ class CNN(nn.Module):
                 name=f"conv{stage}",
             )
             name = f"norm{stage}"
-            norm = BatchNorm(not train, dtype=self.dtype, name=name) if self.norm else Correction(name=name)
+            norm = (
+                BatchNorm(not train, dtype=self.dtype, name=name)
+                if self.norm
+                else Correction(name=name)
+            )
             x = nn.relu(norm(conv(x)))
         x = Correction(name="features")(x.mean((1, 2)))
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)

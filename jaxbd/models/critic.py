@@ -8,10 +8,12 @@ from jaxbd.models.generators import LEAK, TORCH_KERNEL, torch_bias
 
 
 class StatisticsNetwork(nn.Module):
-    """Noise [N, noise] and triggers [N, h, w, C] -> statistics [N]; Qiao et al. 2019, section 4.1, released layout.
+    """Noise [N, noise] and triggers [N, h, w, C] -> statistics [N]; Qiao et al. 2019, section 4.1,
+    released layout.
 
-    Both inputs enter through bias-free linear maps to `hidden`, summed with one bias that starts at zero; a second
-    hidden layer; a scalar. LeakyReLU(0.2) after every layer; after the scalar too when `leaky_output` (released code).
+    Both inputs enter through bias-free linear maps to `hidden`, summed with one bias that starts at
+    zero; a second hidden layer; a scalar. LeakyReLU(0.2) after every layer; after the scalar too
+    when `leaky_output` (released code).
     """
 
     hidden: int = 512
@@ -23,6 +25,9 @@ class StatisticsNetwork(nn.Module):
         x = nn.Dense(self.hidden, use_bias=False, kernel_init=TORCH_KERNEL)(noise)
         x = x + nn.Dense(self.hidden, kernel_init=TORCH_KERNEL)(flat)
         x = nn.leaky_relu(x, LEAK)
-        x = nn.leaky_relu(nn.Dense(self.hidden, kernel_init=TORCH_KERNEL, bias_init=torch_bias(self.hidden))(x), LEAK)
+        x = nn.leaky_relu(
+            nn.Dense(self.hidden, kernel_init=TORCH_KERNEL, bias_init=torch_bias(self.hidden))(x),
+            LEAK,
+        )
         x = nn.Dense(1, kernel_init=TORCH_KERNEL, bias_init=torch_bias(self.hidden))(x)
         return jnp.squeeze(nn.leaky_relu(x, LEAK) if self.leaky_output else x, -1)

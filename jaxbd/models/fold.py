@@ -20,24 +20,31 @@ CONVOLUTIONS: dict[str, Mapping[str, str]] = {
     "preactresnet18": BEFORE_ACTIVATION,
     "resnet18": AFTER_ACTIVATION,
     "resnet34": AFTER_ACTIVATION,
-    "vgg": {f"bn{stage}_{index}": f"conv{stage}_{index}" for stage in range(3) for index in range(2)},
+    "vgg": {
+        f"bn{stage}_{index}": f"conv{stage}_{index}" for stage in range(3) for index in range(2)
+    },
     "wrn16-1": BEFORE_ACTIVATION,
     "wrn28-10": BEFORE_ACTIVATION,
     "wrn40-1": BEFORE_ACTIVATION,
     "wrn40-2": BEFORE_ACTIVATION,
 }
-"""Architecture -> name of a BatchNorm -> name of the convolution beside it of which it alone reads the output."""
+"""Architecture -> name of a BatchNorm -> name of the convolution beside it of which it alone reads
+the output."""
 
 
 def frozen(arch: str, variables: Variables) -> Variables:
-    """Variables with which the net of `arch` answers in evaluation as with `variables`, up to rounding.
+    """Variables with which the net of `arch` answers in evaluation as with `variables`, up to
+    rounding.
 
-    y = (w * x + b - mu) s / sqrt(var + eps) + t becomes y = (w') * x + shift: the factor goes into the kernel, and
-    BatchNorm adds what is left, from the collection `folded`. What has no such convolution before it stays as it is,
-    and so do the bounds of a correction. The result cannot be trained.
+    y = (w * x + b - mu) s / sqrt(var + eps) + t becomes y = (w') * x + shift: the factor goes into
+    the kernel, and BatchNorm adds only the shift, from the collection `folded`. A BatchNorm without
+    such a convolution before it stays as it is, and so do the bounds of a correction. The result
+    cannot be trained.
     """
     # in NumPy: as operations of the device, each would be compiled for every shape
-    flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)))
+    flat: dict[tuple[str, ...], Any] = dict(
+        flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)))
+    )
     shifts: dict[tuple[str, ...], Any] = {}
     for path in [path for path in flat if path[0] == "batch_stats" and path[-1] == "var"]:
         place, name = path[1:-2], path[-2]

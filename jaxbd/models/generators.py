@@ -15,9 +15,11 @@ LEAK = 0.2
 class ReleasedGenerator(nn.Module):
     """The fully connected generator of the released MESA code.
 
-    The noise [N, noise] is split into four chunks; the first enters layer 1 and each later layer receives its own
-    chunk beside the hidden activations. BatchNorm and LeakyReLU(0.2) after layers 1-3, sigmoid at the end.
-    # Differs from paper: 4 layers, noise re-injected (Qiao et al. 2019, section 4.1, says three layers).
+    The noise [N, noise] is split into four chunks; the first enters layer 1 and each later layer
+    receives its own chunk beside the hidden activations. BatchNorm and LeakyReLU(0.2) after layers
+    1-3, sigmoid at the end.
+    # Differs from paper: 4 layers, noise re-injected (Qiao et al. 2019, section 4.1, says three
+    layers).
     """
 
     trigger_shape: tuple[int, int, int]
@@ -30,15 +32,22 @@ class ReleasedGenerator(nn.Module):
         for layer in range(3):
             if layer:
                 x = jnp.concatenate([x, chunks[layer]], axis=-1)
-            x = nn.Dense(self.hidden, kernel_init=TORCH_KERNEL, bias_init=torch_bias(x.shape[-1]))(x)
+            x = nn.Dense(self.hidden, kernel_init=TORCH_KERNEL, bias_init=torch_bias(x.shape[-1]))(
+                x
+            )
             x = nn.leaky_relu(BatchNorm(not train)(x), LEAK)
         x = jnp.concatenate([x, chunks[3]], axis=-1)
-        x = nn.Dense(math.prod(self.trigger_shape), kernel_init=TORCH_KERNEL, bias_init=torch_bias(x.shape[-1]))(x)
+        x = nn.Dense(
+            math.prod(self.trigger_shape),
+            kernel_init=TORCH_KERNEL,
+            bias_init=torch_bias(x.shape[-1]),
+        )(x)
         return nn.sigmoid(x).reshape(-1, *self.trigger_shape)
 
 
 class PaperGenerator(nn.Module):
-    """The generator as the paper words it: three fully connected layers (Qiao et al. 2019, section 4.1)."""
+    """The generator as the paper words it: three fully connected layers (Qiao et al. 2019, section
+    4.1)."""
 
     trigger_shape: tuple[int, int, int]
     hidden: int = 512
@@ -53,9 +62,11 @@ class PaperGenerator(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """For large triggers: linear to s x s, then [nearest x2, residual 3x3 block] until the trigger's side is reached.
+    """For large triggers: linear to s x s, then [nearest x2, residual 3x3 block] until the
+    trigger's side is reached.
 
-    The side must be a power of two times s in 2..3 (16 = 2 * 2^3, the released 16x16 generator; 24 = 3 * 2^3).
+    The side must be a power of two times s in 2..3 (16 = 2 * 2^3, the released 16x16 generator; 24
+    = 3 * 2^3).
     """
 
     trigger_shape: tuple[int, int, int]
@@ -74,7 +85,8 @@ class ConvGenerator(nn.Module):
 
 
 class _UpBlock(nn.Module):
-    """Pre-activation residual block [B, s, s, F] -> [B, 2s, 2s, F], nearest-neighbour upsampling on both paths."""
+    """Pre-activation residual block [B, s, s, F] -> [B, 2s, 2s, F], nearest-neighbour upsampling on
+    both paths."""
 
     features: int
 
@@ -97,6 +109,9 @@ TORCH_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_bias(fan_in: int):
-    """PyTorch's default bias initialiser, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for a layer with `fan_in` inputs."""
+    """PyTorch's default bias initialiser, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for a layer with
+    `fan_in` inputs."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )

@@ -1,5 +1,7 @@
-"""Input normalisation, the one BatchNorm of the project, and the place of a correction where none follows."""
+"""Input normalisation, the one BatchNorm of the project, and the place of a correction where none
+follows."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -18,17 +20,38 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "svhn": ((0.43768454, 0.44376847, 0.4728039), (0.19803019, 0.20101567, 0.19703582)),
     "mini-imagenet": ((0.47276672, 0.4485651, 0.40345553), (0.26598931, 0.25850098, 0.27272259)),
     "vggface2": ((0.54452884, 0.43393408, 0.37677036), (0.28070204, 0.25066751, 0.24151797)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    "centred": ((0.5,), (1.0,)),
+    "0-255": ((0.0,), (1 / 255,)),
+    "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
+    "per-image": ((), ()),
 }
-"""Per-channel mean and standard deviation of pixels in [0, 1]; one number stands for every channel."""
+"""Per-channel mean and standard deviation of pixels in [0, 1]; one number stands for every
+channel, none for those of each image itself ("per-image"). "centred" gives -0.5..0.5, "half"
+-1..1; "caffe" goes with BGR images."""
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """(images - mean) / std on [..., C] with per-channel (or single) constants."""
+    """(images - mean) / std on [..., H, W, C] with per-channel (or single) constants.
+
+    Without constants each image is standardised by its own mean and standard deviation over all
+    pixels and channels, the latter at least 1 / sqrt(H W C) (TensorFlow's
+    `per_image_standardization`).
+    """
+    if not mean:
+        axes, count = (-3, -2, -1), math.prod(images.shape[-3:])
+        centred = images - images.mean(axes, keepdims=True)
+        spread = jnp.sqrt(jnp.square(centred).mean(axes, keepdims=True))
+        return centred / jnp.maximum(spread, 1 / math.sqrt(count))
     return (images - _along_channels(mean, images)) / _along_channels(std, images)
 
 
 def _along_channels(values: Array | tuple[float, ...], x: Array) -> Array:
-    """`values` [C] or [1] as [1, …, 1, C] in the type of `x` [..., C], so that no rank is promoted silently."""
+    """`values` [C] or [1] as [1, …, 1, C] in the type of `x` [..., C], so that no rank is promoted
+    silently."""
     return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -39,14 +62,15 @@ EPSILON = 1e-5
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, in PyTorch's conventions.
 
-    new running = momentum * running + (1 - momentum) * batch; normalises with the biased batch variance and stores the
-    unbiased one (`reference`: PyTorch `BatchNorm2d`; Flax's own stores the biased variance). Statistics and affine
-    parameters are float32 whatever the compute dtype.
+    new running = momentum * running + (1 - momentum) * batch; normalises with the biased batch
+    variance and stores the unbiased one (`reference`: PyTorch `BatchNorm2d`; Flax's own stores the
+    biased variance). Statistics and affine parameters are float32 whatever the compute dtype.
 
-    Two hooks make defences possible without touching the net: the output is sown as `intermediates/<path>/output`,
-    and an optional collection `bounds` with arrays `lower`, `upper` [C] clips it (BNA's upsilon and omega). Where the
-    collection `folded` has an array `shift` [C] it is all that is added: the rest is in the convolution before
-    (`models.fold`), and there is nothing to train.
+    Two hooks make defences possible without touching the net: the output is sown as
+    `intermediates/<path>/output`, and an optional collection `bounds` with arrays `lower`, `upper`
+    [C] clips it (BNA's upsilon and omega). Where the collection `folded` has an array `shift` [C]
+    only that is added: the rest is folded into the convolution before (`models.fold`), and nothing
+    can be trained.
     """
 
     use_running_average: bool
@@ -60,8 +84,11 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1]
         if self.has_variable("folded", "shift"):
             if not self.use_running_average:
-                raise UserError("BatchNorm folded into a convolution cannot be trained; use the variables as they were")
-            return self._shown(x + _along_channels(self.get_variable("folded", "shift"), x))
+                raise UserError(
+                    "BatchNorm folded into a convolution cannot be trained; use the variables as"
+                    " they were"
+                )
+            return self._sow_output(x + _along_channels(self.get_variable("folded", "shift"), x))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         if self.use_running_average:
@@ -82,20 +109,22 @@ class BatchNorm(nn.Module):
             scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
             bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
             factor, shift = factor * scale, shift * scale + bias
-        return self._shown(x * _along_channels(factor, x) + _along_channels(shift, x))
+        return self._sow_output(x * _along_channels(factor, x) + _along_channels(shift, x))
 
-    def _shown(self, out: Array) -> Array:
+    def _sow_output(self, out: Array) -> Array:
         """`out` [..., C] within its bounds, and sown."""
-        out = _clipped(self, out)
+        out = _clip_to_bounds(self, out)
         self.sow("intermediates", "output", out)
         return out
 
 
 class Correction(nn.Module):
-    """h(z) = max(min((z - mu) / sigma, omega), upsilon) per channel of [..., C], where no BatchNorm follows.
+    """h(z) = max(min((z - mu) / sigma, omega), upsilon) per channel of [..., C], where no BatchNorm
+    follows.
 
-    Li et al. 2023, section 4.2. Has no parameters and is the identity unless its arrays `mean`, `std`, `lower` and
-    `upper` [C] are in the collection `bounds`. The output is sown as `intermediates/<path>/output`, as BatchNorm's.
+    Li et al. 2023, section 4.2. Has no parameters and is the identity unless its arrays `mean`,
+    `std`, `lower` and `upper` [C] are in the collection `bounds`. The output is sown as
+    `intermediates/<path>/output`, as BatchNorm's.
     """
 
     @nn.compact
@@ -103,13 +132,14 @@ class Correction(nn.Module):
         if self.has_variable("bounds", "mean"):
             mean, std = self.get_variable("bounds", "mean"), self.get_variable("bounds", "std")
             x = ((x - _along_channels(mean, x)) / _along_channels(std, x)).astype(x.dtype)
-        x = _clipped(self, x)
+        x = _clip_to_bounds(self, x)
         self.sow("intermediates", "output", x)
         return x
 
 
-def _clipped(module: nn.Module, x: Array) -> Array:
-    """`x` [..., C] between the module's `lower` and `upper` [C] of the collection `bounds`, where it has them."""
+def _clip_to_bounds(module: nn.Module, x: Array) -> Array:
+    """`x` [..., C] between the module's `lower` and `upper` [C] of the collection `bounds`, where
+    it has them."""
     if not module.has_variable("bounds", "upper"):
         return x
     lower, upper = module.get_variable("bounds", "lower"), module.get_variable("bounds", "upper")

@@ -1,4 +1,5 @@
-"""DHBE's two generators: noise in, whole images or small additive triggers out (Yan et al. 2023, App. B.2)."""
+"""DHBE's two generators: noise in, whole images or small additive triggers out (Yan et al. 2023,
+App. B.2)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ TRIGGER_SIDES = range(3, 10)
 
 
 def layout(side: int, native: range) -> tuple[int, int]:
-    """(s, n) with side = s * 2^n, s a side of `native` and n as small as possible (32 = 8 * 2^2, 10 = 5 * 2).
+    """(s, n) with side = s * 2^n, s a side of `native` and n as small as possible (32 = 8 * 2^2, 10
+    = 5 * 2).
 
     Raises: UserError when there is no such pair.
     """
@@ -27,16 +29,18 @@ def layout(side: int, native: range) -> tuple[int, int]:
 
 
 def to_pixels(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """images * std + mean on [B, H, W, C] with per-channel (or single) constants: undoes `norm.normalise`."""
+    """images * std + mean on [B, H, W, C] with per-channel (or single) constants: undoes
+    `norm.normalise`."""
     along_channels = lambda values: jnp.asarray(values, images.dtype).reshape(1, 1, 1, -1)
     return images * along_channels(std) + along_channels(mean)
 
 
 class SampleGenerator(nn.Module):
-    """Noise [N, n] -> images [N, H, W, C], every channel with zero mean and unit variance over the batch.
+    """Noise [N, n] -> images [N, H, W, C], every channel with zero mean and unit variance over the
+    batch.
 
-    Such images are what a net sees behind its input normalisation. The last layers are tanh, then BatchNorm without
-    affine. 2,329,091 parameters for 32x32x3 with 256 noise values.
+    Such images are what a net sees behind its input normalisation. The last layers are tanh, then
+    BatchNorm without affine. 2,329,091 parameters for 32x32x3 with 256 noise values.
 
     Attributes:
       image_shape: (H, W, C), square; H is 4..8 or a doubling of one of these.
@@ -51,15 +55,18 @@ class SampleGenerator(nn.Module):
         height, width, channels = self.image_shape
         if height != width:
             raise UserError(f"the sample generator makes square images only, not {height}x{width}")
-        x = _Body(*layout(height, SAMPLE_SIDES), channels, self.width, name="body")(noise, train=train)
+        x = _Body(*layout(height, SAMPLE_SIDES), channels, self.width, name="body")(
+            noise, train=train
+        )
         return BatchNorm(not train, affine=False, name="norm")(jnp.tanh(x))
 
 
 class TriggerGenerator(nn.Module):
-    """Noise [N, n] -> triggers [N, side, side, C] with values in (-1, 1), meant to be added to pixels.
+    """Noise [N, n] -> triggers [N, side, side, C] with values in (-1, 1), meant to be added to
+    pixels.
 
-    The last layers are BatchNorm without affine, then tanh: the other way round than in the sample generator. 413,059
-    parameters for 5x5x3 with 256 noise values.
+    The last layers are BatchNorm without affine, then tanh: the other way round than in the sample
+    generator. 413,059 parameters for 5x5x3 with 256 noise values.
 
     Attributes:
       side: of the square trigger in pixels, 3..9 or a doubling of one of these.
@@ -73,12 +80,15 @@ class TriggerGenerator(nn.Module):
 
     @nn.compact
     def __call__(self, noise: Array, *, train: bool) -> Array:
-        x = _Body(*layout(self.side, TRIGGER_SIDES), self.channels, self.width, name="body")(noise, train=train)
+        x = _Body(*layout(self.side, TRIGGER_SIDES), self.channels, self.width, name="body")(
+            noise, train=train
+        )
         return jnp.tanh(BatchNorm(not train, affine=False, name="norm")(x))
 
 
 class _Body(nn.Module):
-    """Linear to s x s, BatchNorm; n times [nearest x2, conv3x3, BatchNorm, LeakyReLU 0.2]; conv3x3 to the channels.
+    """Linear to s x s, BatchNorm; n times [nearest x2, conv3x3, BatchNorm, LeakyReLU 0.2]; conv3x3
+    to the channels.
 
     Nothing but BatchNorm stands between the linear layer and the next convolution.
     """
@@ -92,7 +102,10 @@ class _Body(nn.Module):
     def __call__(self, noise: Array, *, train: bool) -> Array:
         features = 2 * self.width if self.doublings else self.width
         dense = nn.Dense(
-            self.start**2 * features, kernel_init=TORCH_KERNEL, bias_init=torch_bias(noise.shape[-1]), name="linear"
+            self.start**2 * features,
+            kernel_init=TORCH_KERNEL,
+            bias_init=torch_bias(noise.shape[-1]),
+            name="linear",
         )
         x = dense(noise).reshape(-1, self.start, self.start, features)
         x = BatchNorm(not train, name="norm0")(x)
@@ -106,4 +119,6 @@ class _Body(nn.Module):
 def _conv(x: Array, features: int, name: str) -> Array:
     """3x3 convolution with bias that keeps the side; call inside a compact method."""
     bias = torch_bias(9 * x.shape[-1])
-    return nn.Conv(features, (3, 3), padding=1, kernel_init=TORCH_KERNEL, bias_init=bias, name=name)(x)
+    return nn.Conv(
+        features, (3, 3), padding=1, kernel_init=TORCH_KERNEL, bias_init=bias, name=name
+    )(x)

@@ -1,4 +1,5 @@
-"""A small U-Net: an image in, a perturbation of the same size out (after Ronneberger et al. 2015)."""
+"""A small U-Net: an image in, a perturbation of the same size out (after Ronneberger et al.
+2015)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,11 +9,13 @@ from jaxbd.models.generators import LEAK, double
 
 
 class UNet(nn.Module):
-    """Images [B, H, W, C] in [0, 1] -> perturbations [B, H, W, C] in [-1, 1], for images of any side from 4 pixels on.
+    """Images [B, H, W, C] in [0, 1] -> perturbations [B, H, W, C] in [-1, 1], for images of any
+    side from 4 pixels on.
 
-    Level i has `width * 2**i` channels. Down: 3x3 convolutions of stride 2; up: nearest neighbour, cut to the side of
-    the level it meets, and that level's activations beside it; LeakyReLU(0.2), tanh at the end. There is no
-    normalisation, so an image's perturbation depends on that image alone.
+    Level i has `width * 2**i` channels. Down: 3x3 convolutions of stride 2; up: nearest neighbour,
+    cut to the side of the level it meets, and that level's activations beside it; LeakyReLU(0.2),
+    tanh at the end. There is no normalisation, so an image's perturbation depends on that image
+    alone.
     """
 
     channels: int
@@ -21,13 +24,21 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        x = nn.leaky_relu(nn.Conv(self.width, (3, 3), padding=1, name="enter")(2 * images - 1), LEAK)
+        x = nn.leaky_relu(
+            nn.Conv(self.width, (3, 3), padding=1, name="enter")(2 * images - 1), LEAK
+        )
         levels = []
         for level in range(1, self.depth + 1):
             levels.append(x)
-            x = nn.leaky_relu(nn.Conv(self.width * 2**level, (3, 3), 2, padding=1, name=f"down{level}")(x), LEAK)
+            x = nn.leaky_relu(
+                nn.Conv(self.width * 2**level, (3, 3), 2, padding=1, name=f"down{level}")(x), LEAK
+            )
         for level in reversed(range(self.depth)):
             beside = levels[level]
-            x = jnp.concatenate([double(x)[:, : beside.shape[1], : beside.shape[2]], beside], axis=-1)
-            x = nn.leaky_relu(nn.Conv(self.width * 2**level, (3, 3), padding=1, name=f"up{level}")(x), LEAK)
+            x = jnp.concatenate(
+                [double(x)[:, : beside.shape[1], : beside.shape[2]], beside], axis=-1
+            )
+            x = nn.leaky_relu(
+                nn.Conv(self.width * 2**level, (3, 3), padding=1, name=f"up{level}")(x), LEAK
+            )
         return jnp.tanh(nn.Conv(self.channels, (3, 3), padding=1, name="leave")(x))

@@ -1,4 +1,5 @@
-"""A small VGG for CIFAR-sized images: pairs of [3x3 convolution, BatchNorm, ELU], max-pooling, linear."""
+"""A small VGG for CIFAR-sized images: pairs of [3x3 convolution, BatchNorm, ELU], max-pooling,
+linear."""
 
 from typing import Any
 
@@ -16,9 +17,9 @@ STAGES = 3
 class VGG(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes].
 
-    Stage i (from 0) is two convolutions with bias of `width * 2**i` channels and a 2x2 max-pooling. The linear layer
-    reads the activations flattened channel first, as PyTorch nets do, so the net knows where a feature was seen.
-    Dropout, which the published nets train with, is left out.
+    Stage i (from 0) is two convolutions with bias of `width * 2**i` channels and a 2x2 max-pooling.
+    The linear layer reads the activations flattened channel first, as PyTorch nets do, so the net
+    knows where a feature was seen. Dropout, which the published nets train with, is left out.
 
     Raises: UserError for images with a side below 8 pixels, of which the pooling leaves nothing.
     """
@@ -30,7 +31,9 @@ class VGG(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         if min(x.shape[1:3]) < 2**STAGES:
-            raise UserError(f"the small VGG needs images of at least 8x8 pixels, not {x.shape[1]}x{x.shape[2]}")
+            raise UserError(
+                f"the small VGG needs images of at least 8x8 pixels, not {x.shape[1]}x{x.shape[2]}"
+            )
         for stage in range(STAGES):
             for index in range(2):
                 x = nn.Conv(
@@ -46,12 +49,19 @@ class VGG(nn.Module):
             x = halve(x)
         x = Correction(name="features")(x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
         bias_init = torch_bias(x.shape[-1])
-        return nn.Dense(self.classes, kernel_init=TORCH_KERNEL, bias_init=bias_init, dtype=self.dtype, name="head")(x)
+        return nn.Dense(
+            self.classes,
+            kernel_init=TORCH_KERNEL,
+            bias_init=bias_init,
+            dtype=self.dtype,
+            name="head",
+        )(x)
 
 
 @jax.custom_jvp
 def elu(x: Array) -> Array:
-    """x where x > 0, exp(x) - 1 elsewhere; its derivative is read off the result, without a second exponential."""
+    """x where x > 0, exp(x) - 1 elsewhere; its derivative is read off the result, without a second
+    exponential."""
     return jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
 
 
@@ -62,16 +72,19 @@ def _elu_jvp(primals, tangents):
 
 
 def halve(x: Array) -> Array:
-    """2x2 max-pooling [B, H, W, C] -> [B, H/2, W/2, C]; an odd last row or column is left out, as in PyTorch.
+    """2x2 max-pooling [B, H, W, C] -> [B, H/2, W/2, C]; an odd last row or column is left out, as
+    in PyTorch.
 
-    Two selections: on CPU their gradient is cheaper than a pooling window's. A `max` would not do: its gradient looks
-    for entries equal to the maximum, which a recomputed operand need not be, bit for bit.
+    Two selections: on CPU their gradient is cheaper than a pooling window's. A `max` would not do:
+    its gradient looks for entries equal to the maximum, which a recomputed operand need not be, bit
+    for bit.
     """
     rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    x = _larger(x[:, 0:rows:2], x[:, 1:rows:2])
-    return _larger(x[:, :, 0:columns:2], x[:, :, 1:columns:2])
+    x = _take_larger(x[:, 0:rows:2], x[:, 1:rows:2])
+    return _take_larger(x[:, :, 0:columns:2], x[:, :, 1:columns:2])
 
 
-def _larger(a: Array, b: Array) -> Array:
-    """The larger of each pair; the gradient goes to exactly one of them, the first where they are equal."""
+def _take_larger(a: Array, b: Array) -> Array:
+    """The larger of each pair; the gradient goes to exactly one of them, the first where they are
+    equal."""
     return jnp.where(b > a, b, a)

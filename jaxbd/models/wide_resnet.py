@@ -15,9 +15,11 @@ HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class WideResNet(nn.Module):
-    """Images [B, H, W, C], already normalised -> logits [B, classes]; three groups of pre-activation blocks.
+    """Images [B, H, W, C], already normalised -> logits [B, classes]; three groups of
+    pre-activation blocks.
 
-    Group i (from 0) has `width * factor * 2**i` channels; every group but the first halves the image.
+    Group i (from 0) has `width * factor * 2**i` channels; every group but the first halves the
+    image.
 
     Attributes:
       depth: d = 6 n + 4 for n blocks in each group.
@@ -33,13 +35,21 @@ class WideResNet(nn.Module):
 
     def __post_init__(self):
         if self.depth < 10 or self.depth % 6 != 4:
-            raise UserError(f"WideResNet depth {self.depth} is not 6 n + 4; use for example 16, 28 or 40")
+            raise UserError(
+                f"WideResNet depth {self.depth} is not 6 n + 4; use for example 16, 28 or 40"
+            )
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         x = nn.Conv(
-            self.width, (3, 3), padding=1, use_bias=False, kernel_init=HE_FAN_OUT, dtype=self.dtype, name="conv1"
+            self.width,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=HE_FAN_OUT,
+            dtype=self.dtype,
+            name="conv1",
         )(x)
         for group in range(3):
             for index in range((self.depth - 4) // 6):
@@ -54,8 +64,8 @@ class WideResNet(nn.Module):
 class WideBlock(nn.Module):
     """[B, H, W, C] -> [B, H/stride, W/stride, features].
 
-    A shortcut that is a convolution starts from the pre-activated input. It exists only where the number of channels
-    changes, which every group after the first does.
+    A shortcut that is a convolution starts from the pre-activated input. It exists only where the
+    number of channels changes, which every group after the first does.
     """
 
     features: int
@@ -64,7 +74,9 @@ class WideBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        conv = functools.partial(nn.Conv, self.features, use_bias=False, kernel_init=HE_FAN_OUT, dtype=self.dtype)
+        conv = functools.partial(
+            nn.Conv, self.features, use_bias=False, kernel_init=HE_FAN_OUT, dtype=self.dtype
+        )
         norm = functools.partial(BatchNorm, not train, dtype=self.dtype)
         y = nn.relu(norm(name="bn1")(x))
         if x.shape[-1] != self.features:

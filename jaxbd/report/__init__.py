@@ -1,1 +1,1 @@
-"""Run records as one self-contained HTML page."""
+"""What is written about a run: result files, plots, the page."""

@@ -15,11 +15,12 @@ CHARTS = {
     },
     "erasure: loss of generators": {"samples": "generator_loss", "triggers": "trigger_loss"},
 }
-"""Chart -> label of a line -> its name in `repair.dhbe.Info`; lines of one chart share a unit."""
+"""Chart -> label of a line -> its name in `repairs.dhbe.Info`; lines of one chart share a unit."""
 COLUMNS = 6
 RESUMED = (
-    "The run went on from iteration {step}, which it had reached after {seconds:.0f} s when it was stopped. What was "
-    "generated before is not shown and the time in the table counts from there; the losses are those of all iterations."
+    "The run went on from iteration {step}, which it had reached after {seconds:.0f} s when it was"
+    " stopped. What was generated before is not shown and the time in the table counts from there;"
+    " the losses are those of all iterations."
 )
 
 
@@ -27,7 +28,7 @@ def curves(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """For `Content.curves`: the losses of an erasure over its iterations.
 
     Args:
-      values: "step" [S] and, each [S], fields of `repair.dhbe.Info`; as `curves` of a repair.json.
+      values: "step" [S] and, each [S], fields of `repairs.dhbe.Info`; as `curves` of a repair.json.
     """
     found = {}
     for chart, lines in CHARTS.items():
@@ -47,9 +48,9 @@ def content(
     """A whole page about one erasure.
 
     Args:
-      figures: what repair.json holds: "curves" (see `curves`), "config", "model", "seed", "seconds", "versions",
-        "device"; "before", "after" (rates), "data" and "trigger" are None where nothing was measured, and "resumed" in
-        a run that was not.
+      figures: what repair.json holds: "curves" (see `curves`), "config", "model", "seed",
+        "seconds", "versions", "device"; "before", "after" (rates), "data" and "trigger" are None
+        where nothing was measured, and "resumed" in a run that was not.
       name: what the reader calls the model.
       moments: see `Erased`.
       amplified: see `Erased`.
@@ -71,7 +72,11 @@ def content(
     return Content(
         title=f"Backdoors erased from {name} without data",
         repairs=[row],
-        erased=Erased(moments=moments, amplified=amplified or {}, note=RESUMED.format(**resumed) if resumed else ""),
+        erased=Erased(
+            moments=moments,
+            amplified=amplified or {},
+            note=RESUMED.format(**resumed) if resumed else "",
+        ),
         curves=curves(figures["curves"]),
         settings={"erasure": figures["config"], **known},
         seeds={"erasure": figures["seed"]},
@@ -81,11 +86,13 @@ def content(
 
 
 def view(erased: Erased) -> dict[str, Any]:
-    """What the template shows: (iteration, how many, samples, triggers) per moment, chart and rows of the rates."""
+    """What the template shows: (iteration, how many, samples, triggers) per moment, chart and rows
+    of the rates."""
     rows = [(copies, *pair) for copies, pair in sorted(erased.amplified.items())]
     known = [row for row in rows if any(rate is not None for rate in row[1:])]
     said = "; ".join(
-        f"{copies} times: {_percent(before)} before, {_percent(after)} after" for copies, before, after in known
+        f"{copies} times: {_percent(before)} before, {_percent(after)} after"
+        for copies, before, after in known
     )
     return {
         "note": erased.note,
@@ -99,13 +106,18 @@ def view(erased: Erased) -> dict[str, Any]:
             for moment in erased.moments
             if len(moment.samples) and len(moment.triggers)
         ],
-        "chart": amplified_bars(known, alt=f"Attack success rate with the trigger {said}.") if known else None,
+        "chart": (
+            amplified_bars(known, alt=f"Attack success rate with the trigger {said}.")
+            if known
+            else None
+        ),
         "rows": known,
     }
 
 
 def amplified_bars(rows: Sequence[tuple[int, float | None, float | None]], *, alt: str = "") -> str:
-    """Bars of attack success rate before and after for each (copies of the trigger, before, after), as inline SVG.
+    """Bars of attack success rate before and after for each (copies of the trigger, before, after),
+    as inline SVG.
 
     A rate that is None or not a number has no bar.
     """
@@ -113,7 +125,9 @@ def amplified_bars(rows: Sequence[tuple[int, float | None, float | None]], *, al
     def draw(figure):
         axes, place, depth = figure.subplots(), np.arange(len(rows)), 0.38
         for i, label in enumerate(("before", "after")):
-            rates = 100 * np.array([np.nan if row[1 + i] is None else row[1 + i] for row in rows], float)
+            rates = 100 * np.array(
+                [np.nan if row[1 + i] is None else row[1 + i] for row in rows], float
+            )
             at = place + (i - 0.5) * depth
             axes.barh(at, np.nan_to_num(rates), depth * 0.92, color=plots.PALETTE[i], label=label)
             for y, rate in zip(at, rates, strict=True):
@@ -125,7 +139,7 @@ def amplified_bars(rows: Sequence[tuple[int, float | None, float | None]], *, al
         axes.set_ylabel("copies of the trigger")
         plots.legend(figure)
 
-    return plots.svg(draw, (4.3, 0.9 + 0.5 * len(rows)), alt)
+    return plots.svg(draw, (3.5, 0.9 + 0.5 * len(rows)), alt)
 
 
 def _percent(rate: float | None) -> str:

@@ -1,4 +1,5 @@
-"""Two-dimensional maps of trigger distributions (Qiao et al. 2019, Figs. 1b, 3, 5). Pure functions in NumPy."""
+"""Two-dimensional maps of trigger distributions (Qiao et al. 2019, Figs. 1b, 3, 5). Pure functions
+in NumPy."""
 
 import numpy as np
 
@@ -7,11 +8,13 @@ TSNE_LIMIT = 300
 
 
 def pca(samples: np.ndarray, extra: np.ndarray | None = None) -> np.ndarray:
-    """The first two principal components, fitted on `samples` [N, d]; `extra` [M, d] is projected, not fitted.
+    """The first two principal components, fitted on `samples` [N, d]; `extra` [M, d] is projected,
+    not fitted.
 
     Returns: [N + M, 2] float, extra points last. A direction without spread comes out as 0.
     """
-    # Differs from released code: components of centred data, as "PCA" says; the release leaves the mean in.
+    # Differs from released code: components of centred data, as "PCA" says; the release leaves the
+    # mean in.
     from sklearn.decomposition import PCA
 
     fitted, points = _stack(samples, extra)
@@ -23,8 +26,8 @@ def pca(samples: np.ndarray, extra: np.ndarray | None = None) -> np.ndarray:
 def tsne(samples: np.ndarray, extra: np.ndarray | None = None) -> np.ndarray:
     """t-SNE of `samples` [N, d] and `extra` [M, d] together, started from their PCA, seed 0.
 
-    Perplexity is 30 or a third of the other points where there are fewer. Fewer than 4 points, or all of them equal,
-    have no neighbourhoods to keep: their PCA is returned.
+    Perplexity is 30 or a third of the other points where there are fewer. Fewer than 4 points, or
+    all of them equal, have no neighbourhoods to keep: their PCA is returned.
 
     Returns: [N + M, 2] float, extra points last.
     """
@@ -42,15 +45,18 @@ def tsne(samples: np.ndarray, extra: np.ndarray | None = None) -> np.ndarray:
 
 
 def unit_square(points: np.ndarray) -> np.ndarray:
-    """Points [N, 2] centred in [0, 1] x [0, 1], scaled so that the longer axis fills it; one scale for both axes."""
-    # Differs from released code: it stretches each axis on its own, after which distances mean nothing.
+    """Points [N, 2] centred in [0, 1] x [0, 1], scaled so that the longer axis fills it; one scale
+    for both axes."""
+    # Differs from released code: it stretches each axis on its own, after which distances mean
+    # nothing.
     low, spread = points.min(0), np.ptp(points, axis=0)
     longest = spread.max()
     return 0.5 + (points - low - spread / 2) / (longest if longest > 0 else 1)
 
 
 def spread_out(points: np.ndarray, min_distance: float) -> np.ndarray:
-    """Index [n] of the `points` [N, 2] to draw: in order, skipping those nearer than `min_distance` to a kept one."""
+    """Index [n] of the `points` [N, 2] to draw: in order, skipping those nearer than `min_distance`
+    to a kept one."""
     points = np.asarray(points, float)
     skipped, kept = np.zeros(len(points), bool), []
     for i, point in enumerate(points):

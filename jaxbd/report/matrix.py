@@ -18,9 +18,11 @@ def draw(
     threshold: float | None = None,
     alt: str = "",
 ) -> str:
-    """Scores [K, K] (source, target) as shades of one colour, `detected` pairs framed; cells without one stay empty.
+    """Scores [K, K] (source, target) as shades of one colour, `detected` pairs framed; cells
+    without one stay empty.
 
-    Shades run from 0 to twice the threshold, so that what stands out is dark whatever the largest score.
+    Shades run from 0 to twice the threshold, so that what stands out is dark whatever the largest
+    score.
     """
     scores = np.asarray(scores, float)
     top = 2 * threshold if threshold else max(plots.finite(scores).max(initial=0), 1e-9)
@@ -34,19 +36,26 @@ def draw(
             _write_numbers(axes, scores, top)
         _name_classes(axes, len(scores), names)
         ends = {0: "0", top: f"{top:.3g}" + (" or more" if beyond else "")}
-        ticks = dict(sorted((ends | ({threshold: f"alarm {threshold:g}"} if threshold else {})).items()))
-        bar.imshow(_shades(np.linspace(0, top, 256)[None], top), extent=(0, top, 0, 1), aspect="auto")
+        ticks = dict(
+            sorted((ends | ({threshold: f"alarm {threshold:g}"} if threshold else {})).items())
+        )
+        bar.imshow(
+            _shades(np.linspace(0, top, 256)[None], top), extent=(0, top, 0, 1), aspect="auto"
+        )
         bar.set_xticks(list(ticks), list(ticks.values()))
         bar.set(yticks=[], xlabel="anomaly score")
 
-    return plots.svg(paint, (4.3, 5.0), alt)
+    return plots.svg(paint, (3.5, 4.2), alt)
 
 
 def _shades(values: np.ndarray, top: float) -> np.ndarray:
-    """Values [h, w] as RGBA [h, w, 4]: 0 nearly transparent, `top` and more opaque, what is not a number empty."""
+    """Values [h, w] as RGBA [h, w, 4]: 0 nearly transparent, `top` and more opaque, what is not a
+    number empty."""
     shade = np.empty((*values.shape, 4))
     shade[..., :3] = np.array(list(bytes.fromhex(plots.PALETTE[0][1:]))) / 255
-    shade[..., 3] = np.where(np.isnan(values), 0, 0.06 + 0.94 * np.clip(np.nan_to_num(values) / top, 0, 1))
+    shade[..., 3] = np.where(
+        np.isnan(values), 0, 0.06 + 0.94 * np.clip(np.nan_to_num(values) / top, 0, 1)
+    )
     return shade
 
 
@@ -57,7 +66,9 @@ def _frame(axes, pairs: Sequence[tuple[int, int]], count: int) -> None:
     for source, target in pairs:
         place = target - 0.5, source - 0.5
         width = 2.2 if count <= plots.MOST_CLASSES else 1
-        axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=plots.HIGHLIGHT, linewidth=width, zorder=3))
+        axes.add_patch(
+            Rectangle(place, 1, 1, fill=False, edgecolor=plots.HIGHLIGHT, linewidth=width, zorder=3)
+        )
 
 
 def _write_numbers(axes, scores: np.ndarray, top: float) -> None:
@@ -72,7 +83,10 @@ def _write_numbers(axes, scores: np.ndarray, top: float) -> None:
 def _name_classes(axes, count: int, names: Sequence[str]) -> None:
     """Ticks on both axes: names where there is room, every tenth number where there are many."""
     shown = range(0, count, 1 if count <= plots.MOST_CLASSES else 10)
-    row = lambda k: {"class": k, "name": names[k] if k < len(names) and count <= MOST_NUMBERS else ""}
+    row = lambda k: {
+        "class": k,
+        "name": names[k] if k < len(names) and count <= MOST_NUMBERS else "",
+    }
     labels = [plots.class_label(row(k)) for k in shown]
     axes.set_xticks(shown, labels, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
     axes.set_yticks(shown, labels)

@@ -1,4 +1,5 @@
-"""One self-contained HTML page from what a demo, scan or repair found; it loads nothing and runs no script."""
+"""One self-contained HTML page from what a demo, scan or repair found; it loads nothing and runs no
+script."""
 
 import os
 import pathlib
@@ -7,25 +8,48 @@ from typing import Any
 
 import numpy as np
 
-from jaxbd import record
-from jaxbd.report import erased, maps, matrix, plots
-from jaxbd.report.content import Activations, Content, Erased, PairScores, Panel, Scan, Triggers
+from jaxbd import files
+from jaxbd.limits import clean_text
+from jaxbd.report import advice, erased, maps, matrix, plots, verdicts
+from jaxbd.report.advice import class_name, headline, percent
+from jaxbd.report.content import (
+    Activations,
+    Content,
+    Erased,
+    Mask,
+    PairScores,
+    Panel,
+    Scan,
+    Triggers,
+)
 
 PCA_LIMIT = 2000
 """Samples a PCA map is fitted on at most (Qiao et al. 2019, Fig. 3 uses 2,000)."""
 THUMBNAIL_DISTANCE = 0.085
-"""Least distance of two thumbnails, in sides of the map: about one thumbnail (the release: 0.022, on a larger plot)."""
+"""Least distance of two thumbnails, in sides of the map: about one thumbnail (the release: 0.022,
+on a larger plot)."""
+EXAMPLE_SIDE = 288
+"""Pixels of an image with a trigger; shown at half of it or more, so that it is sharp."""
 MOST_PAIRS = 20
 """Pairs of classes that a table lists."""
 LIMITS = {
-    "detected": "A detector only rules in the trigger families it searches. “Clean” means that the search found no "
-    "trigger of its kind that works on this model; it does not prove that there is no backdoor of another kind.",
-    "measured": "Rates are measured on a finite set of images that neither search nor repair saw. A model meant for "
-    "other images, or for other preprocessing, needs figures on those.",
-    "repaired": "Repair lowers the success of the triggers that were found and measured here. Scan the repaired model "
-    "again before it is used.",
-    "erased": "Losses on generated images do not tell whether a backdoor is gone: an erasure can fail without a sign "
-    "of it in them. Scan the repaired model, or measure it, before it is used.",
+    "detected": (
+        "A detector only rules in the trigger families it searches. “Clean” means that the search"
+        " found no trigger of its kind that works on this model; it does not prove that there is no"
+        " backdoor of another kind."
+    ),
+    "measured": (
+        "Rates are measured on a finite set of images that neither search nor repair saw. A model"
+        " meant for other images, or for other preprocessing, needs figures on those."
+    ),
+    "repaired": (
+        "Repair lowers the success of the triggers that were found and measured here. Scan the"
+        " repaired model again before it is used."
+    ),
+    "erased": (
+        "Losses on generated images do not tell whether a backdoor is gone: an erasure can fail"
+        " without a sign of it in them. Scan the repaired model, or measure it, before it is used."
+    ),
 }
 
 
@@ -34,125 +58,108 @@ def write(path: str | os.PathLike, content: Content) -> None:
 
     Raises: UserError when the folder cannot be written.
     """
-    record.write_text(path, render(content))  # names from files may hold lone surrogates
+    files.write_text(path, render(content))  # names from files may hold lone surrogates
+
+
+def _strip_controls(value: Any) -> Any:
+    """Removes control characters from text; SVG, which is mark-up, passes unchanged."""
+    return clean_text(value, allow="\n") if type(value) is str else value
 
 
 def render(content: Content) -> str:
-    """The page as text. All strings of `content` are escaped; only this package's own SVG goes in as mark-up."""
+    """The page as text. All strings of `content` are escaped; only this package's own SVG goes in
+    as mark-up."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(percent=percent, seconds=duration)
-    template = environment.from_string(pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_strip_controls
+    )
+    environment.filters.update(percent=percent, seconds=duration, commands=_mark_commands)
+    template = environment.from_string(
+        pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    )
     triggers = content.triggers or Triggers()
     return template.render(
         content=content,
         headline=headline(content),
+        lead=advice.lead(content),
         limits=limits(content),
         scans=[_scan_view(scan) for scan in content.scans],
         pairs=[_pairs_view(one) for one in content.pairs],
         guards=any(row.true_positive_rate is not None for row in content.repairs),
         sources=any(row.source_inference_accuracy is not None for row in content.repairs),
         neuron=None if content.activations is None else _neuron_view(content.activations),
-        erased=None if content.erased is None else _erased_view(content.erased),
+        erased=None if content.erased is None else _view_erasure(content.erased),
         panel=_panel_view(triggers),
         maps=_map_views(triggers),
         curves=[_curve_view(name, one) for name, one in content.curves.items()],
         settings=_tables(content.settings),
-        versions=record.versions() if content.versions is None else content.versions,
-        device=record.device() if content.device is None else content.device,
+        versions=files.versions() if content.versions is None else content.versions,
+        device=files.device() if content.device is None else content.device,
     )
 
 
-def headline(content: Content) -> str:
-    """The page's first sentence."""
-    scans, found = content.scans, sum(scan.verdict == "backdoored" for scan in content.scans)
-    if not scans:
-        return content.title
-    models = "this model" if len(scans) == 1 else f"{len(scans)} models"
-    if found:
-        return f"Backdoor found in {models if len(scans) == 1 else f'{found} of {models}'}"
-    if all(scan.verdict == "clean" for scan in scans):
-        return f"No backdoor found in {models}"
-    return f"No clear answer for {models}"
+def _mark_commands(text: str):
+    """Escapes a sentence; what stands between two backticks becomes code."""
+    import markupsafe
+
+    parts = [markupsafe.escape(part) for part in _strip_controls(text).split("`")]
+    marked = (f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    return markupsafe.Markup("".join(marked))
 
 
 def limits(content: Content) -> list[str]:
-    """What the reader must not take the page for; a page about an erasure alone says nothing of detectors."""
+    """Sentences on the limits of what the page shows; a page about an erasure alone says nothing
+    about detectors."""
     alone = content.erased is not None and not content.scans
     measured = any(rate is not None for row in content.repairs for rate in row.clean_accuracy)
     says = {"detected": not alone, "measured": measured or not alone, "repaired": not alone}
     return [text for name, text in LIMITS.items() if says.get(name, content.erased is not None)]
 
 
-def percent(rate: float | None) -> str:
-    """0.123 -> "12.3 %" with a space that does not break; a dash where there is no number."""
-    return "–" if rate is None or not np.isfinite(rate) else f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
-
-
 def duration(seconds: Mapping[str, float]) -> str:
     """{"compile", "run", "total"} in words, compile time apart; a dash where nothing is known."""
-    known = {name: float(seconds[name]) for name in ("total", "run", "compile") if seconds.get(name) is not None}
+    known = {
+        name: float(seconds[name])
+        for name in ("total", "run", "compile")
+        if seconds.get(name) is not None
+    }
     parts = [f"{value:.1f} s {name}" for name, value in known.items()]
     return f"{parts[0]} ({', '.join(parts[1:])})" if len(parts) > 1 else "".join(parts) or "–"
 
 
 def _scan_view(scan: Scan) -> dict[str, Any]:
     """What the template shows of one scan."""
-    tones = {"backdoored": "bad", "clean": "good"}
-    levels = list(dict.fromkeys(level for row in scan.classes for level in row.get("levels") or ()))
-    sentence = _sentence(scan)
-    alt = f"Attack success rate per class of {scan.name}. {sentence} The table below has all numbers."
-    lines = dict(targets=scan.targets, threshold=scan.threshold, doubt=scan.doubt)
-    rows = [{"levels": {}, "score": None, "name": "", **row} for row in scan.classes]
-    return {
-        "scan": scan,
-        "tone": tones.get(scan.verdict, "unsure"),
-        "sentence": sentence,
-        "levels": levels,
-        "rows": rows,
-        "chart": _markup(plots.class_bars(rows, alt=alt, **lines)) if rows else None,
-        "hidden": max(0, len(rows) - plots.MOST_CLASSES),
-    }
-
-
-def _sentence(scan: Scan) -> str:
-    """The verdict's reason in one or two sentences."""
-    ranked = sorted(scan.classes, key=lambda row: -np.nan_to_num(row["attack_success_rate"] or 0))
-    if not ranked:
-        return ""
-    rate = lambda row: percent(row["attack_success_rate"])
-    hits = [row for row in ranked if row["class"] in scan.targets]
-    if scan.verdict == "backdoored" and hits:
-        found = "; ".join(f"{rate(row)} of images of other classes turn into {_class_name(row)}" for row in hits)
-        rest = next((row for row in ranked if row["class"] not in scan.targets), None)
-        text = f"With the recovered triggers, {found}."
-        return text + (f" The next highest class, {_class_name(rest)}, reaches {rate(rest)}." if rest else "")
-    line = "" if scan.threshold is None else f" The alarm is at {100 * scan.threshold:.0f} %."
-    opening = "No class stands out: the" if scan.verdict == "clean" else "The answer is not clear-cut: the"
-    return f"{opening} strongest triggers found, for {_class_name(ranked[0])}, reach {rate(ranked[0])}.{line}"
-
-
-def _class_name(row: Mapping[str, Any]) -> str:
-    name = str(row.get("name") or "")
-    return f"class {row['class']}" + (f" (“{name}”)" if name not in ("", str(row["class"])) else "")
+    view = verdicts.view(scan)
+    return {**view, "chart": view["chart"] and _markup(view["chart"])}
 
 
 def _pairs_view(pairs: PairScores) -> dict[str, Any]:
     """Chart and table of one search over pairs."""
-    scores, detected = np.asarray(pairs.scores, float), {tuple(map(int, pair)) for pair in pairs.detected}
+    scores, detected = (
+        np.asarray(pairs.scores, float),
+        {tuple(map(int, pair)) for pair in pairs.detected},
+    )
     row = lambda k: {"class": k, "name": pairs.names[k] if k < len(pairs.names) else ""}
     cells = [(score, s, t) for (s, t), score in np.ndenumerate(scores) if not np.isnan(score)]
     ranked = sorted(cells, key=lambda cell: (-cell[0], *cell[1:]))
     what = f"{len(detected)} of {len(cells)} pairs are called attacked"
-    alt = f"Anomaly score of every pair of classes in the search {pairs.search}. {what}. The table below lists pairs."
-    lines = dict(names=pairs.names, detected=sorted(detected), threshold=pairs.threshold)
+    alt = (
+        f"Anomaly score of every pair of classes in the search {pairs.search}. {what}. The table"
+        " below lists pairs."
+    )
+    lines: dict[str, Any] = dict(
+        names=pairs.names, detected=sorted(detected), threshold=pairs.threshold
+    )
     return {
         "search": pairs.search,
         "what": what,
         "threshold": pairs.threshold,
         "chart": _markup(matrix.draw(scores, alt=alt, **lines)) if cells else None,
-        "rows": [(_class_name(row(s)), _class_name(row(t)), v, (s, t) in detected) for v, s, t in ranked[:MOST_PAIRS]],
+        "rows": [
+            (class_name(row(s)), class_name(row(t)), v, (s, t) in detected)
+            for v, s, t in ranked[:MOST_PAIRS]
+        ],
         "hidden": max(0, len(ranked) - MOST_PAIRS),
     }
 
@@ -160,7 +167,9 @@ def _pairs_view(pairs: PairScores) -> dict[str, Any]:
 def _neuron_view(shown: Activations) -> dict[str, Any]:
     """A histogram per net on common axes, and the two total variations."""
     panels = (shown.suspect, shown.corrected, *shown.others)
-    values = np.concatenate([plots.finite(part) for panel in panels for part in (panel.clean, panel.triggered)])
+    values = np.concatenate(
+        [plots.finite(part) for panel in panels for part in (panel.clean, panel.triggered)]
+    )
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
     margin = 0.03 * (high - low) or 0.5
     both = [shown.suspect.total_variation, shown.corrected.total_variation]
@@ -168,21 +177,28 @@ def _neuron_view(shown: Activations) -> dict[str, Any]:
         "layer": shown.layer,
         "channel": shown.suspect.channel,
         "before_after": None if None in both else tuple(f"{value:.2f}" for value in both),
-        "panels": [_panel_of(shown.layer, panel, (low - margin, high + margin)) for panel in panels],
+        "panels": [
+            _panel_of(shown.layer, panel, (low - margin, high + margin)) for panel in panels
+        ],
     }
 
 
 def _panel_of(layer: str, panel: Panel, span: tuple[float, float]) -> dict[str, Any]:
     """Chart and caption of one net."""
-    moved = "" if panel.total_variation is None else f", total variation {panel.total_variation:.2f}"
+    moved = (
+        "" if panel.total_variation is None else f", total variation {panel.total_variation:.2f}"
+    )
     caption = f"Channel {panel.channel}{moved}."
-    alt = f"Histograms of the activations of {layer} in {panel.net}, clean and triggered images. {caption}"
+    alt = (
+        f"Histograms of the activations of {layer} in {panel.net}, clean and triggered images."
+        f" {caption}"
+    )
     values = {"clean": panel.clean, "triggered": panel.triggered}
     chart = _markup(plots.histograms(values, span=span, alt=alt))
     return {"net": panel.net, "caption": caption, "note": panel.note, "chart": chart}
 
 
-def _erased_view(shown: Erased) -> dict[str, Any]:
+def _view_erasure(shown: Erased) -> dict[str, Any]:
     """Pictures and chart of the section about an erasure."""
     view = erased.view(shown)
     return {**view, "chart": view["chart"] and _markup(view["chart"])}
@@ -190,8 +206,6 @@ def _erased_view(shown: Erased) -> dict[str, Any]:
 
 def _panel_view(triggers: Triggers) -> dict[str, Any]:
     """Pictures of the trigger section; empty where there is nothing to show."""
-    both = triggers.clean is not None and triggers.stamped is not None
-    pairs = zip(triggers.clean, triggers.stamped, strict=True) if both else ()
     return {
         "original": None if triggers.original is None else plots.image(triggers.original, 120),
         "samples": [
@@ -199,12 +213,45 @@ def _panel_view(triggers: Triggers) -> dict[str, Any]:
             for level, samples in triggers.samples.items()
             if len(samples)
         ],
-        "pairs": [plots.grid(pair, columns=1, side=112) for pair in pairs],
+        "pairs": _example_views(triggers),
+        "target": triggers.target,
+        "mask": None if triggers.mask is None else _mask_view(triggers.mask),
+    }
+
+
+def _example_views(triggers: Triggers) -> list[dict[str, Any]]:
+    """Images without and with a trigger, side by side."""
+    if triggers.clean is None or triggers.stamped is None:
+        return []
+    captions = triggers.captions or [("", "")] * len(triggers.clean)
+    return [
+        {
+            "clean": plots.image(clean, EXAMPLE_SIDE),
+            "stamped": plots.marked(clean, stamped, EXAMPLE_SIDE),
+            "true": true,
+            "predicted": predicted,
+        }
+        for clean, stamped, (true, predicted) in zip(
+            triggers.clean, triggers.stamped, captions, strict=True
+        )
+    ]
+
+
+def _mask_view(mask: Mask) -> dict[str, Any]:
+    """Pictures of a mask, and of its pattern where the mask lets it through."""
+    height, width = mask.mask.shape[:2]
+    return {
+        "mask": plots.image(mask.mask, EXAMPLE_SIDE),
+        "seen": plots.image(_unit(mask.pattern) * mask.mask, EXAMPLE_SIDE),
+        "norm": mask.norm,
+        "median": mask.median,
+        "pixels": height * width,
     }
 
 
 def _map_views(triggers: Triggers) -> list[dict[str, Any]]:
-    """PCA and t-SNE of all levels' samples together, each with one picture a level; [] without samples."""
+    """PCA and t-SNE of all levels' samples together, each with one picture a level; [] without
+    samples."""
     samples = {level: np.asarray(some) for level, some in triggers.samples.items() if len(some)}
     if len({some.shape[1:] for some in samples.values()}) != 1:
         return []  # nothing to map, or sizes that share no space
@@ -212,14 +259,20 @@ def _map_views(triggers: Triggers) -> list[dict[str, Any]]:
     if original is not None and np.shape(original) != next(iter(samples.values())).shape[1:]:
         original = None
     recipes = ("PCA", maps.pca, PCA_LIMIT), ("t-SNE", maps.tsne, maps.TSNE_LIMIT - 1)
-    return [{"name": name, "pictures": _map(samples, original, place, most)} for name, place, most in recipes]
+    return [
+        {"name": name, "pictures": _map(samples, original, place, most)}
+        for name, place, most in recipes
+    ]
 
 
 def _map(samples: dict[Any, np.ndarray], original, place, most: int) -> list[tuple[Any, str, str]]:
-    """(level, colour, picture) per level of one map that `place` lays out from at most `most` samples."""
+    """(level, colour, picture) per level of one map that `place` lays out from at most `most`
+    samples."""
     parts = {level: _unit(some[: max(1, most // len(samples))]) for level, some in samples.items()}
     joined = np.concatenate(list(parts.values())).reshape(sum(map(len, parts.values())), -1)
-    points = maps.unit_square(place(joined, None if original is None else _unit(original).reshape(1, -1)))
+    points = maps.unit_square(
+        place(joined, None if original is None else _unit(original).reshape(1, -1))
+    )
     mark = None if original is None else (points[-1], original)
     pictures, start = [], 0
     for number, (level, some) in enumerate(parts.items()):
@@ -240,7 +293,8 @@ def _unit(images: np.ndarray) -> np.ndarray:
 def _curve_view(name: str, curve: Mapping[str, Any]) -> dict[str, Any]:
     """Chart and caption of one entry of `Content.curves`."""
     ends = {
-        label: next((v for v in reversed(list(line)) if v is not None), None) for label, line in curve["values"].items()
+        label: next((v for v in reversed(list(line)) if v is not None), None)
+        for label, line in curve["values"].items()
     }
     last = ", ".join(f"{label}: {value:.3g}" for label, value in ends.items() if value is not None)
     alt = f"{name} over {len(curve['step'])} recorded steps. Last values: {last or 'none'}."
@@ -252,10 +306,14 @@ def _curve_view(name: str, curve: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tables(settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(heading, rows) per top-level entry that is a mapping; the single values come first, under "general"."""
-    plain = record.plain(dict(settings))
+    """(heading, rows) per top-level entry that is a mapping; the single values come first, under
+    "general"."""
+    plain = files.plain(dict(settings))
     nested = {name: value for name, value in plain.items() if isinstance(value, dict)}
-    tables = {"general": {name: value for name, value in plain.items() if name not in nested}, **nested}
+    tables = {
+        "general": {name: value for name, value in plain.items() if name not in nested},
+        **nested,
+    }
     return [(name, list(_flat(value))) for name, value in tables.items() if value]
 
 
@@ -265,7 +323,10 @@ def _flat(value: Mapping[str, Any], prefix: str = ""):
         if isinstance(entry, dict) and entry:
             yield from _flat(entry, f"{prefix}{name}.")
         else:
-            yield prefix + name, ", ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+            yield (
+                prefix + name,
+                ", ".join(map(str, entry)) if isinstance(entry, list) else str(entry),
+            )
 
 
 def _markup(svg: str):

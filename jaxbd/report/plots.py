@@ -1,11 +1,12 @@
-"""Figures of the report: charts as inline SVG that follow the page's text colour, images as PNG data URIs."""
+"""Figures of the report: charts as inline SVG that follow the page's text colour, images as PNG
+data URIs."""
 
 import base64
 import html
 import io
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ HIGHLIGHT = "#D55E00"
 """Frame of the original trigger in maps."""
 MOST_CLASSES = 30
 """Classes a bar chart shows; of more, those with the highest rates."""
+VISIBLE = 24
+"""Difference of two pixels, of 255, from which on a frame is drawn around it."""
 BINS = 40
 """Intervals of a histogram."""
 
@@ -23,12 +26,21 @@ INK = "#010203"
 """Drawn as `currentColor`, so that charts read on light and dark pages."""
 _STYLE = {
     "font.family": "DejaVu Sans",
-    "font.size": 8,
+    "font.size": 7.4,
     "svg.fonttype": "path",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    **{
+        name: INK
+        for name in (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+        )
+    },
 }
 
 
@@ -40,11 +52,13 @@ def class_bars(
     doubt: float | None = None,
     alt: str = "",
 ) -> str:
-    """Horizontal bars of attack success rate per class, one colour a level, with the threshold as a line.
+    """Horizontal bars of attack success rate per class, one colour a level, with the threshold as a
+    line.
 
     Args:
-      rows: {"class", "name", "attack_success_rate", "levels": {level: rate}} per class, rates in [0, 1]; without levels
-        one bar shows "attack_success_rate". A class of `targets` gets a bold label.
+      rows: {"class", "name", "attack_success_rate", "levels": {level: rate}} per class, rates in
+        [0, 1]; without levels one bar shows "attack_success_rate". A class of `targets` gets a bold
+        label.
     """
     rows = sorted(
         sorted(rows, key=lambda row: -_rate(row["attack_success_rate"]))[:MOST_CLASSES],
@@ -56,14 +70,30 @@ def class_bars(
         axes, place = figure.subplots(), np.arange(len(rows))
         depth = 0.8 / max(len(levels), 1)
         for i, level in enumerate(levels or [None]):
-            rates = [_rate(row["attack_success_rate"] if level is None else row["levels"].get(level)) for row in rows]
+            rates = [
+                _rate(row["attack_success_rate"] if level is None else row["levels"].get(level))
+                for row in rows
+            ]
             offset = (i - (max(len(levels), 1) - 1) / 2) * depth
             label = None if level is None else f"level {level}"
-            axes.barh(place + offset, 100 * np.array(rates), depth * 0.9, color=PALETTE[i % len(PALETTE)], label=label)
+            axes.barh(
+                place + offset,
+                100 * np.array(rates),
+                depth * 0.9,
+                color=PALETTE[i % len(PALETTE)],
+                label=label,
+            )
         for value, dash, name in ((threshold, "--", "alarm"), (doubt, ":", "doubt")):
             if value is not None:
                 axes.axvline(100 * value, color=INK, linestyle=dash, linewidth=1)
-                axes.text(100 * value, -0.6, f"{name} {100 * value:.0f} %", ha="center", va="bottom", fontsize=7)
+                axes.text(
+                    100 * value,
+                    -0.6,
+                    f"{name} {100 * value:.0f} %",
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                )
         axes.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5), xlabel="attack success rate, %")
         axes.set_yticks(place, [class_label(row) for row in rows])
         for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
@@ -73,17 +103,24 @@ def class_bars(
             axes.text(101.5, y, text, va="center", fontsize=7, clip_on=False)
         legend(figure)
 
-    return svg(draw, (4.3, 1.0 + len(rows) * (0.16 + 0.08 * max(len(levels), 1))), alt)
+    return svg(draw, (3.5, 1.0 + len(rows) * (0.16 + 0.08 * max(len(levels), 1))), alt)
 
 
-def curves(step: Sequence[float], values: Mapping[str, Sequence[float]], *, name: str = "", alt: str = "") -> str:
-    """Lines over `step` [S], one per entry of `values` (each [S]; NaN or None leaves a gap); `name` labels the axis."""
+def curves(
+    step: Sequence[float], values: Mapping[str, Sequence[float]], *, name: str = "", alt: str = ""
+) -> str:
+    """Lines over `step` [S], one per entry of `values` (each [S]; NaN or None leaves a gap); `name`
+    labels the axis."""
 
     def draw(figure):
         axes = figure.subplots()
         stride = max(1, len(step) // 400)
         for i, (label, line) in enumerate(values.items()):
-            style = dict(color=PALETTE[i % len(PALETTE)], linestyle=("-", "--", "-.", ":")[i % 4], linewidth=1.6)
+            style = dict(
+                color=PALETTE[i % len(PALETTE)],
+                linestyle=("-", "--", "-.", ":")[i % 4],
+                linewidth=1.6,
+            )
             line = np.array([np.nan if v is None else v for v in line], float)
             axes.plot(np.asarray(step)[::stride], line[::stride], label=_printable(label), **style)
         axes.set_xlabel("step")
@@ -93,24 +130,31 @@ def curves(step: Sequence[float], values: Mapping[str, Sequence[float]], *, name
         if values:
             legend(figure)
 
-    return svg(draw, (4.3, 2.5), alt)
+    return svg(draw, (3.5, 2.2), alt)
 
 
-def histograms(values: Mapping[str, np.ndarray], *, span: tuple[float, float], alt: str = "") -> str:
-    """Shares of two or more sets of activations [n] in `BINS` intervals of `span`; the first as a filled area."""
+def histograms(
+    values: Mapping[str, np.ndarray], *, span: tuple[float, float], alt: str = ""
+) -> str:
+    """Shares of two or more sets of activations [n] in `BINS` intervals of `span`; the first as a
+    filled area."""
 
     def draw(figure):
         axes, edges = figure.subplots(), np.linspace(*span, BINS + 1)
         for i, (label, one) in enumerate(values.items()):
             one = finite(one)
             shares = 100 * np.histogram(one, edges)[0] / max(1, len(one))
-            style = dict(color=PALETTE[0], fill=True, alpha=0.55) if i == 0 else dict(color=PALETTE[-i], linewidth=1.6)
+            style = (
+                dict(color=PALETTE[0], fill=True, alpha=0.55)
+                if i == 0
+                else dict(color=PALETTE[-i], linewidth=1.6)
+            )
             axes.stairs(shares, edges, label=_printable(label), **style)
         axes.set(xlim=span, xlabel="activation", ylabel="share of values, %")
         axes.set_ylim(bottom=0)
         legend(figure)
 
-    return svg(draw, (3.1, 2.3), alt)
+    return svg(draw, (2.6, 2.1), alt)
 
 
 def finite(values: np.ndarray) -> np.ndarray:
@@ -121,12 +165,40 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 def image(pixels: np.ndarray, side: int) -> str:
     """One image [h, w, C] as a framed PNG data URI, its longer side about `side` pixels."""
-    return _png(_framed(_enlarge(pixels, side), 1, "#808080"))
+    return _png(_add_frame(_enlarge(pixels, side), 1, "#808080"))
 
 
-def grid(images: Sequence[np.ndarray], *, columns: int, side: int, gap: int = 4) -> str:
-    """Images [h, w, C] of one size row by row in one PNG data URI, each about `side` pixels, with transparent gaps."""
-    tiles = [_framed(_enlarge(one, side), 1, "#808080") for one in images]
+def marked(clean: np.ndarray, stamped: np.ndarray, side: int) -> str:
+    """The stamped image as `image`, with a frame around where it differs from the clean one, if
+    that is a small part of it."""
+    enlarged = _enlarge(stamped, side)
+    apart = np.abs(_pixels(stamped).astype(int) - _pixels(clean).astype(int)).max(-1) > VISIBLE
+    framed = _add_frame(enlarged, 1, "#808080")
+    rows, columns = np.flatnonzero(apart.any(1)), np.flatnonzero(apart.any(0))
+    if not len(rows):
+        return _png(framed)
+    scale = enlarged.shape[0] / apart.shape[0]
+    edge = max(2, round(side / 96))
+    top, left = (int(each[0] * scale) + 1 - edge for each in (rows, columns))
+    bottom, right = (int((each[-1] + 1) * scale) + 1 + edge for each in (rows, columns))
+    if (bottom - top) * (right - left) <= 0.25 * enlarged.shape[0] * enlarged.shape[1]:
+        _draw_frame(framed, (top, left, bottom, right), edge)
+    return _png(framed)
+
+
+def _draw_frame(canvas: np.ndarray, box: tuple[int, int, int, int], width: int) -> None:
+    """Draws the frame of a box (top, left, bottom, right), cut off at the edges of the canvas."""
+    top, left, bottom, right = box
+    inside = np.zeros(canvas.shape[:2], bool)
+    inside[max(top, 0) : bottom, max(left, 0) : right] = True
+    inside[max(top + width, 0) : bottom - width, max(left + width, 0) : right - width] = False
+    canvas[inside] = [*bytes.fromhex(HIGHLIGHT[1:]), 255]
+
+
+def grid(images: Iterable[np.ndarray], *, columns: int, side: int, gap: int = 4) -> str:
+    """Images [h, w, C] of one size row by row in one PNG data URI, each about `side` pixels, with
+    transparent gaps."""
+    tiles = [_add_frame(_enlarge(one, side), 1, "#808080") for one in images]
     height, width = tiles[0].shape[:2]
     lines = -(-len(tiles) // columns)
     columns = min(columns, len(tiles))
@@ -137,9 +209,16 @@ def grid(images: Sequence[np.ndarray], *, columns: int, side: int, gap: int = 4)
 
 
 def trigger_map(
-    points: np.ndarray, triggers: np.ndarray, kept: np.ndarray, colour: str, original=None, *, size: int = 720
+    points: np.ndarray,
+    triggers: np.ndarray,
+    kept: np.ndarray,
+    colour: str,
+    original=None,
+    *,
+    size: int = 720,
 ) -> str:
-    """Every point as a dot and the `kept` ones as thumbnails of their triggers, in one square PNG data URI.
+    """Every point as a dot and the `kept` ones as thumbnails of their triggers, in one square PNG
+    data URI.
 
     Args:
       points: [n, 2] in the unit square, the second axis upwards.
@@ -147,15 +226,21 @@ def trigger_map(
       kept: index [m] of the points that get a thumbnail.
       colour: "#rrggbb" of dots and frames.
       original: None or (point [2], trigger [h, w, C]), drawn last with a heavy frame.
-      size: side of the picture in pixels; shown at half of it, so that it is sharp on dense screens.
+      size: side of the picture in pixels; shown at half of it, so that it is sharp on dense
+        screens.
     """
     canvas = np.zeros((size, size, 4), np.uint8)
-    dot = _framed(np.zeros((2, 2, 3), np.uint8), 4, colour)
+    dot = _add_frame(np.zeros((2, 2, 3), np.uint8), 4, colour)
     dot[2:-2, 2:-2] = dot[0, 0]
-    thumbnails = [(points[i], _framed(_enlarge(triggers[i], 48), 3, colour)) for i in kept]
+    thumbnails = [(points[i], _add_frame(_enlarge(triggers[i], 48), 3, colour)) for i in kept]
     marks = [(point, dot) for point in points] + thumbnails
     if original is not None:
-        marks.append((original[0], _framed(_framed(_enlarge(original[1], 60), 3, "#ffffff"), 8, HIGHLIGHT)))
+        marks.append(
+            (
+                original[0],
+                _add_frame(_add_frame(_enlarge(original[1], 60), 3, "#ffffff"), 8, HIGHLIGHT),
+            )
+        )
     margin = 44
     for point, mark in marks:
         column, row = margin + np.array([point[0], 1 - point[1]]) * (size - 2 * margin)
@@ -164,19 +249,30 @@ def trigger_map(
 
 
 def svg(draw, size: tuple[float, float], alt: str) -> str:
-    """The chart that `draw(figure)` makes as an inline <svg>: no metadata, no comments, ids of its own."""
+    """The chart that `draw(figure)` makes as an inline <svg>: no metadata, no comments, ids of its
+    own."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": alt}
+    with matplotlib.rc_context(style):
         figure, file = Figure(size, layout="constrained"), io.StringIO()
         draw(figure)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
-    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"| width="[\d.]+pt"', "", text, count=2)
+    text = re.sub(
+        r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL
+    )
+    text = re.sub(
+        r' width="[\d.]+pt" height="[\d.]+pt"| height="[\d.]+pt"| width="[\d.]+pt"',
+        "",
+        text,
+        count=2,
+    )
     text = text.replace(INK, "currentColor")
-    opening = f'<svg role="img" aria-label="{html.escape(alt)}" style="max-width:{size[0] * 116:.0f}px"'
+    opening = (
+        f'<svg role="img" aria-label="{html.escape(alt)}" style="max-width:{size[0] * 140:.0f}px"'
+    )
     return opening + text[len("<svg") :]
 
 
@@ -184,7 +280,9 @@ def legend(figure) -> None:
     """One legend above the axes; nothing where no line or bar has a label."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=2.2, columnspacing=1.2)
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=3, handlelength=2.2, columnspacing=1.2
+        )
 
 
 def _rate(value: float | None) -> float:
@@ -209,7 +307,8 @@ def _printable(text: Any) -> str:
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """An image [h, w, C] in [0, 1] or uint8 as uint8 [h, w, 3]; channel counts other than 3 are averaged to grey."""
+    """An image [h, w, C] in [0, 1] or uint8 as uint8 [h, w, 3]; channel counts other than 3 are
+    averaged to grey."""
     image = np.asarray(image)
     if image.dtype != np.uint8:
         image = np.round(np.clip(np.nan_to_num(image.astype(float)), 0, 1) * 255).astype(np.uint8)
@@ -219,7 +318,8 @@ def _pixels(image: np.ndarray) -> np.ndarray:
 
 
 def _enlarge(image: np.ndarray, side: int) -> np.ndarray:
-    """`_pixels(image)` with every pixel repeated so often that the longer side is at most `side`, or box-averaged."""
+    """`_pixels(image)` with every pixel repeated so often that the longer side is at most `side`,
+    or box-averaged."""
     pixels = _pixels(image)
     longest = max(pixels.shape[:2])
     if longest > side:
@@ -230,7 +330,7 @@ def _enlarge(image: np.ndarray, side: int) -> np.ndarray:
     return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
-def _framed(pixels: np.ndarray, width: int, colour: str) -> np.ndarray:
+def _add_frame(pixels: np.ndarray, width: int, colour: str) -> np.ndarray:
     """Pixels [h, w, 3 or 4] uint8 with an opaque frame, [h + 2 width, w + 2 width, 4]."""
     height, breadth = pixels.shape[0] + 2 * width, pixels.shape[1] + 2 * width
     framed = np.full((height, breadth, 4), 255, np.uint8)

@@ -9,16 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import UserError, Variables
-from jaxbd.interop.layouts.naming import Layout, counters
+from jaxbd.interop.layouts.naming import AS_IT_IS, Layout, counters
 
 
 def to_variables(tensors: Mapping[str, np.ndarray], layout: Layout) -> Variables:
-    """Our variables, float32, from a state_dict: convolutions OIHW -> HWIO, linear layers transposed.
+    """Our variables, float32, from a state_dict: convolutions OIHW -> HWIO, linear layers
+    transposed.
 
     Raises: UserError as `check` does.
     """
     check(tensors, layout)
-    flat = {path: jnp.asarray(_to_ours(np.asarray(tensors[name]))) for path, name in layout.names.items()}
+    flat = {
+        path: jnp.asarray(_to_ours(np.asarray(tensors[name]), layout))
+        for path, name in layout.names.items()
+    }
     return {"batch_stats": {}, **flax.traverse_util.unflatten_dict(flat, sep="/")}
 
 
@@ -27,33 +31,37 @@ def to_tensors(
 ) -> dict[str, np.ndarray]:
     """The state_dict of `variables`, the inverse of `to_variables`.
 
-    With `original`, the state_dict the layout was recognised from, the result has its names, order and dtypes; a
-    tensor whose float32 values did not change is the original array itself, and counters of seen batches are kept.
-    Without, tensors are float32 and the counters 0. Collections other than "params" and "batch_stats", such as
-    "bounds", have no place in a state_dict and are left out.
+    With `original`, the state_dict the layout was recognised from, the result has its names, order
+    and dtypes; a tensor whose float32 values did not change is the original array itself, and
+    counters of seen batches are kept. Without, tensors are float32 and the counters 0. Collections
+    other than "params" and "batch_stats", such as "bounds", have no place in a state_dict and are
+    left out.
 
-    Raises: UserError when `variables` are not the net's, when `original` does not fit the layout, or when a new value
-      overflows the original's dtype.
+    Raises: UserError when `variables` are not the net's, when `original` does not fit the layout,
+      or when a new value overflows the original's dtype.
     """
     arrays = _flat_arrays(variables, layout)
     if original is None:
         zeros = {name: np.zeros((), np.int64) for name in counters(layout)}
-        ours = {layout.names[path]: _to_torch(array) for path, array in arrays.items()}
+        ours = {layout.names[path]: _to_torch(array, layout) for path, array in arrays.items()}
         return {name: {**ours, **zeros}[name] for name in sorted({**ours, **zeros}, key=_natural)}
     check(original, layout)
     paths = {name: path for path, name in layout.names.items()}
     return {
-        name: _updated(name, arrays[paths[name]], tensor) if name in paths else tensor
+        name: _update(name, arrays[paths[name]], tensor, layout) if name in paths else tensor
         for name, tensor in original.items()
     }
 
 
 def check(tensors: Mapping[str, np.ndarray], layout: Layout) -> None:
-    """Raises UserError listing by name what is missing, extra, of another shape or not floating-point in `tensors`.
+    """Raises UserError listing by name what is missing, extra, of another shape or not
+    floating-point in `tensors`.
 
     The counters of batches that BatchNorm layers have seen may be absent, as old files have none.
     """
-    expected = {name: _torch_shape(layout.shapes[path]) for path, name in layout.names.items()}
+    expected = {
+        name: torch_shape(layout.shapes[path], layout) for path, name in layout.names.items()
+    }
     counted = counters(layout)
     found = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
     wrong = [
@@ -66,49 +74,81 @@ def check(tensors: Mapping[str, np.ndarray], layout: Layout) -> None:
         "extra": [name for name in found if name not in expected and name not in counted],
         "of another shape": wrong,
         "not floating-point": [
-            name for name in expected if name in found and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
+            name
+            for name in expected
+            if name in found and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
         ],
     }
-    listed = "; ".join(f"{len(names)} {kind} ({few(names)})" for kind, names in problems.items() if names)
+    listed = "; ".join(
+        f"{len(names)} {kind} ({few(names)})" for kind, names in problems.items() if names
+    )
     if listed:
         title = f"{layout.spec.arch} in {layout.naming} naming"
-        raise UserError(f"the tensors do not fit {title}: {listed}; name the right architecture or re-save the model")
+        raise UserError(
+            f"the tensors do not fit {title}: {listed}; name the right architecture or re-save the"
+            " model"
+        )
 
 
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Ours -> PyTorch's. Kernels of convolutions [h, w, I, O] -> [O, I, h, w], of linear layers [I, O] -> [O, I]."""
+def torch_shape(shape: tuple[int, ...], layout: Layout | None = None) -> tuple[int, ...]:
+    """Ours -> PyTorch's. Kernels of convolutions [h, w, I, O] -> [O, I, h, w], of linear layers [I,
+    O] -> [O, I]."""
+    if _keeps_axes(layout):
+        return shape
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
 
-def _to_torch(array: np.ndarray) -> np.ndarray:
-    """A copy in PyTorch's order of axes; a copy because PyTorch wants arrays it may write to and JAX's are not."""
+def _keeps_axes(layout: Layout | None) -> bool:
+    return layout is not None and layout.naming == AS_IT_IS
+
+
+def _to_torch(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """A copy in PyTorch's order of axes; a copy because PyTorch wants arrays it may write to and
+    JAX's are not."""
+    if _keeps_axes(layout):
+        return np.array(array, order="C")
     return np.array(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T, order="C")
 
 
-def _to_ours(tensor: np.ndarray) -> np.ndarray:
-    """float32, in our order of axes; depthwise kernels [C, 1, h, w] -> [h, w, 1, C] need no other treatment."""
+def _to_ours(tensor: np.ndarray, layout: Layout) -> np.ndarray:
+    """float32, in our order of axes; depthwise kernels [C, 1, h, w] -> [h, w, 1, C] need no other
+    treatment."""
     with np.errstate(over="ignore"):
         tensor = tensor.astype(np.float32)
+    if _keeps_axes(layout):
+        return np.ascontiguousarray(tensor).reshape(tensor.shape)
     return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T)
 
 
 def _flat_arrays(variables: Variables, layout: Layout) -> dict[str, np.ndarray]:
-    """Path -> float32 array of the two collections a state_dict holds. Raises UserError when they are not the net's."""
+    """Path -> float32 array of the two collections a state_dict holds. Raises UserError when they
+    are not the net's."""
     kept = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    flat = {p: np.asarray(x, np.float32) for p, x in flax.traverse_util.flatten_dict(kept, sep="/").items()}
-    differing = sorted(p for p in {*flat, *layout.shapes} if p not in flat or flat[p].shape != layout.shapes.get(p))
+    flat = {
+        p: np.asarray(x, np.float32)
+        for p, x in flax.traverse_util.flatten_dict(kept, sep="/").items()
+    }
+    differing = sorted(
+        p for p in {*flat, *layout.shapes} if p not in flat or flat[p].shape != layout.shapes.get(p)
+    )
     if differing:
-        raise UserError(f"the variables are not those of {layout.spec.arch}: {few(differing)} differ in name or shape")
+        raise UserError(
+            f"the variables are not those of {layout.spec.arch}: {few(differing)} differ in name or"
+            " shape"
+        )
     return flat
 
 
-def _updated(name: str, array: np.ndarray, original: np.ndarray) -> np.ndarray:
-    """`original` itself where `array` holds its float32 values, otherwise `array` in its order of axes and dtype."""
-    if np.array_equal(_to_ours(np.asarray(original)), array, equal_nan=True):
+def _update(name: str, array: np.ndarray, original: np.ndarray, layout: Layout) -> np.ndarray:
+    """`original` itself where `array` holds its float32 values, otherwise `array` in its order of
+    axes and dtype."""
+    if np.array_equal(_to_ours(np.asarray(original), layout), array, equal_nan=True):
         return original
     with np.errstate(over="ignore"):
-        new = _to_torch(array).astype(original.dtype)
-    if not np.array_equal(np.isfinite(new.astype(np.float32)), np.isfinite(_to_torch(array))):
+        new = _to_torch(array, layout).astype(original.dtype)
+    if not np.array_equal(
+        np.isfinite(new.astype(np.float32)), np.isfinite(_to_torch(array, layout))
+    ):
         raise UserError(f"new values of {name} do not fit {original.dtype}; export as float32")
     return new
 
@@ -119,7 +159,8 @@ def _natural(name: str) -> list[Any]:
 
 
 def few(names: list[str], most: int = 4) -> str:
-    """The first few names and how many more there are; long names cut, control characters escaped."""
+    """The first few names and how many more there are; long names cut, control characters
+    escaped."""
     shown = [name[:120].encode("unicode_escape").decode() for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -1,6 +1,7 @@
 """What each of our arrays is called in a PyTorch state_dict, by architecture and naming."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -21,7 +22,11 @@ NAMINGS: dict[str, tuple[tuple[str, Any], ...]] = {
         (r"/shortcut_norm$", "/shortcut.1"),
         (r"^head$", "linear"),
     ),
-    "wide": ((r"^block(\d)_(\d+)", r"block\1.layer.\2"), (r"/shortcut_conv$", "/convShortcut"), (r"^head$", "fc")),
+    "wide": (
+        (r"^block(\d)_(\d+)", r"block\1.layer.\2"),
+        (r"/shortcut_conv$", "/convShortcut"),
+        (r"^head$", "fc"),
+    ),
     # a stage of the sequence: conv, norm, ELU, conv, norm, ELU, pooling, dropout
     "sequence": (
         (r"^conv(\d)_(\d)$", lambda found: f"features.{8 * int(found[1]) + 3 * int(found[2])}"),
@@ -30,7 +35,8 @@ NAMINGS: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
     "plain": (),
 }
-"""Naming -> (pattern, replacement) pairs that turn the path of one of our modules into a PyTorch module's name."""
+"""Naming -> (pattern, replacement) pairs that turn the path of one of our modules into a PyTorch
+module's name."""
 
 ARCH_NAMINGS: dict[str, tuple[str, ...]] = {
     "mobilenet": ("kuangliu",),
@@ -43,10 +49,20 @@ ARCH_NAMINGS: dict[str, tuple[str, ...]] = {
     "wrn40-1": ("wide",),
     "wrn40-2": ("wide",),
 }
-"""The namings an architecture is met in, the one we write first; "plain" for every other architecture."""
+"""The namings an architecture is met in, the one we write first; "plain" for every other
+architecture."""
 
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 COUNTER = "num_batches_tracked"
+STATISTICS = ("running_mean", "running_var")
+AS_IT_IS = "as it is"
+"""Naming of tensors that keep PyTorch's order of axes."""
 
 
 class Layout(NamedTuple):
@@ -55,30 +71,47 @@ class Layout(NamedTuple):
     Attributes:
       spec: the net, input normalisation left at its default.
       naming: a key of `NAMINGS`.
-      names: path of each of our arrays ("params/conv1/kernel") -> name of the tensor ("conv1.weight").
+      names: path of each of our arrays ("params/conv1/kernel") -> name of the tensor
+        ("conv1.weight").
       shapes: the same paths -> the shape of our array.
+      forms: the specs that the tensors fit equally well, `spec` among them; they differ in what
+        leaves no trace in the weights, such as strides.
     """
 
     spec: build.Spec
     naming: str
     names: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    forms: tuple[build.Spec, ...] = ()
 
 
 def lay_out(spec: build.Spec, naming: str) -> Layout:
     """Traces the net of `spec` without computing anything and names its arrays."""
     net = build.net(spec)
     abstract = jax.eval_shape(lambda: net.init(jax.random.key(0)))
-    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(abstract, sep="/").items()}
+    flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(abstract, sep="/"))
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
     names = {}
     for path in shapes:
         _, *modules, leaf = path.split("/")
-        names[path] = f"{translate('/'.join(modules), naming)}.{LEAVES[leaf]}"
+        names[path] = f"{translate('/'.join(modules), naming)}.{LEAVES.get(leaf, leaf)}"
     return Layout(spec, naming, names, shapes)
 
 
+def lay_out_function(spec: build.Spec, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """The layout of an architecture that is a function of the tensors as they are."""
+    names = {}
+    for name in shapes:
+        leaf = name.rpartition(".")[2]
+        if leaf != COUNTER:
+            collection = "batch_stats" if leaf in STATISTICS else "params"
+            names[f"{collection}/{name}"] = name
+    return Layout(spec, AS_IT_IS, names, {path: shapes[name] for path, name in names.items()})
+
+
 def export_names(spec: build.Spec) -> Layout:
-    """The layout in which a net of ours, which no file dictates the names of, is written as a state_dict."""
+    """The layout in which a net of ours, which no file dictates the names of, is written as a
+    state_dict."""
     return lay_out(spec, namings(spec.arch)[0])
 
 
@@ -88,7 +121,8 @@ def namings(arch: str) -> tuple[str, ...]:
 
 
 def translate(module: str, naming: str) -> str:
-    """Name of the PyTorch module for the path of one of ours: "layer1_0/conv1" -> "layer1.0.conv1"."""
+    """Name of the PyTorch module for the path of one of ours: "layer1_0/conv1" ->
+    "layer1.0.conv1"."""
     for pattern, replacement in NAMINGS[naming]:
         module = re.sub(pattern, replacement, module)
     return module.replace("/", ".")
@@ -96,5 +130,10 @@ def translate(module: str, naming: str) -> str:
 
 def counters(layout: Layout) -> set[str]:
     """Names of the scalars in which PyTorch's BatchNorm counts batches."""
+    if layout.naming == AS_IT_IS:
+        ends = (".running_mean",)
+        return {
+            f"{n.rpartition('.')[0]}.{COUNTER}" for n in layout.names.values() if n.endswith(ends)
+        }
     norms = [name for path, name in layout.names.items() if path.endswith("/mean")]
     return {f"{name.rpartition('.')[0]}.{COUNTER}" for name in norms}

@@ -1,0 +1,1 @@
+"""Tables and figures of Li et al. 2023."""

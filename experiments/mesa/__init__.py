@@ -1,0 +1,1 @@
+"""Tables and figures of Qiao et al. 2019."""

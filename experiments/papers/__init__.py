@@ -1,0 +1,1 @@
+"""The papers' tables from result units that accumulate, whichever machine measured them."""

@@ -1,0 +1,2 @@
+"""Differential fuzzing of the readers: what jaxbd accepts, the format's own reader accepts and
+understands alike."""

@@ -1,0 +1,292 @@
+"""What `import jaxbd` offers: open a model, scan it, repair it, judge it, save it.
+
+Everything here is made of the pipelines, with the checks that the command line makes.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import methods
+from jaxbd.base import Attack, Batch, Evidence, Suspect, UserError
+from jaxbd.detection.detect import Verdict
+from jaxbd.detection.guard import Verdicts
+from jaxbd.interop import guarded, preprocess
+from jaxbd.interop import load as models
+from jaxbd.metrics import evaluate as measuring
+from jaxbd.metrics.evaluate import Rates
+from jaxbd.pipelines import evidence as evidences
+from jaxbd.pipelines import pair_rules, pair_scan
+from jaxbd.pipelines import repair as repairs
+from jaxbd.pipelines import scan as scanning
+from jaxbd.training.run import Run
+
+SEARCH_SHARE = 0.75
+"""Share of the given images on which triggers are searched and nets repaired; the others judge."""
+
+
+class Found(NamedTuple):
+    """Result of `scan`.
+
+    Attributes:
+      verdict: "backdoored", "clean" or "inconclusive".
+      targets: classes that a backdoor leads to.
+      evidence: the recovered triggers of every target; what `repair` starts from.
+      decided_by: the step whose numbers decided, in words.
+      accuracy: clean accuracy of the suspect on the given images.
+      baseline: [K], share of the held-out images of other classes that the suspect gives to each
+        class without any trigger.
+      details: the `pipelines.scan.Scan` or `pipelines.pair_scan.PairScan` behind it.
+    """
+
+    verdict: Verdict
+    targets: list[int]
+    evidence: list[Evidence]
+    decided_by: str
+    accuracy: float
+    baseline: np.ndarray
+    details: Any
+
+
+class Repaired(NamedTuple):
+    """Result of `repair`.
+
+    Attributes:
+      suspect: the repaired net, ready for `scan`, `evaluate` and `save_model`.
+      before, after: rates on held-out images, under the first piece of evidence where there is any.
+      details: the `pipelines.repair.Repaired` behind it.
+    """
+
+    suspect: Suspect
+    before: Rates
+    after: Rates
+    details: repairs.Repaired
+
+
+def open_model(
+    path: str | os.PathLike, images: Any = None, labels: Any = None, **settings: Any
+) -> Suspect:
+    """Reads a model file of any kind without executing anything in it.
+
+    Args:
+      images: [N, H, W, C] uint8, or float in [0, 1], with labels [N]: the input normalisation is
+        then the one with which the model classifies them.
+      settings: `arch`, `mean`, `std`, `image_shape`, see `interop.load.open_model`.
+    Raises: UserError naming the file and what is wrong, or when the model does not classify the
+      images.
+    """
+    model = models.open_model(path, **settings)
+    if images is None:
+        return models.suspect_of(model)
+    batch = _check_images(models.suspect_of(model), images, labels)
+    stated = model.states_normalisation() or "mean" in settings
+    given = (model.spec.mean, model.spec.std) if stated else None
+    table = preprocess.check(model, preprocess.sample(batch), given, only_given=stated)
+    return models.suspect_of(preprocess.adopt(model, table))
+
+
+def save_model(path: str | os.PathLike, suspect: Suspect) -> str | None:
+    """Writes a suspect in the form its ending names: .pth, .safetensors, or a jaxbd folder.
+
+    A file's own names, order, types and nesting are kept.
+
+    Returns: a note where something has no place in the file.
+    Raises: UserError when it cannot be written, or the net was not read from a file.
+    """
+    if suspect.source is None:
+        raise UserError("this net was not read from a file; write its variables with Orbax")
+    return models.save_model(path, suspect.source, suspect.variables)
+
+
+def scan(
+    suspect: Suspect,
+    images: Any,
+    labels: Any,
+    *,
+    method: str = "auto",
+    seed: int = 0,
+    run: Run | None = None,
+    **settings: Any,
+) -> Found:
+    """Is there a backdoor in this model, and which class does it lead to?
+
+    Args:
+      images: a few hundred or more clean images [N, H, W, C], uint8 or float in [0, 1]; labels [N].
+      method: "auto", "mesa", "neural-cleanse", "pixel", or over pairs of classes "pairs",
+        "neural-cleanse-pairs", "pt-red".
+      run: how to report progress and save; nothing by default.
+      settings: fields of `pipelines.scan.ScanConfig`, or of `pipelines.pair_rules.Config`.
+    Raises: UserError when the suspect classifies the images no better than chance: no search could
+      tell then; or the images are too few.
+    """
+    batch = _check_images(suspect, images, labels)
+    accuracy = _check_accuracy(suspect, batch)
+    search, held_out = _divide(batch, seed)
+    key, run = jax.random.key(seed), run or Run()
+    frozen = suspect
+    if suspect.net.frozen is not None:
+        frozen = suspect._replace(variables=suspect.net.frozen(suspect.variables))
+    if method in pair_rules.SEARCHES:
+        predicted = measuring.logits(suspect.net, suspect.variables, held_out).argmax(-1)
+        baseline = measuring.baseline(predicted, np.asarray(held_out.labels), suspect.classes)
+        config = pair_rules.Config(method=cast(pair_rules.Method, method), **settings)
+        pairs = pair_scan.scan(run, key, frozen, search, held_out, config)
+        known = [e.evidence for t in pairs.targets for e in pair_scan.estimates(pairs, t)]
+        verdict, targets, rule = pairs.verdict, pairs.targets, pairs.decided_by
+        return Found(verdict, targets, known, rule, accuracy, baseline, pairs)
+    config = dataclasses.replace(scanning.PRESETS["quick"], method=method, **settings)
+    found = scanning.scan(run, key, frozen, search, held_out, config)
+    decision, rule = found.decision, found.decided_by
+    known = [evidences.mix_equally(found, target) for target in decision.targets]
+    return Found(decision.verdict, decision.targets, known, rule, accuracy, found.baseline, found)
+
+
+def repair(
+    suspect: Suspect,
+    images: Any = None,
+    labels: Any = None,
+    evidence: Found | Sequence[Evidence] = (),
+    *,
+    method: str = "unlearn",
+    config: Any = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    run: Run | None = None,
+) -> Repaired:
+    """Removes a backdoor.
+
+    Args:
+      images, labels: clean images; a quarter of them judges. None for methods that need none.
+      evidence: what `scan` found, or triggers.
+      method: a repair of `jaxbd methods`; config: its settings, the method's defaults if None.
+    Raises: UserError when something that the method needs is missing.
+    """
+    known = list(evidence.evidence if isinstance(evidence, Found) else evidence)
+    chosen = methods.find("repair", method)
+    config = chosen.preset() if config is None else config
+    clean = judge = None
+    if images is not None:
+        clean, judge = _divide(_check_images(suspect, images, labels), seed)
+    key = jax.random.fold_in(jax.random.key(seed), 10)
+    given = clean if "clean" in chosen.needs else None
+    details = chosen.driver.repair(
+        run or Run(), key, suspect, given, known, method, config, batch_size=batch_size
+    )
+    repaired = _with_guard(suspect, details)
+    one = known[0] if known else None
+    before, after = (
+        _rates(each, judge, one) if judge is not None else _no_rates()
+        for each in (suspect, repaired)
+    )
+    return Repaired(repaired, before, after, details)
+
+
+def evaluate(suspect: Suspect, images: Any, labels: Any, evidence: Evidence | None = None) -> Rates:
+    """Clean accuracy on images [N, H, W, C] with labels [N], and what a trigger does."""
+    return _rates(suspect, _check_images(suspect, images, labels), evidence)
+
+
+def guard(suspect: Suspect, images: Any) -> Verdicts:
+    """What a guarded model, made by `repair(method="bna")`, thinks of images [N, H, W, C].
+
+    Returns: labels, the suspect's own labels, and which images are flagged, [N] each, NumPy.
+    Raises: UserError for a model without a guard.
+    """
+    found = getattr(suspect.source, "guard", None)
+    if found is None:
+        raise UserError("this model has no guard; make one with repair(..., method='bna')")
+    judge = guarded.judge(_plain_net(suspect), found.targets)
+    data = Batch(np.asarray(images), np.zeros(len(images), np.int32))
+    asked = measuring.per_image(
+        jax.random.key(0), _ignore_key(judge), suspect.variables, data, batch_size=64
+    )
+    return Verdicts(*asked)
+
+
+def _ignore_key(judge: Any) -> Any:
+    return lambda _, variables, images: judge(variables, images)
+
+
+def _plain_net(suspect: Suspect) -> Any:
+    return guarded.net(suspect.source.spec, None)
+
+
+def _with_guard(suspect: Suspect, details: repairs.Repaired) -> Suspect:
+    """The repaired net; a guarded one answers through its corrections."""
+    if not details.guarded:
+        return suspect._replace(variables=details.variables)
+    net = guarded.make(suspect.net, details.guarded)
+    source = suspect.source
+    if source is not None:
+        source = source._replace(guard=guarded.Guard(details.guarded, ""), net=net)
+    return suspect._replace(net=net, variables=details.variables, source=source)
+
+
+def _check_images(suspect: Suspect, images: Any, labels: Any) -> Batch:
+    """The images as a batch. Raises: UserError where they do not fit the suspect."""
+    if labels is None:
+        raise UserError("images need labels [N]; give both")
+    images, labels = np.asarray(images), np.asarray(labels, np.int32)
+    if images.ndim != 4 or images.shape[1:] != suspect.image_shape:
+        shape = ", ".join(map(str, suspect.image_shape))
+        raise UserError(f"images must be [N, {shape}], got {list(images.shape)}")
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < suspect.classes:
+        raise UserError(f"labels must be 0..{suspect.classes - 1}, got up to {labels.max()}")
+    if images.dtype != np.uint8 and not 0 <= images.min() <= images.max() <= 1:
+        raise UserError(
+            f"float images must lie in [0, 1], got {images.min():g} to {images.max():g}"
+        )
+    return Batch(images, labels)
+
+
+def _check_accuracy(suspect: Suspect, batch: Batch) -> float:
+    """The clean accuracy. Raises: UserError when it is no better than chance."""
+    sample = preprocess.sample(batch)
+    chance = float(np.bincount(sample.labels).max()) / len(sample.labels)
+    found = measuring.rates(jax.random.key(0), suspect.net, suspect.variables, sample)
+    least = preprocess.needed(chance, len(sample.labels))
+    if found.clean_accuracy < least:
+        raise UserError(
+            f"clean accuracy is {found.clean_accuracy:.1%} on {len(sample.labels)} images, which is"
+            f" no better than chance ({least:.1%} would be); check labels, normalisation and"
+            " weights"
+        )
+    return found.clean_accuracy
+
+
+def _divide(batch: Batch, seed: int) -> tuple[Batch, Batch]:
+    """Two disjoint random parts: to search and repair with, and to judge by."""
+    order = np.random.default_rng(seed).permutation(len(batch.labels))
+    first, second = np.split(order, [int(SEARCH_SHARE * len(order))])
+    if not len(second):
+        raise UserError(f"{len(order)} images are too few to search with and to judge by")
+    return Batch(batch.images[first], batch.labels[first]), Batch(
+        batch.images[second], batch.labels[second]
+    )
+
+
+def _rates(suspect: Suspect, judge: Batch, known: Evidence | None) -> Rates:
+    key = jax.random.key(0)
+    if known is None:
+        return measuring.rates(key, suspect.net, suspect.variables, judge)
+    attack = _as_attack(known, suspect.classes)
+    return measuring.rates(key, suspect.net, suspect.variables, judge, attack, known.trigger_params)
+
+
+def _no_rates() -> Rates:
+    return Rates(float("nan"), None, None, None, 0, 0)
+
+
+def _as_attack(known: Evidence, classes: int) -> Attack:
+    sources = jnp.asarray(known.all_sources(classes))
+    relabel = lambda labels: jnp.where(jnp.isin(labels, sources), known.target, labels)
+    return Attack(
+        lambda key: known.trigger_params, known.stamp, lambda key, trigger, batch: batch, relabel
+    )

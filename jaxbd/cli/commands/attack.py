@@ -1,0 +1,370 @@
+"""`jaxbd attack`: trains a victim to try the defences on."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import jax
+import numpy as np
+import tyro
+
+from jaxbd import files
+from jaxbd.attacks import paper_counts, poison
+from jaxbd.base import Attack, Batch, Dataset, Key, Suspect, UserError
+from jaxbd.cli import attacks, common, job, outputs, parse, show
+from jaxbd.data import draw, load
+from jaxbd.images import image_shape_of
+from jaxbd.interop import folder, trigger
+from jaxbd.interop import load as models
+from jaxbd.metrics import evaluate
+from jaxbd.models import build
+from jaxbd.models.norm import NORMALISATIONS
+from jaxbd.pipelines import plant
+from jaxbd.report import results
+from jaxbd.training import supervised
+from jaxbd.training.run import Run
+
+Planting = TypeVar("Planting")
+POISON_COUNT = 50
+"""Images that static poisoning stamps where no flag says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(Generic[Planting]):
+    """Trains a classifier with a backdoor in it, or a clean one, and writes it as a model folder.
+
+    Each attack has flags of its own: `jaxbd attack --attack wanet --help` shows those of WaNet.
+
+    While it trains, the folder OUT.run beside the output holds checkpoints. Ctrl-C or SIGTERM ends
+    it after the current steps, saves, and prints the command to go on with; a second one ends it at
+    once. After a crash too, --resume goes on from the last checkpoint. OUT.run is removed once the
+    output is written.
+
+    Attributes:
+      data: training images with labels: digits, a .npz or .parquet file, a folder of class
+        sub-folders or parquet files, CIFAR batches, or tfds:NAME.
+      out: model folder to write: the model, trigger.npz for `jaxbd evaluate --trigger`, and
+        attack.json.
+      test_data: images to test on; by default a quarter of the data, kept out of training.
+      attack: backdoor to plant.
+      no_attack: plant none, train the clean twin.
+      recipe: "dhbe": settings of the DHBE paper where no flag says otherwise (Yan et al. 2023): the
+        data's last class as target (--target -1 says so too), 300 images poisoned statically, then
+        crops by an eighth of the side and mirroring, batches of 128, learning rate 0.1 in steps.
+        The length of training stays as it is.
+      clean_model: model folder with the clean net that clean-label and trojan start from; without
+        one, it is trained first, as the victim is. A trojan is planted in that very net, whatever
+        --arch and its like say.
+      picture: picture that blend blends in, in any size; by default random pixels.
+      poison: "dynamic" stamps other images in every batch; "static" stamps the same ones once and
+        for all, before they are cropped or mirrored. Clean-label is always static.
+      poison_count: how many images static poisoning stamps. Default: 50, or what --paper-counts or
+        --recipe says; --poison-rate of the target class with clean-label.
+      per_class: static poisoning stamps so many images of every source class.
+      paper_counts: poison as many images per class as the BNA paper does on that data set (Li et
+        al. 2023), with its target and trigger size where no flag says otherwise; needs --poison
+        static.
+      arch: architecture.
+      width: channels of its first stage; by default the architecture's own.
+      stem: first convolution of a ResNet, for small (cifar), large (imagenet) or 64-pixel images.
+      normalisation: the model's first operation on pixels in [0, 1].
+      image_shape: height, width, channels; by default the data's own.
+      batch_size: images per training step.
+      crop_padding: random crops after padding by so many pixels. Default: 0, or what --recipe says.
+      flip: random mirroring left to right.
+      limit: use at most so many images of the data.
+      download: let tfds:NAME fetch and prepare a data set; nothing else uses the network.
+      seed: of everything random.
+      planting: what the attack plants.
+      training: length and rule of training.
+      stopping: how it may be stopped.
+    """
+
+    data: str
+    out: pathlib.Path
+    test_data: str | None = None
+    attack: str = attacks.DEFAULT
+    no_attack: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    recipe: Literal["dhbe"] | None = None
+    clean_model: pathlib.Path | None = None
+    picture: str | None = None
+    poison: Literal["dynamic", "static"] = "dynamic"
+    poison_count: int | None = None
+    per_class: bool = False
+    paper_counts: Literal["cifar10", "cifar100", "gtsrb", "tinyimagenet", "imagenette"] | None = (
+        None
+    )
+    arch: str = "cnn"
+    width: int | None = None
+    stem: Literal["cifar", "imagenet", "64px"] | None = None
+    normalisation: Literal[*NORMALISATIONS] = "none"  # pyright: ignore[reportInvalidTypeForm]
+    image_shape: tuple[int, int, int] | None = None
+    batch_size: int = 64
+    crop_padding: int | None = None
+    flip: bool = False
+    limit: int | None = None
+    download: bool = False
+    seed: int = 0
+    planting: Annotated[Planting, tyro.conf.arg(name="")]
+    training: Annotated[supervised.Config, tyro.conf.arg(name="")] = supervised.Config(
+        num_steps=800
+    )
+    stopping: Annotated[job.Flags, tyro.conf.arg(name="")] = job.Flags()
+
+    def __post_init__(self):
+        common.check_seed(self.seed)
+        if (self.poison_count or 1) < 1 or self.batch_size < 2 or (self.crop_padding or 0) < 0:
+            raise UserError("attack: need poison_count >= 1, batch_size >= 2, crop_padding >= 0")
+        if self.poison == "dynamic" and (self.poison_count is not None or self.per_class):
+            raise UserError(
+                "--poison-count and --per-class are of static poisoning; give --poison static with"
+                " them"
+            )
+        if self.attack == "clean-label" and (self.poison == "dynamic" or self.per_class):
+            raise UserError(
+                "clean-label poisons images of one class once and for all; leave --poison and"
+                " --per-class"
+            )
+        if self.attack == "trojan" and self.per_class:
+            raise UserError("trojan has no --per-class; give --poison-count alone")
+        if self.paper_counts and (self.poison != "static" or self.no_attack):
+            raise UserError(
+                "--paper-counts says how many images static poisoning stamps; give --poison static"
+                " with it"
+            )
+        if self.paper_counts and self.poison_count is not None:
+            raise UserError(
+                "--paper-counts and --poison-count both say how many images to poison; give one of"
+                " them"
+            )
+        if self.clean_model is not None and (
+            self.no_attack or self.attack not in attacks.NEEDS_CLEAN
+        ):
+            raise UserError(
+                "--clean-model is what clean-label and trojan start from; give it with --attack of"
+                " these"
+            )
+        if self.picture is not None and (self.no_attack or self.attack != "blend"):
+            raise UserError("--picture is what blend blends in; give --attack blend with it")
+        if self.width is not None and self.width < 1:
+            raise UserError(f"--width must be at least 1 channel, got {self.width}")
+
+
+def choose(argv: Sequence[str]) -> tuple[Any, Any]:
+    """The class of flags for these words, and the values where there is no flag: by --attack,
+    --paper-counts and --recipe."""
+    flags = "--attack", "--paper-counts", "--recipe"
+    attack, dataset, recipe = parse.preview(argv, *flags)
+    name = attack or attacks.DEFAULT
+    module, settings = attacks.find(name), {}
+    if dataset in paper_counts.DATASETS:
+        settings = paper_counts.settings(dataset, name)
+    fields: dict[str, Any] = {"poison": "static"} if name == "clean-label" else {}
+    if recipe in attacks.RECIPES:
+        triggers = attacks.RECIPE_TRIGGERS[recipe].get(name, {})
+        settings = {"target": attacks.LAST_CLASS, **triggers, **settings}
+        fields = {**attacks.RECIPES[recipe], "recipe": recipe}
+    planting = attacks.configure(name, settings)
+    defaults = Args(data=tyro.MISSING, out=tyro.MISSING, attack=name, planting=planting, **fields)
+    return Args[module.Config], defaults
+
+
+def run(args: Args) -> int:
+    """Trains, measures, writes the folder."""
+    common.start()
+    count = _poison_count(args)
+    outputs.check_output(args.out, folder=True)
+    outputs.refuse_existing("--out", args.out, replace=args.stopping.replace)
+    paths = job.prepare(args.out, args.stopping)
+    clean = attacks.open_clean(args.clean_model)
+    show.note(f"reading {args.data} …")
+    train, test = _data(args, clean)
+    spec = _spec(args, train) if clean is None or args.attack != "trojan" else clean.spec
+    args = _fill_in(args, spec)
+    net, key = build.net(spec), jax.random.key(args.seed)
+    attack = None
+    if not args.no_attack:
+        attack = attacks.make(args.attack, args.planting, spec, args.picture)
+    if attack and clean is None and args.attack in attacks.NEEDS_CLEAN:
+        show.note(
+            f"{args.attack} starts from a clean net; there is no --clean-model, so one is trained"
+            " first"
+        )
+    identity = common.identity(
+        "attack",
+        args,
+        None if clean is None else common.model_record(clean),
+        data=[(each.images, each.labels) for each in (train, test)],
+        trigger=attack and attack.init(key),
+    )
+    with job.open_run(paths, args.stopping, identity) as going:
+        planted = _plant(going, args, spec, attack, load.as_batch(train), clean, count)
+    found = evaluate.rates(
+        jax.random.fold_in(key, 3),
+        net,
+        planted.variables,
+        load.as_batch(test),
+        attack,
+        planted.trigger,
+    )
+    content = {**_as_record(args, spec, train, test, found, planted), "resumed": going.resumed}
+    outputs.write_folder(args.out, lambda path: _write(path, spec, planted, content, args))
+    job.finish(paths)
+    show.rates([("victim" if attack else "clean model", results.rates(found))])
+    show.say(f"Trained in {show.seconds(results.seconds(planted.seconds))}.")
+    show.written(args.out)
+    return 0
+
+
+def _plant(
+    run: Run,
+    args: Args,
+    spec: build.Spec,
+    attack: Attack | None,
+    data: Batch,
+    clean: models.Model | None,
+    count: float | None,
+) -> attacks.Planted:
+    """The victim, or its clean twin."""
+    key, net = jax.random.key(args.seed), build.net(spec)
+    batching = draw.Batching(args.batch_size, args.crop_padding or 0, args.flip)
+
+    def train(key: Key, data: Batch, name: str, poisoning: Any = None) -> plant.Trained:
+        return plant.train(
+            run, name, key, net, data, args.training, batching=batching, attack=poisoning
+        )
+
+    if attack and args.attack in attacks.NEEDS_CLEAN:
+        count = count if args.poison == "static" else None
+        start = None if clean is None else models.suspect_of(clean)
+        shape, spent = image_shape_of(data.images), None
+        if start is None:
+            trained = train(jax.random.fold_in(key, 4), data, "clean model")
+            start, spent = Suspect(net, trained.variables, shape, spec.classes), trained.seconds
+        planted = attacks.plant_in(run, key, args.planting, start, data, train, count, batching)
+        facts = {"clean_model": None if clean is None else str(clean.path)} | planted.facts
+        return planted.plus(spent)._replace(facts=facts)
+    poisoning, planted = None, attack.init(jax.random.fold_in(key, 0)) if attack else None
+    if attack and args.poison == "static":
+        assert count is not None  # static poisoning has one, see `_poison_count`
+        per_class = args.per_class or args.paper_counts is not None
+        rows = poison.static(
+            jax.random.fold_in(key, 1), attack, planted, data, count, per_class=per_class
+        )
+        data = Batch(*map(jax.numpy.asarray, rows))
+    elif attack:
+        poisoning = (attack, planted)
+    trained = train(jax.random.fold_in(key, 2), data, "train", poisoning)
+    return attacks.Planted(trained.variables, planted, trained.infos, trained.seconds, {})
+
+
+def _poison_count(args: Args) -> float | None:
+    """Images static poisoning stamps, below 1 a share. Raises: UserError when the paper has no such
+    attack."""
+    if args.paper_counts is not None:
+        return paper_counts.per_class(
+            args.paper_counts, args.attack, attacks.is_all_to_all(args.planting)
+        )
+    by_default = None if args.attack == "clean-label" else POISON_COUNT
+    return by_default if args.poison_count is None else args.poison_count
+
+
+def _fill_in(args: Args, spec: build.Spec) -> Args:
+    """What depends on the data: its last class as target, and how far a recipe crops."""
+    if args.planting.target == attacks.LAST_CLASS:
+        args = dataclasses.replace(
+            args, planting=dataclasses.replace(args.planting, target=spec.classes - 1)
+        )
+    if args.crop_padding is None:
+        # 4 of 32 and 8 of 64 pixels
+        args = dataclasses.replace(
+            args, crop_padding=spec.image_shape[1] // 8 if args.recipe else 0
+        )
+    return args
+
+
+def _data(args: Args, clean: models.Model | None) -> tuple[Dataset, Dataset]:
+    """Training and test images. Raises: UserError where they do not suffice or do not belong
+    together."""
+    image_shape = args.image_shape if clean is None else clean.spec.image_shape
+    settings: dict[str, Any] = dict(image_shape=image_shape, seed=args.seed, download=args.download)
+    train = load.load(args.data, split="train", limit=args.limit, **settings)
+    if args.test_data is None:
+        total = len(train.labels)
+        train, test = load.split(train, total - max(1, total // 4), args.seed)
+    else:
+        settings["image_shape"] = image_shape_of(train.images)
+        test = load.load(args.test_data, split="test", **settings)
+        load.check(test, settings["image_shape"], len(train.class_names))
+    if clean is not None:
+        load.check(train, clean.spec.image_shape, clean.spec.classes)
+    if len(train.labels) < args.batch_size:
+        raise UserError(
+            f"data {train.name}: {len(train.labels)} images to train on, fewer than a batch of"
+            f" {args.batch_size}; give more or lower --batch-size"
+        )
+    return train, test
+
+
+def _spec(args: Args, train: Dataset) -> build.Spec:
+    """What to build. Raises: UserError on an unknown architecture, option, or a normalisation that
+    does not fit."""
+    shape = image_shape_of(train.images)
+    mean, std = NORMALISATIONS[args.normalisation]
+    if len(mean) not in (0, 1, shape[2]):
+        raise UserError(
+            f"normalisation {args.normalisation} is for colour, the images are grey; use none or"
+            " half"
+        )
+    options = {"width": args.width, "stem": args.stem}
+    spec = build.Spec(
+        arch=args.arch,
+        classes=len(train.class_names),
+        image_shape=shape,
+        mean=mean,
+        std=std,
+        options={name: value for name, value in options.items() if value is not None},
+        class_names=tuple(train.class_names),
+    )
+    build.module(spec)
+    return spec
+
+
+def _write(
+    path: pathlib.Path, spec, planted: attacks.Planted, content: dict[str, Any], args: Args
+) -> None:
+    """The model folder with its companions."""
+    folder.save(
+        path,
+        spec,
+        planted.variables,
+        {"made_by": "jaxbd attack", "attack": None if args.no_attack else args.attack},
+    )
+    files.write_json(path / "attack.json", content)
+    if planted.trigger is not None:
+        trigger.save(path / "trigger.npz", attacks.as_given(args.planting, planted.trigger))
+
+
+def _as_record(args: Args, spec, train, test, found, planted: attacks.Planted) -> dict[str, Any]:
+    """The content of attack.json."""
+    settings = dataclasses.asdict(args)
+    del settings["stopping"]
+    nested = {args.attack: settings.pop("planting"), "training": settings.pop("training")}
+    return {
+        "schema": f"{results.SCHEMA}/attack",
+        "method": None if args.no_attack else args.attack,
+        **results.rates(found),
+        "train_accuracy": float(np.mean(planted.infos.accuracy[-20:])),
+        **({"planted": planted.facts} if planted.facts else {}),
+        "config": {**nested, **settings},
+        "model": dataclasses.asdict(spec),
+        "data": {
+            "source": train.name,
+            "train": len(train.labels),
+            "test": len(test.labels),
+            "test_source": test.name,
+        },
+        "seconds": results.seconds(planted.seconds),
+        **results.provenance(args.seed),
+    }

@@ -1,0 +1,146 @@
+"""`jaxbd evaluate`: clean accuracy, and what a trigger does."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from jaxbd import files
+from jaxbd.attacks import amplified, given
+from jaxbd.base import Batch, UserError
+from jaxbd.cli import common, outputs, show, triggers
+from jaxbd.data import load
+from jaxbd.interop import preprocess
+from jaxbd.metrics import evaluate, relearn
+from jaxbd.report import results
+from jaxbd.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Measures a model's clean accuracy and, with a trigger, its attack success rate.
+
+    Attributes:
+      model: a PyTorch file, .safetensors, or a jaxbd model folder.
+      data: clean images with labels, see `jaxbd scan --help`.
+      out: write the result here as JSON (evaluate.json).
+      copies: how often a patch stands on an image: 4: in all corners, as far from the edges as at
+        its own place; 9: in the middle of the image and of its edges besides (the amplified attack
+        of Yan et al. 2023).
+      relearn: also train the model on three quarters of the images, 1 % of them with the trigger
+        and its label, and say after how many steps the backdoor works on half of the others again;
+        a clean model needs more than one whose backdoor is only hidden.
+      given: the trigger.
+      force: replace what lies at --out.
+      reading: how model and data are read.
+    """
+
+    model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    data: str
+    out: pathlib.Path | None = None
+    copies: amplified.Copies = 1
+    relearn: bool = False
+    given: Annotated[triggers.Trigger, tyro.conf.arg(name="")] = triggers.Trigger()
+    force: bool = False
+    reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading(limit=10_000)
+
+    def __post_init__(self):
+        if self.given.trigger is None and self.given != triggers.Trigger():
+            raise UserError(
+                "--apply, --place and --target describe a trigger; give it with --trigger"
+            )
+        if self.given.trigger is None and self.relearn:
+            raise UserError("--relearn teaches a trigger; give it with --trigger")
+        if self.given.trigger is None and self.copies != 1:
+            raise UserError(
+                "--copies is how often a trigger stands on an image; give it with --trigger"
+            )
+
+
+def run(args: Args) -> int:
+    """Measures, prints one line with both denominators, writes what was asked for."""
+    common.start()
+    outputs.check_output(args.out)
+    outputs.check_ending("--out", args.out, (".json", ""))
+    outputs.refuse_existing("--out", args.out, replace=args.force)
+    loaded = triggers.load_trigger(args.given)
+    show.note(f"reading {args.model} and {args.data} …")
+    opened = common.open_both(
+        args.model, args.data, args.reading, must_classify=False, guarded=True
+    )
+    show.preprocessing(opened.table)
+    model, data = opened.model, load.as_batch(opened.dataset)
+    config = attack = pixels = None
+    if loaded is not None:
+        config = triggers.settle(opened, args.given, loaded, all_to_all=True)
+        attack, pixels = triggers.make_attack(opened, config, loaded)
+        if args.copies != 1:
+            attack, pixels = triggers.amplify(opened, config, loaded, args.copies)
+    found = evaluate.rates(
+        jax.random.key(args.reading.seed), model.net, model.variables, data, attack, pixels
+    )
+    rates = results.rates(found)
+    show.rates([(pathlib.Path(model.path).name, rates)])
+    if args.copies != 1:
+        show.say(f"Every triggered image bears the trigger {args.copies} times.")
+    if config is not None and config.all_to_all:
+        show.say(
+            "All-to-all: the attack succeeds on class c where the answer is c + 1 mod"
+            f" {model.spec.classes}."
+        )
+    back = _relearn(opened, data, attack, pixels, args) if args.relearn else None
+    if args.out is not None:
+        files.write_json(args.out, _as_record(opened, rates, config, args) | {"relearn": back})
+    show.written(args.out)
+    return 0
+
+
+def _relearn(
+    opened: common.Opened, data: Batch, attack: Any, trigger: Any, args: Args
+) -> dict[str, Any]:
+    """How soon the backdoor is back: said, and as a record. The model itself stays as it is.
+
+    Raises: UserError for a guarded model, which has no weights of its own to train.
+    """
+    model, config = opened.model, relearn.Config()
+    if getattr(model, "guard", None) is not None:
+        raise UserError("--relearn trains weights, and a guard has none; leave --relearn out")
+    order = np.random.default_rng(args.reading.seed).permutation(len(data.labels))
+    parts = np.split(order, [3 * len(order) // 4])
+    images, judge = (Batch(data.images[rows], data.labels[rows]) for rows in parts)
+    key = jax.random.key(args.reading.seed)
+    found = relearn.relearn(
+        Run(), key, model.net, model.variables, images, judge, attack, trigger, config
+    )
+    after = (
+        f"was not back within {config.num_steps} steps"
+        if found.steps is None
+        else f"was back after {found.steps} steps"
+    )
+    show.say(
+        f"Relearning: the backdoor {after} on {found.poisoned} poisoned images of"
+        f" {len(images.labels)}."
+    )
+    return found._asdict() | {"config": results.settings(config)}
+
+
+def _as_record(
+    opened: common.Opened, rates: dict[str, Any], config: given.Config | None, args: Args
+) -> dict[str, Any]:
+    """The content of evaluate.json."""
+    return {
+        "schema": f"{results.SCHEMA}/evaluate",
+        **rates,
+        "trigger": (
+            None
+            if config is None
+            else {**triggers.describe(args.given, config), "copies": args.copies}
+        ),
+        "model": common.model_record(opened.model),
+        "data": common.data_record(opened.dataset, args.reading),
+        "preprocessing": preprocess.as_record(opened.table) if opened.table else None,
+        **results.provenance(args.reading.seed),
+    }

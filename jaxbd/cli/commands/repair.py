@@ -1,0 +1,572 @@
+"""`jaxbd repair`: removes a backdoor by any method of the table, and writes the repaired model."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+
+import tyro
+
+from jaxbd import files, methods
+from jaxbd.base import Batch, RepairData, Suspect, UserError
+from jaxbd.cli import (
+    common,
+    erasing,
+    from_case,
+    holding,
+    job,
+    known,
+    outcome,
+    outputs,
+    parse,
+    show,
+    triggers,
+)
+from jaxbd.cli.commands import scan as scanning
+from jaxbd.data import load
+from jaxbd.interop import load as models
+from jaxbd.interop import preprocess
+from jaxbd.pipelines import hold
+from jaxbd.pipelines.repair import Repaired
+from jaxbd.pipelines.scan import ScanConfig
+from jaxbd.repairs import dhbe
+from jaxbd.report import results
+from jaxbd.training.run import Run
+
+Settings = TypeVar("Settings")
+Search = TypeVar("Search")
+DEFAULT = holding.AUTO
+SAVE_EVERY = 500
+"""Steps between two checkpoints where no flag says otherwise."""
+JUDGED = 10_000
+"""Most images to judge by where no flag says otherwise and a method repairs without any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSearch:
+    """The search of a method that needs no trigger: there is none, and it has no flags."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(Generic[Settings, Search]):
+    """Removes a backdoor and writes the repaired model.
+
+    Methods that need a trigger recover it with a scan first, unless you give one or the result of
+    an earlier scan. `jaxbd methods` lists the methods and what each needs; `jaxbd repair --method
+    NAME --help` shows the flags of one: --with.… are its settings, --search.… those of the scan. A
+    method that guards writes a folder: the model as it was, and its corrections; see `jaxbd guard`.
+
+    While it runs, the folder OUT.run beside the output holds checkpoints, and losses go to
+    OUT.metrics.jsonl as lines of JSON. Ctrl-C or SIGTERM ends it after the current steps, saves,
+    and prints the command to go on with; a second one ends it at once. After a crash too, --resume
+    goes on from the last checkpoint. OUT.run is removed once the output is written.
+
+    --search.memory-budget takes units: 500MB, 2GiB, or plain bytes.
+
+    Attributes:
+      model: a PyTorch file, .safetensors, or a jaxbd model folder; or a case, the folder that
+        `jaxbd scan --out` wrote, which needs no other flag: model, data and triggers are those of
+        the scan, and the repaired model, its figures and a new scan of it go into the case.
+      out: the repaired model: .pth or .safetensors in the source's own keys and layout, or a model
+        folder. The figures go beside it, as <name>.repair.json, or into the folder as repair.json.
+      data: clean images with labels, see `jaxbd scan --help`. A quarter of them judges the repair.
+      test_data: images to judge by instead. For methods that need none, these are the only images,
+        and they are read once the repaired model is written.
+      report: write one self-contained HTML page here, with --method dhbe: what was generated over
+        time, the losses, and figures before and after where there is --test-data, with a patch as
+        --trigger also of 4 and 9 copies on an image (see `jaxbd evaluate --help`). After --resume,
+        what was generated before is not on it.
+      method: how to repair, by a name that `jaxbd methods` lists. "auto": unlearns what the scan
+        recovered and checks itself, see --rounds; where a scan that does not say clean recovered
+        nothing, `clip`. Its --with.… flags are those of unlearn.
+      rounds: the repair checks itself: after each round, images that repaired nothing are measured
+        and triggers are searched for anew, and what works is repaired too, until nothing that is
+        unusually small works, the budget of --max-drop is spent, or so many rounds are over. Usual
+        with auto (4 rounds); others repair once where this is not given.
+      max_drop: clean accuracy, as a share of images, that rounds may cost.
+      preset: settings that the flags of the method start from.
+      steps: length of the repair, short for the method's num-steps.
+      batch_size: images per step.
+      evidence: what of a scan by class is used. "mixture": all recovered distributions that reached
+        their level, in equal shares; "entropy": the same, weighted by the exponential of their
+        entropy; "level": the one of --level.
+      level: of --evidence level.
+      scan: an earlier scan: a case, whose triggers are used in place of a search, or a scan.json,
+        whose classes are then the only ones searched.
+      rescan: whether the repaired model of a case is scanned, into rescan.json.
+      given: the trigger, where you have it: no scan is run then.
+      settings: settings of the method.
+      search: what is searched, and how long.
+      stopping: how it may be stopped.
+      reading: how model and data are read.
+    """
+
+    model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    out: pathlib.Path | None = None
+    data: str | None = None
+    test_data: str | None = None
+    report: pathlib.Path | None = None
+    method: str = DEFAULT
+    rounds: int | None = None
+    max_drop: float = 0.02
+    preset: str | None = None
+    steps: int | None = None
+    batch_size: int = 64
+    evidence: Literal["mixture", "entropy", "level"] = "mixture"
+    level: float | None = None
+    scan: pathlib.Path | None = None
+    rescan: bool = True
+    given: Annotated[triggers.Trigger, tyro.conf.arg(name="")] = triggers.Trigger()
+    settings: Annotated[Settings, tyro.conf.arg(name="with")]
+    search: Search
+    stopping: Annotated[job.Flags, tyro.conf.arg(name="")] = job.Flags(save_every=SAVE_EVERY)
+    reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
+
+    def __post_init__(self):
+        if (self.evidence == "level") != (self.level is not None):
+            raise UserError("--evidence level and --level belong together; give both or neither")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.given.trigger is None and (self.given.apply, self.given.place) != (None, None):
+            raise UserError("--apply and --place describe a trigger; give it with --trigger")
+        if self.given.trigger is not None and self.scan is not None:
+            raise UserError("a given trigger needs no scan; leave --trigger or --scan out")
+
+
+def choose(argv: Sequence[str]) -> tuple[Any, Any]:
+    """The class of flags for these words, and the values where there is no flag.
+
+    Raises: UserError on a method or preset that there is none of.
+    """
+    name, preset, search_method = parse.preview(argv, "--method", "--preset", "--search.method")
+    name = name or DEFAULT
+    method, preset = holding.find(name), holding.pick_preset(name, preset)
+    if preset and preset not in method.presets:
+        known_presets = ", ".join(method.presets) or "none"
+        raise UserError(f"--preset is {preset!r}; {method.name} has {known_presets}")
+    settings = method.preset(preset)
+    search: Any = NoSearch()
+    if "trigger" in method.needs:
+        search = scanning.kind_of(search_method or method.search).default()
+        if search_method is None:
+            search = dataclasses.replace(search, method=method.search)
+    reading = _usual_reading(method)
+    defaults = Args(
+        model=tyro.MISSING,
+        settings=settings,
+        search=search,
+        method=name,
+        preset=preset,
+        reading=reading,
+    )
+    return Args[type(settings), type(search)], defaults
+
+
+def _usual_reading(method: methods.Method) -> common.Reading:
+    """How model and data are read where no flag says otherwise."""
+    # images are only measured on where none are needed, which takes little of each
+    return common.Reading() if "clean" in method.needs else common.Reading(limit=JUDGED)
+
+
+class Opened(NamedTuple):
+    """What a repair works on.
+
+    Attributes:
+      model: the suspect's file; opened: with its data, None where there are no images.
+      clean: images to repair with, None where the method needs none; judge: images to judge by.
+      material: for searches; None where there are no images to search with.
+    """
+
+    model: models.Model
+    opened: common.Opened | None
+    clean: Batch | None
+    judge: Batch | None
+    material: common.Material | None
+
+
+def run(args: Any) -> int:
+    """Finds the trigger where the method needs one, repairs, measures, writes."""
+    common.start()
+    method = holding.find(args.method)
+    args, past = from_case.fill_in(args, method, _usual_reading(method))
+    if past is not None and from_case.is_repaired(args, past):
+        from_case.rescan(args, past)
+        return 0
+    paths, settings = _check(args, method), with_steps(args.settings, args.steps)
+    loaded = triggers.load_trigger(args.given)
+    searches = loaded is None and past is None and "trigger" in method.needs
+    if "trigger" in method.needs and past is None:
+        searched = dataclasses.replace(args.search, targets=known.classes_to_search(args))
+        args = dataclasses.replace(args, search=searched)
+    there = _open(args, method, searches=searches)
+    suspect, watch = models.suspect_of(there.model), None
+    recalled = None
+    if past is not None:
+        from_case.check(past, there.model, there.material)
+        recalled = from_case.recall(past, suspect, args.given.target)
+    identity = _identify(args, method, there, loaded)
+    with job.open_run(paths, args.stopping, identity, with_metrics=True) as going:
+        found = _know(going, args, method, there, loaded, recalled)
+        if "trigger" in method.needs and not found.evidence:
+            other = holding.pick_without_trigger(args, found)
+            if other is None:
+                return _stop_without_backdoor(found, there, args, paths)
+            method, settings = other
+        if method.name == "dhbe":
+            settings = dhbe.adapt(settings, suspect, RepairData(), args.batch_size)
+            pictures = args.report is not None
+            watch = erasing.Watch(going, suspect, settings, args.reading.seed, pictures)
+        repaired, held = _repair(going, method, suspect, there, found, settings, args)
+    content = _as_record(args, method, settings, there, found, repaired)
+    content["checked"] = None if held is None else holding.as_record(held)
+    content |= {"resumed": job.describe_resumed(going, paths), "metrics": paths.metrics.name}
+    if watch is not None:
+        content |= watch.facts | {"curves": erasing.curves(next(iter(repaired.infos.values())))}
+    if there.judge is None:
+        _finish_unmeasured(args, paths, there, repaired, loaded, watch, content)
+    else:
+        rows = _measure(suspect, repaired, found, there, args, loaded)
+        content |= _describe_data(args, there, loaded) | outcome.describe_rows(rows)
+        content = outcome.save(args.out, there.model, repaired, content)
+        job.finish(paths)
+        _say(args, content, rows, there)
+        if held is not None:
+            holding.say(held, args)
+    beside = None if outputs.is_folder(args.out) else outcome.figures(args.out)
+    show.written(args.out, beside, paths.metrics, args.report)
+    if past is not None and past.is_own and args.rescan and not repaired.guarded:
+        from_case.rescan(args, past)
+    return 0
+
+
+def _identify(args: Any, method: methods.Method, there: Opened, loaded: Any) -> dict[str, Any]:
+    """What the run depends on. A trigger that is only measured with may change between its
+    parts."""
+    if "trigger" not in method.needs:
+        args, loaded = dataclasses.replace(args, given=triggers.Trigger()), None
+    images = (there.clean, there.judge)
+    record = common.model_record(there.model)
+    return common.identity("repair", args, record, data=images, trigger=loaded)
+
+
+def _finish_unmeasured(
+    args: Any,
+    paths: job.Paths,
+    there: Opened,
+    repaired: Repaired,
+    loaded: Any,
+    watch: erasing.Watch | None,
+    content: dict[str, Any],
+) -> None:
+    """Writes what was repaired without any image; then measures it, where there is --test-data.
+
+    No image is read before the repaired model is written, and a fault in one costs nothing.
+    """
+    content = outcome.save(args.out, there.model, repaired, content)
+    job.finish(paths)
+    _write_page(args, watch, content)
+    if args.test_data is None:
+        _say(args, content, [], there)
+        return
+    try:
+        show.note(f"reading {args.test_data} …")
+        opened = common.open_both(args.model, args.test_data, args.reading, must_classify=False)
+        there = there._replace(opened=opened, judge=load.as_batch(opened.dataset))
+        suspect = models.suspect_of(there.model)
+        rows = _measure(suspect, repaired, known.Known([]), there, args, loaded)
+        more = _describe_data(args, there, loaded) | outcome.describe_rows(rows)
+        if watch is not None and loaded is not None and args.report is not None:
+            more["amplified"] = erasing.measure_copies(
+                suspect, repaired, opened, args.given, loaded, args.reading.seed
+            )
+    except UserError as error:
+        raise UserError(f"{args.out} is written, but could not be measured: {error}") from None
+    show.preprocessing(opened.table)
+    content = files.plain({**content, **more})
+    files.write_json(outcome.figures(args.out), content)
+    _write_page(args, watch, content)
+    _say(args, content, rows, there)
+
+
+def _write_page(args: Any, watch: erasing.Watch | None, content: dict[str, Any]) -> None:
+    """The page, where one is asked for.
+
+    Raises: UserError when it cannot be written, saying that the repaired model stands.
+    """
+    if watch is None or args.report is None:
+        return
+    try:
+        watch.write_page(args.report, content)
+    except UserError as error:
+        raise UserError(f"{args.out} is written, but {error}") from None
+
+
+def with_steps(settings: Any, steps: int | None) -> Any:
+    """`settings` with another length, where --steps says so.
+
+    Raises: UserError for a method without a length.
+    """
+    if steps is None:
+        return settings
+    if hasattr(settings, "correction"):
+        correction = with_steps(settings.correction, steps)
+        return dataclasses.replace(settings, correction=correction)
+    if not hasattr(settings, "num_steps"):
+        raise UserError("this method has no num-steps, so its length is fixed; leave --steps out")
+    counted: dict[str, Any] = {"epochs": None} if hasattr(settings, "epochs") else {}
+    return dataclasses.replace(settings, num_steps=steps, **counted)
+
+
+def _length(settings: Any) -> int | None:
+    """The steps that settings state; None for those without."""
+    return getattr(getattr(settings, "correction", settings), "num_steps", None)
+
+
+def _check(args: Any, method: methods.Method) -> job.Paths:
+    """Whether the flags fit the method and the outputs can be written, before anything is read."""
+    in_folder = outputs.is_folder(args.out)
+    if method.guards and not in_folder and args.out.suffix != ".onnx":
+        raise UserError(
+            "a guarded model is a folder or an ONNX file; give --out a name without "
+            f"{args.out.suffix}"
+        )
+    if "clean" in method.needs and args.data is None:
+        raise UserError(f"{method.name} needs clean images; give --data")
+    if "clean" not in method.needs and args.data is not None:
+        raise UserError(
+            f"{method.name} takes no data; leave --data out, or give --test-data to measure the"
+            " repaired model on"
+        )
+    _check_given(args, method)
+    holding.check(args, method)
+    if args.steps is not None:
+        usual = _length(method.preset(args.preset))
+        if _length(args.settings) not in (args.steps, usual):
+            raise UserError(
+                "--steps and the method's num-steps are the same setting; give one of them"
+            )
+    if method.name == "dhbe" and args.settings.inner != method.preset(args.preset).inner:
+        raise UserError("--with.inner follows from the device; leave it out")
+    if args.report is not None and method.name != "dhbe":
+        raise UserError("--report is for --method dhbe; scan the repaired model for a page")
+    if isinstance(args.search, ScanConfig):
+        _check_level(args)
+    inputs = [args.model, args.data, args.scan, args.given.trigger]
+    outputs.check_model_output(args.out, inputs, force=args.stopping.force)
+    figures = outcome.figures(args.out)
+    outputs.check_output(None if in_folder else figures)
+    for each in (args.out, figures):
+        outputs.refuse_existing("--out", each, replace=args.stopping.replace)
+    paths = job.prepare(args.out, args.stopping)
+    assert paths is not None
+    outputs.check_page(args.report, [args.model, args.out, figures, *paths])
+    outputs.refuse_existing("--report", args.report, replace=args.stopping.replace)
+    return paths
+
+
+def _check_given(args: Any, method: methods.Method) -> None:
+    """Raises UserError where the flags about a trigger do not fit the method."""
+    given = args.given
+    if "trigger" not in method.needs:
+        if args.scan is not None:
+            raise UserError(f"{method.name} needs no trigger and so no scan; leave --scan out")
+        if given.trigger is None and given != triggers.Trigger():
+            raise UserError(
+                f"{method.name} repairs without a trigger; --target and its like describe one to"
+                " measure with, give it with --trigger"
+            )
+        if given.trigger is not None and args.data is None and args.test_data is None:
+            raise UserError(
+                f"{method.name} repairs without the trigger; to measure with it, give images with"
+                " --test-data too"
+            )
+    elif (
+        given.target is not None
+        and given.trigger is None
+        and scanning.kind_of(args.search.method) is not scanning.by_class
+    ):
+        raise UserError(
+            f"a search by {args.search.method} finds the targets itself; give the trigger to"
+            " class --target with --trigger, or leave --target out"
+        )
+
+
+def _check_level(args: Any) -> None:
+    """Raises UserError where --evidence asks for what the scan does not model."""
+    if args.level is not None and args.level not in args.search.levels:
+        levels = ", ".join(map(str, args.search.levels))
+        raise UserError(
+            f"--level {args.level} is not searched; choose from {levels} or change --search.levels"
+        )
+    if args.evidence != "mixture" and args.search.method in ("pixel", "neural-cleanse"):
+        raise UserError(
+            f"scan method {args.search.method} models no levels; use --evidence mixture"
+        )
+
+
+def _open(args: Any, method: methods.Method, *, searches: bool) -> Opened:
+    """Reads the model and the images that the method or the judge needs."""
+    if args.data is None:  # --test-data is read when the repaired model is written
+        show.note(f"reading {args.model} …")
+        return Opened(common.open_alone(args.model, args.reading), None, None, None, None)
+    show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
+    least = max(args.batch_size, args.search.batch_size) if searches else args.batch_size
+    material = common.open_material(args.model, args.data, args.reading, least, "stored")
+    opened, judge = material.opened, material.held_out
+    show.preprocessing(opened.table)
+    bgr = opened.table is not None and opened.table.used.channels == "bgr"
+    if bgr and outputs.is_folder(args.out):
+        raise UserError(
+            "this model takes BGR images, which a model folder cannot say; write .pth or"
+            " .safetensors"
+        )
+    if args.test_data is not None:
+        other = common.open_both(args.model, args.test_data, args.reading, must_classify=False)
+        judge = load.as_batch(other.dataset)
+    return Opened(opened.model, opened, material.search, judge, material)
+
+
+def _know(
+    run: Run,
+    args: Any,
+    method: methods.Method,
+    there: Opened,
+    loaded: Any,
+    recalled: known.Known | None,
+) -> known.Known:
+    """The given trigger, what an earlier scan kept (`recalled`), or what a scan recovers, where the
+    method needs one."""
+    if "trigger" not in method.needs:
+        return known.Known([])
+    if loaded is not None and there.opened is not None:
+        return known.take_given(there.opened, args.given, loaded, method.guards)
+    if recalled is not None:
+        return recalled
+    assert there.material is not None
+    named = args.search.targets if args.given.target is not None else ()
+    kind = scanning.kind_of(args.search.method)
+    return known.search(run, kind, there.material, args, named)
+
+
+def _stop_without_backdoor(found: known.Known, there: Opened, args: Any, paths: job.Paths) -> int:
+    """Says why nothing is repaired."""
+    job.finish(paths)
+    if found.past is not None:
+        show.say(
+            f"The scan in {found.past.folder} says {found.past.verdict} and names no class: nothing"
+            " to repair, nothing is written. (--target repairs a class all the same.)"
+        )
+        return 0
+    assert there.opened is not None and found.kind is not None  # a scan ran on its images
+    names = common.class_names(there.opened)
+    show.say(
+        "The scan found no backdoor: nothing to repair, nothing is written.",
+        found.kind.explain_clean(found.scan, args.search, names),
+    )
+    return 0
+
+
+def _repair(
+    run: Run,
+    method: methods.Method,
+    suspect: Suspect,
+    there: Opened,
+    found: known.Known,
+    settings: Any,
+    args: Any,
+) -> tuple[Repaired, hold.Held | None]:
+    """The method's own driver on what is known, in rounds where the repair checks itself."""
+    more = {"search_again": found.search_again} if method.guards else {}
+    key = erasing.repair_key(args.reading.seed)
+    if holding.is_asked(args) and found.evidence:
+        assert there.clean is not None  # methods that need a trigger need clean images too
+        held = holding.repair(run, key, suspect, there.clean, found, settings, args)
+        return held.repaired, held
+    driver = functools.partial(
+        method.driver.repair, run, key, suspect, there.clean, found.evidence, method.name, settings
+    )
+    return driver(batch_size=args.batch_size, **more), None
+
+
+def _measure(
+    suspect: Suspect,
+    repaired: Repaired,
+    found: known.Known,
+    there: Opened,
+    args: Any,
+    loaded: Any,
+) -> list[outcome.Row]:
+    """Figures on the images that judge, under the triggers that are known or given."""
+    assert there.judge is not None and there.opened is not None
+    seed = args.reading.seed
+    if found.evidence or loaded is None:
+        return outcome.measure(suspect, repaired, found.evidence, there.judge, seed)
+    config = triggers.settle(there.opened, args.given, loaded, all_to_all=True)
+    attack = triggers.make_attack(there.opened, config, loaded)
+    return [outcome.measure_attack(suspect, repaired, attack, there.judge, seed)]
+
+
+def _describe_data(args: Any, there: Opened, loaded: Any) -> dict[str, Any]:
+    """What repair.json holds of the images, how they are read, and a trigger that was given."""
+    assert there.judge is not None and there.opened is not None
+    counts = {"held_out": len(there.judge.labels)}
+    if there.clean is not None:
+        counts["search"] = len(there.clean.labels)
+    found = {
+        "data": common.data_record(there.opened.dataset, args.reading, **counts),
+        "preprocessing": preprocess.as_record(there.opened.table) if there.opened.table else None,
+    }
+    if loaded is not None:
+        config = triggers.settle(there.opened, args.given, loaded, all_to_all=True)
+        found["trigger"] = triggers.describe(args.given, config)
+    return found
+
+
+def _as_record(
+    args: Any,
+    method: methods.Method,
+    settings: Any,
+    there: Opened,
+    found: known.Known,
+    repaired: Repaired,
+) -> dict[str, Any]:
+    """The content of repair.json but for the figures."""
+    content = results.repair(
+        method.name,
+        settings,
+        repaired.seconds,
+        model=common.model_record(there.model),
+        data=None,
+        seed=args.reading.seed,
+    )
+    content |= {
+        "preset": args.preset or (method.presets[0] if method.presets else None),
+        "trigger": None,
+        "evidence": None,
+        "preprocessing": None,
+        "before": None,
+        "after": None,
+        "amplified": None,
+    }
+    if found.past is not None:
+        content |= {"trigger": "recovered", "evidence": "case"} if found.evidence else {}
+        content["scan"] = from_case.summary(found.past)
+        content["files"] = {found.past.record.name: found.past.sha256}
+    elif found.scan is not None and found.evidence:
+        content |= {"trigger": "recovered", "evidence": args.evidence}
+    elif found.evidence:
+        content["evidence"] = "given trigger"
+    if found.kind is not None:
+        content["scan"] = found.kind.summary(found.scan, args.search)
+    return content
+
+
+def _say(args: Any, content: dict[str, Any], rows: list[outcome.Row], there: Opened) -> None:
+    """Figures, and what comes next."""
+    whose = "the given trigger" if args.given.trigger else "the recovered triggers"
+    if rows and there.opened is not None:
+        outcome.say(rows, content, common.class_names(there.opened), whose)
+    times = show.seconds(content["seconds"])
+    without = " without any data" if args.data is None else ""
+    show.say(f"The repair{without} took {times}. Scan the repaired model before you use it.")

@@ -1,0 +1,129 @@
+"""What `repair --method dhbe` adds to a repair: a warning before it, and a page of what was
+generated."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbd.attacks import given
+from jaxbd.base import Attack, Key, Suspect, UserError
+from jaxbd.cli import common, outcome, show, triggers
+from jaxbd.data import load
+from jaxbd.metrics.evaluate import Rates
+from jaxbd.pipelines import erase
+from jaxbd.pipelines.repair import Repaired
+from jaxbd.repairs import dhbe
+from jaxbd.report.content import Moment
+from jaxbd.training import checkpoint
+from jaxbd.training.run import Run
+
+COPIES = (1, 4, 9)
+"""How often the trigger stands on an image where a backdoor's remains are looked for, see
+`attacks.amplified`."""
+CURVE = 200
+"""Most points of a curve; the file of metrics has all of them."""
+ONE_ANSWER = 0.85
+"""Share of untrained generators' images with one and the same answer from which on a person is
+warned: between nets that were erased and a published one that was not (docs/results.md)."""
+
+
+def repair_key(seed: int) -> Key:
+    """The key of a repair with --seed."""
+    return jax.random.fold_in(jax.random.key(seed), 10)
+
+
+class Watch:
+    """Watches one erasure: what the suspect answers to generated images, and pictures on the way.
+
+    Attributes:
+      facts: for repair.json: `one_answer`, the answer that generated images get oftenest.
+    """
+
+    def __init__(self, run: Run, suspect: Suspect, config: dhbe.Config, seed: int, pictures: bool):
+        key = jax.random.key(seed)
+        answers = erase.ask_untrained(jax.random.fold_in(key, 3), suspect, config)
+        label, share = erase.most_frequent(answers)
+        self.facts: dict[str, Any] = {"one_answer": {"class": label, "share": share}}
+        if share >= ONE_ANSWER:
+            show.note(
+                f"warning: the model answers {share:.0%} of untrained generators' images with"
+                f" class {label}; such images tell little about it, and erasing without data is"
+                " likely to fail"
+            )
+        self.album = erase.Album(jax.random.fold_in(key, 2), suspect, config)
+        if pictures:
+            saving = run.checkpoints
+            if saving is None or not checkpoint.is_started(saving.folder):
+                self.album.add(0, erase.start(repair_key(seed), suspect, config))
+            run.observers = (*run.observers, self.album.observe)
+
+    def write_page(self, path: pathlib.Path, content: dict[str, Any]) -> None:
+        """The page; `content` is repair.json.
+
+        Raises: UserError when it cannot be written.
+        """
+        from jaxbd.report import erased, page
+
+        name = pathlib.Path(content["model"]["path"]).name
+        moments = as_moments(self.album.pictures)
+        rates = {int(copies): pair for copies, pair in (content["amplified"] or {}).items()}
+        page.write(path, erased.content(content, name=name, moments=moments, amplified=rates))
+
+
+def measure_copies(
+    suspect: Suspect,
+    repaired: Repaired,
+    opened: common.Opened,
+    flags: triggers.Trigger,
+    loaded: given.Loaded,
+    seed: int,
+) -> dict[int, tuple[float | None, float | None]] | None:
+    """`compare_copies` of the given trigger, for as many copies as fit; None where it is no patch
+    that can be copied."""
+    config = triggers.settle(opened, flags, loaded, all_to_all=True)
+    attacks: dict[int, tuple[Attack, Any]] = {1: triggers.make_attack(opened, config, loaded)}
+    for copies in COPIES[1:]:
+        with contextlib.suppress(UserError):
+            attacks[copies] = triggers.amplify(opened, config, loaded, copies)
+    if len(attacks) == 1:
+        return None
+    data = load.as_batch(opened.dataset)
+    rows = {
+        copies: outcome.measure_attack(suspect, repaired, attack, data, seed)
+        for copies, attack in attacks.items()
+    }
+    before, after = (
+        {copies: getattr(row, when) for copies, row in rows.items()} for when in ("before", "after")
+    )
+    return compare_copies(before, after)
+
+
+def compare_copies(
+    before: Mapping[int, Rates], after: Mapping[int, Rates]
+) -> dict[int, tuple[float | None, float | None]]:
+    """{copies of the trigger on an image: attack success rate in [0, 1] (before, after)}."""
+    return {
+        copies: (before[copies].attack_success_rate, after[copies].attack_success_rate)
+        for copies in before
+    }
+
+
+def as_moments(pictures: Iterable[erase.Picture]) -> list[Moment]:
+    """An album's pictures as a page takes them."""
+    return [Moment(**picture._asdict()) for picture in pictures]
+
+
+def curves(infos: dhbe.Info) -> dict[str, list[float]]:
+    """Every field of infos [steps], averaged over at most `CURVE` parts that end at the iterations
+    `step`."""
+    steps = np.arange(1, len(infos.discrepancy) + 1)
+    parts = np.array_split(steps, min(CURVE, len(steps)))
+    means = {
+        name: [float(values[part - 1].mean()) for part in parts]
+        for name, values in infos._asdict().items()
+    }
+    return {"step": [int(part[-1]) for part in parts], **means}

@@ -1,0 +1,88 @@
+"""The first answer of `jaxbd scan`: margins, for which no image is needed."""
+
+from typing import Any
+
+import jax
+
+from jaxbd import files
+from jaxbd.cli import common, show
+from jaxbd.interop import load as models
+from jaxbd.inversion import margin as margins
+from jaxbd.pipelines import margin_scan
+from jaxbd.report import results
+from jaxbd.training.run import Run
+
+BLIND = (
+    "Not seen by margins: triggers that depend on the image or hardly move the logits, and several"
+    " targets at once. Nothing here was checked on images: give --data for a verdict."
+)
+"""What no data-free answer can say."""
+
+
+def open_suspect(path: Any, reading: common.Reading) -> models.Model:
+    """The model; what only images would tell is assumed, and said.
+
+    Raises: UserError for a guarded model, through which no margin can be searched.
+    """
+    given = common.stated(reading)
+    model = common.open_model(
+        path, arch=reading.arch, image_shape=reading.image_shape, key=reading.key, **given
+    )
+    common.refuse_guarded(model, path)
+    if not given and not model.states_normalisation():
+        show.note(
+            "note: the file does not say what normalisation its net expects; pixels go in as they"
+            " are, in [0, 1] (--normalisation says otherwise, --data finds out)"
+        )
+    if reading.image_shape is None and not (common.is_ours(model) or common.has_fixed_size(model)):
+        height, width, _ = model.spec.image_shape
+        show.note(f"note: the file does not say how large images are; {height}x{width} is assumed")
+    return model
+
+
+def search(
+    run: Run, model: models.Model, reading: common.Reading, config: margin_scan.Config
+) -> dict[str, Any]:
+    """The content of scan.json."""
+    suspect = models.suspect_of(model)
+    spec = model.spec
+    names = tuple(spec.class_names or map(str, range(spec.classes)))
+    found, why_not = None, ""
+    if spec.classes < margins.LEAST_CLASSES:
+        why_not = (
+            f"a model of {spec.classes} classes has no margins to compare: those of two classes"
+            " mirror each other"
+        )
+    else:
+        found = margin_scan.scan(run, jax.random.key(reading.seed), suspect, config)
+    content = results.first_answer(
+        found,
+        why_not,
+        config,
+        model=common.model_record(model),
+        class_names=names,
+        seed=reading.seed,
+    )
+    return files.plain(content)
+
+
+def say(content: dict[str, Any]) -> None:
+    """What stands out, and what that does not say."""
+    names = tuple(row["name"] for row in content["classes"])
+    show.say(headline(content["margin"], names, content["decided_by"]), BLIND)
+    if content["margin"] is not None:
+        times = show.seconds(content["margin"]["seconds"])
+        show.say(f"{content['margin']['image_steps']} image-steps, {times}, {content['device']}.")
+
+
+def headline(margin: dict[str, Any] | None, names: tuple[str, ...], why_not: str) -> str:
+    """What the margins say, in one sentence."""
+    if margin is None:
+        return f"INCONCLUSIVE: {why_not}; give --data, so that triggers can be searched."
+    if margin["p_value"] is None:
+        return "INCONCLUSIVE: too few classes have a margin to compare; give --data."
+    p_value = f"p = {margin['p_value']:.2g}"
+    if margin["classes"]:
+        labels = ", ".join(common.class_label(k, names) for k in margin["classes"])
+        return f"SUSPICIOUS: class {labels}: its largest margin stands out, {p_value}."
+    return f"NOTHING STANDS OUT: no class has an unusual margin, {p_value}."

@@ -1,0 +1,142 @@
+"""The repair that checks itself, for `repair`: when it runs, its record, and what may be said of
+it."""
+
+import dataclasses
+from typing import Any
+
+from jaxbd import methods
+from jaxbd.base import Batch, Key, Suspect, UserError
+from jaxbd.cli import known, show
+from jaxbd.files import plain
+from jaxbd.pipelines import evidence, hold
+from jaxbd.pipelines.scan import Scan
+from jaxbd.training.run import Run
+
+AUTO = "auto"
+BASE, WITHOUT = "unlearn", "clip"
+"""What `AUTO` does with a trigger, and where the scan recovered none."""
+ROUNDS = hold.Config().rounds
+SEARCHED = (
+    "Searched again: masks from large and from small starts, square patches where they lie, and"
+    " additive patterns, for these classes alone; other kinds of trigger may be left."
+)
+NAMES = {"mask": "a mask", "patch": "square patches", "additive": "an additive pattern"}
+
+
+def find(name: str) -> methods.Method:
+    """The repair of that name; for `AUTO` the one it does with a trigger."""
+    return methods.find("repair", BASE if name == AUTO else name)
+
+
+def pick_preset(name: str, preset: str | None) -> str | None:
+    """The preset that a person gives; for `AUTO` without one that for rounds."""
+    return hold.PRESET if name == AUTO and preset is None else preset
+
+
+def is_asked(args: Any) -> bool:
+    """Whether the repair should check itself."""
+    return args.method == AUTO or args.rounds is not None
+
+
+def check(args: Any, method: methods.Method) -> None:
+    """Raises UserError where the flags cannot be met, before anything is read."""
+    if is_asked(args):
+        if method.guards or "trigger" not in method.needs:
+            raise UserError(
+                "--rounds is for repairs that start from a trigger and change weights;"
+                f" {method.name} does not, leave --rounds out"
+            )
+        configure(args)
+    elif args.max_drop != hold.Config().max_drop:
+        raise UserError("--max-drop is for --method auto or --rounds; give one of them")
+
+
+def configure(args: Any) -> hold.Config:
+    """The settings that the flags state."""
+    rounds = ROUNDS if args.rounds is None else args.rounds
+    return hold.Config(max_drop=args.max_drop, rounds=rounds)
+
+
+def pick_without_trigger(args: Any, found: known.Known) -> tuple[methods.Method, Any] | None:
+    """(method, settings) where a scan recovered no trigger; None where it says clean, or the person
+    chose another method."""
+    if args.method != AUTO or found.verdict() in (None, "clean"):
+        return None
+    method = methods.find("repair", WITHOUT)
+    show.say(f"The scan is inconclusive and recovered no trigger; repairing by {WITHOUT} instead.")
+    return method, dataclasses.replace(method.preset(), max_drop=args.max_drop)
+
+
+def repair(
+    run: Run, key: Key, suspect: Suspect, clean: Batch, found: known.Known, settings: Any, args: Any
+) -> hold.Held:
+    """Repairs in rounds, from every trigger of the scan that worked, or from the given one."""
+    triggers, norms = found.evidence, found.norms
+    if isinstance(found.scan, Scan):
+        if found.scan.located is not None:
+            norms = found.scan.located.norms
+        if args.evidence == "mixture":
+            targets = dict.fromkeys(each.target for each in triggers)
+            triggers = [e for t in targets for e in evidence.every_trigger(found.scan, t)]
+    base = (find(args.method).name, settings)
+    return hold.repair(
+        run,
+        key,
+        suspect,
+        clean,
+        triggers,
+        configure(args),
+        base,
+        norms=norms,
+        batch_size=args.batch_size,
+    )
+
+
+def as_record(held: hold.Held) -> dict[str, Any]:
+    """What repair.json holds of the rounds; number 0 is the suspect."""
+    rounds = [
+        {
+            "accuracy": each.accuracy,
+            "kept": each.kept,
+            "shares": {str(target): share for target, share in each.shares.items()},
+            "known": [{"class": target, "rate": rate} for target, rate in each.rates],
+            "found": [
+                {
+                    "class": one.evidence.target,
+                    "kind": one.kind,
+                    "size": one.size,
+                    "rate": one.rate,
+                    "left": any(one is other for other in each.left),
+                }
+                for one in each.found
+            ],
+        }
+        for each in held.rounds
+    ]
+    end = {"end": held.end, "undone": held.undone, "checked_on": held.checked_on}
+    return plain({"rounds": rounds, "limits": held.limits, **end})
+
+
+def say(held: hold.Held, args: Any) -> None:
+    """Which end it was, and what was measured at that end."""
+    count, last = len(held.rounds) - 1, held.last
+    many = "1 round" if count == 1 else f"{count} rounds"
+    highest = max((rate for _, rate in last.rates), default=0.0)
+    figures = (
+        f"On {held.checked_on} images that repaired nothing, the known triggers reach at most"
+        f" {show.percent(highest)}; accuracy went from {show.percent(held.rounds[0].accuracy)} to"
+        f" {show.percent(last.accuracy)}."
+    )
+    left = "; ".join(
+        f"{NAMES[each.kind]} that leads {show.percent(each.rate)} to class {each.evidence.target}"
+        for each in last.left
+    )
+    still = f" Still working: {left}." if left else ""
+    if held.end == "nothing left":
+        why = "a fresh search found nothing unusually small that works"
+    elif held.end == "rounds":
+        why = "the rounds are over"
+    else:
+        why = f"even a part of the last would cost more than --max-drop {args.max_drop:g}"
+        why += "; the model is as it came" if count == 1 else " and was undone"
+    show.say(f"The repair ended after {many}: {why}.{still}", figures, SEARCHED)

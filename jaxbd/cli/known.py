@@ -1,0 +1,124 @@
+"""What `repair` knows of a trigger: one that the user gives, or what a scan recovers."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.base import Evidence, Key, Suspect, UserError
+from jaxbd.cli import case, common, triggers
+from jaxbd.pipelines import evidence as evidences
+from jaxbd.pipelines import pair_scan
+from jaxbd.pipelines.scan import Scan
+from jaxbd.repairs import mixture
+from jaxbd.training.program import Seconds
+from jaxbd.training.run import Run
+
+SearchAgain = Callable[[Run, Key, Suspect, Evidence, str], tuple[Evidence, Seconds]]
+
+
+class Known(NamedTuple):
+    """What is known before a repair.
+
+    Attributes:
+      evidence: of every target; one target may have several pieces.
+      scan: the result of the scan behind it; None for a given trigger.
+      kind: `by_class` or `by_pair`, the module that ran the scan.
+      search_again: how to look for what still leads to a target of the scan.
+      past: the case that the evidence is from, see `cli.case`.
+      norms: sizes [K] of the smallest masks of all classes, where such a case has them.
+    """
+
+    evidence: list[Evidence]
+    scan: Any = None
+    kind: ModuleType | None = None
+    search_again: SearchAgain | None = None
+    past: case.Case | None = None
+    norms: np.ndarray | None = None
+
+    def verdict(self) -> str | None:
+        """What the scan says, this one or an earlier one; None for a given trigger."""
+        if self.past is not None:
+            return self.past.verdict
+        return None if self.kind is None else self.kind.verdict_of(self.scan)
+
+
+def take_given(opened: common.Opened, flags: Any, loaded: Any, guards: bool) -> Known:
+    """The given trigger, as evidence for each class that it leads to.
+
+    Args:
+      guards: whether the method treats each target by itself, so that the trigger may have several.
+    Raises: UserError where the trigger's place or target is not known.
+    """
+    config = triggers.settle(opened, flags, loaded, all_to_all=guards)
+    attack, pixels = triggers.make_attack(opened, config, loaded)
+    labels = np.arange(opened.model.spec.classes)
+    aims = np.asarray(attack.relabel(jnp.asarray(labels)))
+    stamp = attack.stamp if guards else mixture.mix(attack.stamp)
+    params = pixels if guards else mixture.single(pixels)
+    found = []
+    for target in sorted({*aims.tolist()}):
+        sources = tuple(labels[(aims == target) & (labels != target)].tolist())
+        if sources:
+            found.append(Evidence(target, sources, stamp, params))
+    return Known(found)
+
+
+def search(
+    run: Run, kind: ModuleType, material: common.Material, args: Any, named: tuple[int, ...]
+) -> Known:
+    """Scans, and takes what was recovered for each class called attacked, and for those `named`."""
+    key = jax.random.key(args.reading.seed)
+    found = kind.search(run, key, material, args.search)
+    targets = sorted({*kind.targets_of(found), *named})
+    evidence = [each for target in targets for each in _choose_evidence(found, kind, target, args)]
+    again = _pair_search(material, args.search, found) if not isinstance(found, Scan) else None
+    return Known(evidence, found, kind, again)
+
+
+def _choose_evidence(found: Any, kind: ModuleType, target: int, args: Any) -> list[Evidence]:
+    """What a scan recovered for one class, in the form that --evidence asks for."""
+    if not isinstance(found, Scan) or args.evidence == "mixture":
+        return kind.evidence_of(found, target)
+    if args.evidence == "entropy":
+        return [evidences.mix_by_entropy(found, target)]
+    return [evidences.take_level(found, target, args.search.levels.index(args.level))]
+
+
+def _pair_search(material: common.Material, config: Any, found: pair_scan.PairScan) -> SearchAgain:
+    """The search of a scan by pairs, for what leads to a target in a corrected net."""
+
+    def again(
+        run: Run, key: Key, suspect: Suspect, first: Evidence, name: str
+    ) -> tuple[Evidence, Seconds]:
+        estimate = found.triggers[first.target]
+        more, seconds = pair_scan.search_again(
+            run, key, suspect, material.search, estimate, config, name
+        )
+        return more.evidence, seconds
+
+    return again
+
+
+def classes_to_search(args: Any) -> tuple[int, ...]:
+    """Classes to search: `--target`, or those of an earlier scan; none stands for all.
+
+    Raises: UserError when the earlier scan's file is none, or names no class.
+    """
+    if args.given.target is not None:
+        return (args.given.target,)
+    if args.scan is None:
+        return args.search.targets
+    earlier = case.read(args.scan)
+    targets = earlier.get("targets", kind=list)
+    if not all(type(target) is int for target in targets):
+        raise UserError(f"{earlier.record}: its targets are no classes; scan again")
+    if not targets:
+        raise UserError(
+            f"{args.scan} names no target class, so there is nothing to repair; leave --scan out to"
+            " search"
+        )
+    return tuple(targets)

@@ -1,0 +1,176 @@
+"""What a repair came to: measured on held-out images, written, and told."""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbd import files
+from jaxbd.base import Attack, Batch, Evidence, Suspect
+from jaxbd.cli import case, common, outputs, show
+from jaxbd.interop import guarded
+from jaxbd.interop import load as models
+from jaxbd.metrics import evaluate
+from jaxbd.pipelines.repair import Repaired
+from jaxbd.report import results
+
+
+class Row(NamedTuple):
+    """Figures on held-out images, under one trigger or none.
+
+    Attributes:
+      evidence: the trigger; None without one, or where the repair did not use it.
+      before, after: rates of the suspect, and of the repaired net.
+      detection: of the guard as a detector of triggered images; None for nets without a guard.
+    """
+
+    evidence: Evidence | None
+    before: evaluate.Rates
+    after: evaluate.Rates
+    detection: evaluate.Detection | None = None
+
+
+def measure(
+    suspect: Suspect, repaired: Repaired, evidence: list[Evidence], images: Batch, seed: int
+) -> list[Row]:
+    """Figures under each trigger, highest attack success rate first; accuracy alone without any."""
+    key = jax.random.key(seed)
+    targets = repaired.guarded
+    net = guarded.make(suspect.net, targets) if targets else suspect.net
+
+    def one(known: Evidence | None) -> Row:
+        attack = None if known is None else as_attack(known, suspect.classes)
+        params = None if known is None else known.trigger_params
+        before = evaluate.rates(key, suspect.net, suspect.variables, images, attack, params)
+        after = evaluate.rates(key, net, repaired.variables, images, attack, params)
+        if attack is None or not targets:
+            return Row(known, before, after)
+        flag = guarded.flag(suspect.net, targets)
+        found = evaluate.detection(key, flag, repaired.variables, images, attack, params)
+        return Row(known, before, after, found)
+
+    rows = [one(known) for known in evidence] or [one(None)]
+    return sorted(rows, key=lambda row: -(row.before.attack_success_rate or 0))
+
+
+def measure_attack(
+    suspect: Suspect, repaired: Repaired, attack: tuple[Attack, Any], images: Batch, seed: int
+) -> Row:
+    """Figures under (attack, its trigger), which may lead to several targets; of a repair that does
+    not guard."""
+    key = jax.random.key(seed)
+    before, after = (
+        evaluate.rates(key, suspect.net, variables, images, *attack)
+        for variables in (suspect.variables, repaired.variables)
+    )
+    return Row(None, before, after)
+
+
+def as_attack(known: Evidence, classes: int) -> Attack:
+    """The trigger as an attack on images of its sources; all others count as clean."""
+    sources = jnp.asarray(known.all_sources(classes))
+    relabel = lambda labels: jnp.where(jnp.isin(labels, sources), known.target, labels)
+    return Attack(
+        lambda key: known.trigger_params, known.stamp, lambda key, trigger, batch: batch, relabel
+    )
+
+
+def figures(path: pathlib.Path) -> pathlib.Path:
+    """Where the figures of a repaired model at `path` go: into a folder, beside a file; in a case,
+    into that."""
+    if case.is_case(path.parent):
+        return path.parent / case.REPAIR
+    if outputs.is_folder(path):
+        return path / "repair.json"
+    return path.with_name(f"{path.stem}.repair.json")
+
+
+def save(
+    path: pathlib.Path, model: models.Model, repaired: Repaired, content: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes the repaired net in the form of `model`, then the figures; says what the file does not
+    hold. A guarded net is a folder or an ONNX file.
+
+    Returns: what the figures' file holds.
+    """
+    if not outputs.is_folder(path):
+        if repaired.guarded:
+            note = models.save_onnx(path, model, repaired.variables, tuple(repaired.guarded))
+        else:
+            note = outputs.write_model(path, model, repaired.variables)
+        show.say(*outputs.list_notes(path, model, note))
+        content = files.plain({**content, "repaired": common.output_record(path, path)})
+        files.write_json(figures(path), content)
+        return content
+    written = files.plain(content)
+
+    def fill(new: pathlib.Path) -> None:
+        if repaired.guarded:
+            notes = {"source_sha256": model.sha256}
+            guarded.save(new, model.spec, repaired.variables, repaired.guarded, notes)
+        else:
+            models.save_model(new, model, repaired.variables)
+        written["repaired"] = files.plain(common.output_record(new, path))
+        files.write_json(new / "repair.json", written)
+
+    outputs.write_folder(path, fill)
+    if case.is_case(path.parent):
+        of_case = {**written["repaired"], "path": path.name}
+        files.write_json(figures(path), written | {"repaired": of_case})
+    return written
+
+
+def describe_rows(rows: list[Row]) -> dict[str, Any]:
+    """What repair.json holds of the figures; `before`, `after` and `detection` are of the trigger
+    that worked best."""
+    classes = []
+    for row in rows:
+        if row.evidence is None:
+            continue
+        one = {
+            "class": row.evidence.target,
+            "sources": list(row.evidence.sources),
+            "before": results.rates(row.before),
+            "after": results.rates(row.after),
+        }
+        if row.detection is not None:
+            one["detection"] = results.detection(row.detection)
+        classes.append(one)
+    best = rows[0]
+    found = {
+        "before": results.rates(best.before),
+        "after": results.rates(best.after),
+        "target": None if best.evidence is None else best.evidence.target,
+        "targets": sorted({row["class"] for row in classes}),
+        "classes": classes,
+    }
+    if best.detection is not None:
+        found["detection"] = results.detection(best.detection)
+    return found
+
+
+def say(rows: list[Row], content: dict[str, Any], names: tuple[str, ...], whose: str) -> None:
+    """Before and after, what is flagged, and what the figures are figures of."""
+    table, flags = [], []
+    for row in rows:
+        label = "images" if row.evidence is None else _label(row.evidence, names)
+        table += [
+            (f"{label}, before", results.rates(row.before)),
+            (f"{label}, after", results.rates(row.after)),
+        ]
+        if row.detection is not None:
+            found = dataclasses.astuple(row.detection)[:3]
+            flags.append((label, *map(show.percent, found)))
+    show.rates(table)
+    if flags:
+        columns = ("flagged", "triggered images", "clean images of the class", "all clean images")
+        show.table(columns, flags)
+    judged = content["data"]["held_out"]
+    if rows[0].before.attack_success_rate is not None:
+        show.say(f"Attack success rates are those of {whose}, on {judged} held-out images.")
+
+
+def _label(known: Evidence, names: tuple[str, ...]) -> str:
+    return f"class {common.class_label(known.target, names)}"

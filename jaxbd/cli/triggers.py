@@ -1,0 +1,149 @@
+"""Triggers that a person brings: the flags that describe one, and the attack it makes."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+
+from jaxbd.attacks import amplified, given
+from jaxbd.base import Attack, UserError
+from jaxbd.cli import common
+from jaxbd.interop import trigger
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trigger:
+    """A trigger you have.
+
+    Attributes:
+      trigger: a picture (its transparency is the mask), an .npz with `pattern` or, for a warp,
+        `grid` (`jaxbd attack` writes both), or white:HxW.
+      apply: overwrite the image's pixels, or add to them and clip. Default: what the .npz says,
+        else overwrite.
+      place: ROW,COLUMN of the top-left corner, or "random". Default: what the .npz says; 0,0 for a
+        trigger as large as the images.
+      target: class the trigger leads to; without a trigger, `repair` repairs this class whatever
+        the scan says. Default: what the .npz says.
+      all_to_all: the trigger leads from every class c to c + 1. Default: what the .npz says.
+    """
+
+    trigger: str | None = None
+    apply: Literal["overwrite", "add"] | None = None
+    place: str | None = None
+    target: int | None = None
+    all_to_all: bool = False
+
+    def __post_init__(self):
+        if self.all_to_all and (self.trigger is None or self.target is not None):
+            raise UserError(
+                "--all-to-all describes a trigger of no single target; give it with --trigger, not"
+                " --target"
+            )
+
+
+def load_trigger(flags: Trigger) -> given.Loaded | None:
+    """The trigger that the flags name; None without one."""
+    return None if flags.trigger is None else trigger.load(flags.trigger)
+
+
+def settle(
+    opened: common.Opened, flags: Trigger, loaded: given.Loaded, *, all_to_all: bool = False
+) -> given.Config:
+    """How a loaded trigger is applied; flags go before what the file says.
+
+    Args:
+      all_to_all: whether the caller has a use for triggers without a single target class.
+    Raises: UserError where neither flags nor file say enough, or say what cannot be.
+    """
+    spec = opened.model.spec
+    target = loaded.target if flags.target is None else flags.target
+    if flags.all_to_all or target == trigger.ALL_TO_ALL:
+        if not all_to_all:
+            raise UserError(
+                "this trigger leads every class to the next, not to one target; give the class with"
+                " --target"
+            )
+        target = trigger.ALL_TO_ALL
+    if target is None:
+        raise UserError("the trigger's target class is not known; give --target")
+    aim: dict[str, Any] = (
+        dict(all_to_all=True) if target == trigger.ALL_TO_ALL else dict(target=target)
+    )
+    if loaded.grid is not None:
+        if flags.apply is not None or flags.place is not None:
+            raise UserError("a warp has neither --apply nor --place; leave them out")
+        return given.Config(apply="warp", **aim)
+    place = loaded.place if flags.place is None else parse_place(flags.place)
+    if place is None:
+        assert loaded.pattern is not None  # no warp
+        if loaded.pattern.shape[:2] != tuple(spec.image_shape[:2]):
+            raise UserError(
+                "the trigger is not as large as the images; give --place ROW,COLUMN or --place"
+                " random"
+            )
+        place = (0, 0)
+    row, column = (0, 0) if place == "random" else place
+    apply: Any = flags.apply or loaded.apply or "overwrite"
+    return given.Config(
+        **aim,
+        apply=apply,
+        place="random" if place == "random" else "fixed",
+        row=row,
+        column=column,
+    )
+
+
+def make_attack(
+    opened: common.Opened, config: given.Config, loaded: given.Loaded
+) -> tuple[Attack, given.Trigger | given.Warp]:
+    """The attack of a loaded trigger on the images of the opened model."""
+    return given.make(opened.model.spec.image_shape, opened.model.spec.classes, config, loaded)
+
+
+def amplify(
+    opened: common.Opened, config: given.Config, loaded: given.Loaded, copies: amplified.Copies
+) -> tuple[Attack, amplified.Trigger]:
+    """The attack with several copies of a loaded patch. Raises: UserError when it is no patch, or
+    they do not fit."""
+    spec = opened.model.spec
+    if config.apply != "overwrite":
+        raise UserError(
+            "--copies is for patches that overwrite the image, this trigger is applied as"
+            f" {config.apply}"
+        )
+    assert loaded.pattern is not None and loaded.mask is not None
+    pattern, mask, (down, across) = amplified.crop_to_mask(loaded.pattern, loaded.mask)
+    if pattern.shape[0] * 2 > spec.image_shape[0] or pattern.shape[1] * 2 > spec.image_shape[1]:
+        raise UserError(
+            f"--copies is for patches; this trigger covers {pattern.shape[0]}x{pattern.shape[1]}"
+            f" pixels of {spec.image_shape[0]}x{spec.image_shape[1]}"
+        )
+    place = (
+        {}
+        if config.place == "random"
+        else dict(row=config.row + down, column=config.column + across)
+    )
+    settings = amplified.Config(
+        target=config.target, all_to_all=config.all_to_all, copies=copies, **place
+    )
+    attack = amplified.make(spec.image_shape, spec.classes, settings, pattern, mask)
+    return attack, attack.init(jax.random.key(0))
+
+
+def parse_place(text: str) -> tuple[int, int] | Literal["random"]:
+    """ "27,27" -> (27, 27). Raises: UserError on anything else but "random"."""
+    if text == "random":
+        return text
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(
+            f"--place {text!r} is not understood; give ROW,COLUMN such as 27,27, or random"
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def describe(flags: Trigger, config: given.Config) -> dict[str, Any]:
+    """What results say about the trigger."""
+    place = "random" if config.place == "random" else [config.row, config.column]
+    target = trigger.ALL_TO_ALL if config.all_to_all else config.target
+    return {"source": flags.trigger, "target": target, "apply": config.apply, "place": place}

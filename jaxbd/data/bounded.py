@@ -1,0 +1,242 @@
+"""Limits on image data: what a file may claim is checked before anything is decoded.
+
+A small file can claim any size: a PNG of 200 kB unpacks to 200 MB, an .npz of 1 MB to 1 GB, a
+progressive JPEG of 2 MB takes a minute. Everything here refuses such files by what they claim.
+"""
+
+import io
+import stat
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+from jaxbd.base import UserError
+from jaxbd.limits import BYTES_PER_SECOND, Deadline, Limits, Refusal, read_bounded, watched
+
+LIMITS = Limits()
+"""Bytes and pixels of one picture (the largest of ImageNet has 28 million pixels), images and bytes
+of a data set."""
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM", "TIFF")
+"""The only decoders that are ever tried.
+
+EPS starts Ghostscript, JPEG 2000 and AVIF decoders are large and no data set needs them, and all
+other formats of Pillow are rare. TIFF is read where it is uncompressed, LZW, Deflate or PackBits.
+"""
+MAX_PIXELS_BY_FORMAT = {"WEBP": 16_000_000, "GIF": 16_000_000, "TIFF": 16_000_000}
+"""Formats whose decoders hold several copies of the picture."""
+MAX_SCAN_PIXELS = 300_000_000
+"""Most pixels times scans of a JPEG; a progressive one of 25 million pixels has about 10 scans."""
+MAX_SCANS = 100
+"""Most scans of a JPEG; encoders write about 10, libjpeg-turbo's fuzzers stop at 500."""
+LARGE_PICTURE = 2_000_000
+"""Pictures of more pixels are decoded one at a time, and count towards a source's total."""
+FREE_LARGE_PIXELS, PIXELS_PER_BYTE = 100_000_000, 20
+"""Pixels that the large pictures of a source may have in total: the first whatever their files'
+size, more in proportion to the bytes of the files (a JPEG of a photograph has 2 to 10 a byte)."""
+TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits")
+MAX_TIFF_TAGS = 200
+"""Most tags of a picture in a TIFF file; usual are 10 to 40."""
+PLAIN, MAX_PLAIN_PIXELS = (b"P1", b"P2", b"P3"), 250_000
+"""Beginnings of a PNM file whose pixels are text, which Pillow reads number by number."""
+JPEG = b"\xff\xd8\xff"
+SECONDS_PER_PICTURE, PIXELS_PER_SECOND = 0.05, 10_000_000
+"""Time of a processor that any picture may take, and what decoding and resizing gets through at
+least on a slow machine (on a usual one five times as much)."""
+
+FREE_UNPACKED, EXPANSION = 128 << 20, 32
+"""Bytes that an archive may unpack to whatever its size, and per byte of it beyond that."""
+
+
+def max_unpacked(file_bytes: int) -> int:
+    """Bytes that an archive of `file_bytes` bytes may unpack to."""
+    return min(LIMITS.data_bytes, max(FREE_UNPACKED, EXPANSION * file_bytes))
+
+
+def is_regular(path: Path) -> bool:
+    """Whether `path` is, or links to, a regular file. Named pipes and devices are none."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_file(path: Path, most: int = LIMITS.image_bytes, what: str = "image") -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises: UserError when it is larger, hollow, empty, a pipe or device, or cannot be read.
+    """
+    where = f"{what} {str(path)!r}"
+    try:
+        return read_bounded(path, LIMITS, most)
+    except Refusal as refusal:
+        raise UserError(f"{where}: {refusal}; replace or remove it") from None
+    except UserError:
+        raise UserError(f"{where} cannot be read (no such file); check its name") from None
+    except OSError as error:
+        raise UserError(
+            f"{where} cannot be read ({error.strerror}); check its permissions"
+        ) from None
+
+
+class PixelBudget:
+    """Counts the pixels of a source's large pictures and the time of all, over all decoding
+    threads.
+
+    Attributes:
+      alone: lock under which a large picture is decoded, so that only one is in memory.
+      error: of the first picture that could not be read.
+    """
+
+    def __init__(self) -> None:
+        self.alone = threading.Lock()
+        self._count = threading.Lock()
+        self._pixels = self._bytes = 0
+        self._spare = LIMITS.seconds
+        self.error: UserError | None = None
+
+    def deadline(self, size: int) -> Deadline:
+        """For one picture of `size` bytes: what its bytes and pixels explain is its own, and
+        `LIMITS.seconds` are for all that take longer, together."""
+        return _Shared(SECONDS_PER_PICTURE + size / BYTES_PER_SECOND, self)
+
+    def failed(self, error: UserError) -> UserError:
+        """The first error of a picture; the other threads raise it at once, too."""
+        with self._count:
+            self.error = self.error or error
+            return self.error
+
+    def take(self, seconds: float) -> bool:
+        """Whether there are so many more seconds to spare."""
+        with self._count:
+            self._spare -= seconds
+            return self._spare >= 0
+
+    def spend(self, pixels: int, size: int, name: str) -> None:
+        """Counts one large picture of `size` bytes. Raises: UserError beyond the total."""
+        with self._count:
+            self._pixels, self._bytes = self._pixels + pixels, self._bytes + size
+            limit = FREE_LARGE_PIXELS + PIXELS_PER_BYTE * self._bytes
+            if self._pixels > limit:
+                raise UserError(
+                    f"image {name!r}: the large images so far claim {self._pixels:,} pixels in"
+                    f" {self._bytes:,} bytes, the limit is {limit:,}; scale them down or remove"
+                    " them"
+                )
+
+
+class _Shared(Deadline):
+    """A deadline that is moved as long as the source has time to spare."""
+
+    def __init__(self, own: float, budget: PixelBudget):
+        super().__init__(own, "it")
+        self._budget, self._over = budget, 0.0
+
+    def check(self) -> None:
+        if self._budget.error is not None:
+            raise self._budget.error
+        over = self.used() - self.seconds
+        if over <= self._over:
+            return
+        more, self._over = over - self._over, over
+        if not self._budget.take(more):
+            raise Refusal(f"it takes more than {self.used():.2g} seconds")
+
+
+def open_picture(content: bytes, name: str, deadline: Deadline | None = None) -> Any:
+    """Opens an encoded picture as a lazy Pillow image that is safe to decode.
+
+    Only `FORMATS` are tried. Nothing is decoded yet: size, scans and tags are checked first.
+
+    Args:
+      name: for messages.
+      deadline: by which it must be opened and decoded; extended by what its pixels take.
+    Raises: UserError when the picture is of another format, corrupt, too large or too costly.
+      Decoding it raises Refusal once the deadline is over.
+    """
+    from PIL import Image
+
+    deadline = deadline or LIMITS.deadline("it", len(content))
+    if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        _check_tiff_tags(content, name)
+    try:
+        # Pillow walks through chunks, segments and blocks in loops that a file can make endless
+        image = Image.open(watched(io.BytesIO(content), deadline), formats=FORMATS)
+    except UserError:
+        raise
+    except Refusal as refusal:
+        raise too_long(name, refusal) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(name, LIMITS.image_pixels) from None
+    except Exception:  # decoders raise every kind of exception on broken files
+        raise corrupt(name) from None
+    pixels, most = (
+        image.width * image.height,
+        MAX_PIXELS_BY_FORMAT.get(image.format or "", LIMITS.image_pixels),
+    )
+    if pixels > most:
+        raise _too_large(name, most)
+    if content[:2] in PLAIN and pixels > MAX_PLAIN_PIXELS:
+        raise UserError(f"image {name!r} spells its {pixels:,} pixels as text; save it as PNG")
+    deadline.seconds += pixels / PIXELS_PER_SECOND
+    if content.startswith(JPEG):  # one with further pictures behind it is of the format MPO
+        _check_scans(content, pixels, name)
+    if image.format == "TIFF" and image.info.get("compression") not in TIFF_COMPRESSIONS:
+        raise UserError(
+            f"image {name!r} is a TIFF compressed as {image.info.get('compression')!r}; save it"
+            " uncompressed, or as PNG"
+        )
+    if image.mode[0] in "IF":
+        raise UserError(f"image {name!r} has more than 8 bits a channel; convert it to 8 bits")
+    return image
+
+
+def too_long(name: str, refusal: Refusal) -> UserError:
+    """What is said of a picture that is not opened or decoded in time."""
+    return UserError(f"image {name!r}: {refusal}; replace or remove it")
+
+
+def _too_large(name: str, most: int) -> UserError:
+    return UserError(f"image {name!r} is larger than {most:,} pixels; scale it down or remove it")
+
+
+def corrupt(name: str) -> UserError:
+    return UserError(f"image {name!r} is corrupt or not {', '.join(FORMATS)}; replace or remove it")
+
+
+def _check_scans(content: bytes, pixels: int, name: str) -> None:
+    """Each scan of a JPEG costs a pass over all its pixels, whatever its length in the file.
+
+    Within a scan's data 0xFF is always followed by 0 or a restart marker, so that this count is
+    exact but for previews in the metadata.
+    """
+    scans = content.count(b"\xff\xda")
+    if scans > MAX_SCANS or pixels * scans > MAX_SCAN_PIXELS:
+        raise UserError(
+            f"image {name!r} is a JPEG of {scans:,} scans over {pixels:,} pixels; save it as a"
+            " baseline JPEG or remove it"
+        )
+
+
+def _check_tiff_tags(content: bytes, name: str) -> None:
+    """Tags of a TIFF can all name the same bytes, which Pillow copies for each.
+
+    Only the first picture's tags are read later; they must not claim more than the file holds.
+    """
+    order = "<" if content[:2] == b"II" else ">"
+    try:
+        if content[2:4] in (b"+\0", b"\0+"):
+            raise UserError(f"image {name!r} is a BigTIFF; save it as TIFF or PNG")
+        (start,) = struct.unpack_from(f"{order}I", content, 4)
+        (count,) = struct.unpack_from(f"{order}H", content, start)
+        if count > MAX_TIFF_TAGS:
+            raise UserError(f"image {name!r} has {count} TIFF tags; save it as PNG")
+        widths = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4)
+        claimed = 0
+        for row in range(count):
+            kind, length = struct.unpack_from(f"{order}HI", content, start + 4 + 12 * row)
+            claimed += length * widths[kind] if kind < len(widths) else 0
+    except struct.error:
+        raise corrupt(name) from None
+    if claimed > len(content):
+        raise corrupt(name)

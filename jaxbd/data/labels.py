@@ -1,0 +1,251 @@
+"""From labels and class names as people keep them to class numbers 0..K-1."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxbd.base import UserError
+from jaxbd.data import bounded
+
+MAX_LETTERS, MAX_TEXTS = 1_000, 2_000_000
+"""Letters of a label, and labels, that are text: each becomes an object in memory."""
+MAX_CLASSES = 100_000
+"""Labels from here on are no class numbers; default names for them would fill the memory."""
+FIX = "name all classes in the model's order with --classes FILE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What is known of the classes before any image is read.
+
+    Attributes:
+      count: K of the model; None where there is no model yet.
+      names: their names in the model's order; () where they are unknown.
+      stated: whether the person gave `names`; otherwise they are the model's own, which labels may
+        or may not use.
+    """
+
+    count: int | None = None
+    names: tuple[str, ...] = ()
+    stated: bool = False
+
+
+def read_names(path: str | Path, count: int | None) -> tuple[str, ...]:
+    """Class names from a text file, one a line, in the model's order.
+
+    Args:
+      count: K of the model, which the file must name all; None where there is no model.
+    Raises: UserError when the file is unreadable, names a class twice, or not `count` of them.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = bounded.read_file(path, 4 << 20, "--classes file").decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"--classes file {str(path)!r} is no UTF-8 text; save it as such") from None
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    double = next((name for name, times in collections.Counter(names).items() if times > 1), None)
+    if double is not None:
+        raise UserError(
+            f"--classes file {str(path)!r} names {double!r} twice; name each class once"
+        )
+    if not names or (count is not None and len(names) != count):
+        wanted = "at least one" if count is None else f"all {count} classes of the model"
+        raise UserError(
+            f"--classes file {str(path)!r} names {len(names)}; name {wanted}, one a line"
+        )
+    return names
+
+
+def number_folders(
+    names: Sequence[str], classes: Classes, where: str
+) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
+    """Class numbers of class folders.
+
+    By name where the person or the model names the classes. Else by the order of names, where there
+    are as many folders as classes. Else names that are numbers are the class numbers.
+
+    Args:
+      names: of the folders, in the order of text.
+    Returns: (number of each folder, the names of all classes, notes for the person).
+    Raises: UserError where no rule applies, with both counts.
+    """
+    if classes.names and (classes.stated or set(names) <= set(classes.names)):
+        numbers = _by_name(names, classes, f"{where}: class folder")
+        return numbers, classes.names, _few(names, classes, "by their names")
+    decimal = all(name.isascii() and name.isdecimal() for name in names)
+    if decimal:
+        _check_order(names, where)
+    if classes.count is None or len(names) == classes.count:
+        return list(range(len(names))), tuple(names), ()
+    numbers = [int(name) for name in names] if decimal else []
+    if decimal and len(names) < classes.count and max(numbers) < classes.count:
+        every = tuple(str(number) for number in range(classes.count))
+        return numbers, every, _few(names, classes, "their names are taken for class numbers")
+    raise UserError(
+        f"{where} has {_count(len(names), 'class folder')} ({_join_names(names)}), the model has"
+        f" {classes.count} classes; {FIX}"
+    )
+
+
+def _check_order(names: Sequence[str], where: str) -> None:
+    """Refuses numbers whose order as text is another: 10 comes before 2 for some loaders only."""
+    for text, number in zip(names, sorted(names, key=int), strict=True):
+        if text != number:
+            raise UserError(
+                f"{where}: as text class folder {text} comes before {number}; pad the numbers with"
+                " zeros (00, 01, …), or give the model's order with --classes FILE"
+            )
+
+
+def _few(names: Sequence[str], classes: Classes, how: str) -> tuple[str, ...]:
+    if len(names) == len(classes.names or ()) or len(names) == classes.count:
+        return ()
+    total = classes.count or len(classes.names)
+    return (f"{_count(len(names), 'class folder')}, the model has {total} classes: {how}",)
+
+
+def _by_name(names: Sequence[str], classes: Classes, what: str) -> list[int]:
+    place = {name: number for number, name in enumerate(classes.names)}
+    unknown = next((name for name in names if name not in place), None)
+    if unknown is not None:
+        raise UserError(
+            f"{what} {unknown!r} is not among the {len(place)} names"
+            f" ({_join_names(classes.names)}); correct the --classes file"
+        )
+    return [place[name] for name in names]
+
+
+def number(
+    labels: Any, names: Sequence[str] | None, classes: Classes, where: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels in any of the usual forms as class numbers.
+
+    Args:
+      labels: whole numbers [N] or [N, 1] (floats and truth values may hold them), one-hot rows
+        [N, K], or text [N].
+      names: what the source calls its classes, None where it does not say.
+    Returns: (int32 [N] in 0..K-1, K names).
+    Raises: UserError when the labels are of another form, out of range, or not the model's.
+    """
+    labels = _as_array(labels, where)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 1 and labels.dtype.kind in "SUO":
+        labels, names = _number_text(labels, names, classes, where)
+    elif labels.ndim == 2 and labels.size and labels.dtype.kind in "buif":
+        labels = _from_one_hot(labels, where)
+    elif labels.ndim == 1 and labels.dtype.kind in "fb":
+        labels = _whole(labels, where)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        given = f"{labels.dtype} {list(labels.shape)}"
+        raise UserError(f"{where}: labels are {given}; give one whole class number per image, [N]")
+    if not len(labels):
+        raise UserError(f"{where} holds no images; give at least one")
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        raise UserError(
+            f"{where}: labels run from {labels.min()} to {labels.max()}; give class numbers 0..K-1"
+        )
+    _check_count(int(labels.max()) + 1, names, classes, where)
+    if names is None:
+        names = classes.names or [str(k) for k in range(int(labels.max()) + 1)]
+    return labels.astype(np.int32), tuple(str(name) for name in names)
+
+
+def _as_array(labels: Any, where: str) -> np.ndarray:
+    """NumPy gives every text the room of the longest; of so many, objects would be as large."""
+    if isinstance(labels, list):
+        longest = max((len(label) for label in labels if isinstance(label, str | bytes)), default=0)
+        if longest > MAX_LETTERS:
+            raise UserError(f"{where}: a label has {longest:,} letters; give the class's name")
+    labels = np.asarray(labels)
+    if labels.size and labels.shape and len(labels) > bounded.LIMITS.images:
+        raise UserError(f"{where} has {len(labels):,} labels; give fewer")
+    if labels.dtype.kind in "SUO" and labels.size > MAX_TEXTS:
+        raise UserError(f"{where} has {labels.size:,} labels of text; give class numbers")
+    return labels
+
+
+def _check_count(count: int, names: Sequence[str] | None, classes: Classes, where: str) -> None:
+    """Raises UserError where the source's classes cannot be the model's."""
+    if names is not None and len(names) < count:
+        raise UserError(
+            f"{where}: label {count - 1} has no name, there are {len(names)} class names; add the"
+            " rest"
+        )
+    if classes.count is None:
+        return
+    if names is not None and len(names) != classes.count:
+        raise UserError(
+            f"{where} has {_count(len(names), 'class', 'es')} ({_join_names(names)}), the model has"
+            f" {classes.count} classes; give the data of this model"
+        )
+    if count > classes.count:
+        raise UserError(
+            f"{where} has at least {count} classes (label {count - 1}), the model has"
+            f" {classes.count} classes 0..{classes.count - 1}; relabel or remove images"
+        )
+
+
+def _number_text(
+    labels: np.ndarray, names: Sequence[str] | None, classes: Classes, where: str
+) -> tuple[np.ndarray, Sequence[str] | None]:
+    """Text labels by the names known, else as numbers, else in the order of text."""
+    decode = lambda value: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    words = [decode(value) for value in labels.tolist()]
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where}: labels are neither numbers nor text; give class numbers, [N]")
+    found = sorted(set(words))
+    if len(found) > MAX_CLASSES:
+        raise UserError(f"{where}: {len(found):,} different labels are no classes; correct them")
+    if classes.stated or (classes.names and set(found) <= set(classes.names)):
+        _by_name(found, classes, f"{where}: label")
+        names = classes.names
+    elif all(word.isascii() and word.isdecimal() and len(word) < 7 for word in found):
+        return np.array([int(word) for word in words], np.int64), names
+    elif names is None:
+        if classes.count not in (None, len(found)):
+            raise UserError(
+                f"{where} has {_count(len(found), 'class', 'es')} ({_join_names(found)}), the model"
+                f" has {classes.count} classes; {FIX}"
+            )
+        names = found
+    place = {name: row for row, name in enumerate(names)}
+    missing = next((word for word in found if word not in place), None)
+    if missing is not None:
+        raise UserError(f"{where}: label {missing!r} is not among the class names; {FIX}")
+    return np.array([place[word] for word in words], np.int64), names
+
+
+def _from_one_hot(labels: np.ndarray, where: str) -> np.ndarray:
+    step = max(
+        1, (1 << 20) // labels.shape[1]
+    )  # as numbers to compare, labels take many bytes each
+    parts = (labels[row : row + step] for row in range(0, len(labels), step))
+    is_one = lambda part: np.isin(part, (0, 1)).all() and (part.sum(1) == 1).all()
+    if labels.shape[1] > MAX_CLASSES or not all(map(is_one, parts)):
+        raise UserError(
+            f"{where}: labels are {labels.dtype} {list(labels.shape)}, not one 1 in every row; give"
+            " one whole class number per image, [N]"
+        )
+    return labels.argmax(1)
+
+
+def _whole(labels: np.ndarray, where: str) -> np.ndarray:
+    if not np.isfinite(labels).all() or (labels != np.round(labels)).any():
+        raise UserError(
+            f"{where}: labels are {labels.dtype} with fractions; give class numbers, [N]"
+        )
+    return np.clip(labels, -1, 2**31).astype(np.int64)
+
+
+def _count(count: int, thing: str, plural: str = "s") -> str:
+    return f"{count} {thing}{'' if count == 1 else plural}"
+
+
+def _join_names(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > 4 else ""
+    return ", ".join(repr(str(name)[:40]) for name in names[:4]) + more

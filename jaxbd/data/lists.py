@@ -1,0 +1,195 @@
+"""Images whose classes stand in a list beside them: a flat folder and a .csv, as GTSRB's test set,
+Kaggle's sets, `metadata.csv` and `metadata.jsonl` of Hugging Face; and Tiny-ImageNet's `val`."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxbd.base import Dataset, UserError
+from jaxbd.data import bounded, folder, labels, pack, pictures, splits
+
+FILE_COLUMNS = (
+    *("filename", "file_name", "file", "path", "filepath", "image", "img", "image_path"),
+    *("image_id", "image_name", "name", "id"),
+)
+LABEL_COLUMNS = ("classid", "class_id", "label", "labels", "class", "target", "category", "y")
+"""Columns of a list, the first that is there counts; in any case."""
+MAX_LIST_BYTES, MAX_LISTED, MAX_ROW = 64 << 20, 1_500_000, 1 << 20
+"""Bytes of a list, images in it, letters of a row."""
+ANNOTATIONS = "val_annotations.txt"
+"""Tiny-ImageNet's list of the images in `val/images`: file, class, box; tabs between."""
+
+
+class List(NamedTuple):
+    """A list file: names of the image files [N] and their labels as text [N]."""
+
+    path: Path
+    files: list[str]
+    labels: list[str]
+
+
+def find(path: Path, split: str) -> List | None:
+    """The list of the images in the folder `path`, or of its part for `split`; None without one.
+
+    It lies in `path`, or beside it under the folder's name.
+
+    Raises: UserError where several lists could be meant.
+    """
+    if bounded.is_regular(path / ANNOTATIONS):
+        return _columns(_rows(path / ANNOTATIONS, "\t"), (0, 1), path / ANNOTATIONS)
+    found = [table for entry in _tables(path) if (table := _read(entry)) is not None]
+    named = [table for table in found if splits.name_in(table.path.stem) == splits.name(split)]
+    found = named or found if len(found) > 1 else found
+    if len(found) > 1:
+        names = ", ".join(table.path.name for table in found[:4])
+        raise UserError(f"data {path} has several lists of images ({names}); leave one there")
+    return found[0] if found else None
+
+
+def _tables(path: Path) -> list[Path]:
+    is_table = lambda entry: (
+        entry.suffix.lower() in (".csv", ".tsv", ".jsonl")
+        and folder.is_visible(entry.name)
+        and bounded.is_regular(entry)
+    )
+    beside = [e for e in path.parent.iterdir() if e.stem.lower() == path.name.lower()]
+    return sorted(filter(is_table, path.iterdir())) or sorted(filter(is_table, beside))
+
+
+def _read(path: Path) -> List | None:
+    """The list in a file, None where its columns are not those of one."""
+    rows = _json_rows(path) if path.suffix.lower() == ".jsonl" else _rows(path)
+    head = next(rows, [])
+    titles = [title.strip().lower() for title in head]
+    file = next((titles.index(each) for each in FILE_COLUMNS if each in titles), None)
+    label = next((titles.index(each) for each in LABEL_COLUMNS if each in titles), None)
+    if file is not None and label is not None:
+        return _columns(rows, (file, label), path)
+    if len(head) == 2 and Path(head[0]).suffix.lower() in pictures.SUFFIXES:  # no titles
+        return _columns(itertools.chain([head], rows), (0, 1), path)
+    return None
+
+
+class Lines:
+    """The lines of a UTF-8 file, for a parser that makes rows of one or more of them: as objects
+    a row takes many times its bytes, so none may be longer than `MAX_ROW`."""
+
+    def __init__(self, path: Path):
+        self._path, self._row = path, 0
+        content = bounded.read_file(path, MAX_LIST_BYTES, "list")
+        self._text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        path = self._path
+        try:
+            line = self._text.readline(MAX_ROW + 1)
+        except UnicodeDecodeError:
+            raise UserError(f"data {path} is no UTF-8 text; save it as such or remove it") from None
+        self._row += len(line)
+        if self._row > MAX_ROW:
+            raise UserError(f"data {path} has a row of more than {MAX_ROW:,} letters; correct it")
+        if not line:
+            raise StopIteration
+        return line
+
+    def rows(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """`rows`, which are made of these lines."""
+        for row in rows:
+            self._row = 0
+            yield row
+
+
+def _rows(path: Path, delimiter: str | None = None) -> Iterator[list[str]]:
+    """The rows of a table, divided by what its first line has most of."""
+    lines = Lines(path)
+    first = next(lines, "")
+    delimiter = delimiter or max(",;\t", key=first.count)
+    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
+    try:
+        yield from filter(None, lines.rows(rows))
+    except csv.Error:
+        raise UserError(f"data {path} is not a readable .csv list; correct or remove it") from None
+
+
+def _json_rows(path: Path) -> Iterator[list[str]]:
+    """One JSON object a line, as rows of a table; the names in the first are the titles."""
+    titles: list[str] = []
+    try:
+        lines = Lines(path)
+        for line in filter(str.strip, lines.rows(lines)):
+            row = json.loads(line)
+            if not titles:
+                titles = [str(title) for title in row]
+                yield titles
+            yield [str(row[title]) for title in titles]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise UserError(f"data {path} is not a readable list; correct or remove it") from None
+
+
+def _columns(rows: Iterable[Sequence[str]], places: tuple[int, int], path: Path) -> List:
+    """Files and labels of the rows, which stand in the columns `places`."""
+    file, label = places
+    found = List(path, [], [])
+    for number, row in enumerate(rows):
+        if number >= MAX_LISTED:
+            raise UserError(f"data {path} lists more than {MAX_LISTED:,} images; give a part")
+        if len(row) <= max(places):
+            raise UserError(f"data {path}: image {number} of the list has no label; complete it")
+        found.files.append(row[file].strip())
+        found.labels.append(row[label].strip())
+    return found
+
+
+def load(
+    path: Path,
+    table: List,
+    *,
+    image_shape: pictures.Shape | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    classes: labels.Classes = labels.Classes(),
+) -> Dataset:
+    """Reads the images of a list that `find` found for the folder `path`.
+
+    Text labels get numbers by `labels.number`.
+
+    Raises: UserError when images of the list are missing or lie outside the folder.
+    """
+    names, notes = None, (f"the classes are those of the list {table.path.name}",)
+    train = path.parent / "train"
+    if table.path.name == ANNOTATIONS and train.is_dir():
+        names = [entry.name for entry in folder.sub_folders(train)]
+    rows = pack.chosen_rows(len(table.files), limit, seed)
+    files = [_find_file(path, table, table.files[row]) for row in rows]
+    # all labels are numbered, so that a draw without some class leaves the others' numbers
+    numbers, class_names = labels.number(table.labels, names, classes, f"data {table.path}")
+    seen: pictures.Seen = []
+    images = folder.decode_files(files, path, image_shape, seen)
+    listed = {Path(name).name for name in table.files}
+    here = [entry for entry in path.iterdir() if folder.is_picture(entry)]
+    unlisted = sum(e.name not in listed and e.stem not in listed for e in here)
+    if unlisted:
+        notes += (f"passed over {unlisted} images that are not in the list",)
+    notes += pictures.describe_changes(seen, images.shape[1:])
+    return pack.dataset(images, numbers[rows], class_names, str(path), classes, notes)
+
+
+def _find_file(path: Path, table: List, name: str) -> Path:
+    """The image file called `name` in a list; only places in or beside the folder are tried."""
+    given = Path(name.replace("\\", "/"))
+    if given.is_absolute() or ".." in given.parts or not given.name:
+        raise UserError(f"data {table.path} lists {name!r}; give names of files in this folder")
+    places = (path / given, path / given.name, path / "images" / given.name, path.parent / given)
+    suffixes = ("",) if given.suffix.lower() in pictures.SUFFIXES else ("", ".png", ".jpg", ".jpeg")
+    for place in places:
+        for suffix in suffixes:
+            if folder.is_picture(file := place.with_name(place.name + suffix)):
+                return file
+    raise UserError(f"data {table.path} lists {name!r}, which is not there; add it or its suffix")

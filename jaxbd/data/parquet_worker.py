@@ -1,0 +1,230 @@
+"""Reads Parquet and Arrow tables in a process of its own with limited memory and time.
+
+`parquet` starts this file by its path, so it imports nothing of jaxbd. Arrow allocates what a file
+claims: a footer of 500 bytes can ask for petabytes, a dictionary of one megabyte repeated in 4,000
+rows for gigabytes. Here such a claim ends in an error message, and in no more.
+
+On stdin: one JSON line {"files", "images", "labels", "seconds", "bytes_per_second"}, then one
+{"rows"}, the chosen rows of all files together. On stdout: after the first line a JSON line with
+what is known of the tables; after the second, for every chosen row an 8-byte length and the encoded
+image, then the length -1 and a JSON line {"labels"}. A line {"error"} takes the place of either.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import struct
+import sys
+
+MEMORY = 512 << 20
+"""Bytes of address space beyond what the libraries take."""
+BATCH = 16
+"""Rows that are decoded at a time."""
+MOST_TEXT, MOST_LETTERS, MOST_LABELS = 2 << 20, 1_000, 10_000_000
+"""Bytes of the notes on a table, letters of one label, numbers of all labels together."""
+
+
+class Refused(Exception):
+    """The message says what is wrong with the file."""
+
+
+class Table:
+    """One file: `rows`, its number of rows; `names` of its columns."""
+
+    def __init__(self, path):
+        self.path, self.is_arrow = path, path.endswith(".arrow")
+        try:
+            self._open_arrow() if self.is_arrow else self._open_parquet()
+        except (pa.ArrowException, OSError, ValueError, MemoryError):
+            kind = "Arrow" if self.is_arrow else "parquet"
+            raise Refused(f"{path} is not a readable {kind} file; fetch it again") from None
+        self.names = list(self.schema.names)
+
+    def _open_parquet(self):
+        self._file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
+        self.schema = self._file.schema_arrow  # decoded here: damaged names show
+        metadata = self._file.metadata
+        groups = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        self.rows = metadata.num_rows
+        size = os.path.getsize(self.path)
+        if self.rows < 0 or min(groups, default=0) < 0 or sum(groups) != self.rows:
+            raise Refused(f"{self.path} claims {self.rows:,} rows but has others; fetch it again")
+        if self.rows > size:  # no image takes less than a byte
+            raise Refused(
+                f"{self.path} claims {self.rows:,} rows in {size:,} bytes; fetch it again"
+            )
+
+    def _open_arrow(self):
+        self._source = pa.memory_map(self.path)
+        self._reader = self._open_stream()
+        self.schema = self._reader.schema
+        size = os.path.getsize(self.path)
+        self.rows = 0
+        for batch in self._reader:
+            self.rows += batch.num_rows
+            if self.rows > size:
+                raise Refused(f"{self.path} claims more rows than bytes; fetch it again")
+
+    def _open_stream(self):
+        self._source.seek(0)
+        try:
+            return pa.ipc.open_stream(self._source)
+        except pa.ArrowInvalid:
+            file = pa.ipc.open_file(self._source)
+            batches = (file.get_batch(k) for k in range(file.num_record_batches))
+            return pa.RecordBatchReader.from_batches(file.schema, batches)
+
+    def batches(self, columns):
+        """All rows of the columns in order, a few at a time."""
+        if not self.is_arrow:
+            yield from self._file.iter_batches(BATCH, columns=columns, use_threads=False)
+            return
+        for batch in self._open_stream():
+            batch = batch.select(columns)
+            for start in range(0, batch.num_rows, BATCH):
+                yield batch.slice(start, BATCH)
+
+    def column(self, candidates):
+        """The first of the candidate columns that the table has."""
+        for name in candidates:
+            if name in self.names:
+                return name
+        has = ", ".join(repr(name[:40]) for name in self.names[:12]) or "none"
+        raise Refused(
+            f"{self.path} has no column {' or '.join(candidates)}; it has {has}; rename one"
+        )
+
+    def metadata(self):
+        """What the hub's libraries note about the columns, as text."""
+        noted = (self.schema.metadata or {}).get(b"huggingface") or b""
+        return noted[:MOST_TEXT].decode("utf-8", "replace")
+
+
+def contents(column, name, path):
+    """Encoded images of one batch's column."""
+    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+        column = pc.call_function("struct_field", [column], pc.StructFieldOptions("bytes"))
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise Refused(
+            f"{path}: column {name!r} is {str(column.type)[:60]}; it must hold encoded images as"
+            " bytes"
+        )
+    if column.null_count:
+        raise Refused(f"{path}: some rows lack the image's bytes; embed them or drop the rows")
+    return column.to_pylist()
+
+
+def labels(column, name, path):
+    """Labels of one batch's column: numbers, truth values, one-hot lists, or text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    kind = column.type.value_type if is_list else column.type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_number or (is_text and not is_list)):
+        raise Refused(
+            f"{path}: column {name!r} is {str(column.type)[:60]}; it must hold class numbers or"
+            " text"
+        )
+    if column.null_count:
+        raise Refused(f"{path}: some rows lack the label; add it or drop the rows")
+    found = column.to_pylist()
+    if is_text and any(len(label) > MOST_LETTERS for label in found):
+        raise Refused(f"{path}: a label has more than {MOST_LETTERS:,} letters; give class numbers")
+    if is_list and any(len(row) != len(found[0]) or len(row) > 10_000 for row in found):
+        raise Refused(f"{path}: column {name!r} holds lists of many lengths; give class numbers")
+    return found
+
+
+def read_rows(tables, asked, chosen):
+    """Sends the chosen rows' images; returns all their labels."""
+    found, start, total = [], 0, 0
+    most = max(256 << 20, 4 * sum(os.path.getsize(table.path) for table in tables))
+    chosen = iter(chosen)
+    row = next(chosen, None)
+    for table in tables:
+        image, label = table.column(asked["images"]), table.column(asked["labels"])
+        try:
+            for batch in table.batches([image, label]):
+                picked = []
+                while row is not None and row < start + batch.num_rows:
+                    picked.append(row - start)
+                    row = next(chosen, None)
+                start += batch.num_rows
+                if not picked:
+                    continue
+                part = batch.take(pa.array(picked))
+                for content in contents(part[image], image, table.path):
+                    total += len(content)
+                    if total > most:
+                        raise Refused(f"{table.path} unpacks to more than {most:,} bytes")
+                    send(content)
+                found += labels(part[label], label, table.path)
+                width = len(found[0]) if isinstance(found[0], list) else 1
+                if len(found) * width > MOST_LABELS:
+                    raise Refused(f"{table.path} has more than {MOST_LABELS:,} numbers for labels")
+                if row is None:
+                    return found
+        except (pa.ArrowException, OSError, ValueError, MemoryError):
+            raise Refused(f"{table.path} is a damaged parquet file; fetch it again") from None
+    raise Refused(f"{tables[-1].path} has fewer rows than it claims; fetch it again")
+
+
+def send(content):
+    out.write(struct.pack("<q", len(content)))
+    out.write(content)
+
+
+def answer(value):
+    out.write(json.dumps(value).encode() + b"\n")
+    out.flush()
+
+
+def limit_memory(files, seconds, bytes_per_second):
+    """From here on the process can allocate little more, and ends after so many seconds of a
+    processor, and those that the files' size explains."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    size = sum(os.path.getsize(path) for path in files)
+    mapped = sum(os.path.getsize(path) for path in files if path.endswith(".arrow"))
+    most = now + MEMORY + mapped
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds += used.ru_utime + used.ru_stime + size / bytes_per_second
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
+
+
+def main():
+    asked = json.loads(sys.stdin.readline())
+    with contextlib.suppress(OSError, ValueError):  # a system without these limits, such as macOS
+        limit_memory(asked["files"], asked["seconds"], asked["bytes_per_second"])
+    try:
+        tables = [Table(path) for path in asked["files"]]
+        label = tables[0].column(asked["labels"])
+        tables[0].column(asked["images"])
+        answer({"rows": [t.rows for t in tables], "label": label, "about": tables[0].metadata()})
+        chosen = json.loads(sys.stdin.readline())["rows"]
+    except Refused as error:
+        answer({"error": str(error)})
+        return
+    try:
+        last = {"labels": read_rows(tables, asked, chosen) if chosen else []}
+    except Refused as error:
+        last = {"error": str(error)}
+    out.write(struct.pack("<q", -1))
+    answer(last)
+
+
+if __name__ == "__main__":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.ipc
+    import pyarrow.parquet as pq
+
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    out = sys.stdout.buffer
+    main()

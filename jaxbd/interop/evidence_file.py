@@ -1,0 +1,292 @@
+"""Recovered triggers on disk, one .npz each: what a search found becomes a file, and the file what
+repairs take.
+
+A trigger of fixed pixels is written as `interop.trigger` does (`pattern`, `mask`, `place` or
+`random_place`, `target`, `application`), so that `jaxbd evaluate --trigger` and others use it as it
+is; `kind` and `sources` are added. A distribution of triggers is a generator: `generator/…`, the
+arrays of its L models stacked, `weights`, `places`, `place_logits`, and `settings` as JSON, which
+say how to rebuild it; `samples` are for those who do not. docs/case-file.md has the table.
+
+Nothing in a file is executed, and sizes are compared before anything is unpacked.
+"""
+
+import functools
+import json
+import pathlib
+from typing import Any, Literal, NamedTuple, cast
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import files
+from jaxbd.attacks import given
+from jaxbd.base import Array, Evidence, Net, Suspect, UserError
+from jaxbd.caching import cached
+from jaxbd.data import npz_archive
+from jaxbd.interop import trigger
+from jaxbd.inversion import mesa
+from jaxbd.limits import Refusal, parse_json
+from jaxbd.repairs import mixture
+
+Kind = Literal["mask", "patch", "additive", "distribution"]
+KINDS: tuple[Kind, ...] = ("mask", "patch", "additive", "distribution")
+SAMPLES = 64
+"""Triggers of a distribution that are drawn into its file."""
+MOST_BYTES, MOST_MODELS, MOST_WIDTH = 256 << 20, 64, 4096
+"""Bytes of a file's arrays together; models of one distribution; width of a generator, its noise
+and its patches."""
+SETTINGS = ("patch", "noise_dim", "noise", "generator", "hidden", "place")
+"""Settings of MESA on which drawing and stamping depend."""
+
+
+class Models(NamedTuple):
+    """L generators of triggers: what stamping needs of the states of MESA.
+
+    Attributes:
+      generator: variables of G, each [L, …].
+      place: [L, 2] int32, row and column, for triggers at a fixed place.
+      place_logits: [L, P], for triggers at searched places.
+    """
+
+    generator: Any
+    place: Array
+    place_logits: Array
+
+
+class Saved(NamedTuple):
+    """A recovered trigger as a file holds it.
+
+    Attributes:
+      kind: "mask": pixels laid over the image; "patch": a square at random places; "additive":
+        pixels added; "distribution": modelled by generators.
+      target: class it leads to; sources: classes it leads there, empty for all others.
+      pixels: of a fixed trigger; None for a distribution.
+      models, settings: of a distribution, with its settings of MESA; None for a fixed trigger.
+    """
+
+    kind: Kind
+    target: int
+    sources: tuple[int, ...] = ()
+    pixels: given.Loaded | None = None
+    models: mixture.Mixture | None = None
+    settings: mesa.Config | None = None
+
+    def size(self) -> float | None:
+        """L1 norm of a mask, L2 norm of what is added, side of modelled patches in pixels."""
+        if self.settings is not None:
+            return float(self.settings.patch)
+        assert self.pixels is not None and self.pixels.pattern is not None
+        if self.kind == "additive":
+            return float(np.linalg.norm(self.pixels.pattern))
+        return None if self.pixels.mask is None else float(self.pixels.mask.sum())
+
+
+def shrink(found: mixture.Mixture) -> mixture.Mixture:
+    """What a file keeps of a mixture of MESA's states [L, …]."""
+    states = found.models
+    return found._replace(models=Models(states.generator, states.place, states.place_logits))
+
+
+def draw(saved: Saved, image_shape: tuple[int, int, int], count: int = SAMPLES) -> np.ndarray:
+    """Triggers [count, h, w, C] of a distribution, as many of every model as its weight asks."""
+    assert saved.models is not None and saved.settings is not None
+    inversion = _make(_NO_NET, image_shape, saved.settings)
+    weights = np.asarray(saved.models.weights, float)
+    numbers = np.searchsorted(np.cumsum(weights) / weights.sum(), (np.arange(count) + 0.5) / count)
+    drawn = []
+    for number in np.unique(numbers):
+        one = jax.tree.map(lambda leaf, n=number: jnp.asarray(leaf[n]), saved.models.models)
+        key = jax.random.key(int(number))
+        drawn.append(np.asarray(inversion.sample(key, one, int((numbers == number).sum()))))
+    return np.concatenate(drawn)
+
+
+def save(path: pathlib.Path, saved: Saved, image_shape: tuple[int, int, int]) -> None:
+    """Writes one trigger. Raises: UserError when the folder cannot be written."""
+    more: dict[str, Any] = {"kind": saved.kind, "sources": np.asarray(saved.sources, np.int32)}
+    if saved.pixels is not None:
+        arrays = trigger.to_arrays(saved.pixels._replace(target=saved.target)) | more
+    else:
+        assert saved.models is not None and saved.settings is not None
+        kept = {name: getattr(saved.settings, name) for name in SETTINGS}
+        models = saved.models.models
+        generator = flax.traverse_util.flatten_dict(models.generator, sep="/")
+        arrays = {f"generator/{name}": leaf for name, leaf in generator.items()} | more
+        arrays |= {
+            "target": saved.target,
+            "weights": saved.models.weights,
+            "places": models.place,
+            "place_logits": models.place_logits,
+            "settings": json.dumps(kept),
+            "samples": draw(saved, image_shape),
+        }
+    try:
+        with files.replacing(path) as sibling, sibling.open("wb") as file:
+            plain = {name: np.asarray(value) for name, value in arrays.items()}
+            np.savez(file, allow_pickle=False, **plain)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose a writable folder with space"
+        ) from None
+
+
+def load(path: pathlib.Path, suspect: Suspect) -> Saved:
+    """Reads a trigger for the net of `suspect`.
+
+    Raises: UserError naming the file when it is damaged, too large, or not for such a net.
+    """
+    with npz_archive.Archive(path, "trigger", trigger.MOST_BYTES) as archive:
+        if sum(header.size for header in archive.headers.values()) > MOST_BYTES:
+            raise UserError(f"trigger {path}: its arrays claim more than {MOST_BYTES >> 20} MiB")
+        read = lambda name: archive.read(name) if name in archive.headers else None
+        kind, sources, target = read("kind"), read("sources"), read("target")
+        stored = {
+            name: archive.read(name) for name in archive.headers if name.startswith("generator/")
+        }
+        names = ("weights", "places", "place_logits", "settings")
+        stored |= {name: value for name in names if (value := read(name)) is not None}
+    word = cast(Kind, _text(kind, path, "kind", 20))
+    if word not in KINDS:
+        raise UserError(f"trigger {path}: kind is {word!r}; known: {', '.join(KINDS)}")
+    aims = _classes(target, path, "target", suspect.classes)
+    if len(aims) != 1:
+        raise UserError(f"trigger {path}: target must be one class")
+    found = Saved(word, aims[0], _classes(sources, path, "sources", suspect.classes))
+    if aims[0] in found.sources:
+        raise UserError(f"trigger {path}: class {aims[0]} is its target and one of its sources")
+    if word == "distribution":
+        models, settings = _read_models(path, stored, suspect)
+        return found._replace(models=models, settings=settings)
+    return found._replace(pixels=trigger.load(str(path)))
+
+
+def to_evidence(saved: Saved, suspect: Suspect) -> Evidence:
+    """What repairs take of a trigger.
+
+    Raises: UserError when pixels do not fit the suspect's images.
+    """
+    if saved.models is not None:
+        assert saved.settings is not None
+        stamp = mixture.mix(_make(suspect.net, suspect.image_shape, saved.settings).stamp)
+        return Evidence(saved.target, saved.sources, stamp, saved.models)
+    assert saved.pixels is not None
+    pixels = saved.pixels
+    place = pixels.place or (0, 0)
+    row, column = (0, 0) if place == "random" else place
+    config = given.Config(
+        apply=pixels.apply or "overwrite",
+        place="random" if place == "random" else "fixed",
+        row=row,
+        column=column,
+    )
+    attack, params = given.make(suspect.image_shape, suspect.classes, config, pixels)
+    shape = None if pixels.pattern is None else pixels.pattern.shape
+    stamp = _share(suspect.image_shape, suspect.classes, config, shape) or attack.stamp
+    return Evidence(saved.target, saved.sources, mixture.mix(stamp), mixture.single(params))
+
+
+_make = cached(32)(mesa.make)
+_NO_NET = Net(lambda *_: {}, cast(Any, None))
+"""Drawing triggers asks no net."""
+
+
+@cached(32)
+def _share(
+    image_shape: tuple[int, int, int], classes: int, config: given.Config, shape: Any
+) -> Any:
+    """The stamp for triggers of `shape` [h, w, C]: one function for all, so that one program serves
+    them."""
+    if shape is None:
+        return None
+    blank = given.Loaded(np.zeros(shape, np.float32), np.zeros((*shape[:2], 1), np.float32))
+    return given.make(image_shape, classes, config, blank)[0].stamp
+
+
+def _read_models(
+    path: pathlib.Path, stored: dict[str, np.ndarray], suspect: Suspect
+) -> tuple[mixture.Mixture, mesa.Config]:
+    """The generators, every array of the shape that their settings ask for."""
+    settings = _read_settings(path, stored, suspect.image_shape)
+    weights = stored.get("weights", np.zeros(0))
+    if weights.ndim != 1 or not 1 <= len(weights) <= MOST_MODELS or weights.dtype.kind != "f":
+        raise UserError(f"trigger {path}: weights must be 1 to {MOST_MODELS} numbers")
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+        raise UserError(f"trigger {path}: weights must be at least 0 and finite, not all 0")
+    inversion = _make(suspect.net, suspect.image_shape, settings)
+    state = jax.eval_shape(inversion.init, jax.random.key(0))
+    wanted: dict[str, Any] = flax.traverse_util.flatten_dict(state.generator, sep="/")
+    shapes = {f"generator/{name}": leaf.shape for name, leaf in wanted.items()}
+    shapes |= {"places": state.place.shape, "place_logits": state.place_logits.shape}
+    names = {*stored} - {"weights", "settings"}
+    if names != set(shapes):
+        other = sorted(names ^ set(shapes))[0]
+        raise UserError(f"trigger {path}: array {other[:60]!r} is missing, or one too many")
+    for name, shape in shapes.items():
+        value, kind = stored[name], "i" if name == "places" else "f"
+        if value.shape != (len(weights), *shape) or value.dtype.kind != kind:
+            given_as = f"{value.dtype} {list(value.shape)}"
+            raise UserError(
+                f"trigger {path}: array {name[:60]!r} is {given_as}, its settings ask for"
+                f" {[len(weights), *shape]}"
+            )
+        if not np.isfinite(value).all():
+            raise UserError(f"trigger {path}: array {name[:60]!r} is not finite")
+    flat = {name: jnp.asarray(stored[f"generator/{name}"], jnp.float32) for name in wanted}
+    models = Models(
+        flax.traverse_util.unflatten_dict(flat, sep="/"),
+        jnp.asarray(stored["places"], jnp.int32),
+        jnp.asarray(stored["place_logits"], jnp.float32),
+    )
+    return mixture.Mixture(models, jnp.asarray(weights / weights.sum(), jnp.float32)), settings
+
+
+def _read_settings(
+    path: pathlib.Path, stored: dict[str, np.ndarray], image_shape: tuple[int, int, int]
+) -> mesa.Config:
+    """Settings that bound what building the generator costs."""
+    text = _text(stored.get("settings"), path, "settings", 2000)
+    try:
+        content = parse_json(text.encode(errors="replace"), "settings")
+    except Refusal as error:
+        raise UserError(f"trigger {path}: {error}") from None
+    if not isinstance(content, dict) or set(content) != set(SETTINGS):
+        raise UserError(f"trigger {path}: settings must be {', '.join(SETTINGS)}")
+    for name in ("patch", "noise_dim", "hidden"):
+        if type(content[name]) is not int or not 1 <= content[name] <= MOST_WIDTH:
+            raise UserError(f"trigger {path}: {name} must be 1 to {MOST_WIDTH}")
+    if any(type(content[name]) is not str for name in ("noise", "generator", "place")):
+        raise UserError(f"trigger {path}: noise, generator and place must be words")
+    try:
+        settings = mesa.Config(**content)
+        _make(_NO_NET, image_shape, settings)
+    except UserError as error:
+        raise UserError(f"trigger {path}: {error}") from None
+    return settings
+
+
+def _text(value: np.ndarray | None, path: pathlib.Path, name: str, most: int) -> str:
+    """A short text that is stored as an array."""
+    if value is None or value.dtype.kind != "U" or value.size != 1 or value.itemsize > 4 * most:
+        raise UserError(f"trigger {path}: {name} is missing or no text; give a file of jaxbd's")
+    return str(value.reshape(-1)[0])
+
+
+def _classes(
+    value: np.ndarray | None, path: pathlib.Path, name: str, classes: int
+) -> tuple[int, ...]:
+    """Class numbers of the suspect."""
+    value = np.zeros(0, np.int32) if value is None else value.reshape(-1)
+    if value.dtype.kind not in "iu" or len(value) > classes:
+        raise UserError(f"trigger {path}: {name} must be class numbers")
+    numbers = tuple(int(number) for number in value)
+    if any(not 0 <= number < classes for number in numbers):
+        raise UserError(f"trigger {path}: {name} leaves the model's classes 0..{classes - 1}")
+    return numbers
+
+
+def settings_of(stamp: Any) -> mesa.Config:
+    """The settings of MESA that a stamp was made with."""
+    parts = cast(functools.partial, stamp).args[0]
+    return parts.config

@@ -1,0 +1,110 @@
+"""Which form of a net fits the images: what leaves no trace in the weights is tried.
+
+A state_dict does not say where a net pools, what its activation is, or how a shortcut without
+weights fills new channels. `Model.forms` holds the likely ones; the images decide.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxbd.base import UserError
+from jaxbd.interop import preprocess
+from jaxbd.interop.load import Model
+from jaxbd.interop.matching import Matched
+from jaxbd.models import build
+
+Match = Callable[[Model, preprocess.Constants | None], Matched]
+"""(model, constants or None) -> the model with images; with constants only these are measured."""
+
+
+def choose(model: Model, match: Match, stated: Sequence[str] = ()) -> Matched:
+    """The form under which the model is most accurate.
+
+    Args:
+      match: reads images for a model and measures it, see `matching.match`.
+      stated: what the user says of the form, "pool=True".
+    Raises: UserError as `match` where no form can be used; naming the forms where several are as
+      accurate within two standard errors.
+    """
+    candidates = [_in_form(model, spec) for spec in keep(model.forms, stated)] or [model]
+    best: Matched | None = None
+    failure: UserError | None = None
+    near: list[tuple[Model, float]] = []
+    for candidate in candidates:
+        try:
+            found = match(candidate, None if best is None else _constants(best))
+        except UserError as error:
+            failure = failure or error
+            continue
+        if best is not None and _accuracy(found) > _accuracy(best) + 2 * _table(best).error:
+            best, near = match(candidate, None), []
+        elif best is None:
+            best = found
+        elif _accuracy(found) >= _accuracy(best) - 2 * _table(best).error:
+            near.append((candidate, _accuracy(found)))
+    if best is None:
+        raise failure or UserError(f"{model.path}: no form of the net fits")
+    if near:
+        raise UserError(_question(best, near))
+    return best
+
+
+def stated(model: Model, form: Sequence[str]) -> Model:
+    """`model` in the first form that agrees with `form`. Raises UserError where none does."""
+    return _in_form(model, keep(model.forms, form)[0])
+
+
+def keep(forms: Sequence[build.Spec], stated: Sequence[str]) -> list[build.Spec]:
+    """The forms that agree with what is `stated`. Raises UserError where none does."""
+    kept = list(forms)
+    for text in stated:
+        name, _, value = text.partition("=")
+        kept = [spec for spec in kept if str(spec.options.get(name)).lower() == value.lower()]
+        if not kept:
+            known = ", ".join(dict.fromkeys(part for s in forms for part in _parts(s, forms)))
+            raise UserError(f"--form {text} is no form of this net; there are {known or 'none'}")
+    return kept
+
+
+def _in_form(model: Model, spec: build.Spec) -> Model:
+    spec = dataclasses.replace(
+        model.spec, options=spec.options, image_shape=spec.image_shape or model.spec.image_shape
+    )
+    return model._replace(spec=spec, net=build.net(spec))
+
+
+def _table(found: Matched) -> preprocess.Table:
+    if found.table is None:
+        raise UserError(f"{found.model.path}: its accuracy was not measured")
+    return found.table
+
+
+def _constants(found: Matched) -> preprocess.Constants:
+    return _table(found).used.mean, _table(found).used.std
+
+
+def _accuracy(found: Matched) -> float:
+    return _table(found).used.accuracy
+
+
+def _parts(spec: build.Spec, among: Sequence[build.Spec]) -> list[str]:
+    """The options of a form that others have otherwise, as the command line takes them."""
+    names = [name for name in spec.options if len({_text(s, name) for s in among}) > 1]
+    return [f"{name}={_text(spec, name)}" for name in names]
+
+
+def _text(spec: build.Spec, name: str) -> str:
+    return "" if name == "layers" else str(spec.options.get(name))
+
+
+def _question(best: Matched, near: list[tuple[Model, float]]) -> str:
+    found: list[tuple[Any, float]] = [(best.model, _accuracy(best)), *near]
+    specs = [model.spec for model, _ in found]
+    listed = "; ".join(
+        f"{' '.join(_parts(model.spec, specs))} ({accuracy:.3f})" for model, accuracy in found
+    )
+    return (
+        f"several forms of the net are equally accurate on these images: {listed}; say which with"
+        " --form NAME=VALUE"
+    )

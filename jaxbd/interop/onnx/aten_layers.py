@@ -1,0 +1,215 @@
+"""aten operators that are layers: convolution, products, pooling, normalisation, attention."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxbd.interop.onnx.aten import Converter
+from jaxbd.interop.onnx.aten_math import Handler, source
+from jaxbd.interop.onnx.aten_shape import Arguments
+from jaxbd.limits import Refusal
+
+
+def conv(c: Converter, a: Arguments) -> str:
+    if a.get("transposed"):
+        raise Refusal("a transposed convolution is not read")
+    inputs = [c.value(a["input"]), c.value(a["weight"])]
+    rank = c.rank(a["weight"]) - 2
+    spread = lambda name, default: tuple(_each(a.get(name, default), rank))
+    strides, dilations = spread("stride", 1), spread("dilation", 1)
+    padding = a.get("padding", 0)
+    attributes: dict[str, Any] = {
+        "strides": strides,
+        "dilations": dilations,
+        "group": a.get("groups", 1),
+    }
+    if isinstance(padding, str):
+        attributes["auto_pad"] = {"same": "SAME_UPPER", "valid": "VALID"}[padding]
+    else:
+        attributes["pads"] = spread("padding", 0) * 2
+    if a.get("bias") is not None:
+        inputs.append(c.value(a["bias"]))
+    return c.add("Conv", inputs, "", 1, **attributes)
+
+
+def _each(value: Any, rank: int) -> list[int]:
+    """One number for every axis."""
+    values = value if isinstance(value, list) else [value]
+    return values * rank if len(values) == 1 else values
+
+
+def linear(c: Converter, a: Arguments) -> str:
+    """Gemm for matrices; for more axes, a product with the transposed weight, and a sum."""
+    x, weight, bias = a["input"], c.value(a["weight"]), a.get("bias")
+    if c.rank(x) == 2:
+        return c.add(
+            "Gemm", [c.value(x), weight, *([] if bias is None else [c.value(bias)])], transB=1
+        )
+    y = c.add("MatMul", [c.value(x), c.add("Transpose", [weight], perm=(1, 0))])
+    return y if bias is None else c.add("Add", [y, c.value(bias)])
+
+
+def addmm(c: Converter, a: Arguments) -> str:
+    scales = {"alpha": float(a.get("alpha", 1)), "beta": float(a.get("beta", 1))}
+    return c.add("Gemm", [c.value(a["mat1"]), c.value(a["mat2"]), c.value(a["self"])], **scales)
+
+
+def matmul(c: Converter, a: Arguments) -> str:
+    return c.add("MatMul", [c.value(a["self"]), c.value(a.get("other", a.get("mat2")))])
+
+
+def pooling(op: str) -> Handler:
+    def make(c: Converter, a: Arguments) -> Any:
+        x = source(a)
+        rank = c.rank(x) - 2
+        kernel = _each(a["kernel_size"], rank)
+        attributes: dict[str, Any] = {
+            "kernel_shape": tuple(kernel),
+            "strides": tuple(_each(a.get("stride") or kernel, rank)),
+            "pads": tuple(_each(a.get("padding", 0), rank)) * 2,
+            "ceil_mode": int(a.get("ceil_mode", False)),
+        }
+        if op == "MaxPool":
+            attributes["dilations"] = tuple(_each(a.get("dilation", 1), rank))
+        else:
+            attributes["count_include_pad"] = int(a.get("count_include_pad", True))
+            if a.get("divisor_override") is not None:
+                raise Refusal("a pooling with a divisor of its own is not read")
+        return c.add(op, [c.value(x)], "", 1, **attributes)
+
+    return make
+
+
+def max_pool_with_indices(c: Converter, a: Arguments) -> list[str]:
+    """The second output, positions, may not be read."""
+    return [pooling("MaxPool")(c, a), ""]
+
+
+def adaptive_average(c: Converter, a: Arguments) -> str:
+    """Means over parts of equal size, or nearly so: then each axis is multiplied by a matrix of
+    shares."""
+    x = a["self"]
+    name, wanted = c.value(x), _each(a["output_size"], c.rank(x) - 2)
+    if all(size == 1 for size in wanted):
+        return c.add("GlobalAveragePool", [name])
+    sizes = [c.size(x, axis) for axis in range(2, c.rank(x))]
+    if all(size % part == 0 for size, part in zip(sizes, wanted, strict=True)):
+        kernel = tuple(size // part for size, part in zip(sizes, wanted, strict=True))
+        return c.add("AveragePool", [name], "", 1, kernel_shape=kernel, strides=kernel)
+    if len(sizes) != 2:
+        raise Refusal("an adaptive pooling of other than two axes is not read")
+    rows, columns = (_shares(size, part) for size, part in zip(sizes, wanted, strict=True))
+    wide = c.add("MatMul", [name, c.constant(columns.T)])
+    return c.add("MatMul", [c.constant(rows), wide])
+
+
+def _shares(size: int, parts: int) -> np.ndarray:
+    """[parts, size]: the mean over positions floor(i size / parts) to ceil((i + 1) size / parts) -
+    1."""
+    shares = np.zeros((parts, size), np.float32)
+    for i in range(parts):
+        low, high = i * size // parts, -(-(i + 1) * size // parts)
+        shares[i, low:high] = 1 / (high - low)
+    return shares
+
+
+def batch_norm(c: Converter, a: Arguments) -> list[str]:
+    """By stored moments; without affine parameters, by a scale of 1 and a bias of 0."""
+    if a.get("training") or a.get("running_mean") is None:
+        raise Refusal(
+            "a batch_norm by the moments of its batch is not read; export the model in evaluation"
+        )
+    mean = c.value(a["running_mean"])
+    count = c.meta(a["running_mean"]).shape
+    affine = [a.get(key) for key in ("weight", "bias")]
+    scale, bias = (
+        c.value(given)
+        if given is not None
+        else _add_weight(c, np.full(count, fill, np.float32), mean, leaf)
+        for given, fill, leaf in zip(affine, (1, 0), ("weight", "bias"), strict=True)
+    )
+    inputs = [c.value(a["input"]), scale, bias, mean, c.value(a["running_var"])]
+    keep = {"epsilon": float(a.get("eps", 1e-5)), "momentum": 1 - float(a.get("momentum", 0.1))}
+    return [c.add("BatchNormalization", inputs, "", 1, **keep), "", ""]
+
+
+def _add_weight(c: Converter, array: np.ndarray, beside: str, leaf: str) -> str:
+    """A weight that the program does not have, named after the moments beside it."""
+    name = c.name(f"{beside.removesuffix('.running_mean')}.{leaf}")
+    c.tensors[name] = array
+    return name
+
+
+def layer_norm(c: Converter, a: Arguments) -> list[str]:
+    x, count = a["input"], len(a["normalized_shape"])
+    shape = tuple(a["normalized_shape"])
+    scale = (
+        c.constant(np.ones(shape, np.float32)) if a.get("weight") is None else c.value(a["weight"])
+    )
+    inputs = [c.value(x), scale, *([] if a.get("bias") is None else [c.value(a["bias"])])]
+    return [
+        c.add("LayerNormalization", inputs, "", 1, axis=-count, epsilon=float(a.get("eps", 1e-5))),
+        "",
+        "",
+    ]
+
+
+def group_norm(c: Converter, a: Arguments) -> str:
+    """Groups are instances of a value [B, groups, …]; scale and bias, one for each channel,
+    follow."""
+    x, groups = a["input"], a["num_groups"]
+    name, rest = c.value(x), (1,) * (c.rank(x) - 2)
+    parts = c.add("Reshape", [name, c.integers([0, groups, -1])])
+    one, zero = (c.constant(np.full(groups, fill, np.float32)) for fill in (1, 0))
+    parts = c.add("InstanceNormalization", [parts, one, zero], epsilon=float(a.get("eps", 1e-5)))
+    y = c.add("Reshape", [parts, c.add("Shape", [name])])
+    for op, key in (("Mul", "weight"), ("Add", "bias")):
+        if a.get(key) is not None:
+            y = c.add(op, [y, c.add("Reshape", [c.value(a[key]), c.integers([1, -1, *rest])])])
+    return y
+
+
+def softmax(op: str) -> Handler:
+    return lambda c, a: c.add(op, [c.value(a["self"])], axis=c.axis(a["self"], a["dim"]))
+
+
+def attention(c: Converter, a: Arguments) -> list[str]:
+    """softmax(q k^T scale + mask) v."""
+    q, k, v = (a[key] for key in ("query", "key", "value"))
+    if a.get("is_causal") or a.get("enable_gqa"):
+        raise Refusal("a causal or grouped attention is not read")
+    scale = a.get("scale") or c.size(q, -1) ** -0.5
+    perm = [*range(c.rank(k) - 2), c.rank(k) - 1, c.rank(k) - 2]
+    scores = c.add("MatMul", [c.value(q), c.add("Transpose", [c.value(k)], perm=tuple(perm))])
+    scores = c.add("Mul", [scores, c.constant(scale, np.float32)])
+    if a.get("attn_mask") is not None:
+        if c.meta(a["attn_mask"]).dtype.kind == "b":
+            scores = c.add(
+                "Where", [c.value(a["attn_mask"]), scores, c.constant(-np.inf, np.float32)]
+            )
+        else:
+            scores = c.add("Add", [scores, c.value(a["attn_mask"])])
+    return [c.add("MatMul", [c.add("Softmax", [scores], axis=-1), c.value(v)]), ""]
+
+
+LAYERS: dict[str, Handler] = {
+    **dict.fromkeys(("conv1d", "conv2d", "convolution", "conv3d"), conv),
+    **dict.fromkeys(("mm", "bmm", "matmul"), matmul),
+    **dict.fromkeys(("max_pool2d_with_indices",), max_pool_with_indices),
+    **dict.fromkeys(
+        ("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool1d"), adaptive_average
+    ),
+    **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), batch_norm),
+    **dict.fromkeys(("layer_norm", "native_layer_norm"), layer_norm),
+    **dict.fromkeys(("softmax", "_softmax"), softmax("Softmax")),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), softmax("LogSoftmax")),
+    **dict.fromkeys(
+        ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"), attention
+    ),
+    "linear": linear,
+    "addmm": addmm,
+    "max_pool2d": pooling("MaxPool"),
+    "avg_pool2d": pooling("AveragePool"),
+    "group_norm": group_norm,
+}
+"""Name of an aten operator, without overload -> what converts it."""

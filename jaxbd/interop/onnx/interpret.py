@@ -1,0 +1,236 @@
+"""A graph as a `Net`: pure, jittable and differentiable, for any number of images, with named
+parameters.
+
+The graph is computed for one batch of the size it was exported for (one image where that is open),
+and mapped over the images, so that a batch size that an export has written into its shapes does no
+harm. Mapped operations become the same batched convolutions and products as without. Values that
+depend on neither image nor weights stay NumPy, so shapes are static.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
+from jaxbd.interop.onnx import freeze, ops
+from jaxbd.interop.onnx.graph import MISFITS, Graph, Node
+from jaxbd.interop.onnx.parameters import Layout, lay_out, look_up, variables_of
+from jaxbd.interop.onnx.tidying import BATCH_NORM, tidy
+from jaxbd.interop.onnx.values import Budget, Value, check_size
+from jaxbd.limits import Refusal, quote
+from jaxbd.models.norm import normalise
+
+IMAGES = "jaxbd_images"
+"""Name of the mapped axis, over which moments of a batch are taken."""
+
+
+class Program(NamedTuple):
+    """What computing a graph takes: the graph, its layout, images in a batch, whether channels come
+    first, and what is called before each operator."""
+
+    graph: Graph
+    layout: Layout
+    batch: int
+    channels_first: bool
+    check: Callable[[], None]
+
+
+def to_net(
+    graph: Graph,
+    *,
+    mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,),
+    channels_first: bool = True,
+    batch: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Net, Variables]:
+    """The net of `graph`, whose first operation is (images - mean) / std, and its variables.
+
+    Args:
+      channels_first: whether the graph takes images as [B, C, H, W].
+      batch: images that it takes at a time.
+      check: called before each operator is traced; raises Refusal where that takes too long.
+    """
+    graph = tidy(graph)
+    program = Program(graph, lay_out(graph), batch, channels_first, check)
+    own = variables_of(graph, program.layout)
+
+    def forward(
+        variables: Variables, images: Array, train: bool, show: bool
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        try:
+            return _forward(program, variables, normalise(images, mean, std), train, show)
+        except Refusal as refusal:
+            raise UserError(f"the graph cannot be computed: {refusal}") from None
+
+    def apply(
+        variables: Variables, images: Array, *, train: bool = False
+    ) -> tuple[Array, ArrayTree]:
+        logits, moments, _ = forward(variables, images, train, False)
+        return logits, {**variables.get("batch_stats", {}), **moments}
+
+    def outputs(variables: Variables, images: Array) -> tuple[Array, dict[str, Array]]:
+        logits, _, shown = forward(variables, images, False, True)
+        return logits, shown
+
+    return Net(lambda key: _fresh(key, own), apply, outputs, freeze.freezing(program.layout)), own
+
+
+def _fresh(key: Key, own: Variables) -> Variables:
+    """Kernels drawn anew (He et al. 2015, eq. 10), normalisation at rest; what has no such role
+    stays as it was read."""
+    flat = jax.tree_util.tree_flatten_with_path(own)
+    rest = {"bias": 0.0, "mean": 0.0, "scale": 1.0, "var": 1.0}
+    leaves = []
+    for number, (path, leaf) in enumerate(flat[0]):
+        role = path[-1].key if len(path) == 3 else ""
+        if role == "kernel":
+            fan_in = max(int(np.prod(leaf.shape[:-1])), 1)
+            drawn = jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+            leaves.append(drawn * (2 / fan_in) ** 0.5)
+        else:
+            leaves.append(jnp.full_like(leaf, rest[role]) if role in rest else leaf)
+    return jax.tree_util.tree_unflatten(flat[1], leaves)
+
+
+def _forward(
+    program: Program, variables: Variables, images: Array, train: bool, show: bool
+) -> tuple[Array, dict[str, Any], dict[str, Array]]:
+    """(logits [B, K], new moments by layer, outputs by layer [B, …, C])."""
+    batch = program.batch
+    count = images.shape[0]
+    if batch > 1 and count % batch:  # whole groups, filled up with the last image
+        images = jnp.concatenate([images, jnp.repeat(images[-1:], -count % batch, 0)])
+    groups = images.reshape(-1, batch, *images.shape[1:])
+    one = lambda group: _compute(program, variables, group, train, show)
+    logits, moments, shown = jax.vmap(one, out_axes=(0, None, 0), axis_name=IMAGES)(groups)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])[:count]
+    logits = flat(logits)
+    # mapped functions return dictionaries sorted by name
+    ordered = [layer.name for layer in program.layout.layers if layer.name in shown]
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return wide, moments, {name: flat(shown[name]) for name in ordered}
+
+
+def _compute(
+    program: Program, variables: Variables, images: Array, train: bool, show: bool
+) -> tuple[Array, dict[str, Any], dict[str, Array]]:
+    """`_forward` of one group [b, H, W, C], with moments over all groups."""
+    graph, layout = program.graph, program.layout
+    at_value = {layer.value: layer for layer in layout.layers}
+    x = images.transpose(0, 3, 1, 2) if program.channels_first else images
+    known: dict[str, Value] = {
+        graph.image: x * 255 if graph.image_type.kind in "iu" else x,
+        **_tensors(program, variables),
+    }
+    moments, shown, budget = {}, {}, Budget(program.batch)
+    for node in layout.nodes:
+        program.check()
+        inputs = [known[name] if name else None for name in node.inputs]
+        if node.op == BATCH_NORM and node.outputs[0] in layout.norms:
+            name = layout.norms[node.outputs[0]]
+            results = [_batch_norm(node, inputs, name, variables, moments if train else None)]
+        else:
+            results = compute(node, inputs)
+        for value, result in zip(node.outputs, results, strict=False):
+            budget.spend(result)
+            layer = at_value.get(value)
+            if layer is not None:
+                result = _apply_bounds(
+                    result, variables.get("bounds", {}).get(layer.name), layer.axis
+                )
+                shown[layer.name] = jnp.moveaxis(result, layer.axis, -1)
+            known[value] = result
+    return _as_logits(known[graph.logits], program.batch), moments, shown if show else {}
+
+
+def _tensors(program: Program, variables: Variables) -> dict[str, Value]:
+    """Every stored tensor: weights from the variables, constants as they are in the file."""
+    found = {}
+    for name, array in program.graph.tensors.items():
+        slot = program.layout.slots.get(name)
+        if slot is None:
+            half = array.dtype.itemsize == 2 and jnp.issubdtype(array.dtype, jnp.floating)
+            found[name] = array.astype(np.float32) if half else array
+        elif (value := look_up(variables, slot.path)) is not None:
+            found[name] = slot.to_tensor(jnp.asarray(value))
+        else:
+            found[name] = None  # folded away
+    return found
+
+
+def compute(node: Node, inputs: list[Value]) -> tuple[Value, ...]:
+    """The outputs of `node`. Raises Refusal naming it where it does not fit its inputs."""
+    place = f"operator {node.op} of node {quote(node.name or ''.join(node.outputs[:1]))}"
+    try:
+        with np.errstate(all="ignore"):
+            result = ops.TABLE[node.op](node, *inputs)
+    except Refusal as refusal:
+        raise Refusal(f"{place}: {refusal}") from None
+    except MISFITS as error:
+        reason = quote(str(error).partition("\n")[0])
+        raise Refusal(f"{place} (opset {node.opset}) does not fit its inputs: {reason}") from None
+    results = result if isinstance(result, tuple) else (result,)
+    for value in results:
+        check_size(np.shape(value))
+    return results
+
+
+def _batch_norm(
+    node: Node, inputs: list[Value], name: str, variables: Variables, moments: dict[str, Any] | None
+) -> Array:
+    """One normalisation; where `moments` is given, by the moments of the batch, which go into it.
+
+    As PyTorch does, it stores the unbiased variance and normalises with the biased one.
+    """
+    x = jnp.asarray(inputs[0])
+    shift = look_up(variables, ("folded", name, "shift"))
+    if shift is not None:
+        if moments is not None:
+            raise UserError(
+                "BatchNorm folded into a convolution cannot be trained; use the variables as they "
+                "were"
+            )
+        return x + shift.astype(x.dtype).reshape((1, -1) + (1,) * (x.ndim - 2))
+    if moments is None:
+        return compute(node, [x, *inputs[1:]])[0]
+    axes = (0, *range(2, x.ndim))
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jax.lax.pmean(x32.mean(axes), IMAGES)
+    centred = x32 - mean.reshape((1, -1) + (1,) * (x.ndim - 2))
+    variance = jax.lax.pmean(jnp.square(centred).mean(axes), IMAGES)
+    count = x.size // x.shape[1] * jax.lax.psum(1, IMAGES)
+    keep, unbiased = node.get("momentum", 0.9), variance * (count / max(count - 1, 1))
+    moments[name] = {
+        "mean": keep * inputs[3] + (1 - keep) * mean,
+        "var": keep * inputs[4] + (1 - keep) * unbiased,
+    }
+    return compute(node, [x, inputs[1], inputs[2], mean, variance])[0]
+
+
+def _apply_bounds(x: Array, bounds: Mapping[str, Array] | None, axis: int) -> Array:
+    """`x` corrected: max(min((x - mean) / std, upper), lower) with what `bounds` hold (Li et al.
+    2023, section 4.2)."""
+    if not bounds:
+        return x
+    fit = lambda v: jnp.asarray(v, x.dtype).reshape(
+        [-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]
+    )
+    if "mean" in bounds:
+        x = (x - fit(bounds["mean"])) / fit(bounds["std"])
+    return jnp.clip(x, fit(bounds["lower"]), fit(bounds["upper"])) if "upper" in bounds else x
+
+
+def _as_logits(x: Value, batch: int) -> Array:
+    """[b, K]; outputs of one number, or with axes of size 1 behind, are brought into that form."""
+    x = jnp.asarray(x)
+    if x.ndim == 1 and x.shape[0] == batch:
+        return x[:, None]
+    if x.ndim < 2 or x.shape[0] != batch or x.size != x.shape[0] * x.shape[1]:
+        raise Refusal(
+            f"its output has the shape {quote(x.shape)} for {batch} images; logits have two axes"
+        )
+    return x.reshape(batch, -1)

@@ -1,0 +1,51 @@
+"""A graph brought into the form in which its weights are found."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.interop.onnx.graph import Graph
+from jaxbd.interop.onnx.names import unique
+
+BATCH_NORM = "BatchNormalization"
+
+
+def tidy(graph: Graph) -> Graph:
+    """`graph` with weights as tensors of their own.
+
+    Constants that are weights become tensors; a copy of a tensor (exporters store equal tensors
+    once) becomes a tensor under the copy's name; moments that several normalisations share become
+    one set for each.
+    """
+    tensors, nodes, used = dict(graph.tensors), [], set()
+    for node in graph.nodes:
+        array = node.get("value") if node.op == "Constant" else None
+        if (
+            isinstance(array, np.ndarray)
+            and array.size > 1
+            and jnp.issubdtype(array.dtype, jnp.floating)
+        ):
+            tensors[node.outputs[0]] = array
+            continue
+        if (
+            node.op == "Identity"
+            and node.inputs[0] in tensors
+            and node.outputs[0] not in graph.outputs
+        ):
+            tensors[node.outputs[0]] = tensors[node.inputs[0]]
+            continue
+        if node.op == BATCH_NORM:
+            inputs = [_own(name, used, tensors) for name in node.inputs[1:]]
+            node = node._replace(inputs=(node.inputs[0], *inputs))
+        nodes.append(node)
+    read = {value for node in nodes for value in node.inputs} | set(graph.outputs)
+    kept = {name: array for name, array in tensors.items() if name in read}
+    return graph._replace(nodes=tuple(nodes), tensors=kept)
+
+
+def _own(name: str, used: set[str], tensors: dict[str, np.ndarray]) -> str:
+    """`name`, or that of a copy where another normalisation has taken it."""
+    if name in used and name in tensors:
+        copy = unique(f"{name}_copy", tensors)
+        tensors[copy], name = tensors[name], copy
+    used.add(name)
+    return name

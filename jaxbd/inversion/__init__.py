@@ -1,0 +1,1 @@
+"""Searches for triggers: one file each, with `Config`, `State`, `Info` and `make`."""

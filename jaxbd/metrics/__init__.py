@@ -1,0 +1,1 @@
+"""What is measured of a net: accuracy and attack success, activations, distances."""

@@ -1,0 +1,139 @@
+"""Relearning: how little brings a backdoor back (the retuning attack of Min et al. 2024,
+arXiv:2410.09838). A repair that only hides a backdoor gives it back after few steps on few poisoned
+images; a clean net needs more."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.base import ArrayTree, Attack, Batch, Key, Net, UserError, Variables
+from jaxbd.data import draw
+from jaxbd.images import to_float
+from jaxbd.metrics import evaluate
+from jaxbd.training import supervised
+from jaxbd.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the relearning.
+
+    Attributes:
+      poison_rate: share of the images that carry the trigger and the attacker's label; at least one
+        does.
+      brought_back: attack success rate from which the backdoor counts as back.
+      learning_rate: of SGD, constant.
+      momentum: of SGD.
+      batch_size: images of a step.
+      every: steps between two measurements.
+      num_steps: most steps.
+    """
+
+    poison_rate: float = 0.01
+    brought_back: float = 0.5
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    batch_size: int = 64
+    every: int = 10
+    num_steps: int = 300
+
+    def __post_init__(self):
+        if not (0 < self.poison_rate < 1 and 0 < self.brought_back <= 1):
+            raise UserError("relearn: poison_rate and brought_back must be shares above 0")
+        if not self.learning_rate > 0 or min(self.batch_size, self.every, self.num_steps) < 1:
+            raise UserError(
+                "relearn: learning_rate must be > 0; batch_size, every and num_steps at least 1"
+            )
+
+
+class Relearned(NamedTuple):
+    """Result of `relearn`.
+
+    Attributes:
+      steps: steps at the first measurement at which the backdoor was back; None where it never was.
+      poisoned: how many of the images carried the trigger.
+      course: [n, 2], steps and attack success rate of every measurement, the first before any step.
+    """
+
+    steps: int | None
+    poisoned: int
+    course: np.ndarray
+
+
+def relearn(
+    run: Run,
+    key: Key,
+    net: Net,
+    variables: Variables,
+    images: Batch,
+    judge: Batch,
+    attack: Attack,
+    trigger: ArrayTree,
+    config: Config,
+    *,
+    label: str = "relearn",
+) -> Relearned:
+    """Trains a net on `images`, a few of them poisoned, until the backdoor is back.
+
+    Args:
+      images: uint8 or float, with labels; judge: others, on which the rate is measured.
+      attack, trigger: `attack.stamp` and `attack.relabel` are used.
+    Raises: UserError where no image could be poisoned or there are fewer than a batch; NotFinite;
+      Stopped.
+    """
+    if len(images.labels) < config.batch_size:
+        raise UserError(
+            f"relearn: {len(images.labels)} images, fewer than a batch of {config.batch_size}"
+        )
+    poisoned, count = poison_few(jax.random.fold_in(key, 0), images, attack, trigger, config)
+    rule = supervised.Config(
+        learning_rate=config.learning_rate,
+        schedule="constant",
+        momentum=config.momentum,
+        weight_decay=0.0,
+        num_steps=config.num_steps,
+    )
+    trainer = supervised.make(net, rule)
+    state, course = trainer.init({"batch_stats": {}, **variables}), []
+    for done in range(0, config.num_steps + 1, config.every):
+        if done:
+            fitted = run.fit(
+                f"{label}, to step {done}",
+                jax.random.fold_in(key, 1),
+                trainer.step,
+                draw.uniform(config.batch_size),
+                poisoned,
+                state,
+                info=supervised.Info,
+                num_steps=config.every,
+                chunk=config.every,
+            )
+            state = fitted.state
+        found = evaluate.rates(
+            jax.random.fold_in(key, 2), net, state.variables, judge, attack, trigger
+        )
+        course.append((done, found.attack_success_rate or 0.0))
+        if course[-1][1] >= config.brought_back:
+            return Relearned(done, count, np.array(course))
+    return Relearned(None, count, np.array(course))
+
+
+def poison_few(
+    key: Key, images: Batch, attack: Attack, trigger: ArrayTree, config: Config
+) -> tuple[Batch, int]:
+    """(`images` as floats, of which `poison_rate` of those that the attacker wants elsewhere carry
+    the trigger and his label; how many these are)."""
+    labels = jnp.asarray(images.labels)
+    wanted = attack.relabel(labels)
+    able = np.flatnonzero(np.asarray(wanted != labels))
+    if not len(able):
+        raise UserError("relearn: the trigger leads every image to its own class; nothing to learn")
+    count = max(1, round(config.poison_rate * len(labels)))
+    stamp_key, choose_key = jax.random.split(key)
+    rows = jax.random.choice(choose_key, able, (min(count, len(able)),), replace=False)
+    floats = to_float(jnp.asarray(images.images))
+    stamped = attack.stamp(stamp_key, trigger, floats[rows])
+    return Batch(floats.at[rows].set(stamped), labels.at[rows].set(wanted[rows])), len(rows)

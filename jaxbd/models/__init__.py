@@ -1,0 +1,1 @@
+"""Architectures, and from their names to a `Net`."""

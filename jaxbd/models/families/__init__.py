@@ -1,0 +1,6 @@
+"""Families of architectures: one function for every depth and width, told by names and shapes."""
+
+from jaxbd.models.families.family import FAMILIES, Family, open_table, parse
+from jaxbd.models.families.layers import Layers, Mismatch
+
+__all__ = ["FAMILIES", "Family", "Layers", "Mismatch", "open_table", "parse"]

@@ -1,0 +1,63 @@
+"""MobileNet v1 (Howard et al. 2017) in other names than kuangliu's: pairs of depthwise and 1x1
+convolutions in one chain."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from jaxbd.base import Array
+from jaxbd.models.families.layers import Layers, Mismatch, natural
+
+PARTS = ("stem", "features", "model", "conv1", "conv2", "conv3", "conv4", "layers")
+
+
+def units(net: Layers) -> list[tuple[str, str]]:
+    """(convolution, norm) in order. Raises Mismatch where they are not such a chain."""
+    key = lambda name: (_part(name), natural(name))
+    convs = sorted((n for n, shape in net.shapes.items() if len(shape) == 4), key=key)
+    norms = sorted((n for n, shape in net.shapes.items() if len(shape) == 1), key=key)
+    if len(convs) != len(norms) or len(convs) < 7:
+        raise Mismatch("it is no chain of depthwise convolutions")
+    deep = [net.shapes[name][1] == 1 for name in convs[1:]]
+    if deep != [index % 2 == 0 for index in range(len(deep))]:
+        raise Mismatch("it is no chain of depthwise convolutions")
+    return list(zip(convs, norms, strict=True))
+
+
+def _part(name: str) -> int:
+    return PARTS.index(name.split(".")[0]) if name.split(".")[0] in PARTS else len(PARTS)
+
+
+def forms(net: Layers) -> tuple[dict[str, Any], ...]:
+    """ "stem_stride"; "activation"."""
+    units(net)
+    return (
+        {"stem_stride": 1, "activation": "relu"},
+        {"stem_stride": 2, "activation": "relu"},
+        {"stem_stride": 1, "activation": "relu6"},
+    )
+
+
+def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
+    """Images [B, H, W, C], already normalised -> logits [B, K]. The image is halved where the
+    number of channels doubles, but not in the first pair."""
+    activate = nn.relu if form["activation"] == "relu" else nn.relu6
+    (conv, norm), *pairs = units(net)
+    x = activate(net.norm(norm, net.conv(conv, x, form["stem_stride"])))
+    for index, (depthwise, pointwise) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        widens = net.size(pointwise[0])[0] > net.size(depthwise[0])[0]
+        x = activate(
+            net.norm(depthwise[1], net.conv(depthwise[0], x, 2 if index and widens else 1))
+        )
+        x = activate(net.norm(pointwise[1], net.conv(pointwise[0], x)))
+    return net.head(x)
+
+
+def side(net: Layers) -> int:
+    """Side of the images that such a net is mostly for."""
+    return 32
+
+
+def title(net: Layers) -> str:
+    """ "MobileNet"."""
+    return "MobileNet"

@@ -1,0 +1,166 @@
+"""What DHBE's generators make, and what a net answers to it: pictures of an erasure, and a warning
+sign before one.
+
+The erasure itself is `pipelines.repair.repair` with method "dhbe". Nothing is printed, no file is
+opened, and nothing here takes an image.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd import methods
+from jaxbd.base import Key, RepairData, Suspect, UserError
+from jaxbd.images import to_float
+from jaxbd.models.synthesis import SampleGenerator, TriggerGenerator, to_pixels
+from jaxbd.pipelines import repair
+from jaxbd.repairs import dhbe
+from jaxbd.training.loop import Chunk
+
+UNTRAINED = 8
+"""Untrained generators whose images a net is asked about."""
+
+
+def adapt(config: dhbe.Config, suspect: Suspect) -> dhbe.Config:
+    """`config` as the repair of `suspect` uses it, see `dhbe.adapt`."""
+    return dhbe.adapt(config, suspect, RepairData(), config.batch_size)
+
+
+def start(key: Key, suspect: Suspect, config: dhbe.Config) -> dhbe.State:
+    """The state with which `pipelines.repair.repair` begins, given the same `key`."""
+    made = repair.make(methods.find("repair", "dhbe"), suspect.problem(), adapt(config, suspect))
+    return repair.start(made, jax.random.fold_in(key, 0), suspect.variables, RepairData())
+
+
+def samples(
+    key: Key, state: dhbe.State, image_shape: tuple[int, int, int], config: dhbe.Config, count: int
+) -> np.ndarray:
+    """Images uint8 [count, H, W, C] that the sample generator makes of noise drawn with `key`.
+
+    As in training they are normalised by the moments of a batch, of `config.batch_size` or of
+    `count` if that is more; running moments are not used. `config` as `adapt` gives it; values
+    outside [0, 1] are cut off.
+
+    Raises: UserError when count is less than 1.
+    """
+    module = SampleGenerator(image_shape, config.width)
+    made = _generate(module, key, state.generator, config, count)
+    return _as_bytes(to_pixels(made, config.mean, config.std))
+
+
+def triggers(
+    key: Key, state: dhbe.State, image_shape: tuple[int, int, int], config: dhbe.Config, count: int
+) -> np.ndarray:
+    """Triggers uint8 [count, side, side, C] that the trigger generator makes, on batch moments as
+    `samples`.
+
+    Triggers are added to images, so mid-grey stands for 0, black and white for -1 and +1 times
+    `config.trigger_scale`.
+
+    Raises: UserError when count is less than 1.
+    """
+    module = TriggerGenerator(config.trigger_size, image_shape[-1], config.width)
+    return _as_bytes(0.5 + 0.5 * _generate(module, key, state.trigger, config, count))
+
+
+def ask_untrained(key: Key, suspect: Suspect, config: dhbe.Config, count: int = 64) -> np.ndarray:
+    """Classes int [UNTRAINED * count] that the suspect gives to images of untrained generators.
+
+    `config` as `adapt` gives it. Where nearly all are the same, generated images say next to
+    nothing about the net, and erasing without data fails on it (docs/results.md). One generator's
+    images may by chance look more alike to the net than another's, hence several.
+
+    Raises: UserError when count is less than 1.
+    """
+
+    def ask(own: Key) -> np.ndarray:
+        state = start(jax.random.fold_in(own, 0), suspect, config)
+        made = samples(jax.random.fold_in(own, 1), state, suspect.image_shape, config, count)
+        logits, _ = suspect.net.apply(suspect.variables, to_float(jnp.asarray(made)), train=False)
+        return np.asarray(logits.argmax(-1))
+
+    return np.concatenate([ask(own) for own in jax.random.split(key, UNTRAINED)])
+
+
+def most_frequent(labels: np.ndarray) -> tuple[int, float]:
+    """The most frequent of classes int [N], and its share of them."""
+    counts = np.bincount(labels)
+    return int(counts.argmax()), float(counts.max() / len(labels))
+
+
+def _generate(
+    module: nn.Module, key: Key, learner: dhbe.Learner, config: dhbe.Config, count: int
+) -> jax.Array:
+    """The first `count` that the module makes of a batch of noise; its own running moments stay as
+    they are."""
+    if count < 1:
+        raise UserError(f"count must be at least 1 image, got {count}")
+    noise = jax.random.normal(key, (max(count, config.batch_size), config.noise_dim))
+    made, _ = module.apply(learner.variables, noise, train=True, mutable=["batch_stats"])
+    return made[:count]
+
+
+def _as_bytes(images: jax.Array) -> np.ndarray:
+    """Pixels in [0, 1] as uint8."""
+    return np.asarray(jnp.round(255 * jnp.clip(images, 0, 1)).astype(jnp.uint8))
+
+
+class Picture(NamedTuple):
+    """What the generators make after `step` iterations: samples uint8 [n, H, W, C], triggers uint8
+    [n, h, w, C]."""
+
+    step: int
+    samples: np.ndarray
+    triggers: np.ndarray
+
+
+class Album:
+    """Pictures of a few moments of an erasure, always of the same noise.
+
+    Put `observe` among the run's observers, and `add` the state of `start` for a picture of the
+    untrained generators. A moment is the end of the first chunk after it. A resumed run has
+    pictures from where it was resumed.
+
+    Attributes:
+      pictures: in order of time.
+    """
+
+    def __init__(
+        self,
+        key: Key,
+        suspect: Suspect,
+        config: dhbe.Config,
+        *,
+        shares: Sequence[float] = (0.0, 0.1, 0.3, 1.0),
+        count: int = 12,
+    ):
+        """`shares` of the iterations in [0, 1] are the moments; `count` images each; `config` as
+        `adapt` gives it."""
+        self.pictures: list[Picture] = []
+        self._key, self._image_shape = key, suspect.image_shape
+        self._config, self._count = config, count
+        self._moments = sorted({share * config.num_steps for share in shares})
+
+    def observe(self, name: str, chunk: Chunk, first: int) -> None:
+        """Adds a picture when a moment has come. An observer of `training.run.Run`."""
+        del name
+        done = first + chunk.done
+        # the state costs a copy, so it is asked for only when a picture is due
+        if isinstance(chunk.infos, dhbe.Info) and self._is_due(done):
+            self.add(done, chunk.get_state())
+
+    def add(self, done: int, state: dhbe.State) -> None:
+        """Adds a picture of `state`, if a moment has come."""
+        if not self._is_due(done):
+            return
+        self._moments = [moment for moment in self._moments if moment > done]
+        known = (state, self._image_shape, self._config, self._count)
+        one, other = jax.random.split(self._key)
+        self.pictures.append(Picture(done, samples(one, *known), triggers(other, *known)))
+
+    def _is_due(self, done: int) -> bool:
+        return bool(self._moments) and self._moments[0] <= done

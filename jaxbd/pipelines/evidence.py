@@ -1,0 +1,152 @@
+"""What a scan found, in the form that repairs take."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.base import Array, Evidence, Key, UserError
+from jaxbd.images import blend
+from jaxbd.pipelines.scan import Scan
+from jaxbd.repairs import mixture
+
+AVERAGED = 20
+"""Last steps of a search over which its entropy bound is averaged."""
+WORKS = 0.5
+"""Rate from which modelled triggers count as working beside a mask that works."""
+
+
+class Mask(NamedTuple):
+    """A trigger that Neural Cleanse found: mask [H, W, 1] and pattern [H, W, C] in [0, 1]."""
+
+    mask: Array
+    pattern: Array
+
+
+def stamp_mask(key: Key, trigger: Mask, images: Array) -> Array:
+    """(1 - mask) * image + mask * pattern on every image of [B, H, W, C]; nothing is random."""
+    del key
+    return blend(images, trigger.pattern[None], trigger.mask[None])
+
+
+def states_of(scan: Scan, target: int) -> Any:
+    """States [L, …] of the scan's cells that aim at `target`, levels ascending as configured.
+
+    Raises: UserError when the scan did not search that class.
+    """
+    index = np.flatnonzero(np.asarray(scan.cells.target) == target)
+    if not index.size:
+        raise UserError(
+            f"the scan did not model triggers for class {target}; search that class too"
+        )
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), scan.states)
+
+
+def has_reached(scan: Scan, target: int) -> np.ndarray:
+    """[L] bool: which sub-models of `target` reached their level; Algorithm 1 leaves the others out
+    (gamma_i = 0).
+
+    When none did, the one with the highest rate counts as reached.
+    """
+    index = np.flatnonzero(np.asarray(scan.cells.target) == target)
+    rates = scan.level_rates[target]
+    good = rates >= np.asarray(scan.cells.level)[index]
+    return good if good.any() else rates == rates.max()
+
+
+def mix_equally(scan: Scan, target: int) -> Evidence:
+    """gamma_i = 1/N over the sub-models of `target` that reached their level (Qiao et al. 2019,
+    section 3.3)."""
+    chosen = np.flatnonzero(has_reached(scan, target))
+    models = jax.tree.map(lambda leaf: leaf[chosen], states_of(scan, target))
+    return _evidence(scan, target, mixture.uniform(models))
+
+
+def mix_by_entropy(scan: Scan, target: int) -> Evidence:
+    """gamma_i proportional to exp(h_i) / g'(g^-1(beta_i)) over the same sub-models (Algorithm 1),
+    for a linear g.
+
+    h_i is the bound on the entropy of sub-model i, averaged over its last `AVERAGED` steps.
+
+    Raises: UserError for a scan method that models no distributions.
+    """
+    if not hasattr(scan.infos, "entropy"):
+        raise UserError(
+            "this scan method models no distributions, so there is no entropy to weight by; use"
+            " mesa or auto"
+        )
+    chosen = np.flatnonzero(has_reached(scan, target))
+    index = np.flatnonzero(np.asarray(scan.cells.target) == target)[chosen]
+    courses = [
+        course[np.isfinite(course)][-AVERAGED:]
+        for course in np.asarray(scan.infos.entropy)[:, index].T
+    ]
+    entropy = jnp.asarray([course.mean() for course in courses])
+    models = jax.tree.map(lambda leaf: leaf[chosen], states_of(scan, target))
+    weighted = mixture.entropy_weighted(models, entropy, jnp.ones_like(entropy))
+    return _evidence(scan, target, weighted)
+
+
+def take_level(scan: Scan, target: int, index: int) -> Evidence:
+    """The sub-model of one level alone, by its index."""
+    model = jax.tree.map(lambda leaf: leaf[index], states_of(scan, target))
+    return _evidence(scan, target, mixture.single(model))
+
+
+def every_trigger(scan: Scan, target: int) -> list[Evidence]:
+    """All triggers of `target` that the scan holds and that worked: the mask and pattern that
+    Neural Cleanse found, what was modelled, and what PT-RED adds to the whole image; where none
+    worked, what was modelled.
+
+    Raises: UserError when the scan did not search that class.
+    """
+    found = take_mask(scan, target)
+    modelled = target in np.asarray(scan.cells.target)
+    repeated = scan.located is not None and scan.states is scan.located.states
+    if modelled and not (found and (repeated or not scan.rates[target] >= WORKS)):
+        found.append(mix_equally(scan, target))
+    found += take_additive(scan, target)
+    if not found:
+        states_of(scan, target)  # says that the class was not searched
+    return found
+
+
+def take_mask(scan: Scan, target: int) -> list[Evidence]:
+    """The mask that Neural Cleanse found for `target`; empty where none worked."""
+    located = scan.located
+    if located is None or not np.isfinite(located.norms[target]):
+        return []
+    # classes that were not searched have no place and no state
+    row = int((np.asarray(located.places)[:target, 0] >= 0).sum())
+    mask, pattern = (
+        jnp.asarray(leaf[row]) for leaf in (located.states.best_mask, located.states.best_pattern)
+    )
+    return [Evidence(target, (), stamp_mask, Mask(mask, pattern))]
+
+
+def take_additive(scan: Scan, target: int) -> list[Evidence]:
+    """What PT-RED adds to whole images for `target`; empty where that was not searched or does not
+    work."""
+    added = scan.additive
+    if added is None or not added.rates[target] >= WORKS:
+        return []
+    row = int(np.isfinite(added.rates[:target]).sum())  # states of the classes searched, in order
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf[row]), added.states)
+    return [Evidence(target, (), added.inversion.stamp, state)]
+
+
+def list_mixtures(scan: Scan, target: int, levels: Sequence[float]) -> dict[str, Evidence]:
+    """What MESA offers for unlearning: each level alone, and the 1/N mixture of all, nothing being
+    selected."""
+    named = {
+        f"level {level:g}": take_level(scan, target, index) for index, level in enumerate(levels)
+    }
+    everything = mixture.uniform(states_of(scan, target))
+    return {**named, "mixture": _evidence(scan, target, everything)}
+
+
+def _evidence(scan: Scan, target: int, models: mixture.Mixture) -> Evidence:
+    """A mixture of the scan's models, from every other class to `target`."""
+    return Evidence(target, (), mixture.mix(scan.inversion.stamp), models)

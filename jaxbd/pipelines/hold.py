@@ -1,0 +1,224 @@
+"""A repair that checks itself: it repairs, looks on images that it did not repair with for what
+still works, and goes on with what it finds.
+
+Composition only: a method of the table, a fresh search, measures. Nothing is printed and no file is
+opened.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxbd import methods
+from jaxbd.base import Batch, Evidence, Key, Suspect, UserError, Variables
+from jaxbd.pipelines import checks, fresh
+from jaxbd.pipelines import repair as repairs
+from jaxbd.pipelines.checks import Limits, Round
+from jaxbd.pipelines.repair import Repaired
+from jaxbd.repairs import mixture
+from jaxbd.repairs.vary import vary
+from jaxbd.training.program import Seconds, total_seconds
+from jaxbd.training.run import Run
+
+PRESET = "rounds"
+"""Settings of a method for repairs in rounds, where it has such."""
+End = Literal["nothing left", "budget", "rounds"]
+"""What ended a repair: no trigger that is unusually small works any more, the accuracy budget is
+spent, or the rounds are over."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a repair that checks itself.
+
+    Attributes:
+      max_drop: clean accuracy, as a share of the held-out images, that it may cost.
+      rounds: most repairs, each followed by a fresh search.
+      working: rate beyond the class's share of images without a trigger from which one works.
+      held_share: share of the clean images that check, and repair nothing.
+      most_held: at most so many images of those.
+      vary: whether the triggers are unlearned with variants, see `repairs.vary`.
+      search: of the fresh searches.
+    """
+
+    max_drop: float = 0.02
+    rounds: int = 4
+    working: float = 0.2
+    held_share: float = 0.25
+    most_held: int = 500
+    vary: bool = True
+    search: fresh.Config = dataclasses.field(default_factory=fresh.Config)
+
+    def __post_init__(self):
+        if not 0 <= self.max_drop < 1:
+            raise UserError(f"max_drop must be a share in [0, 1), got {self.max_drop}")
+        if self.rounds < 1 or self.most_held < 1:
+            raise UserError(
+                f"rounds and most_held must be at least 1, got {self.rounds}, {self.most_held}"
+            )
+        if not (0 < self.working < 1 and 0 < self.held_share < 1):
+            raise UserError(
+                "working and held_share must be shares between 0 and 1, got"
+                f" {self.working}, {self.held_share}"
+            )
+
+
+class Held(NamedTuple):
+    """Result of `repair`.
+
+    Attributes:
+      repaired: the net of the last round; of the one before, where that was undone, and the
+        suspect itself where it was the first.
+      rounds: the suspect as it came, then every round, also one that was undone.
+      end: which of the three ended it.
+      undone: whether the last round cost too much, however little of it was kept; then `end` is
+        "budget".
+      limits: what counted as unusually small.
+      checked_on: images behind all rates and accuracies.
+    """
+
+    repaired: Repaired
+    rounds: tuple[Round, ...]
+    end: End
+    undone: bool
+    limits: Limits
+    checked_on: int
+
+    @property
+    def last(self) -> Round:
+        """Where the net of `repaired` stands."""
+        return self.rounds[-2 if self.undone else -1]
+
+
+class Task(NamedTuple):
+    """What all rounds share; see `repair`."""
+
+    lab: fresh.Lab
+    clean: Batch
+    method: str
+    settings: Any
+    config: Config
+    batch_size: int
+    label: str
+
+
+def repair(
+    run: Run,
+    key: Key,
+    suspect: Suspect,
+    clean: Batch,
+    evidence: Sequence[Evidence],
+    config: Config,
+    base: tuple[str, Any] = ("unlearn", None),
+    *,
+    norms: np.ndarray | None = None,
+    batch_size: int = 64,
+    label: str = "",
+) -> Held:
+    """Repairs until nothing unusually small works.
+
+    The targets of `evidence` are searched before the first round and after every one. Triggers that
+    work join the evidence, also large ones; only small ones are a reason to go on, since a large
+    mask leads to any class of any net. A round that costs more accuracy than the budget has left is
+    kept in part, see `checks.keep_within`.
+
+    Args:
+      clean: clean images with labels (uint8 or float); a share of them checks.
+      evidence: known triggers, at least one for each class to repair.
+      base: a repair of `methods` that changes weights, and its settings; None for its preset
+        "rounds", or where it has none for its defaults.
+      norms: [K] norms of the smallest masks of all classes, from a scan of the suspect; nan where
+        there is none. Without, masks of other classes are searched for.
+      batch_size: images of a step.
+    Raises: UserError when something is missing or the images are too few; loop.NotFinite when a
+      loss diverges; Stopped after a stop request.
+    """
+    method, settings = base
+    found = methods.find("repair", method)
+    if found.guards:
+        raise UserError(f"{method} changes no weights, so it cannot be repeated in rounds")
+    repairs.check_needs(method, found.needs | {"trigger"}, clean, evidence)
+    fitting, held = split(jax.random.fold_in(key, 0), clean, config)
+    if settings is None:
+        settings = found.preset(PRESET if PRESET in found.presets else None)
+    lab = fresh.Lab(run, suspect, fitting, held, config.search)
+    task = Task(lab, fitting, method, settings, config, batch_size, label or method)
+    targets = list(dict.fromkeys(each.target for each in evidence))
+    label = f"{task.label}, other classes"
+    limits, spent = checks.compare(lab, jax.random.fold_in(key, 1), targets, norms, label)
+    return _go_on(task, key, list(evidence), limits, spent)
+
+
+def split(key: Key, clean: Batch, config: Config) -> tuple[Batch, Batch]:
+    """(images to repair with, images to check with) at random. Raises: UserError when either would
+    be empty."""
+    count = len(clean.labels)
+    held = min(round(config.held_share * count), config.most_held)
+    if not 0 < held < count:
+        raise UserError(
+            f"{count} clean images cannot be divided into those that repair and those that check;"
+            " give more images"
+        )
+    order = np.asarray(jax.random.permutation(key, count))
+    parts = (order[held:], order[:held])
+    images, labels = np.asarray(clean.images), np.asarray(clean.labels)
+    fitting, checking = (Batch(images[rows], labels[rows]) for rows in parts)
+    return fitting, checking
+
+
+def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: Seconds) -> Held:
+    """The rounds. Each starts from the net that the one before left, with all triggers so far."""
+    config, lab, spent = task.config, task.lab, [first]
+    variables, results, rounds = lab.suspect.variables, [], []
+    end: End = "rounds"
+    for number in range(config.rounds + 1):
+        own_key = jax.random.fold_in(key, 100 + number)
+        name, kept = f"{task.label}, before", 1.0
+        if number:
+            name = f"{task.label}, round {number} of {config.rounds}"
+            known += [each.evidence for each in rounds[-1].working(config.working)]
+            result = _repair_once(task, jax.random.fold_in(key, 1 + number), variables, known, name)
+            results.append(result)
+            least = rounds[0].accuracy - config.max_drop
+            variables, kept = checks.keep_within(lab, variables, result.variables, least)
+            if not kept:
+                costly = checks.measure(lab, own_key, result.variables, known)
+                rounds.append(costly._replace(kept=0.0))
+                end = "budget"
+                break
+        now = checks.measure(lab, own_key, variables, known)._replace(kept=kept)
+        now, seconds = checks.search_again(
+            lab, own_key, variables, now, limits, config.working, f"{name}, check"
+        )
+        spent.append(seconds)
+        rounds.append(now)
+        if number and not (now.left or now.has_known_left(config.working)):
+            end = "nothing left"
+            break
+    spent += [result.seconds for result in results]
+    repaired = Repaired(variables, repairs.join_infos(results), total_seconds(*spent))
+    return Held(repaired, tuple(rounds), end, end == "budget", limits, len(lab.held.labels))
+
+
+def _repair_once(
+    task: Task, key: Key, variables: Variables, known: Sequence[Evidence], name: str
+) -> Repaired:
+    """One repair by the base method, with all triggers of each target as one piece of evidence."""
+    suspect = task.lab.suspect._replace(variables=variables)
+    varied = [each._replace(stamp=vary(each.stamp)) if task.config.vary else each for each in known]
+    targets = dict.fromkeys(each.target for each in known)
+    joined = [mixture.join([e for e in varied if e.target == target]) for target in targets]
+    return repairs.repair(
+        task.lab.run,
+        key,
+        suspect,
+        task.clean,
+        joined,
+        task.method,
+        task.settings,
+        batch_size=task.batch_size,
+        label=name,
+    )

@@ -1,0 +1,143 @@
+"""Where to look for a trigger: Neural Cleanse for every class, from one start or several."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbd.base import Cell, Inversion
+from jaxbd.detection import detect
+from jaxbd.inversion import neural_cleanse
+from jaxbd.pipelines.class_scan import (
+    Located,
+    ScanConfig,
+    Task,
+    by_class,
+    list_classes,
+    make_neural_cleanse,
+    run_sweep,
+)
+from jaxbd.training import sweep
+from jaxbd.training.program import Seconds, total_seconds
+
+
+class Masks(NamedTuple):
+    """A search for masks as far as it has come.
+
+    Attributes:
+      inversion, cells: Neural Cleanse, and its cells [N]: the starts of a class one after another.
+      states: [N, …]; infos: [steps, N], NumPy.
+      steps: that every cell has made.
+      image_steps, seconds: what it took.
+    """
+
+    inversion: Inversion
+    cells: Cell
+    states: Any
+    infos: Any
+    steps: int
+    image_steps: int
+    seconds: Seconds
+
+
+def search(task: Task, steps: int, first_masks: Sequence[float] = ()) -> Masks:
+    """Neural Cleanse on every class searched, for `steps` steps, once from each of `first_masks` or
+    where there is none from the method's own start."""
+    config, suspect = task.config, task.suspect
+    inversion = make_neural_cleanse(suspect.net, suspect.image_shape, config.neural_cleanse)
+    rows, starts = list_classes(suspect.classes, config), max(len(first_masks), 1)
+    cells = jax.tree.map(lambda leaf: jnp.repeat(leaf, starts), sweep.grid(rows))
+    given = _first_fields(task, len(rows), first_masks) if first_masks else None
+    name = f"neural-cleanse: {len(rows)} classes"
+    found = run_sweep(task, 1, name, inversion, cells, steps, given)
+    return Masks(
+        inversion,
+        cells,
+        found.states,
+        found.course,
+        steps,
+        found.image_steps_pushed,
+        found.seconds,
+    )
+
+
+def go_on(task: Task, masks: Masks, steps: int) -> Masks:
+    """The same search, up to `steps` steps in all: the same masks as if it had never halted."""
+    count = len(list_classes(task.suspect.classes, task.config))
+    name = f"neural-cleanse: {count} classes, to {steps}"
+    # a step's key follows from the state's own count of steps
+    found = run_sweep(
+        task,
+        1,
+        name,
+        masks.inversion,
+        masks.cells,
+        steps - masks.steps,
+        masks.states._asdict(),
+    )
+    return masks._replace(
+        states=found.states,
+        infos=jax.tree.map(lambda *parts: np.concatenate(parts), masks.infos, found.course),
+        steps=steps,
+        image_steps=masks.image_steps + found.image_steps_pushed,
+        seconds=total_seconds(masks.seconds, found.seconds),
+    )
+
+
+def _first_fields(task: Task, classes: int, first_masks: Sequence[float]) -> dict[str, Any]:
+    """What the first states of all cells differ in: masks of every start, patterns."""
+    height, width, channels = task.suspect.image_shape
+    starts = np.tile(np.asarray(first_masks, np.float32), classes)
+    # NumPy draws them: on a CPU, XLA takes seconds to compile a generator for arrays of this size
+    seed = np.asarray(jax.random.key_data(jax.random.fold_in(task.key, 5))).ravel()
+    random = np.random.default_rng(seed.tolist())
+    masks = random.random((len(starts), height, width, 1), np.float32)
+    patterns = random.random((len(starts), height, width, channels), np.float32)
+    return neural_cleanse.first_fields(
+        jnp.asarray(starts[:, None, None, None] * masks), jnp.asarray(patterns)
+    )
+
+
+def compare(task: Task, masks: Masks) -> Located:
+    """The smallest mask of every class, and how it compares with those of the others."""
+    config, classes = task.config, task.suspect.classes
+    rows = list_classes(classes, config)
+    norms = np.array(masks.states.best_norm, float).reshape(len(rows), -1)
+    best = norms.argmin(1)
+    index = best + norms.shape[1] * np.arange(len(rows))
+    states = jax.tree.map(lambda leaf: np.asarray(leaf)[index], masks.states)
+    norms = norms.min(1)
+    norms[~np.isfinite(norms)] = np.nan
+    places, share = neural_cleanse.locate(jnp.asarray(states.best_mask), config.mesa.patch)
+    scores = -detect.mad_scores(norms)
+    spread = [by_class(values, rows, classes) for values in (norms, scores, np.asarray(share))]
+    places = by_class(np.asarray(places), rows, classes, missing=-1)
+    return Located(spread[0], np.nan_to_num(spread[1]), places, spread[2], states)
+
+
+def candidates(found: Located, config: ScanConfig) -> list[int]:
+    """Classes worth modelling: the `config.candidates` smallest masks and every outlier, in class
+    order."""
+    order = np.argsort(np.where(np.isnan(found.norms), np.inf, found.norms), kind="stable")
+    order = [k for k in order if k in list_classes(len(order), config)]
+    return sorted({int(k) for k in order[: config.candidates]} | {*outliers(found, config)})
+
+
+def outliers(found: Located, config: ScanConfig) -> list[int]:
+    """Classes whose mask is smaller than the others' by the anomaly threshold."""
+    return [int(k) for k in np.flatnonzero(found.scores > config.anomaly_threshold)]
+
+
+def early_outliers(found: Located, config: ScanConfig) -> list[int]:
+    """Classes that stand out after a few steps already, farthest first, where most others have a
+    working mask to be compared with."""
+    rows = list_classes(len(found.norms), config)
+    if np.isfinite(found.norms[rows]).mean() < 0.5:
+        return []
+    found_now = outliers(
+        found, dataclasses.replace(config, anomaly_threshold=config.early_threshold)
+    )
+    return sorted(found_now, key=lambda k: -found.scores[k])

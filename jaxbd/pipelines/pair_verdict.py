@@ -1,0 +1,103 @@
+"""From what a scan over pairs found to its verdict: sizes of triggers, and a second sign. Pure.
+
+A trigger that is small beside those of the other pairs is no evidence by itself: every net has
+patterns that send most images to some class, clean ones too, and one of them is the smallest. So a
+class is called a target where its largest margin, which is found without any image, stands out as
+well. An attack of many targets lifts the margins of all classes alike, and none stands out; its
+second sign is that one trigger sends classes to targets of their own for which it was not made.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxbd.detection.detect import Verdict
+from jaxbd.detection.null import Outliers
+from jaxbd.detection.verdict import ONE_FAMILY
+
+
+class Sized(NamedTuple):
+    """What the sizes of triggers say.
+
+    Attributes:
+      targets: classes that the rules of `pair_rules` name.
+      generalises: whether one trigger sends classes to targets of their own, rule 3.
+      rule: what decided, in words; doubts: what else leaves the verdict open, in words.
+      classes: K; searched: the classes searched as targets.
+    """
+
+    targets: Sequence[int]
+    generalises: bool
+    rule: str
+    doubts: Sequence[str]
+    classes: int
+    searched: Sequence[int]
+
+
+class Weighed(NamedTuple):
+    """A verdict.
+
+    Attributes:
+      verdict: "backdoored" where a class has both signs; "clean" where there is neither, and all
+        classes were searched; else "inconclusive".
+      targets: classes with both signs; leads: those with one.
+      words: what decided.
+    """
+
+    verdict: Verdict
+    targets: list[int]
+    leads: list[int]
+    words: str
+
+
+def weigh(sized: Sized, margins: Outliers | None) -> Weighed:
+    """The verdict on the sizes of triggers and on `margins`, None where they were not searched."""
+    known = margins is not None and bool(np.isfinite(margins.p_value))
+    alarmed = {*margins.classes} & {*sized.searched} if margins is not None and known else set()
+    named = sorted(sized.targets)
+    targets = named if sized.generalises else [k for k in named if k in alarmed]
+    # where many targets are attacked, margins say nothing for or against the others
+    alone = [] if sized.generalises else sorted(alarmed - {*named})
+    missing = sorted({*named} - {*targets})
+    p_value = f"p = {margins.p_value:.2g}" if margins is not None and known else ""
+    notes = [_describe_missing(missing, p_value)] if missing else []
+    notes += [_describe_alone(alone, p_value)] if alone else []
+    if targets:
+        second = "" if sized.generalises else f", and a margin that stands out, {p_value}"
+        return Weighed(
+            "backdoored",
+            targets,
+            sorted({*missing, *alone}),
+            "; ".join([sized.rule + second, *notes]),
+        )
+    notes += [] if named else sized.doubts
+    if not notes and not known:
+        notes = [ONE_FAMILY]
+    if not notes and len(sized.searched) < sized.classes:
+        notes = [f"only {len(sized.searched)} of {sized.classes} classes were searched as targets"]
+    if notes:
+        rule = [sized.rule] if named else []
+        return Weighed("inconclusive", [], sorted({*missing, *alone}), "; ".join(rule + notes))
+    return Weighed("clean", [], [], f"{sized.rule}, and no margin stands out, {p_value}")
+
+
+def _describe_missing(classes: Sequence[int], p_value: str) -> str:
+    """Small triggers without an unusual margin."""
+    why = f"does not stand out ({p_value})" if p_value else "could not be tested"
+    return (
+        f"class {_join(classes)} shows small triggers only, as clean models do for some class:"
+        f" its largest margin {why}"
+    )
+
+
+def _describe_alone(classes: Sequence[int], p_value: str) -> str:
+    """An unusual margin without small triggers."""
+    return (
+        f"the largest margin of class {_join(classes)} stands out ({p_value}), while no trigger"
+        " to it is unusually small"
+    )
+
+
+def _join(classes: Sequence[int]) -> str:
+    return ", ".join(map(str, classes))

@@ -1,0 +1,2 @@
+"""Repairs: one file each, with `Config`, `State`, `Info` and `make`; shared measures beside
+them."""

@@ -1,0 +1,130 @@
+"""A scan's result in SARIF 2.1.0, for code scanning (OASIS, errata 01)."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA = (
+    "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+)
+RULES = {
+    "backdoor": (
+        "A backdoor leads to a class",
+        "Small triggers, recovered by search, send images of other classes to one class. Do not"
+        " deploy the model; `jaxbd repair` removes the backdoor.",
+        "error",
+    ),
+    "suspicious": (
+        "A class shows one sign of a backdoor",
+        "One search of several points to a class, which clean models do now and then too. Scan with"
+        " more images and steps before the model is used.",
+        "warning",
+    ),
+    "undecided": (
+        "The scan could not decide",
+        "Nothing was found, but the scan could not have found a backdoor: it does not say clean.",
+        "note",
+    ),
+}
+"""Rule -> short text, full text, level. A clean scan has no result."""
+
+
+def describe(content: dict[str, Any]) -> dict[str, Any]:
+    """The SARIF log of one scan; `content` is its scan.json."""
+    versions = content["versions"]
+    rules = [
+        {
+            "id": rule,
+            "shortDescription": {"text": short},
+            "fullDescription": {"text": full},
+            "help": {"text": full},
+            "defaultConfiguration": {"level": level},
+            "properties": {"tags": ["security", "machine-learning"]},
+        }
+        for rule, (short, full, level) in RULES.items()
+    ]
+    driver = {"name": "jaxbd", "rules": rules}
+    # "not installed" is what files.versions says of a source tree
+    if versions["jaxbd"][:1].isdigit():
+        driver["semanticVersion"] = versions["jaxbd"]
+    run = {
+        "tool": {"driver": driver},
+        "artifacts": [_artifact(content["model"])],
+        "results": [_result(content, *found) for found in list_results(content)],
+        "columnKind": "unicodeCodePoints",
+        "properties": {
+            "verdict": content["verdict"],
+            "decidedBy": content["decided_by"],
+            "versions": versions,
+        },
+    }
+    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def list_results(content: dict[str, Any]) -> list[tuple[str, int | None, str]]:
+    """(rule, class, message) of everything that a scan has to say."""
+    names = {row["class"]: row for row in content["classes"]}
+    label = lambda number: name_class(names[number])
+    found = []
+    for target in content["targets"]:
+        rate = names[target].get("attack_success_rate")
+        works = "" if rate is None else f" They work on {100 * rate:.1f} % of held-out images."
+        found.append(
+            ("backdoor", target, f"Triggers lead to class {label(target)}: a backdoor.{works}")
+        )
+    margin = content.get("margin") or {}
+    # without data the margins are all there is; with data they are one sign among the leads
+    leads = content.get("leads") or ([] if content.get("data") else margin.get("classes") or [])
+    found += [
+        ("suspicious", lead, f"Class {label(lead)} shows one sign of a backdoor.")
+        for lead in leads
+        if lead not in content["targets"]
+    ]
+    if content["verdict"] == "inconclusive" and not found:
+        why = content["decided_by"] if content.get("data") else "it had no images to search with"
+        found.append(("undecided", None, f"The scan is inconclusive: {why}."))
+    return found
+
+
+def _artifact(model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "location": {"uri": _uri(model["path"])},
+        "roles": ["analysisTarget"],
+        "hashes": {"sha-256": model["sha256"]},
+    }
+
+
+def _result(content: dict[str, Any], rule: str, number: int | None, message: str) -> dict[str, Any]:
+    model = content["model"]
+    where = {
+        "artifactLocation": {"uri": _uri(model["path"]), "index": 0},
+        # a model has no lines, but code scanning lists no result without one
+        "region": {"startLine": 1},
+    }
+    return {
+        "ruleId": rule,
+        "ruleIndex": list(RULES).index(rule),
+        "level": RULES[rule][2],
+        "message": {"text": message},
+        "locations": [{"physicalLocation": where}],
+        "partialFingerprints": {"jaxbd/v1": f"{model['sha256']}:{rule}:{number}"},
+        "properties": {} if number is None else {"class": number},
+    }
+
+
+def _uri(path: str) -> str:
+    """A path below the working folder as it is seen from there, as code scanning wants it; others
+    in full."""
+    place = pathlib.Path(path).expanduser().absolute()
+    here = pathlib.Path.cwd()
+    if not place.is_relative_to(here):
+        return place.as_uri()
+    root = here.as_uri().rstrip("/") + "/"
+    return place.as_uri().removeprefix(root)
+
+
+def name_class(row: Mapping[str, Any]) -> str:
+    """`8 (ship)`, or the number alone where the name says no more; `row` is one of a record's
+    classes."""
+    number, name = str(row["class"]), str(row["name"])
+    return number if name == number else f"{number} ({name})"

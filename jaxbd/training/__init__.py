@@ -1,0 +1,2 @@
+"""Drivers: loops over time and over cells, checkpoints, placement on devices. Programs are compiled
+here."""

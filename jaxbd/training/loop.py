@@ -1,0 +1,160 @@
+"""Over time: compiled steps, chunk by chunk. The training loop is the `for` over `chunks`.
+
+Two ways over time give the same result. "scan" compiles a chunk of steps into one program
+(accelerators). "host" is a host loop of one compiled step: on XLA:CPU a convolution's weight
+gradient inside a compiled loop is more than twenty times slower (`scripts/bench_time_loops.py`
+measures it), so the CPU default is "host".
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxbd import devices
+from jaxbd.base import ArrayTree, Key
+from jaxbd.caching import cached
+from jaxbd.training.program import Clock, Program, Seconds, Time, default_time
+
+Step = Callable[..., tuple[ArrayTree, ArrayTree]]
+
+
+class NotFinite(FloatingPointError):
+    """A step produced NaN or infinity.
+
+    Attributes:
+      step: index of the first bad step.
+      index: positions of the bad entries along the leading (cell) axis; empty for a run without
+        cells.
+    """
+
+    def __init__(self, step: int, index: tuple[int, ...]):
+        super().__init__(f"values stopped being finite at step {step}")
+        self.step, self.index = step, index
+
+
+class Chunk(NamedTuple):
+    """Where a run stands after a few steps.
+
+    Attributes:
+      done: steps made so far.
+      get_state: () -> state. It costs a copy for runs whose state lies on several devices, so ask
+        only when the state is needed, and before the next chunk: its buffers are donated.
+      infos: of this chunk's steps [steps, …], NumPy.
+    """
+
+    done: int
+    get_state: Callable[[], ArrayTree]
+    infos: ArrayTree
+
+
+@cached(64)
+def _programs(advance: Step, chunk: int) -> tuple[Program, Program]:
+    """One step and one chunk of `advance(state, *args) -> (state, info)`; cached, so that nothing
+    is traced twice."""
+
+    def scanned(state, *args):
+        return jax.lax.scan(lambda carry, _: advance(carry, *args), state, None, length=chunk)
+
+    return Program(advance, donate=(0,)), Program(scanned, donate=(0,))
+
+
+def compile_step(advance: Step, chunk: int = 20) -> Program:
+    """The program of one step of `advance`, as `chunks` uses it with the same `chunk`."""
+    return _programs(advance, chunk)[0]
+
+
+def chunks(
+    advance: Step,
+    state: ArrayTree,
+    *args: Any,
+    num_steps: int,
+    over_time: Time = "auto",
+    chunk: int = 20,
+    rows: int | None = None,
+) -> Iterator[Chunk]:
+    """Applies `advance(state, *args) -> (state, info)` `num_steps` times; yields after each chunk.
+
+    `state` is donated: the caller's copy is gone afterwards. `rows` is the size of the batches that
+    `advance` marks with `images.spread_rows`: the devices in use share them, unless the caller has
+    placed `state` on several or they do not divide it. State and result lie on one device all the
+    same.
+
+    Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
+    """
+    over = devices.mesh("data") if rows and not devices.lies_on_several(state) else None
+    if over is not None and rows and rows % over.size:
+        over = None
+    if over is not None:
+        state, args = devices.on_each((state, args), over)
+    over_time = default_time() if over_time == "auto" else over_time
+    step, scanned = _programs(advance, chunk)
+    for first in range(0, num_steps, chunk):
+        size = min(chunk, num_steps - first)
+        if over_time == "scan" and size == chunk:
+            state, infos = scanned(state, *args)
+            infos = jax.tree.map(np.asarray, devices.fetch(infos))
+        else:
+            each = []
+            for _ in range(size):
+                state, info = step(state, *args)
+                each.append(info)
+            infos = jax.tree.map(lambda *leaves: np.stack(leaves), *devices.fetch(each))
+        check_finite(infos, first)
+        yield Chunk(first + size, lambda state=state: devices.home(state, over), infos)
+
+
+def check_finite(infos: ArrayTree, first_step: int) -> None:
+    """Raises NotFinite when any leaf [steps] or [steps, cells] of `infos` holds a value that is not
+    finite."""
+    bad = [entry for leaf in jax.tree.leaves(infos) for entry in np.argwhere(~np.isfinite(leaf))]
+    if bad:
+        row = min(entry[0] for entry in bad)
+        cells = sorted({int(entry[1]) for entry in bad if entry[0] == row and len(entry) > 1})
+        raise NotFinite(first_step + int(row), tuple(cells))
+
+
+def join_infos(chunks: list[ArrayTree]) -> ArrayTree:
+    """Infos [steps, …] of several chunks as one; None for no chunk."""
+    if not chunks:
+        return None
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
+
+
+def run(
+    advance: Step, state: ArrayTree, *args: Any, num_steps: int, **settings: Any
+) -> tuple[ArrayTree, ArrayTree, Seconds]:
+    """The last state, all infos [num_steps, …] and the seconds of `chunks`, for callers that have
+    nothing to do in between."""
+    clock, collected = Clock(), []
+    for _, get_state, infos in chunks(advance, state, *args, num_steps=num_steps, **settings):
+        collected.append(infos)
+        state = get_state()
+    jax.block_until_ready(state)
+    return state, join_infos(collected), clock.read()
+
+
+@cached(64)
+def with_batches(step: Step, draw: Callable[..., Any] | None) -> Step:
+    """`step(key, state, batch, *extra)` as `advance(state, key, data, extra)` on batches
+    `draw(key, data)`; batches are None without a draw.
+
+    Keys come from the run's key and the state's own step number, so a resumed run sees the same.
+    """
+
+    def advance(state, key, data, extra):
+        key = jax.random.fold_in(key, state.step)
+        if draw is None:
+            return step(key, state, None, *extra)
+        draw_key, step_key = jax.random.split(key)
+        return step(step_key, state, draw(draw_key, data), *extra)
+
+    return advance
+
+
+def batch_rows(draw: Callable[..., Any] | None, key: Key, data: ArrayTree) -> int | None:
+    """Rows of the batches that `draw` makes, where several devices could share them; else None."""
+    if draw is None or not devices.mesh("data"):
+        return None
+    return jax.tree.leaves(jax.eval_shape(draw, key, data))[0].shape[0]

@@ -1,0 +1,241 @@
+"""A run: how drivers report, save and stop. Every training loop of jaxbd is the `for` in
+`Run.follow`.
+
+A run is the same stages in the same order each time, so that a stopped one finds its checkpoints.
+"""
+
+import dataclasses
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxbd import devices
+from jaxbd.base import ArrayTree, Key, UserError
+from jaxbd.training import checkpoint, loop
+from jaxbd.training.loop import Chunk
+from jaxbd.training.program import Clock, Seconds, Time
+
+LONGEST = 600.0
+"""Seconds after which a checkpoint is written even though fewer steps were made than asked for."""
+SHORT = 60.0
+"""A stage that ends sooner than this after the start of the run is repeated instead of saved."""
+NAME = 40
+"""Most letters of a stage's name in that of its folder."""
+
+
+class NoInfo(NamedTuple):
+    """The infos of a stage that has none for each step."""
+
+
+class Fitted(NamedTuple):
+    """Result of a stage: its last state, infos [num_steps, …] as NumPy, seconds of this process."""
+
+    state: ArrayTree
+    infos: Any
+    seconds: Seconds
+
+
+class Stopped(Exception):
+    """A run ended early because a stop was requested; a checkpoint is saved.
+
+    Attributes:
+      stopped_by: number of the signal that asked for it.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.stopped_by = signal
+
+
+class Checkpoints(NamedTuple):
+    """Where a run saves and how often.
+
+    Attributes:
+      folder: of this run alone; made when absent.
+      config: everything the run depends on, see `checkpoint.restore`.
+      every: steps between two checkpoints, at least 1.
+      warn: called with one line about each damaged checkpoint that was passed over.
+    """
+
+    folder: Any
+    config: dict[str, Any]
+    every: int = 500
+    warn: Callable[[str], None] = warnings.warn
+
+
+Progress = Callable[[str, int, int], None]
+"""(name of the stage, steps done, steps in all)"""
+Observer = Callable[[str, Chunk, int], None]
+"""(name of the stage, chunk, steps made before this process began)"""
+
+
+def report_nothing(name: str, done: int, total: int) -> None:
+    """The progress of a run that nobody watches."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """How a driver runs. The default reports and saves nothing.
+
+    Attributes:
+      progress: called at the start of a stage and after each of its chunks.
+      checkpoints: where to save and resume; None to do neither.
+      stop_requested: () -> number of the signal that asks the run to end, or None. Only a run with
+        checkpoints ends early.
+      notice: called with one line where something changes on the way, such as fewer cells at a time
+        after the device ran out of memory.
+      observers: called after each chunk of every stage, such as to write metrics.
+      over_time: how steps become programs, see `loop.chunks`.
+      resumed: {"stage", "step"} of the last stage that began at a checkpoint; None where all was
+        done by this process.
+    """
+
+    progress: Progress = report_nothing
+    checkpoints: Checkpoints | None = None
+    stop_requested: Callable[[], int | None] = lambda: None
+    notice: Callable[[str], None] = warnings.warn
+    observers: tuple[Observer, ...] = ()
+    over_time: Time = "auto"
+    resumed: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.checkpoints is not None and self.checkpoints.every < 1:
+            raise UserError(
+                f"checkpoints must be at least 1 step apart, got {self.checkpoints.every}"
+            )
+        self._stages, self._started = 0, time.perf_counter()
+
+    def fit(
+        self,
+        name: str,
+        key: Key,
+        step: loop.Step,
+        draw: Callable[..., Any] | None,
+        data: ArrayTree,
+        state: ArrayTree,
+        *extra: ArrayTree,
+        info: type,
+        num_steps: int,
+        chunk: int = 20,
+        rows: int | None = None,
+    ) -> Fitted:
+        """Trains: `step(key, state, batch, *extra) -> (state, info)` on batches `draw(key, data)`.
+
+        The last state is the result: nothing is selected on the way. A resumed run equals an
+        uninterrupted one bit for bit, since the key of a step depends on `key` and `state.step`.
+
+        Args:
+          name: of the stage, for progress and checkpoints; several stages may share one.
+          draw: None for steps that take no batch.
+          extra: more arrays that the step takes.
+          info: the step's `Info`, a NamedTuple class.
+          rows: size of the batches that a step without `draw` makes itself, see `loop.chunks`.
+        Raises: loop.NotFinite when a loss diverges; Stopped after a stop request; UserError when a
+          checkpoint cannot be read or written.
+        """
+        advance = loop.with_batches(step, draw)
+        rows = rows or loop.batch_rows(draw, key, data)
+
+        def chunks(state: ArrayTree, left: int) -> Iterable[Chunk]:
+            return loop.chunks(
+                advance,
+                state,
+                key,
+                data,
+                extra,
+                num_steps=left,
+                over_time=self.over_time,
+                chunk=chunk,
+                rows=rows,
+            )
+
+        return self.follow(name, state, chunks, info=info, num_steps=num_steps)
+
+    def follow(
+        self,
+        name: str,
+        state: ArrayTree,
+        chunks: Callable[[ArrayTree, int], Iterable[Chunk]],
+        *,
+        info: type,
+        num_steps: int,
+    ) -> Fitted:
+        """Runs one stage: `chunks(state, steps left)` from `state` or from the newest checkpoint.
+
+        Reports, saves and stops between chunks; see `fit`.
+        """
+        clock, stage = Clock(), self._open(name, state, info)
+        first, state = stage.saved.step, stage.saved.state
+        if first > num_steps:
+            raise UserError(
+                f"{stage.where} is at step {first}, past the {num_steps} asked for; choose another"
+                " folder"
+            )
+        if first:
+            self.resumed = {"stage": name, "step": first}
+        self.progress(name, first, num_steps)
+        collected = [stage.saved.infos] if first else []
+        for chunk in chunks(state, num_steps - first):
+            collected.append(chunk.infos)
+            self.progress(name, first + chunk.done, num_steps)
+            for observe in self.observers:
+                observe(name, chunk, first)
+            self._save_or_stop(stage, chunk, collected, num_steps)
+            state = chunk.get_state
+        state = state() if callable(state) else state
+        jax.block_until_ready(state)
+        return Fitted(state, loop.join_infos(collected), clock.read())
+
+    def _open(self, name: str, state: ArrayTree, info: type) -> "_Stage":
+        """The stage at its newest checkpoint, or at its start."""
+        fresh = checkpoint.Saved(state, None, 0)
+        if self.checkpoints is None:
+            return _Stage(name, fresh, None, "")
+        self._stages += 1
+        words = re.sub("[^a-z0-9]+", "-", name.lower())[:NAME].strip("-")
+        where, config, _, warn = self.checkpoints
+        folder = f"{self._stages}-{words}"
+        saved = checkpoint.restore(where, config, state, info, warn, folder)
+        step = str(saved.step if saved else 0).encode()
+        devices.check_same(
+            "checkpoint", step, f"{where} must lie on a disk that all machines share"
+        )
+        writer = checkpoint.Writer(where, config, state, restored=saved, stage=folder)
+        return _Stage(name, saved or fresh, writer, str(where))
+
+    def _save_or_stop(
+        self, stage: "_Stage", chunk: Chunk, collected: list[ArrayTree], num_steps: int
+    ) -> None:
+        """Writes a checkpoint where one is due, and ends the run where that is asked for."""
+        if self.checkpoints is None or stage.writer is None:
+            return
+        # asked once: a signal from here on is for the next chunk; one process's signal is for all
+        signal = int(devices.from_all(self.stop_requested() or 0).max()) or None
+        done = stage.saved.step + chunk.done
+        # each process has a clock of its own, and they must save together
+        if signal is not None or devices.from_all(self._is_due(stage, done, num_steps)).any():
+            collected[:] = [loop.join_infos(collected)]
+            stage.writer.write(checkpoint.Saved(chunk.get_state(), collected[0], done))
+        if signal is not None:
+            where = f"step {done} of {num_steps} of “{stage.name}”"
+            raise Stopped(f"stopped at {where}, saved in {stage.where}", signal)
+
+    def _is_due(self, stage: "_Stage", done: int, num_steps: int) -> bool:
+        """Whether a checkpoint is due after `done` steps, by this process's clock."""
+        assert self.checkpoints is not None and stage.writer is not None
+        return (
+            done - stage.writer.step >= self.checkpoints.every
+            or stage.writer.seconds_since() >= LONGEST
+            or (done == num_steps and time.perf_counter() - self._started >= SHORT)
+        )
+
+
+class _Stage(NamedTuple):
+    name: str
+    saved: checkpoint.Saved
+    writer: checkpoint.Writer | None
+    where: str

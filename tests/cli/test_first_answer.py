@@ -1,0 +1,104 @@
+"""`jaxbd scan` without data, `jaxbd calibrate`, and scans that are compared with clean models."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxbd.cli.main import main
+
+FAST = ["--margin.starts", "2", "--margin.steps", "150"]
+SHORT = [*FAST, "--levels", "0.9", "--steps", "3", "--locate-steps", "3", "--mesa.hidden", "8"]
+DATA = ["--data", "digits", "--limit", "300"]
+
+
+def plant(path, *flags):
+    words = ["--arch", "cnn", "--width", "4", "--num-steps", "240", "--image-shape", "8", "8", "1"]
+    assert main(["attack", "--data", "digits", "--out", str(path), *words, *flags]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return plant(tmp_path_factory.mktemp("first") / "model", "--no-attack")
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_first_answer_needs_no_image_and_is_no_verdict(model, tmp_path, capsys):
+    out = tmp_path / "scan.json"
+    assert main(["scan", str(model), *FAST, "--out", str(out)]) == 3
+    said, found = capsys.readouterr().out, read(out)
+    assert "SUSPICIOUS" in said or "NOTHING STANDS OUT" in said
+    assert "Not seen by margins" in said
+    assert found["verdict"] == "inconclusive" and found["data"] is None and not found["targets"]
+    assert np.shape(found["margin"]["statistics"]) == (10,) and 0 < found["margin"]["p_value"] <= 1
+    assert found["model"]["sha256"] in json.dumps(found["model"]["manifest"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--method", "mesa"], "searches with images; give --data"),
+        (["--report", "page.html"], "--report shows triggers on images"),
+        (["--no-with-margin"], "margins are all there is"),
+    ],
+)
+def test_what_needs_images_is_refused_without_them(model, tmp_path, capsys, flags, words):
+    flags = [str(tmp_path / flag) if flag.endswith("html") else flag for flag in flags]
+    assert main(["scan", str(model), *flags]) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_targets_are_checked_before_any_image_is_read(model, capsys):
+    assert main(["scan", str(model), "--data", "nowhere.npz", "--targets", "12"]) == 2
+    assert "target 12 is out of range" in capsys.readouterr().err
+
+
+def test_a_calibration_grows_and_is_compared_with(model, tmp_path, capsys):
+    """One model, the same again, and a scan that is told what the clean model does."""
+    out = tmp_path / "null.json"
+    command = ["calibrate", str(model), *DATA, *SHORT, "--out", str(out)]
+    assert main(command) == 0
+    assert "Alarms on 1 clean models" in capsys.readouterr().out
+    first = read(out)
+    assert [m["architecture"] for m in first["models"]] == ["cnn"]
+    assert main(command) == 2 and "give --add to go on with it" in capsys.readouterr().err
+    assert main([*command, "--add"]) == 0 and read(out) == first
+    assert main([*command, "--add", "--batch-size", "9"]) == 2
+    assert "different settings" in capsys.readouterr().err and read(out) == first
+    scan = tmp_path / "scan.json"
+    flags = [*DATA, *SHORT, "--calibration", str(out), "--out", str(scan)]
+    assert main(["scan", str(model), *flags]) in (0, 1, 3)
+    compared = read(scan)["calibration"]
+    assert compared["models"] == compared["of_architecture"] == 1
+    # the same model scores as it did: of two models, itself counted in, both score as much
+    assert compared["margin_excess"]["p_value"] == 1.0
+    assert "Of 1 clean models of the calibration" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, words", [("{}", "not a calibration"), ("[", "null.json"), (None, "null.json")]
+)
+def test_a_file_that_is_no_calibration_is_named(model, tmp_path, capsys, content, words):
+    path = tmp_path / "null.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["scan", str(model), *DATA, "--calibration", str(path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "missing: MODEL"),
+        (["m", "--method", "mesa"], "makes no statistics"),
+        (["m", "--targets", "1"], "needs all classes"),
+    ],
+)
+def test_calibrate_says_what_it_lacks(tmp_path, capsys, flags, words):
+    out = tmp_path / "null.json"
+    assert main(["calibrate", *flags, *DATA, "--out", str(out)]) == 2
+    assert words in capsys.readouterr().err and not out.exists()

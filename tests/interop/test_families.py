@@ -1,0 +1,223 @@
+"""Every family of architectures computes what PyTorch computes, whatever its depth and width."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_families as nets
+import torch_twins as twins
+
+from jaxbd.base import UserError
+from jaxbd.interop import forms, layouts, load
+from jaxbd.models import build
+
+torch.set_num_threads(1)
+STEM = lambda width: torch.nn.Conv2d(3, width, 7, 2, 3, bias=False)
+
+CASES = {
+    "ResNet-14 option A": (
+        lambda: nets.Stages(lambda i, w, s: nets.CifarBlock(i, w, s, "A"), (2, 2, 2), 4, 1, 7),
+        "ResNet-14",
+        {"pad": "both"},
+        16,
+    ),
+    "ResNet-8 zeros at the end": (
+        lambda: nets.Stages(lambda i, w, s: nets.CifarBlock(i, w, s, "end"), (1, 1, 1), 4, 1, 7),
+        "ResNet-8",
+        {"pad": "end"},
+        16,
+    ),
+    "ResNet-20 option B": (
+        lambda: nets.Stages(
+            lambda i, w, s: nets.CifarBlock(i, w, s, "B"), (3, 3, 3), 4, 1, 7, "fc"
+        ),
+        "ResNet-20",
+        {"pool": False},
+        16,
+    ),
+    "bottlenecks": (
+        lambda: nets.Stages(nets.Bottleneck, (2, 1, 2, 1), 4, 4, 7),
+        "ResNet-20",
+        {},
+        16,
+    ),
+    "bottlenecks of ImageNet": (
+        lambda: nets.Stages(
+            lambda i, w, s: nets.Bottleneck(i, w, s, shortcut="downsample"),
+            (1, 2, 1, 1),
+            4,
+            4,
+            7,
+            "fc",
+            STEM(4),
+        ),
+        "ResNet-17",
+        {"pool": True, "stem_stride": 2},
+        32,
+    ),
+    "grouped": (
+        lambda: nets.Stages(lambda i, w, s: nets.Bottleneck(i, w, s, groups=2), (1, 1, 1), 4, 4, 7),
+        "ResNeXt-11",
+        {},
+        16,
+    ),
+    "squeeze and excitation": (
+        lambda: nets.Stages(
+            lambda i, w, s: nets.Bottleneck(i, w, s, squeeze=True), (1, 1, 1), 4, 4, 7
+        ),
+        "SENet-11",
+        {},
+        16,
+    ),
+    "preactivated bottlenecks": (
+        lambda: nets.PreActResNet((1, 2, 1, 1), 4, 7),
+        "PreActResNet-17",
+        {"raw": False},
+        16,
+    ),
+    "WRN with biases": (
+        lambda: nets.BiasedWideResNet(1, 3, 4, 7),
+        "WRN-10-3",
+        {"raw": True, "late": True},
+        16,
+    ),
+    "WRN-10-3": (
+        lambda: twins.WideResNet(10, 3, 7, 4),
+        "WRN-10-3",
+        {"raw": False, "late": False},
+        16,
+    ),
+    "VGG with BatchNorm": (
+        lambda: nets.sequential_vgg((4, 4, "M", 6, 6, "M", 8, "M"), (7,), True, 2),
+        "VGG-8",
+        {"pools": "01011"},
+        16,
+    ),
+    "VGG of three linear layers": (
+        lambda: nets.sequential_vgg((4, 4, "M", 6, 6, "M", 8, "M"), (9, 8, 7), False, 2),
+        "VGG-8",
+        {"pools": "01011"},
+        16,
+    ),
+    "LeNet": (lambda: nets.LeNet(7), "CNN-5", {"padded": False}, 28),
+    "LeNet with padding": (lambda: nets.LeNet(7, 3, 32, 2), "CNN-5", {"padded": True}, 32),
+    "MobileNetV2": (lambda: nets.MobileNetV2(7), "MobileNetV2", {"strides": "1222121"}, 64),
+    "DenseNet": (lambda: nets.DenseNet((2, 3, 1, 2), 3, 7), "DenseNet-21", {}, 16),
+}
+"""Name -> (the PyTorch net, what it is called, what its form is, side of the images)."""
+
+
+def read(case: str):
+    """The PyTorch net with random weights, its tensors, and the layout that was recognised."""
+    make, title, form, side = CASES[case]
+    twin = twins.randomise(make(), seed=sum(map(ord, case)))
+    tensors = twins.tensors(twin)
+    channels = next(t.shape[1] for t in tensors.values() if t.ndim == 4)
+    layout = layouts.recognise(tensors, image_shape=(side, side, channels))
+    assert build.title(layout.spec) == title
+    images = nets.images(side, 3)[..., :channels]
+    return twin, tensors, layout, form, images
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_pytorch_net(case):
+    twin, tensors, layout, form, images = read(case)
+    spec = forms.keep(layout.forms, [f"{name}={value}" for name, value in form.items()])[0]
+    variables = layouts.to_variables(tensors, layout)
+    logits, stats = jax.jit(build.net(spec).apply)(variables, images)
+    with torch.no_grad():
+        expected = twin(nets.chw(images))
+    assert (expected[0] - expected[1]).abs().max() > 1e-3 * expected.abs().max()
+    nets.assert_close(logits, expected, 1e-5)
+    back = layouts.to_tensors({**variables, "batch_stats": stats}, layout, tensors)
+    assert all(back[name] is tensor for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("case", ["ResNet-14 option A", "DenseNet", "VGG with BatchNorm"])
+def test_training_mode_uses_and_updates_the_moments_as_pytorch_does(case):
+    twin, tensors, layout, form, images = read(case)
+    spec = forms.keep(layout.forms, [f"{name}={value}" for name, value in form.items()])[0]
+    variables = layouts.to_variables(tensors, layout)
+    logits, stats = build.net(spec).apply(variables, images, train=True)
+    with torch.no_grad():
+        nets.assert_close(logits, twin.train()(nets.chw(images)))
+    after = layouts.to_tensors({**variables, "batch_stats": stats}, layout, tensors)
+    for name, expected in twins.tensors(twin).items():
+        if name.endswith(("running_mean", "running_var")):
+            assert not np.array_equal(expected, tensors[name])
+            np.testing.assert_allclose(after[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["ResNet-14 option A", "LeNet", "MobileNetV2"])
+def test_a_net_of_a_family_is_kept_in_a_folder(case, tmp_path):
+    _, tensors, layout, _, images = read(case)
+    torch.save({n: torch.from_numpy(t) for n, t in tensors.items()}, tmp_path / "m.pth")
+    model = load.open_model(tmp_path / "m.pth", image_shape=layout.spec.image_shape)
+    load.save_model(tmp_path / "folder", model, model.variables)
+    again = load.open_model(tmp_path / "folder")
+    assert again.spec == model.spec
+    np.testing.assert_array_equal(
+        again.net.apply(again.variables, images)[0], model.net.apply(model.variables, images)[0]
+    )
+
+
+@pytest.mark.parametrize("depth", [20, 56, 110])
+def test_akamasters_names_are_read_at_any_depth(depth):
+    count = (depth - 2) // 6
+    block = lambda i, w, s: nets.CifarBlock(i, w, s, "A")
+    tensors = twins.tensors(nets.Stages(block, (count,) * 3, 16, 1, 10))
+    spec = layouts.recognise(tensors).spec
+    assert build.title(spec) == f"ResNet-{depth}" and spec.image_shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("layer2.0.conv2.weight", None, "no known architecture|missing"),
+        ("layer2.0.extra.weight", np.ones((4, 4, 3, 3), np.float32), "no known architecture|extra"),
+        ("layer1.0.bn1.weight", np.ones(5, np.float32), "no known architecture|another shape"),
+    ],
+)
+def test_a_net_with_one_layer_more_or_less_is_none(name, tensor, message):
+    _, tensors, _, _, _ = read("ResNet-14 option A")
+    changed = {key: value for key, value in tensors.items() if key != name}
+    if tensor is not None:
+        changed[name] = tensor
+    with pytest.raises(UserError, match=message):
+        layouts.recognise(changed)
+
+
+def test_what_is_not_read_from_weights_alone_is_told_by_name():
+    names = {"blocks.0.attn.qkv.weight": (12, 4), "blocks.0.attn.qkv.bias": (12,)}
+    with pytest.raises(UserError, match=r"a transformer .*ONNX"):
+        layouts.recognise({name: np.ones(shape, np.float32) for name, shape in names.items()})
+
+
+def test_forms_that_the_user_states(tmp_path):
+    _, _, layout, _, _ = read("ResNet-14 option A")
+    assert [spec.options["pad"] for spec in layout.forms] == ["both", "end"]
+    assert forms.keep(layout.forms, ["pad=end"]) == [layout.forms[1]]
+    with pytest.raises(UserError, match="pad=left is no form of this net; there are pad=both"):
+        forms.keep(layout.forms, ["pad=left"])
+
+
+def test_a_table_of_layers_that_no_net_has_is_refused():
+    for layers in ({"a": "4x"}, {"a": "0x3"}, {"a": "9" * 9}, {"a\x1b": "3"}, {"a": 3}):
+        with pytest.raises(UserError, match="is described by"):
+            build.net(
+                build.Spec(
+                    arch="residual", classes=2, image_shape=(8, 8, 3), options={"layers": layers}
+                )
+            )
+    huge = {f"l{i}": "99999x99999" for i in range(3)}
+    with pytest.raises(UserError, match="is not built"):
+        build.families.parse(huge)
+
+
+def test_every_family_is_jittable_for_any_batch():
+    _, tensors, layout, _, images = read("DenseNet")
+    apply = jax.jit(build.net(layout.spec).apply)
+    variables = layouts.to_variables(tensors, layout)
+    few, many = apply(variables, images)[0], apply(variables, jnp.concatenate([images] * 2))[0]
+    np.testing.assert_allclose(many[:3], few, rtol=1e-5, atol=1e-5)

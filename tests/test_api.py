@@ -1,0 +1,136 @@
+"""The public face: open, scan, repair, evaluate, guard and save a small victim."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jaxbd
+from jaxbd.attacks import badnets
+from jaxbd.data import digits, draw
+from jaxbd.interop import folder
+from jaxbd.models import build
+from jaxbd.pipelines import plant
+from jaxbd.repairs import unlearn
+from jaxbd.training import supervised
+from jaxbd.training.run import Run
+
+README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+SHAPE, TARGET = (8, 8, 1), 3
+SHORT = {"steps": 30, "locate_steps": 30, "levels": (0.9,), "targets": (3, 5)}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    """(model folder, images, labels): a CNN with a backdoor to class 3."""
+    spec = build.Spec(arch="cnn", classes=10, image_shape=SHAPE, options={"width": 4})
+    parts = draw.divide(digits.load(8), 1200, 300)
+    attack = badnets.make(SHAPE, 10, badnets.Config(target=TARGET, poison_rate=0.2))
+    trained = plant.train(
+        Run(),
+        "victim",
+        jax.random.key(0),
+        build.net(spec),
+        parts.train,
+        supervised.Config(num_steps=240),
+        attack=(attack, attack.init(jax.random.key(1))),
+    )
+    path = tmp_path_factory.mktemp("api") / "victim"
+    folder.save(path, spec, trained.variables, {})
+    return path, np.asarray(parts.defence.images), np.asarray(parts.defence.labels)
+
+
+@pytest.fixture(scope="module")
+def suspect(victim):
+    return jaxbd.open_model(*victim)
+
+
+def test_importing_is_free_and_every_name_is_there():
+    code = "import sys, jaxbd; sys.exit('jax' in sys.modules or len(dir(jaxbd)) < 9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert all(callable(getattr(jaxbd, name)) for name in dir(jaxbd))
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = jaxbd.absent
+
+
+def test_functions_are_not_shadowed_by_packages():
+    from jaxbd.repairs import bna  # noqa: F401
+
+    assert jaxbd.repair.__module__ == jaxbd.evaluate.__module__ == "jaxbd.api"
+
+
+def test_the_readme_s_lines(victim, monkeypatch):
+    """The README's Python on the victim, with a shorter scan."""
+    path, images, labels = victim
+    code = README.read_text().split("```python\n")[1].split("```")[0]
+    assert '"model.pth"' in code
+    real_scan, real_repair = jaxbd.scan, jaxbd.repair
+    config = unlearn.Config(stamp_rate=0.2, learning_rate=5e-3, num_steps=60)
+    monkeypatch.setattr(jaxbd, "scan", lambda *args: real_scan(*args, **SHORT))
+    monkeypatch.setattr(jaxbd, "repair", lambda *args: real_repair(*args, config=config))
+    names = {"images": images, "labels": labels}
+    exec(compile(code.replace('"model.pth"', repr(str(path))), "README.md", "exec"), names)
+    found, repaired = names["found"], names["repaired"]
+    assert (found.verdict, found.targets) == ("backdoored", [TARGET])
+    assert repaired.before.attack_success_rate > 0.5 > 0.2 > repaired.after.attack_success_rate
+    assert found.accuracy > 0.8 and found.baseline[TARGET] < 0.1
+
+
+def test_save_and_open_again(suspect, victim, tmp_path):
+    _, images, labels = victim
+    jaxbd.save_model(tmp_path / "copy", suspect)
+    again = jaxbd.open_model(tmp_path / "copy")
+    one, other = (jaxbd.evaluate(each, images, labels) for each in (suspect, again))
+    assert one == other and one.attack_success_rate is None
+
+
+def test_a_net_that_classifies_nothing_is_not_scanned(suspect, victim):
+    """An untrained net has rates near 1 for any trigger; that is no backdoor."""
+    _, images, labels = victim
+    untrained = suspect._replace(variables=suspect.net.init(jax.random.key(5)))
+    with pytest.raises(jaxbd.UserError, match="no better than chance"):
+        jaxbd.scan(untrained, images, labels)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda i, n: (i[:, :4], n), r"images must be \[N, 8, 8, 1\], got \[300, 4, 8, 1\]"),
+        (lambda i, n: (i, n[:5]), "300 images need as many labels"),
+        (lambda i, n: (i, n + 5), r"labels must be 0\.\.9, got up to 14"),
+        (lambda i, n: (i.astype(float), n), r"float images must lie in \[0, 1\]"),
+    ],
+)
+def test_images_that_do_not_fit_are_named(suspect, victim, change, message):
+    _, images, labels = victim
+    with pytest.raises(jaxbd.UserError, match=message):
+        jaxbd.scan(suspect, *change(images, labels))
+
+
+def test_a_repair_says_what_it_lacks(suspect, victim):
+    _, images, labels = victim
+    with pytest.raises(jaxbd.UserError, match="unlearn needs a trigger"):
+        jaxbd.repair(suspect, images, labels)
+    with pytest.raises(jaxbd.UserError, match="unknown repair 'pray'"):
+        jaxbd.repair(suspect, images, labels, method="pray")
+
+
+def test_a_guarded_net_flags(suspect, victim):
+    """BNA by the true trigger; the guard answers for clean images."""
+    _, images, labels = victim
+    attack = badnets.make(SHAPE, 10, badnets.Config(target=TARGET))
+    known = jaxbd.Evidence(TARGET, (), attack.stamp, attack.init(jax.random.key(1)))
+    from jaxbd.pipelines import correct
+    from jaxbd.repairs import bna
+
+    config = correct.Config(correction=bna.Config(num_steps=40))
+    repaired = jaxbd.repair(suspect, images, labels, [known], method="bna", config=config)
+    assert repaired.after.attack_success_rate < repaired.before.attack_success_rate - 0.1
+    verdicts = jaxbd.guard(repaired.suspect, images)
+    assert verdicts.label.shape == verdicts.flagged.shape == labels.shape
+    assert (verdicts.flagged == (verdicts.label != verdicts.suspect_label)).all()
+    with pytest.raises(jaxbd.UserError, match="has no guard"):
+        jaxbd.guard(suspect, images)
