@@ -1,63 +1,237 @@
 """Which architecture a PyTorch state_dict holds, from the names and shapes of its tensors."""
 
+import dataclasses
 import functools
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import flax.traverse_util
+import jax
 import numpy as np
 
 from jaxbd.base import UserError
-from jaxbd.interop.layouts.convert import check, few
-from jaxbd.interop.layouts.naming import COUNTER, Layout, lay_out, namings, translate
-from jaxbd.models import build, resnet
+from jaxbd.interop.layouts import families
+from jaxbd.interop.layouts.convert import check, few, torch_shape
+from jaxbd.interop.layouts.naming import (
+    AS_IT_IS,
+    COUNTER,
+    Layout,
+    lay_out,
+    lay_out_function,
+    namings,
+    translate,
+)
+from jaxbd.models import build, own
 
 FIRST = {"cnn": "conv0", "vgg": "conv0_0"}
 """The first convolution where it is not called conv1: it tells width, channels and stem."""
 
 CLOSE = 0.5
-"""Share of common names from which a file counts as an attempt at an architecture, so that differences are listed."""
+"""Share of common names from which a file counts as an attempt at an architecture, so that
+differences are listed."""
 
 
 def recognise(
-    tensors: Mapping[str, np.ndarray], *, arch: str | None = None, image_shape: tuple[int, int, int] | None = None
+    tensors: Mapping[str, np.ndarray],
+    *,
+    arch: str | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    exact: bool = False,
 ) -> Layout:
     """The layout of a state_dict, from its names and shapes.
 
     Args:
       tensors: name -> array of the whole state_dict.
       arch: the architecture to hold the file against; found from the names otherwise.
-      image_shape: (H, W, C) of the images the net is for. Otherwise C comes from the first convolution and the side
-        from the classifier's width (small VGG) or the stem: 32 for CIFAR's, 224 for ImageNet's.
-    Raises: UserError when no architecture fits, listing missing, extra and mis-shaped tensors of the nearest one, or
-      when the images have other channels than the net.
+      image_shape: (H, W, C) of the images the net is for. Otherwise C comes from the first
+        convolution and the side from the classifier's width (small VGG) or the stem: 32 for
+        CIFAR's, 224 for ImageNet's.
+      exact: no nearest architecture is looked for, which takes long, where none has these names.
+    Raises: UserError when no architecture fits, listing missing, extra and mis-shaped tensors of
+      the nearest one, or when the images have other channels than the net.
     """
     shapes = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty:
         raise UserError(f"the file's tensors {few(empty)} are empty; save the model again")
-    arch, naming = _nearest(shapes, arch)
-    layout = lay_out(_spec(arch, naming, shapes, image_shape), naming)
+    if arch is not None and own.is_own(arch):
+        layout = _own_layout(arch, shapes, image_shape)
+    elif (forms := _as_family(shapes, arch, image_shape)) and not _is_known(shapes, arch):
+        layout = lay_out(forms[0], "plain")._replace(forms=forms)
+    else:
+        name, naming = _nearest(shapes, arch, exact)
+        spec = _spec(name, naming, shapes, image_shape)
+        layout = _lay_out_known(spec, naming)._replace(forms=_stem_forms(spec))
     check(tensors, layout)
     return layout
 
 
-def _nearest(shapes: Mapping[str, tuple[int, ...]], arch: str | None) -> tuple[str, str]:
-    """The architecture and naming whose tensor names are most like those of `shapes`; exactly alike wherever one is."""
+def _own_layout(
+    arch: str, shapes: Mapping[str, tuple[int, ...]], image_shape: tuple[int, int, int] | None
+) -> Layout:
+    """The layout of the user's own architecture: the names are those of its modules."""
+    if image_shape is None:
+        raise UserError(f"--arch {arch} is your own; say what images it takes with --image-shape")
+    height, width, channels = image_shape
+    spec = build.Spec(arch=arch, classes=1, image_shape=(height, width, channels))
+    is_function = own.is_function(arch)
+    layout = lay_out_function(spec, shapes) if is_function else lay_out(spec, "plain")
+    abstract = {
+        path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in layout.shapes.items()
+    }
+    variables = {"params": {}, "batch_stats": {}}
+    if layout.naming == AS_IT_IS:
+        for path, leaf in abstract.items():
+            collection, _, name = path.partition("/")
+            variables[collection][name] = leaf
+    else:
+        variables |= flax.traverse_util.unflatten_dict(abstract, sep="/")
+    images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    try:
+        logits = jax.eval_shape(lambda v, x: build.net(spec).apply(v, x)[0], variables, images)
+    except Exception as error:  # whatever the user's own code raises
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"--arch {arch} does not take the file's tensors: {type(error).__name__}: {why}"
+        ) from None
+    if logits.ndim != 2:
+        raise UserError(f"--arch {arch} answers with {logits.ndim} axes; give logits [B, K]")
+    return layout._replace(spec=dataclasses.replace(spec, classes=logits.shape[-1]))
+
+
+def _as_family(
+    shapes: Mapping[str, tuple[int, ...]],
+    arch: str | None,
+    image_shape: tuple[int, int, int] | None,
+) -> tuple[build.Spec, ...]:
+    if arch is not None and arch not in build.families.FAMILIES:
+        return ()
+    if arch is None and _is_known(shapes, None):
+        return ()
+    return families.recognise(shapes, arch, image_shape)
+
+
+def _is_known(shapes: Mapping[str, tuple[int, ...]], arch: str | None) -> bool:
+    """Whether names and shapes are exactly those of an architecture of its own, not of a family."""
+    exact = None if arch in build.families.FAMILIES else _find_exact(shapes, arch)
+    if exact is None:
+        return False
+    layout = _lay_out_known(_spec(*exact, shapes, None), exact[1])
+    return all(
+        shapes[name] == torch_shape(layout.shapes[path]) for path, name in layout.names.items()
+    )
+
+
+def _find_exact(shapes: Mapping[str, tuple[int, ...]], arch: str | None) -> tuple[str, str] | None:
+    """The architecture and naming whose tensor names are those of `shapes`."""
+    names = {name for name in shapes if not name.endswith(f".{COUNTER}")}
+    for candidate in sorted(build.MODULES) if arch is None else [arch]:
+        for naming in namings(candidate):
+            # tracing a net to know its names takes longer than looking for two of them
+            if names.issuperset(_ends(candidate, naming)) and (
+                names == _known_names(candidate, naming, _stages(candidate, shapes))
+            ):
+                return candidate, naming
+    return None
+
+
+def _ends(arch: str, naming: str) -> tuple[str, str]:
+    """Names of the weights of the first and of the last layer."""
+    first, last = (translate(end, naming) for end in (FIRST.get(arch, "conv1"), "head"))
+    return f"{first}.weight", f"{last}.weight"
+
+
+def _lay_out_known(spec: build.Spec, naming: str) -> Layout:
+    """`lay_out` of an architecture of its own, whose options are numbers and words; traced once."""
+    return _trace(spec.arch, naming, spec.classes, spec.image_shape, tuple(spec.options.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _trace(
+    arch: str,
+    naming: str,
+    classes: int,
+    image_shape: tuple[int, int, int],
+    options: tuple[tuple[str, Any], ...],
+) -> Layout:
+    spec = build.Spec(arch=arch, classes=classes, image_shape=image_shape, options=dict(options))
+    return lay_out(spec, naming)
+
+
+def _stem_forms(spec: build.Spec) -> tuple[build.Spec, ...]:
+    """A 3x3 stem may be followed by max-pooling, which leaves no trace."""
+    if spec.options.get("stem") != "cifar":
+        return (spec,)
+    pooled = {**spec.options, "stem": "cifar-pool"}
+    return (spec, dataclasses.replace(spec, options=pooled))
+
+
+def fits(
+    shapes: Mapping[str, tuple[int, ...]],
+    loose: bool = True,
+    *,
+    arch: str | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> bool:
+    """Whether names and shapes are exactly those of an architecture (of `arch`); plain chains of
+    layers count where `loose`."""
+    blank = {name: _blank(name, shape) for name, shape in shapes.items()}
+    try:
+        found = recognise(blank, arch=arch, image_shape=image_shape, exact=True)
+    except UserError:
+        return False
+    return loose or arch is not None or found.spec.arch != families.PLAIN
+
+
+def architectures() -> list[str]:
+    """Architectures and families by name."""
+    return [*sorted(build.MODULES), *build.families.FAMILIES]
+
+
+def _blank(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of that shape that takes no memory."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def _nearest(
+    shapes: Mapping[str, tuple[int, ...]], arch: str | None, exact: bool
+) -> tuple[str, str]:
+    """The architecture and naming whose tensor names are most like those of `shapes`; exactly alike
+    wherever one is, and always where `exact`."""
+    if arch in build.families.FAMILIES:
+        raise UserError(f"the tensors are not those of a net of the family {arch}")
     if arch is not None and arch not in build.MODULES:
-        raise UserError(f"unknown architecture {arch!r}; known: {', '.join(sorted(build.MODULES))}")
+        raise UserError(f"unknown architecture {arch!r}; known: {', '.join(architectures())}")
+    if found := _find_exact(shapes, arch):
+        return found
+    if exact:
+        raise UserError("no known architecture has tensors of exactly these names")
     names = {name for name in shapes if not name.endswith(f".{COUNTER}")}
     best, best_share = None, -1.0
     for candidate in sorted(build.MODULES) if arch is None else [arch]:
         for naming in namings(candidate):
+            # without its first or last layer no net is near; tracing each would take seconds
+            if arch is None and not any(end in names for end in _ends(candidate, naming)):
+                continue
             known = _known_names(candidate, naming, _stages(candidate, shapes))
             share = len(names & known) / len(names | known)
             if share > best_share:
                 best, best_share = (candidate, naming), share
     if arch is None and best_share < CLOSE:
         example = f"; its tensors are {few(list(shapes))}" if shapes else ""
-        raise UserError(f"no known architecture has this file's tensors{example}; known: {', '.join(build.MODULES)}")
+        if title := families.hint(shapes):
+            raise UserError(
+                f"it looks like {title}, whose weights alone are not read{example}; export the"
+                " whole model as ONNX (torch.onnx.export)"
+            )
+        raise UserError(
+            f"no known architecture has this file's tensors{example}; known:"
+            f" {', '.join(architectures())}; export the whole model as ONNX (torch.onnx.export), or"
+            " name your own with --arch"
+        )
+    assert best is not None  # every architecture has a naming
     return best
 
 
@@ -70,9 +244,13 @@ def _known_names(arch: str, naming: str, stages: int | None) -> frozenset[str]:
 
 
 def _spec(
-    arch: str, naming: str, shapes: Mapping[str, tuple[int, ...]], image_shape: tuple[int, int, int] | None
+    arch: str,
+    naming: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    image_shape: tuple[int, int, int] | None,
 ) -> build.Spec:
-    """The spec of `arch` with classes, channels and options read off the tensors; what cannot be read gets a default.
+    """The spec of `arch` with classes, channels and options read off the tensors; what cannot be
+    read gets a default.
 
     A default stands in only where a tensor is missing or mis-shaped, which `check` then reports.
     """
@@ -82,16 +260,19 @@ def _spec(
     classes, features = head if len(head) == 2 else (2, 0)
     options: dict[str, Any] = {"width": width}
     if arch in ("resnet18", "resnet34"):
-        options["stem"] = {side: stem for stem, (side, _, _) in resnet.STEMS.items()}.get(kernel, "cifar")
+        options["stem"] = {3: "cifar", 5: "64px", 7: "imagenet"}.get(kernel, "cifar")
     if arch == "cnn":
         options["stages"] = _stages(arch, shapes)
-    side = {"imagenet": 224, "64px": 64}.get(options.get("stem"), 32)
+    side = {"imagenet": 224, "64px": 64}.get(options.get("stem", ""), 32)
     if arch == "vgg" and features:
         side = _vgg_side(features // (4 * width), image_shape)
-    image_shape = (side, side, channels) if image_shape is None else tuple(image_shape)
-    if image_shape[-1] != channels:
-        raise UserError(f"the model takes images of {channels} channels, not {image_shape[-1]}; give matching images")
-    return build.Spec(arch=arch, classes=classes, image_shape=image_shape, options=options)
+    height, width, given = image_shape or (side, side, channels)
+    if given != channels:
+        raise UserError(
+            f"the model takes images of {channels} channels, not {given}; give matching images"
+        )
+    shape = (height, width, channels)
+    return build.Spec(arch=arch, classes=classes, image_shape=shape, options=options)
 
 
 def _vgg_side(places: int, image_shape: tuple[int, int, int] | None) -> int:
@@ -102,13 +283,17 @@ def _vgg_side(places: int, image_shape: tuple[int, int, int] | None) -> int:
     side = max(8, 8 * math.isqrt(places))
     if image_shape is not None and (image_shape[0] // 8) * (image_shape[1] // 8) != places:
         raise UserError(
-            f"the model was made for {side}x{side} images, not {image_shape[0]}x{image_shape[1]}; resize the images"
+            f"the model was made for {side}x{side} images, not {image_shape[0]}x{image_shape[1]};"
+            " resize the images"
         )
     return side
 
 
 def _stages(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many stages a file has of the small CNN, at least 1; None for architectures of fixed depth."""
+    """How many stages a file has of the small CNN, at least 1; None for architectures of fixed
+    depth."""
     if arch != "cnn":
         return None
-    return min(8, max(1, sum(re.fullmatch(r"conv\d+\.weight", name) is not None for name in shapes)))
+    return min(
+        8, max(1, sum(re.fullmatch(r"conv\d+\.weight", name) is not None for name in shapes))
+    )
