@@ -69,6 +69,31 @@ def is_measured(rate: float | None) -> bool:
     return rate is not None and bool(np.isfinite(rate))
 
 
+SIGN_WORDS = {
+    "small": "the mask that leads there is far smaller than the others",
+    "patch": "small patches lead there on images that no search saw",
+    "margin": "its margin stands out",
+}
+"""Sign -> what it says of the class that shows it."""
+
+
+def _describe_leads(scan: Scan) -> str:
+    """Which classes an open verdict points to, and by what sign; "" where none does."""
+    shows = lambda name, k: k in (scan.signs or {}).get(name, ())
+    found = [
+        f"{class_name(row)}: {SIGN_WORDS[name]}"
+        for row in scan.classes
+        for name in verdict.SIGNS
+        if row["class"] in scan.leads and shows(name, row["class"])
+    ]
+    if not found:
+        return ""
+    return (
+        "The answer is not clear-cut: one sign of three, which clean models show now and then"
+        f" too, points to {'; to '.join(found)}."
+    )
+
+
 def describe_reason(scan: Scan) -> str:
     """The verdict's reason in one or two sentences."""
     ranked = sorted(scan.classes, key=lambda row: -np.nan_to_num(row["attack_success_rate"] or 0))
@@ -90,6 +115,8 @@ def describe_reason(scan: Scan) -> str:
         return text + (
             f" The next highest class, {class_name(rest)}, reaches {rate(rest)}." if rest else ""
         )
+    if scan.verdict == "inconclusive" and (leads := _describe_leads(scan)):
+        return leads
     line = "" if scan.threshold is None else f" The alarm is at {100 * scan.threshold:.0f} %."
     opening = (
         "No class stands out: the"

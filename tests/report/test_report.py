@@ -496,6 +496,18 @@ def test_the_signs_of_each_class_are_a_table():
     assert "Natural" not in plain and "Small trigger" not in plain
 
 
+def test_an_open_verdict_names_its_sign():
+    """Rates of patches say nothing where another sign left the verdict open."""
+    signs = {"small": [1], "patch": [2], "margin": [3]}
+    said = verdicts.describe_reason(
+        judged(verdict="inconclusive", targets=[], signs=signs, leads=[1, 3], natural=[2])
+    )
+    assert "car”): the mask that leads there is far smaller" in said and "bird" not in said
+    assert "to class 3 (“cat”): its margin stands out" in said and "%" not in said
+    unsaid = judged(verdict="inconclusive", targets=[], signs={}, leads=[])
+    assert "strongest triggers found" in verdicts.describe_reason(unsaid)
+
+
 def test_of_many_classes_those_with_signs_are_in_the_table():
     whole = scan(names=[f"name{k}" for k in range(43)], target=40)
     seen = verdicts.sign_rows(Scan(**{**vars(whole), "signs": {"small": [40], "patch": [3]}}))
