@@ -36,7 +36,7 @@ def _zip64(
     """Offset of the zip64 record and its figures, which must repeat `stated`: readers differ in
     which of the two they trust."""
     _, disk, record, disks = struct.unpack("<4sIQI", read_exactly(file, locator, 20, "zip"))
-    if record + 56 != locator or disk or disks > 1:
+    if record + 56 != locator or disk or disks != 1:
         raise Refusal("the archive's end records are not where they should be")
     fields = struct.unpack("<4sQ2H2I4Q", read_exactly(file, record, 56, "zip"))
     signature, length, disks, facts = fields[0], fields[1], fields[4:6], fields[7:10]

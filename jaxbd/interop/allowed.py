@@ -79,9 +79,11 @@ class Foreign:
 
     Attributes:
       name: of the class or function that the file asked for, "argparse.Namespace".
+      is_name: whether it is that class or function, and not what a call of it made.
     """
 
     name: str
+    is_name: bool = False
 
 
 @final

@@ -17,7 +17,8 @@ def name_of(head: bytes) -> str | None:
         return "a SavedModel of TensorFlow's; convert it with tf2onnx"
     if head[:3] == b"\x0a\x00\x12" or head.startswith((b"\x0a\x0b", b"\x0a\x0d")):
         return "a protobuf file of TensorFlow's; convert it with tf2onnx"
-    if (0x80 < head[0] <= 0x8F and 0xA0 <= head[1] <= 0xBF) or head[:1] in (b"\xde", b"\xdf"):
+    first, second = head[:1], head[1:2]
+    if (b"\x80" < first <= b"\x8f" and b"\xa0" <= second <= b"\xbf") or first in (b"\xde", b"\xdf"):
         return "a msgpack file, as Flax writes them; save the variables with Orbax or safetensors"
     if head.startswith(b"GGUF"):
         return "a GGUF file of a language model"
@@ -27,4 +28,5 @@ def name_of(head: bytes) -> str | None:
 def is_onnx(head: bytes) -> bool:
     """Whether `head` begins as an ONNX model: the field `ir_version`, then text fields such as the
     producer's name."""
-    return head[:1] == b"\x08" and 3 <= head[1] <= 64 and head[2:3] in (b"\x12", b"\x1a", b"\x3a")
+    tags = (b"\x12", b"\x1a", b"\x3a")
+    return head[:1] == b"\x08" and b"\x03" <= head[1:2] <= b"\x40" and head[2:3] in tags

@@ -150,7 +150,7 @@ class Machine:
             return symbol
         full = f"{module[:MOST_NAME]}.{name[:MOST_NAME]}"
         if module == "torch" and name in OPAQUE_STORAGES:
-            return Foreign(full)
+            return Foreign(full, is_name=True)
         if len(module) + len(name) >= MOST_NAME or not _is_plain_name(full):
             raise Refusal(f"the pickle asks for {quote(full)}, which is no name of a type")
         if runs_code(module, name):
@@ -158,7 +158,7 @@ class Machine:
                 f"the pickle asks for {quote(full)}, which can run code; do not load this file"
                 " with anything else, and ask where it comes from"
             )
-        return Foreign(full)
+        return Foreign(full, is_name=True)
 
     def remember(self, index: int) -> None:
         # writers number the memo 0, 1, 2, …; other numbers would only serve to make the table
@@ -175,7 +175,7 @@ class Machine:
     def set_items(self, target: Any, items: list[Any]) -> None:
         self.spend(len(items))
         if type(target) is Foreign:
-            self.hand(target, items)
+            self.fill(target, items)
             return
         if not isinstance(target, dict) or len(items) % 2:
             raise Refusal("the pickle puts entries into something that is not a dictionary")
@@ -203,7 +203,7 @@ class Machine:
     def append_items(self, target: Any, items: list[Any]) -> None:
         self.spend(len(items))
         if type(target) is Foreign:
-            self.hand(target, items)
+            self.fill(target, items)
             return
         if type(target) is not list:
             raise Refusal("the pickle appends to something that is not a list")
@@ -213,7 +213,14 @@ class Machine:
         if type(target) is not Foreign:
             raise Refusal("the pickle adds to something that is not a set")
         self.spend(len(items))
-        self.hand(target, items)
+        self.fill(target, items)
+
+    def fill(self, target: Foreign, given: Any) -> None:
+        """Notes what a foreign object is filled with. Python puts nothing into a class, only into
+        what a call of it made, so that other readers fail there."""
+        if target.is_name:
+            raise Refusal(f"the pickle fills {quote(target.name)}, which is no object")
+        self.hand(target, given)
 
     def hand(self, function: Foreign, given: Any, *, is_call: bool = False) -> None:
         """Notes what a foreign function or object was given, see `check_untouched`."""
@@ -244,7 +251,7 @@ class Machine:
         contents of a NumPy array; what is set on a foreign object is dropped."""
         state, target = self.pop(), self.top()
         if type(target) is Foreign:
-            self.hand(target, state)
+            self.fill(target, state)
         elif (
             type(target) is collections.OrderedDict
             and type(state) is dict

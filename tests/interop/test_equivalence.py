@@ -82,6 +82,16 @@ DOUBLES = Storage("0", "DoubleStorage", 3)
 ZIP64 = b"\x01\0\x10\0" + struct.pack("<2Q", 24, 24)
 OTHER_NAME = b"\x75\x70\x0f\0\x01" + bytes(4) + b"archive/x\0"
 
+LOCATOR = archive()[-42:-22]
+"""Where the wide form of an archive's end record is said to be; its last field counts disks."""
+
+
+def pickled_items(module: str, label: str) -> bytes:
+    """Weights, and beside them a class that items are put into."""
+    beside = name(module, label) + b"(" + text("a") + number(1) + b"u"
+    return archive(b"\x80\x02" + table((text("w"), tensor()), (text("x"), beside)) + b".")
+
+
 KINDS = {
     # one storage, two descriptions
     "two types": (archive(pickled(tensor(DOUBLES, shape=(3,)), tensor())), "two types, sizes or"),
@@ -154,6 +164,14 @@ KINDS = {
         "in two different ways",
     ),
     "another size in its own header": (altered(1, local={"size": 20}), "in two different ways"),
+    "no disks": (
+        archive().replace(LOCATOR, LOCATOR[:-4] + bytes(4)),
+        "not where they should be",
+    ),
+    "items of a class": (
+        pickled_items("torch", "Tensor_"),
+        r"fills .torch\.Tensor_., which is no object",
+    ),
     "another checksum": (altered(1, listed={"crc": 0}, stated="sizes"), "in two different ways"),
     "no descriptor": (altered(1, listed={"flags": 0x800}), "in two different ways"),
     "sizes anew": (altered(1, listed={"extra": ZIP64}), "fields that torch.save does not write"),
@@ -261,6 +279,12 @@ def test_pytorch_does_read_it(tmp_path, kind, how):
     """Why these must be refused: torch.load takes them without a word."""
     (tmp_path / "m.pth").write_bytes(KINDS[kind][0])
     assert "w" in torch.load(tmp_path / "m.pth", weights_only=True, **how)
+
+
+@pytest.mark.parametrize("data", [b"\x81", b"\x08", b"\xde", b"\x80", b"\x0a", b"P"])
+def test_a_file_of_one_byte_is_no_model(data):
+    with pytest.raises(UserError, match=r"^bytes: refused, "):
+        container.read_bytes(data)
 
 
 def test_streams_of_every_protocol_are_read(tmp_path):
