@@ -36,14 +36,15 @@ def are_default() -> bool:
 
 def width(program: Any, arguments: tuple, split: tuple[int, ...], count: int) -> int:
     """Cells of a group: `START`, or as many more, by powers of two, as `TRAFFIC` allows; 1 where
-    each worker gets no more than `START`, so that cells that retire leave nothing idle.
+    each worker gets fewer than two such groups: one more group than workers would leave all but
+    one idle, and a search of three cells and one of six share a program.
 
     Args:
       program, arguments, split: as of `advance`; nothing is compiled.
       count: of all cells; each worker gets some of them.
     """
     most = -(-count // workers())
-    if most <= START:
+    if most < 2 * START:
         return 1
     found = program.traffic(*own(arguments, split, 0, START))
     times = max(1, int(TRAFFIC / found)) if found > 0 else 1
