@@ -146,7 +146,8 @@ def _archive(path: Path) -> Files:
             unpacked = (gzip.GzipFile(fileobj=packed) if zipped else packed).read(most + 1)
         if len(unpacked) > most:
             raise UserError(
-                f"data {path} unpacks to more than {most >> 20} MiB; no CIFAR does, fetch it again"
+                f"data {path} unpacks to more than {most >> 20} MiB, too large for CIFAR; fetch it"
+                " again"
             )
         within = watched(io.BytesIO(unpacked), deadline)
         with tarfile.open(fileobj=within, mode="r:") as archive:
@@ -154,7 +155,8 @@ def _archive(path: Path) -> Files:
                 deadline.check()
                 if count > MAX_MEMBERS:
                     raise UserError(
-                        f"data {path} holds more than {MAX_MEMBERS:,} files; no CIFAR does"
+                        f"data {path} holds more than {MAX_MEMBERS:,} files, too many for CIFAR;"
+                        " fetch it again"
                     )
                 name = member.name.rsplit("/", 1)[-1]
                 if member.size < 0:  # would move the reader backwards, in an endless loop
@@ -180,7 +182,7 @@ def _binary(content: bytes, layout: Layout, where: str) -> tuple[np.ndarray, np.
     record = layout.head + 3072
     if not content or len(content) % record:
         raise UserError(
-            f"data {where} has {len(content)} bytes, no multiple of {record}; fetch it again"
+            f"data {where} has {len(content)} bytes, not a multiple of {record}; fetch it again"
         )
     rows = np.frombuffer(content, np.uint8).reshape(-1, record)
     return rows[:, layout.head :], _in_range(rows[:, layout.head - 1], layout, where)

@@ -144,7 +144,7 @@ def image_files(folder: Path, skipped: Skipped) -> list[Path]:
             if skipped.total() > MAX_SKIPPED:
                 raise UserError(
                     f"class folder {folder} holds more than {MAX_SKIPPED:,} files that"
-                    " are no images; give a folder of images"
+                    " are not images; give a folder of images"
                 )
     if skipped.total() > before and not images:
         raise UserError(

@@ -120,7 +120,9 @@ def _read(path: Path, rank: int) -> np.ndarray:
 def _header(file: BinaryIO, rank: int, path: Path) -> tuple[int, ...]:
     zeros, kind, found = struct.unpack(">HBB", file.read(4))
     if zeros or kind != UNSIGNED_BYTES or found != rank:
-        raise UserError(f"data {path} is no IDX file of {rank} dimensions of bytes; fetch it again")
+        raise UserError(
+            f"data {path} is not a {rank}-dimensional IDX file of bytes; fetch it again"
+        )
     return struct.unpack(f">{rank}I", file.read(4 * rank))
 
 

@@ -45,7 +45,7 @@ def read_names(path: str | Path, count: int | None) -> tuple[str, ...]:
     try:
         text = bounded.read_file(path, 4 << 20, "--classes file").decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"--classes file {str(path)!r} is no UTF-8 text; save it as such") from None
+        raise UserError(f"--classes file {str(path)!r} is not UTF-8 text; convert it") from None
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     double = next((name for name, times in collections.Counter(names).items() if times > 1), None)
     if double is not None:
@@ -165,7 +165,7 @@ def _as_array(labels: Any, where: str) -> np.ndarray:
     if isinstance(labels, list):
         longest = max((len(label) for label in labels if isinstance(label, str | bytes)), default=0)
         if longest > MAX_LETTERS:
-            raise UserError(f"{where}: a label has {longest:,} letters; give the class's name")
+            raise UserError(f"{where}: a label has {longest:,} characters; give the class's name")
     labels = np.asarray(labels)
     if labels.size and labels.shape and len(labels) > bounded.LIMITS.images:
         raise UserError(f"{where} has {len(labels):,} labels; give fewer")
@@ -205,7 +205,7 @@ def _number_text(
         raise UserError(f"{where}: labels are neither numbers nor text; give class numbers, [N]")
     found = sorted(set(words))
     if len(found) > MAX_CLASSES:
-        raise UserError(f"{where}: {len(found):,} different labels are no classes; correct them")
+        raise UserError(f"{where} has {len(found):,} different labels, too many; correct them")
     if classes.stated or (classes.names and set(found) <= set(classes.names)):
         _by_name(found, classes, f"{where}: label")
         names = classes.names

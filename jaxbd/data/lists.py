@@ -98,10 +98,10 @@ class Lines:
         try:
             line = self._text.readline(MAX_ROW + 1)
         except UnicodeDecodeError:
-            raise UserError(f"data {path} is no UTF-8 text; save it as such or remove it") from None
+            raise UserError(f"data {path} is not UTF-8 text; convert or remove it") from None
         self._row += len(line)
         if self._row > MAX_ROW:
-            raise UserError(f"data {path} has a row of more than {MAX_ROW:,} letters; correct it")
+            raise UserError(f"data {path} has a row over {MAX_ROW:,} characters; correct it")
         if not line:
             raise StopIteration
         return line
@@ -146,7 +146,7 @@ def _columns(rows: Iterable[Sequence[str]], places: tuple[int, int], path: Path)
     found = List(path, [], [])
     for number, row in enumerate(rows):
         if number >= MAX_LISTED:
-            raise UserError(f"data {path} lists more than {MAX_LISTED:,} images; give a part")
+            raise UserError(f"data {path} lists more than {MAX_LISTED:,} images; give fewer")
         if len(row) <= max(places):
             raise UserError(f"data {path}: image {number} of the list has no label; complete it")
         found.files.append(row[file].strip())

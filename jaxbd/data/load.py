@@ -123,7 +123,7 @@ def _from_file(path: Path, split: str, settings: dict[str, Any], sized: dict[str
         return idx.load(path, split=split, **settings)
     if name.endswith((".tar.gz", ".tgz", ".tar")):
         return cifar.load(path, split=split, classes=settings["classes"])
-    raise UserError(f"data {path} is of no known kind; give {KINDS}")
+    raise UserError(f"data {path} is of an unknown kind; give {KINDS}")
 
 
 def _from_folder(

@@ -190,7 +190,8 @@ def _check_layout(shape: tuple[int, ...], path: Path) -> None:
     last, second = (len(shape) == 4 and shape[axis] in (1, 3) for axis in (3, 1))
     if (last or second) and not (last and second) and 0 not in shape:
         return
-    why = "could have its channels first or last" if last and second else "is no batch of images"
+    ambiguous = "could have its channels first or last"
+    why = ambiguous if last and second else "is not a batch of images"
     raise UserError(
         f"data {path}: images of shape {list(shape)} {why}; give [N, H, W, C] with 1 or 3"
         " channels, reshape or transpose(0, 2, 3, 1) helps"

@@ -215,7 +215,7 @@ def refusing(where: str) -> Iterator[None]:
         raise
     except Refusal as refusal:
         raise UserError(
-            f"{where} is no intact .npz file, {refusal}; write it with np.savez"
+            f"{where} is not an intact .npz file, {refusal}; write it with np.savez"
         ) from None
     except MemoryError:
         raise UserError(
@@ -223,5 +223,5 @@ def refusing(where: str) -> Iterator[None]:
         ) from None
     except Exception:  # damaged archives, encrypted ones and bare arrays all fail differently
         raise UserError(
-            f"{where} is no intact .npz file; pickles are never loaded, write it with np.savez"
+            f"{where} is not an intact .npz file; pickles are never loaded, write it with np.savez"
         ) from None

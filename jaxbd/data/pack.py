@@ -20,7 +20,7 @@ def chosen_rows(total: int, limit: int | None, seed: int) -> np.ndarray:
     """
     if total > bounded.LIMITS.images:
         raise UserError(
-            f"data of {total:,} images, the limit is {bounded.LIMITS.images:,}; give a part"
+            f"data has {total:,} images, the limit is {bounded.LIMITS.images:,}; give fewer"
         )
     if limit is None:
         return np.arange(total)

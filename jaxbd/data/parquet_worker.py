@@ -138,7 +138,7 @@ def labels(column, name, path):
         raise Refused(f"{path}: some rows lack the label; add it or drop the rows")
     found = column.to_pylist()
     if is_text and any(len(label) > MOST_LETTERS for label in found):
-        raise Refused(f"{path}: a label has more than {MOST_LETTERS:,} letters; give class numbers")
+        raise Refused(f"{path}: a label has over {MOST_LETTERS:,} characters; give class numbers")
     if is_list and any(len(row) != len(found[0]) or len(row) > 10_000 for row in found):
         raise Refused(f"{path}: column {name!r} holds lists of many lengths; give class numbers")
     return found

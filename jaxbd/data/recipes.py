@@ -164,7 +164,7 @@ def _together(parts: dict[str, Classes], split: str, name: str) -> tuple[Classes
     if shared:
         raise UserError(
             f"data {name}: the splits share only some classes, such as {min(shared)!r}; give all"
-            " the same"
+            " splits the same classes"
         )
     if split not in ("train", "test"):
         raise UserError(f"data {name} has no split {split!r}; it is divided into train, test")

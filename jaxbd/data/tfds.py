@@ -118,8 +118,8 @@ def _keys(info: Any, name: str) -> tuple[str, str]:
     for key, kind in zip(keys, kinds, strict=False):
         if not isinstance(key, str) or key not in features or not isinstance(features[key], kind):
             raise UserError(
-                f"tfds:{name} is no set of labelled images (it has {', '.join(features)}); choose"
-                " another"
+                f"tfds:{name} is not a set of labelled images (it has {', '.join(features)});"
+                " choose another"
             )
     return keys[0], keys[1]
 

@@ -54,7 +54,7 @@ def test_npz_layouts(tmp_path):
         (dict(images=np.full((2, 4, 4, 3), 1.5)), "leave [0, 1]"),
         (dict(images=np.full((2, 4, 4, 3), np.nan)), "not finite"),
         (dict(images=np.zeros((2, 4, 4, 3), bool)), "images are bool"),
-        (dict(images=np.zeros((2, 48), np.uint8)), "is no batch of images"),
+        (dict(images=np.zeros((2, 48), np.uint8)), "is not a batch of images"),
         (dict(images=np.zeros((0, 4, 4, 3), np.uint8), labels=np.zeros(0, int)), "holds no images"),
         (dict(labels=[0]), "2 images but 1 labels"),
         (dict(labels=[0.0, 0.5]), "labels are float64 with fractions"),
@@ -179,7 +179,7 @@ def test_a_directory_that_claims_much_is_not_read(tmp_path):
     end = content.rindex(b"PK\5\6")
     content[end + 10 : end + 12] = b"\xff\xff"
     (tmp_path / "d.npz").write_bytes(content)
-    refused("is no intact .npz file", npz.load, tmp_path / "d.npz")
+    refused("is not an intact .npz file", npz.load, tmp_path / "d.npz")
 
 
 def test_a_member_named_twice(tmp_path):
