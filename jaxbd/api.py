@@ -208,7 +208,7 @@ def guard(suspect: Suspect, images: Any) -> Verdicts:
     if found is None:
         raise UserError("this model has no guard; make one with repair(..., method='bna')")
     judge = guarded.judge(_plain_net(suspect), found.targets)
-    data = Batch(np.asarray(images), np.zeros(len(images), np.int32))
+    data = Batch(np.asarray(images), np.zeros(len(images), np.int32))  # labels are not used
     asked = measuring.per_image(
         jax.random.key(0), _ignore_key(judge), suspect.variables, data, batch_size=64
     )
@@ -246,6 +246,7 @@ def _check_images(suspect: Suspect, images: Any, labels: Any) -> Batch:
         raise UserError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < suspect.classes:
         raise UserError(f"labels must be 0..{suspect.classes - 1}, got up to {labels.max()}")
+    # written with `not`, so that NaN is refused too
     if images.dtype != np.uint8 and not 0 <= images.min() <= images.max() <= 1:
         raise UserError(
             f"float images must lie in [0, 1], got {images.min():g} to {images.max():g}"

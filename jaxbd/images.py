@@ -52,7 +52,7 @@ def paste(image: Array, patch: Array, place: Array) -> Array:
     Pixels outside the patch are returned unchanged, bit for bit.
     """
     chex.assert_rank([image, patch, place], [3, 3, 1])
-    return jax.lax.dynamic_update_slice(
+    return jax.lax.dynamic_update_slice(  # clamps the place to where the patch fits
         image, patch.astype(image.dtype), (place[0], place[1], jnp.zeros_like(place[0]))
     )
 

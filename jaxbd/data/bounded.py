@@ -139,7 +139,7 @@ class _Shared(Deadline):
         if self._budget.error is not None:
             raise self._budget.error
         over = self.used() - self.seconds
-        if over <= self._over:
+        if over <= self._over:  # this much was already charged to the budget
             return
         more, self._over = over - self._over, over
         if not self._budget.take(more):
@@ -161,7 +161,7 @@ def open_picture(content: bytes, name: str, deadline: Deadline | None = None) ->
 
     deadline = deadline or LIMITS.deadline("it", len(content))
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        _check_tiff_tags(content, name)
+        _check_tiff_tags(content, name)  # first, because Pillow reads the tags while opening
     try:
         # a crafted file can make Pillow's loops over chunks, segments and blocks endless
         image = Image.open(watched(io.BytesIO(content), deadline), formats=FORMATS)
@@ -190,7 +190,7 @@ def open_picture(content: bytes, name: str, deadline: Deadline | None = None) ->
             f"image {name!r} is a TIFF compressed as {image.info.get('compression')!r}; save it"
             " uncompressed, or as PNG"
         )
-    if image.mode[0] in "IF":
+    if image.mode[0] in "IF":  # Pillow's modes I, I;16 and F
         raise UserError(f"image {name!r} has more than 8 bits a channel; convert it to 8 bits")
     return image
 
@@ -237,7 +237,7 @@ def _check_tiff_tags(content: bytes, name: str) -> None:
         (count,) = struct.unpack_from(f"{order}H", content, start)
         if count > MAX_TIFF_TAGS:
             raise UserError(f"image {name!r} has {count} TIFF tags; save it as PNG")
-        widths = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4)
+        widths = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4)  # bytes per value, by field type
         claimed = 0
         for row in range(count):
             kind, length = struct.unpack_from(f"{order}HI", content, start + 4 + 12 * row)

@@ -97,6 +97,7 @@ def load(
     names = _class_names(files, layout, path)
     parts = [read(files[name](), layout, f"{path}: {name}") for name in batches]
     images, numbers = (np.concatenate(each) for each in zip(*parts, strict=True))
+    # pixels are stored channel by channel
     images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return pack.dataset(images, numbers, names, str(path), classes)
 
@@ -143,6 +144,7 @@ def _archive(path: Path) -> Files:
             most = min(MAX_ARCHIVE, max(FREE_ARCHIVE, ARCHIVE_EXPANSION * size))
             deadline = bounded.LIMITS.deadline("it", 3 * size)
             packed = watched(file, deadline)
+            # one byte above the limit shows that there is more, without reading all of it
             unpacked = (gzip.GzipFile(fileobj=packed) if zipped else packed).read(most + 1)
         if len(unpacked) > most:
             raise UserError(

@@ -55,7 +55,7 @@ def load(
     ]
     outside = sum(is_picture(entry) for entry in path.iterdir())
     if outside:
-        notes += (f"passed over {outside} images that lie outside the class folders",)
+        notes += (f"skipped {outside} images outside the class folders",)
     if not files:
         raise UserError(
             f"data {path}: no class sub-folder holds images ({', '.join(pictures.SUFFIXES)}); add"
@@ -139,7 +139,7 @@ def image_files(folder: Path, skipped: Skipped) -> list[Path]:
     for entry in walk(folder):
         if is_picture(entry):
             images.append(entry)
-        elif entry.name not in ("Thumbs.db", "desktop.ini"):
+        elif entry.name not in ("Thumbs.db", "desktop.ini"):  # Windows writes these anywhere
             skipped[_kind(entry)] += 1
             if skipped.total() > MAX_SKIPPED:
                 raise UserError(
@@ -187,11 +187,13 @@ def walk(folder: Path) -> Iterable[Path]:
         if (here.st_dev, here.st_ino) in above:
             raise UserError(
                 f"data {folder}: a link in it leads to {os.path.realpath(place)}, which"
-                " it lies in; remove the link"
+                " contains it; remove the link"
             )
         seen.add((here.st_dev, here.st_ino))
         if len(Path(place).relative_to(folder).parts) > MAX_DEPTH:
-            raise UserError(f"data {folder}: folders lie more than {MAX_DEPTH} deep; flatten them")
+            raise UserError(
+                f"data {folder}: folders are nested over {MAX_DEPTH} deep; flatten them"
+            )
         yield from (Path(place, name) for name in files if is_visible(name))
 
 
@@ -200,4 +202,4 @@ def count_skipped(skipped: Skipped) -> tuple[str, ...]:
     if not skipped:
         return ()
     kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(4))
-    return (f"passed over {skipped.total()} files that are not read as images ({kinds})",)
+    return (f"skipped {skipped.total()} files that are not read as images ({kinds})",)

@@ -104,10 +104,10 @@ def _read(path: Path, rank: int) -> np.ndarray:
             deadline = bounded.LIMITS.deadline("it", 3 * path.stat().st_size)
             file: Any = gzip.GzipFile(fileobj=watched(plain, deadline)) if zipped else plain
             shape = _header(file, rank, path)
-            count = int(np.prod(shape, dtype=object))
+            count = int(np.prod(shape, dtype=object))  # Python integers cannot overflow
             if count > most:
                 raise UserError(f"data {path} claims {count:,} bytes, the limit is {most:,}")
-            content = file.read(count + 1)
+            content = file.read(count + 1)  # one more byte, to notice trailing data
     except Refusal as refusal:
         raise UserError(f"data {path}: {refusal}; fetch it again") from None
     except (EOFError, OSError, zlib.error, struct.error):

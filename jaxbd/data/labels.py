@@ -79,7 +79,7 @@ def number_folders(
         return numbers, classes.names, _few(names, classes, "by their names")
     decimal = all(name.isascii() and name.isdecimal() for name in names)
     if decimal:
-        _check_order(names, where)
+        _check_order(names, where)  # before rule 2, which relies on the order
     if classes.count is None or len(names) == classes.count:
         return list(range(len(names))), tuple(names), ()
     numbers = [int(name) for name in names] if decimal else []
@@ -232,8 +232,8 @@ def _from_one_hot(labels: np.ndarray, where: str) -> np.ndarray:
     is_one = lambda part: np.isin(part, (0, 1)).all() and (part.sum(1) == 1).all()
     if labels.shape[1] > MAX_CLASSES or not all(map(is_one, parts)):
         raise UserError(
-            f"{where}: labels are {labels.dtype} {list(labels.shape)}, not one 1 in every row; give"
-            " one whole class number per image, [N]"
+            f"{where}: labels are {labels.dtype} {list(labels.shape)} without exactly one 1 per"
+            " row; give one whole class number per image, [N]"
         )
     return labels.argmax(1)
 
@@ -243,6 +243,7 @@ def _whole(labels: np.ndarray, where: str) -> np.ndarray:
         raise UserError(
             f"{where}: labels are {labels.dtype} with fractions; give class numbers, [N]"
         )
+    # clip before the cast, which is undefined for huge floats; the range check refuses both ends
     return np.clip(labels, -1, 2**31).astype(np.int64)
 
 

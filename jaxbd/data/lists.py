@@ -46,6 +46,7 @@ def find(path: Path, split: str) -> List | None:
     if bounded.is_regular(path / ANNOTATIONS):
         return _columns(_rows(path / ANNOTATIONS, "\t"), (0, 1), path / ANNOTATIONS)
     found = [table for entry in _tables(path) if (table := _read(entry)) is not None]
+    # of several lists, prefer those named after the split
     named = [table for table in found if splits.name_in(table.path.stem) == splits.name(split)]
     found = named or found if len(found) > 1 else found
     if len(found) > 1:
@@ -181,9 +182,10 @@ def load(
     images = folder.decode_files(files, path, image_shape, seen)
     listed = {Path(name).name for name in table.files}
     here = [entry for entry in path.iterdir() if folder.is_picture(entry)]
+    # compare stems too: a list may omit the suffix
     unlisted = sum(e.name not in listed and e.stem not in listed for e in here)
     if unlisted:
-        notes += (f"passed over {unlisted} images that are not in the list",)
+        notes += (f"skipped {unlisted} images that are not in the list",)
     notes += pictures.describe_changes(seen, images.shape[1:])
     return pack.dataset(images, numbers[rows], class_names, str(path), classes, notes)
 

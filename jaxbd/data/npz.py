@@ -170,15 +170,15 @@ def _as_uint8(pieces: Iterable[np.ndarray], dtype: np.dtype, path: Path) -> np.n
         return np.concatenate([part for part, _ in parts])
     if dtype.kind != "f":
         raise UserError(
-            f"data {path}: images are {dtype} of 0 and 1 alone; give uint8 in 0..255 or floats"
+            f"data {path}: images are {dtype} with only 0 and 1; give uint8 in 0..255 or floats"
         )
     return np.concatenate([part * np.uint8(255) if whole else part for part, whole in parts])
 
 
 def _not_pixels(path: Path, dtype: np.dtype) -> UserError:
     return UserError(
-        f"data {path}: images are {dtype} and leave [0, 1], or 0..255 in whole numbers, or are not"
-        " finite; undo normalisation"
+        f"data {path}: images are {dtype} and neither floats in [0, 1] nor whole numbers in 0..255,"
+        " or not finite; undo normalisation"
     )
 
 

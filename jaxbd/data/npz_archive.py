@@ -79,7 +79,7 @@ class Archive:
                 for name, entry in zip(names, entries, strict=True):
                     deadline.check()
                     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise UserError(f"{self._where} is packed in an unusual way; save it again")
+                        raise UserError(f"{self._where} has an unusual compression; save it again")
                     with self._zip.open(entry) as file:
                         self.headers[name] = read_header(file, entry.file_size, name)
             except BaseException:

@@ -26,6 +26,7 @@ def chosen_rows(total: int, limit: int | None, seed: int) -> np.ndarray:
         return np.arange(total)
     if limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
+    # a prefix of one permutation, so that a smaller limit gives a subset
     return np.sort(np.random.default_rng(seed).permutation(total)[:limit])
 
 

@@ -137,7 +137,7 @@ def tables(path: Path) -> list[Path]:
 def _worker(files: list[Path]) -> Iterator[tuple[Any, IO[bytes]]]:
     """Starts the worker; yields (a function that sends it a request, its output stream)."""
     process = subprocess.Popen(
-        [sys.executable, "-I", str(WORKER)],
+        [sys.executable, "-I", str(WORKER)],  # -I: no PYTHON* variables, no user site-packages
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -176,14 +176,14 @@ def _images(
     ask({"rows": rows.tolist()}, reply=False)
     for row in rows:
         size = _next_size(stream)
-        if size < 0:
+        if size < 0:  # the worker failed; its answer, if any, is read below
             break
         if size > bounded.LIMITS.image_bytes:
             raise UserError(f"image 'row {row} of {path}' has {size:,} bytes; remove it")
         content = stream.read(size)
         yield f"row {row} of {path}", content
     else:
-        _next_size(stream)
+        _next_size(stream)  # the length -1 after the last image
     given += ask(None)["labels"]
 
 

@@ -224,6 +224,7 @@ def main():
 
 
 if __name__ == "__main__":
+    # import first: MEMORY counts from what the process uses when `main` sets the limits
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.ipc

@@ -221,9 +221,9 @@ def stack(named: Iterable[tuple[str, np.ndarray]], count: int) -> np.ndarray:
                 raise SizesDiffer(
                     f"image {name!r} is {sizes}; resize them or state the image shape wanted"
                 )
-            if pixels.shape[2] > images.shape[3]:
+            if pixels.shape[2] > images.shape[3]:  # the first colour image after grey ones
                 images = np.repeat(images, pixels.shape[2], axis=-1)
-            images[row] = pixels
+            images[row] = pixels  # a grey image broadcasts over the colour channels
     except MemoryError:
         raise UserError(
             f"{count} images do not fit into memory; lower the limit or the image shape"

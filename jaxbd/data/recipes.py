@@ -106,6 +106,7 @@ def _folders(path: Path) -> dict[str, Classes]:
         place.is_dir() and any(entry.is_dir() for entry in place.iterdir())
     )
     places = {split: path / split for split in SPLITS if holds_classes(path / split)} or {"": path}
+    # the outer lambda binds `place` now, the inner one lists the files later
     listing = lambda place: lambda: folder.image_files(place, collections.Counter())
     return {
         name: {each.name: listing(each) for each in folder.class_folders(at)}

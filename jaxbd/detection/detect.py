@@ -92,6 +92,7 @@ def centred_scores(statistics: np.ndarray, rounds: int = 20) -> np.ndarray:
     rest = np.where(rest > 0, np.log(np.where(rest > 0, rest, 1)), np.nan)
     for _ in range(rounds):
         for axis in (1, 0):
+            # a row without any value gets the median 0, since NumPy warns about all-nan slices
             known = np.isfinite(rest).any(axis, keepdims=True)
             rest = rest - np.nanmedian(np.where(known, rest, 0), axis, keepdims=True)
     scores = np.maximum(mad_scores(rest.ravel(), consistency=1.0), 0).reshape(rest.shape)

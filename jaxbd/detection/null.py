@@ -291,6 +291,7 @@ def _of_classes(values: np.ndarray, outside: np.ndarray, config: Config) -> np.n
 def _find_alarm_level(descending: np.ndarray, reference: np.ndarray, config: Config) -> float:
     """How large the largest statistic must be, given the others, for the single-outlier test to
     raise an alarm."""
+    # the largest simulated log p that still gives a corrected p <= level
     limit = reference[max(int(config.level * (len(reference) + 1)) - 2, 0)]
     tail = -np.expm1(np.log1p(-np.exp(limit)) / len(descending))
     null = _fit(descending[1:], config)

@@ -101,12 +101,13 @@ def relearn(
         num_steps=config.num_steps,
     )
     trainer = supervised.make(net, rule)
+    # a net without normalisation has no batch_stats, but the trainer expects the collection
     state, course = trainer.init({"batch_stats": {}, **variables}), []
     for done in range(0, config.num_steps + 1, config.every):
         if done:
             fitted = run.fit(
                 f"{label}, to step {done}",
-                jax.random.fold_in(key, 1),
+                jax.random.fold_in(key, 1),  # the step in the state continues the key stream
                 trainer.step,
                 draw.uniform(config.batch_size),
                 poisoned,

@@ -162,6 +162,7 @@ def repair_all(
     inversion, searched = reverse_pixels(run, jax.random.fold_in(key, 100), case, config)
     singles = []
     for index in range(config.runs):
+        # bind `index` now; a closure would read the loop's last value
         state = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), searched.states)
         known = Evidence(case.target, (), mixture.mix(inversion.stamp), mixture.single(state))
         singles.append(unlearned(f"reversed trigger {index + 1}", 100 + index, known))

@@ -178,6 +178,7 @@ def _correct_in_rounds(
         own_key = jax.random.fold_in(key, number) if rounds else key
         repaired = correct(task, own_key, joined, data, name)
         spent.append(repaired.seconds)
+        # the first correction is kept at any cost; only later rounds may be undone
         if best is not None and _costs_too_much(task, repaired, data):
             break
         best = repaired

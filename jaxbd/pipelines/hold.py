@@ -183,7 +183,7 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
             known += [each.evidence for each in rounds[-1].working(config.working)]
             result = _repair_once(task, jax.random.fold_in(key, 1 + number), variables, known, name)
             results.append(result)
-            least = rounds[0].accuracy - config.max_drop
+            least = rounds[0].accuracy - config.max_drop  # relative to the original suspect
             variables, kept = checks.keep_within(lab, variables, result.variables, least)
             if not kept:  # record the undone round's figures; `variables` are those of before
                 costly = checks.measure(lab, own_key, result.variables, known)

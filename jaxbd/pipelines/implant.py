@@ -121,7 +121,7 @@ def _perturb(
     total = -(-len(chosen.labels) // batch_size)
 
     def chunks(images: Any, left: int) -> Iterator[Chunk]:
-        images = np.array(images)
+        images = np.array(images)  # a copy, since it is written to; a resumed run starts mid-way
         for number in range(total - left, total):
             part = evaluate.per_image(
                 key, harder, clean.variables, chosen, batch_size=batch_size, numbers=(number,)

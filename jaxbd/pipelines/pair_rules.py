@@ -282,7 +282,7 @@ class Rules:
         unless they are more than it was first made for."""
         wish = first = self.pick_outstanding(method)
         for _ in range(ROUNDS):
-            if len(wish) < max(len(first), 2):
+            if len(wish) < max(len(first), 2):  # pairs that it was made for have dropped out
                 return []
             found = self.fit_joint(method, wish)
             if not (found.reached and self.is_shared(method, found.norm, wish)):
@@ -316,6 +316,7 @@ class Rules:
 
     def find_attack(self, seeds: dict[str, dict[Pair, float]]) -> Detected:
         """Applies rules 2 to 4 in order; the first that finds pairs decides."""
+        # a target of K classes has at most K - 1 seeds
         size = min(self.config.group, max(self.lab.suspect.classes - 1, 2))
         found = self.find_all_to_one(seeds, size)
         if found:
@@ -324,7 +325,7 @@ class Rules:
                 " for the others"
             )
             return Detected(found, words)
-        if not self.config.targets:
+        if not self.config.targets:  # an all-to-all attack shows only if all targets were searched
             found = [(method, self.find_all_to_all(method)) for method in self.searches]
             method, pairs = max(found, key=lambda each: len(each[1]))
             if pairs:

@@ -155,13 +155,13 @@ def list_pairs(
     if few:
         raise UserError(
             f"class {few[0]} has {counts[few[0]]} image(s) to search with, {config.least_images}"
-            " are needed of each class; bring more, or none of that class"
+            " are needed of each class; give more, or none of that class"
         )
     targets = sorted({*config.targets}) or range(classes)
     pairs = [(s, t) for t in targets for s in range(classes) if s != t and counts[s]]
     if not pairs:
         raise UserError(
-            f"no images to search with; bring at least {config.least_images} of each class"
+            f"no images to search with; give at least {config.least_images} of each class"
         )
     return pairs, tuple(source for source in range(classes) if not counts[source])
 
@@ -252,11 +252,12 @@ def search_again(
       name: name of the search as a stage of `run`.
     Returns: (the estimate, with its rate on `search`; seconds).
     """
+    # a plain patch replaced a trigger of Neural Cleanse, see rule 7
     method = first.method if first.method in METHODS else "neural-cleanse"
     inversions = _inversions(suspect, config, (method,), last=True)
     batch = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
     held = Batch(np.asarray(search.images), np.asarray(search.labels))
-    lab = Lab(run, key, suspect, batch, held, inversions, inversions)
+    lab = Lab(run, key, suspect, batch, held, inversions, inversions)  # nothing is held out here
     wish = dict.fromkeys(first.evidence.sources, first.evidence.target)
     inversion = inversions[method]
     found = pair_triggers.fit_joint(lab, method, inversion, wish, config.effort(), name)
@@ -293,6 +294,7 @@ def _summarise(
         pairs=pairs,
         setting=detect.setting(pairs, classes),
         decided_by=words,
+        # 1 / inf = 0 for pairs without a trigger
         statistics={method: 1 / search.norms for method, search in rules.searches.items()},
         scores={method: search.scores for method, search in rules.searches.items()},
         triggers=triggers,
@@ -316,6 +318,7 @@ def _estimate_all(
             triggers[target] = _estimate(rules, method, target, sources)
     patches = {target: _plain(rules, estimate) for target, estimate in triggers.items()}
     triggers |= {target: patch for target, patch in patches.items() if patch is not None}
+    # a plain patch replaces the other search's trigger too (rule 7)
     others = {t: _other(rules, each) for t, each in triggers.items() if patches[t] is None}
     return (
         dict(sorted(triggers.items())),

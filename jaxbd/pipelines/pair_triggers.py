@@ -158,6 +158,7 @@ def fit_joint(
     target; `name` is the name of the stage."""
     if inversion.size is None or inversion.works is None:
         raise TypeError("a scan over pairs compares sizes; this inversion has none")
+    # the key depends only on the pairs, so an estimate does not depend on those before it
     key = jax.random.fold_in(lab.key, 20)
     for source, target in sorted(wish.items()):
         key = jax.random.fold_in(key, source * lab.suspect.classes + target)

@@ -61,7 +61,7 @@ def scan(
     if len(search.labels) < config.batch_size:
         raise UserError(
             f"a search needs at least a batch of {config.batch_size} images, got"
-            f" {len(search.labels)}; bring more images or lower the batch size"
+            f" {len(search.labels)}; give more images or lower the batch size"
         )
     check_targets(config.targets, suspect.classes)
     search = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
@@ -90,6 +90,7 @@ def _scan_patches(task: Task) -> Scan:
     rates = judge(task, inversion, found.states, cells, found.slots)
     level_rates = by_class(rates.reshape(len(rows), len(levels)), rows, classes)
     best, (baseline, _) = level_rates.max(1), measure(task)
+    # classes that were not searched count as 0 here; `_doubt` then keeps the verdict from "clean"
     decision = detect.decide(np.nan_to_num(best), config.detection, np.nan_to_num(baseline))
     scores = [
         float("nan") if np.isnan(rate) else score
