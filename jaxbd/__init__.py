@@ -4,7 +4,7 @@
     found = jaxbd.scan(suspect, images, labels)
     repaired = jaxbd.repair(suspect, images, labels, found)
 
-Names are imported when they are used, so that `import jaxbd` costs nothing.
+Names are imported on first use, so that `import jaxbd` is fast.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""What `import jaxbd` offers: open a model, scan it, repair it, judge it, save it.
+"""The public Python interface: open a model, scan it, repair it, evaluate it, save it.
 
-Everything here is made of the pipelines, with the checks that the command line makes.
+Composes the pipelines, with the same checks as the command line.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxbd.pipelines import scan as scanning
 from jaxbd.training.run import Run
 
 SEARCH_SHARE = 0.75
-"""Share of the given images on which triggers are searched and nets repaired; the others judge."""
+"""Share of the given images used for searching and repairing; the rest is held out for judging."""
 
 
 class Found(NamedTuple):
@@ -36,12 +36,12 @@ class Found(NamedTuple):
     Attributes:
       verdict: "backdoored", "clean" or "inconclusive".
       targets: classes that a backdoor leads to.
-      evidence: the recovered triggers of every target; what `repair` starts from.
-      decided_by: the step whose numbers decided, in words.
+      evidence: the recovered triggers of every target; the input of `repair`.
+      decided_by: the step that decided the verdict, in words.
       accuracy: clean accuracy of the suspect on the given images.
-      baseline: [K], share of the held-out images of other classes that the suspect gives to each
+      baseline: [K], share of the held-out images of other classes that the suspect assigns to each
         class without any trigger.
-      details: the `pipelines.scan.Scan` or `pipelines.pair_scan.PairScan` behind it.
+      details: the full result, `pipelines.scan.Scan` or `pipelines.pair_scan.PairScan`.
     """
 
     verdict: Verdict
@@ -58,8 +58,9 @@ class Repaired(NamedTuple):
 
     Attributes:
       suspect: the repaired net, ready for `scan`, `evaluate` and `save_model`.
-      before, after: rates on held-out images, under the first piece of evidence where there is any.
-      details: the `pipelines.repair.Repaired` behind it.
+      before, after: rates on held-out images, with the trigger of the first piece of evidence if
+        there is any.
+      details: the full result, `pipelines.repair.Repaired`.
     """
 
     suspect: Suspect
@@ -71,11 +72,12 @@ class Repaired(NamedTuple):
 def open_model(
     path: str | os.PathLike, images: Any = None, labels: Any = None, **settings: Any
 ) -> Suspect:
-    """Reads a model file of any kind without executing anything in it.
+    """Reads a model file of any known kind without executing anything in it.
 
     Args:
-      images: [N, H, W, C] uint8, or float in [0, 1], with labels [N]: the input normalisation is
-        then the one with which the model classifies them.
+      images: [N, H, W, C] uint8, or float in [0, 1]. If given with labels [N], they determine the
+        input normalisation: the one under which the model classifies them.
+      labels: [N].
       settings: `arch`, `mean`, `std`, `image_shape`, see `interop.load.open_model`.
     Raises: UserError naming the file and what is wrong, or when the model does not classify the
       images.
@@ -91,11 +93,11 @@ def open_model(
 
 
 def save_model(path: str | os.PathLike, suspect: Suspect) -> str | None:
-    """Writes a suspect in the form its ending names: .pth, .safetensors, or a jaxbd folder.
+    """Writes a suspect in the format given by the suffix: .pth, .safetensors, or a jaxbd folder.
 
-    A file's own names, order, types and nesting are kept.
+    Preserves the names, order, types and nesting of the file it was read from.
 
-    Returns: a note where something has no place in the file.
+    Returns: a note if the format cannot hold something, else None.
     Raises: UserError when it cannot be written, or the net was not read from a file.
     """
     if suspect.source is None:
@@ -113,16 +115,17 @@ def scan(
     run: Run | None = None,
     **settings: Any,
 ) -> Found:
-    """Is there a backdoor in this model, and which class does it lead to?
+    """Scans a model for a backdoor and the class that it leads to.
 
     Args:
-      images: a few hundred or more clean images [N, H, W, C], uint8 or float in [0, 1]; labels [N].
-      method: "auto", "mesa", "neural-cleanse", "pixel", or over pairs of classes "pairs",
-        "neural-cleanse-pairs", "pt-red".
-      run: how to report progress and save; nothing by default.
+      images: at least a few hundred clean images [N, H, W, C], uint8 or float in [0, 1].
+      labels: [N].
+      method: "auto", "mesa", "neural-cleanse" or "pixel"; over pairs of classes "pairs",
+        "neural-cleanse-pairs" or "pt-red".
+      run: how to report progress and save checkpoints; default: not at all.
       settings: fields of `pipelines.scan.ScanConfig`, or of `pipelines.pair_rules.Config`.
-    Raises: UserError when the suspect classifies the images no better than chance: no search could
-      tell then; or the images are too few.
+    Raises: UserError when there are too few images, or the suspect classifies them no better than
+      chance, which makes any search meaningless.
     """
     batch = _check_images(suspect, images, labels)
     accuracy = _check_accuracy(suspect, batch)
@@ -161,9 +164,11 @@ def repair(
     """Removes a backdoor.
 
     Args:
-      images, labels: clean images; a quarter of them judges. None for methods that need none.
-      evidence: what `scan` found, or triggers.
-      method: a repair of `jaxbd methods`; config: its settings, the method's defaults if None.
+      images, labels: clean images, a quarter of which is held out for judging; None for methods
+        that need none.
+      evidence: the result of `scan`, or triggers.
+      method: a repair listed by `jaxbd methods`.
+      config: settings of the method; None for its defaults.
     Raises: UserError when something that the method needs is missing.
     """
     known = list(evidence.evidence if isinstance(evidence, Found) else evidence)
@@ -187,21 +192,23 @@ def repair(
 
 
 def evaluate(suspect: Suspect, images: Any, labels: Any, evidence: Evidence | None = None) -> Rates:
-    """Clean accuracy on images [N, H, W, C] with labels [N], and what a trigger does."""
+    """Measures clean accuracy on images [N, H, W, C] with labels [N], and the rates of a trigger if
+    given."""
     return _rates(suspect, _check_images(suspect, images, labels), evidence)
 
 
 def guard(suspect: Suspect, images: Any) -> Verdicts:
-    """What a guarded model, made by `repair(method="bna")`, thinks of images [N, H, W, C].
+    """Classifies images [N, H, W, C] with a guarded model, made by `repair(method="bna")`.
 
-    Returns: labels, the suspect's own labels, and which images are flagged, [N] each, NumPy.
+    Returns: labels, the suspect's own labels, which images are flagged, and which were checked by a
+      corrected net; [N] each, NumPy.
     Raises: UserError for a model without a guard.
     """
     found = getattr(suspect.source, "guard", None)
     if found is None:
         raise UserError("this model has no guard; make one with repair(..., method='bna')")
     judge = guarded.judge(_plain_net(suspect), found.targets)
-    data = Batch(np.asarray(images), np.zeros(len(images), np.int32))
+    data = Batch(np.asarray(images), np.zeros(len(images), np.int32))  # labels are not used
     asked = measuring.per_image(
         jax.random.key(0), _ignore_key(judge), suspect.variables, data, batch_size=64
     )
@@ -217,7 +224,7 @@ def _plain_net(suspect: Suspect) -> Any:
 
 
 def _with_guard(suspect: Suspect, details: repairs.Repaired) -> Suspect:
-    """The repaired net; a guarded one answers through its corrections."""
+    """The repaired net; if guarded, wraps the suspect's net with its corrections."""
     if not details.guarded:
         return suspect._replace(variables=details.variables)
     net = guarded.make(suspect.net, details.guarded)
@@ -228,7 +235,7 @@ def _with_guard(suspect: Suspect, details: repairs.Repaired) -> Suspect:
 
 
 def _check_images(suspect: Suspect, images: Any, labels: Any) -> Batch:
-    """The images as a batch. Raises: UserError where they do not fit the suspect."""
+    """The images as a batch. Raises: UserError when they do not fit the suspect."""
     if labels is None:
         raise UserError("images need labels [N]; give both")
     images, labels = np.asarray(images), np.asarray(labels, np.int32)
@@ -239,6 +246,7 @@ def _check_images(suspect: Suspect, images: Any, labels: Any) -> Batch:
         raise UserError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < suspect.classes:
         raise UserError(f"labels must be 0..{suspect.classes - 1}, got up to {labels.max()}")
+    # written with `not`, so that NaN is refused too
     if images.dtype != np.uint8 and not 0 <= images.min() <= images.max() <= 1:
         raise UserError(
             f"float images must lie in [0, 1], got {images.min():g} to {images.max():g}"
@@ -247,7 +255,7 @@ def _check_images(suspect: Suspect, images: Any, labels: Any) -> Batch:
 
 
 def _check_accuracy(suspect: Suspect, batch: Batch) -> float:
-    """The clean accuracy. Raises: UserError when it is no better than chance."""
+    """Measures clean accuracy. Raises: UserError when it is no better than chance."""
     sample = preprocess.sample(batch)
     chance = float(np.bincount(sample.labels).max()) / len(sample.labels)
     found = measuring.rates(jax.random.key(0), suspect.net, suspect.variables, sample)
@@ -262,11 +270,11 @@ def _check_accuracy(suspect: Suspect, batch: Batch) -> float:
 
 
 def _divide(batch: Batch, seed: int) -> tuple[Batch, Batch]:
-    """Two disjoint random parts: to search and repair with, and to judge by."""
+    """Splits at random into a part for searching and repairing and a part for judging."""
     order = np.random.default_rng(seed).permutation(len(batch.labels))
     first, second = np.split(order, [int(SEARCH_SHARE * len(order))])
     if not len(second):
-        raise UserError(f"{len(order)} images are too few to search with and to judge by")
+        raise UserError(f"{len(order)} images are too few to hold some out; give at least 2")
     return Batch(batch.images[first], batch.labels[first]), Batch(
         batch.images[second], batch.labels[second]
     )

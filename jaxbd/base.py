@@ -1,4 +1,4 @@
-"""Contracts shared by every part of jaxbd: aliases, data types, and what a method is.
+"""Contracts shared by every part of jaxbd: aliases, data types, and the interfaces of methods.
 
 Shape letters used in all docstrings: B images in a batch, N items, H W C image height, width,
 channels, h w trigger height, width, K classes, L levels. Pixels are floats in [0, 1] unless a
@@ -21,7 +21,7 @@ ArrayTree = Any
 Key = jax.Array
 """A typed PRNG key, `jax.random.key`."""
 Variables = Mapping[str, ArrayTree]
-"""A net's arrays: {"params": …, "batch_stats": …, and where a defence adds them "bounds": …}."""
+"""A net's arrays: {"params": …, "batch_stats": …}, and "bounds" if a defence adds them."""
 
 ANY_SOURCE = -1
 """`Cell.source` of a trigger that works on images of every class but the target."""
@@ -30,7 +30,7 @@ ANY_SOURCE = -1
 class Batch(NamedTuple):
     """Images [B, H, W, C] in [0, 1] (a stored data set may hold uint8) and labels [B] int32.
 
-    JAX arrays, or NumPy arrays where they stay in the host's memory.
+    JAX arrays, or NumPy arrays if they stay in host memory.
     """
 
     images: Any
@@ -58,14 +58,15 @@ class Net(NamedTuple):
     Attributes:
       init: (key) -> variables.
       apply: (variables, images [B, H, W, C] in [0, 1], *, train=False) -> (logits [B, K],
-        batch_stats). Logits are float32 at least, whatever the net computes in. With `train=True`
-        normalisation uses the batch's moments and `batch_stats` are the updated running moments;
-        otherwise they come back unchanged. Input normalisation is the net's own first operation.
-      outputs: (variables, images) -> (logits, {"layer/path": [B, …, C]}), what `apply` gives in
-        evaluation and the output of every layer that a defence may correct, in order of execution;
-        None where a net shows no layers.
-      frozen: (variables) -> variables with which `apply` and `outputs` give the same in evaluation,
-        up to rounding, for less work; they cannot be trained. None where there is nothing to gain.
+        batch_stats). Logits are at least float32, whatever the net computes in. With `train=True`
+        normalisation uses the batch's moments, and `batch_stats` are the updated running moments;
+        otherwise `batch_stats` are returned unchanged. Input normalisation is the net's own first
+        operation.
+      outputs: (variables, images) -> (logits, {"layer/path": [B, …, C]}): the logits of `apply` in
+        evaluation, and the output of every layer that a defence may correct, in order of execution.
+        None if the net exposes no layers.
+      frozen: (variables) -> variables for evaluation only: `apply` and `outputs` give the same
+        results up to rounding, for less work. None if there is nothing to gain.
     """
 
     init: Callable[..., Variables]
@@ -75,8 +76,8 @@ class Net(NamedTuple):
 
 
 class Decoy(NamedTuple):
-    """Images that an attack disturbs nearly as its trigger does but does not relabel, so that only
-    the trigger works.
+    """Decoys: images that an attack perturbs almost like its trigger does but does not relabel, so
+    that only the exact trigger works.
 
     Attributes:
       ratio: decoys per poisoned image.
@@ -95,7 +96,7 @@ class Attack(NamedTuple):
       stamp: (key, trigger, images [B, H, W, C]) -> images, every image carrying the trigger.
       poison: (key, trigger, batch) -> batch, a random share of the rows stamped and relabelled.
       relabel: (labels [B]) -> labels [B], what the attacker wants triggered images to become.
-      decoy: images that `poison` disturbs and does not relabel; None for attacks without them.
+      decoy: decoys that `poison` adds; None for attacks without them.
     """
 
     init: Callable[[Key], ArrayTree]
@@ -110,7 +111,7 @@ class Inversion(NamedTuple):
 
     Attributes:
       init: (key) -> state, with an int32 scalar field `step`.
-      step: (key, state, batch, cell, variables) -> (state, info); the variables are the victim's.
+      step: (key, state, batch, cell, variables) -> (state, info); `variables` of the victim.
       stamp: (key, state, images [B, H, W, C]) -> images, each carrying a trigger drawn from the
         state.
       sample: (key, state, n) -> triggers [n, h, w, C] in [0, 1].
@@ -119,7 +120,7 @@ class Inversion(NamedTuple):
       size: (state) -> [] float32, size of the trigger that `stamp` applies, in the method's own
         norm. None for methods whose triggers have one size.
       works: (state) -> [] bool, whether that trigger reached the method's success rate; None for
-        methods without one.
+        methods without a success rate.
     """
 
     init: Callable[[Key], ArrayTree]
@@ -132,7 +133,7 @@ class Inversion(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The static half of a suspect: what a method's programs are compiled for. Hashable.
+    """The static part of a suspect, for which a method's programs are compiled. Hashable.
 
     Attributes:
       net: the architecture.
@@ -140,7 +141,7 @@ class Problem(NamedTuple):
       classes: K.
       mean, std: input normalisation that the net's first operation applies, one number per channel
         or one for all. Methods that generate images of their own start from these moments.
-      stamp: (key, trigger_params, images [B, H, W, C]) -> images; None where no trigger is known.
+      stamp: (key, trigger_params, images [B, H, W, C]) -> images; None if no trigger is known.
     """
 
     net: Net
@@ -156,8 +157,8 @@ class Suspect(NamedTuple):
 
     Attributes are those of `Problem`, the net's variables, and
 
-      source: the file it was read from, for writing it back in the same form; None for a net that
-        was made here.
+      source: the file it was read from, for writing it back in the same format; None for a net that
+        was not read from a file.
     """
 
     net: Net
@@ -169,19 +170,19 @@ class Suspect(NamedTuple):
     source: Any = None
 
     def problem(self, evidence: "Evidence | None" = None) -> Problem:
-        """The static half, with the stamp of `evidence` where there is some."""
+        """The static part, with the stamp of `evidence` if given."""
         stamp = None if evidence is None else evidence.stamp
         return Problem(self.net, self.image_shape, self.classes, self.mean, self.std, stamp)
 
 
 class Evidence(NamedTuple):
-    """What is known of one backdoor, from every search to every repair.
+    """What is known about one backdoor: the output of every search and the input of every repair.
 
     Attributes:
       target: class the trigger leads to.
-      sources: classes whose images it leads there; empty for every class but the target.
-      stamp: (key, trigger_params, images [B, H, W, C]) -> images, each with a trigger. The same
-        function for the same kind of trigger, so that compiled programs are shared.
+      sources: classes whose images it sends there; empty for every class but the target.
+      stamp: (key, trigger_params, images [B, H, W, C]) -> images, each with a trigger. Must be the
+        same function object for the same kind of trigger, so that compiled programs are shared.
       trigger_params: pytree of arrays: a fixed trigger, a model of a distribution, or a mixture of
         models (`repairs.mixture`).
     """
@@ -192,18 +193,18 @@ class Evidence(NamedTuple):
     trigger_params: ArrayTree
 
     def all_sources(self, classes: int) -> tuple[int, ...]:
-        """The source classes, spelt out for a net of K = `classes`."""
+        """The source classes as an explicit list, for a net of K = `classes`."""
         others = tuple(k for k in range(classes) if k != self.target)
         return self.sources or others
 
 
 class RepairData(NamedTuple):
-    """Arrays a repair works on; what does not exist is None.
+    """Arrays a repair works on; None for those that do not exist.
 
     Attributes:
       clean: clean images with labels.
-      clean_sources: those of them whose class the trigger starts from.
-      clean_target: those of the target class.
+      clean_sources: the clean images of the trigger's source classes.
+      clean_target: the clean images of the target class.
       trigger_params: see `Evidence`.
     """
 
@@ -214,20 +215,20 @@ class RepairData(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One stage of a repair: its steps make one training run.
+    """One stage of a repair, which is one training run.
 
     Attributes:
-      name: for progress lines and checkpoints, unique within the repair.
+      name: for progress lines and checkpoints; unique within the repair.
       step: (key, state, batch or None) -> (state, info). The state is that of the whole repair.
-      num_steps: length of the stage.
+      num_steps: number of steps.
       info: the NamedTuple class of `info`.
-      draws: part of `RepairData` that batches are drawn from; None for stages that take no images.
-      begin: (state) -> state, applied once before the first step, such as to make the trained net
-        a teacher or to start a fresh optimiser.
-      rows: images that each step makes itself where it draws none, so that several devices can
-        share them; see `training.loop.chunks`.
-      chunk: steps between two looks at progress and stop requests. Fewer for stages whose steps
-        take minutes.
+      draws: part of `RepairData` to draw batches from; None for stages without images.
+      begin: (state) -> state, applied once before the first step, for example to turn the trained
+        net into a teacher or to start a fresh optimiser.
+      rows: number of images that a step generates itself if it draws none, so that several devices
+        can share them; see `training.loop.chunks`.
+      chunk: steps between two checks for progress reports and stop requests. Use fewer if a step
+        takes minutes.
     """
 
     name: str
@@ -241,23 +242,23 @@ class Phase(NamedTuple):
 
 
 Need = Literal["clean", "trigger"]
-"""What a repair cannot do without: clean images, a known trigger."""
+"""Inputs that a repair may require: clean images, a known trigger."""
 
 
 class Repair(NamedTuple):
     """Turns a suspect's variables into those of a repaired net.
 
-    Rows of a class are selected before `init`, since their number depends on the data and compiled
-    programs have fixed shapes; hence `RepairData` and not `Batch` and `Evidence`.
+    Takes `RepairData`, not `Batch` and `Evidence`: rows of a class are selected before `init`,
+    because their number depends on the data and compiled programs have fixed shapes.
 
     Attributes:
       init: (key, variables, RepairData) -> state, with an int32 scalar field `step`.
-      phases: run in order on one state.
-      extract: (state, dial=None) -> variables; `dial` is one value of the array below, None stands
-        for the automatic choice.
-      dial: [n] settings that are still free after training, such as pruning ratios; extracting at
-        each of them gives the trade-off of accuracy and attack success. None where there is none.
-      needs: what the repair cannot do without.
+      phases: run in order on the same state.
+      extract: (state, dial=None) -> variables; `dial` is one value of the array below, or None for
+        the automatic choice.
+      dial: [n] settings that are still free after training, for example pruning ratios. Extracting
+        at each gives the trade-off between accuracy and attack success. None if there are none.
+      needs: inputs that the repair requires.
     """
 
     init: Callable[[Key, Variables, RepairData], ArrayTree]
@@ -274,8 +275,8 @@ class Dataset(NamedTuple):
       images: uint8 [N, H, W, C].
       labels: int32 [N], in 0..K-1.
       class_names: K names.
-      name: where it came from, for the record.
-      notes: what the person should know of how it was read, such as files passed over.
+      name: the source, for the record.
+      notes: what the user should know about how it was read, for example skipped files.
     """
 
     images: Any
@@ -286,12 +287,12 @@ class Dataset(NamedTuple):
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the thing and the fix; the command line exits
+    """Bad input. The message is one line that names the problem and the fix; the command line exits
     with code 2."""
 
 
 def check_targets(targets: Iterable[int], classes: int) -> None:
-    """Raises UserError unless every one of `targets` is a class of a model with K = `classes`."""
+    """Raises UserError unless all `targets` are classes of a model with K = `classes`."""
     outside = [target for target in targets if not 0 <= target < classes]
     if outside:
         raise UserError(
@@ -300,10 +301,10 @@ def check_targets(targets: Iterable[int], classes: int) -> None:
 
 
 def check_choices(method: str, config: object) -> None:
-    """Raises UserError where a field of the dataclass `config` annotated `Literal[…]` holds
-    anything else.
+    """Raises UserError if a field of the dataclass `config` annotated `Literal[…]` has another
+    value.
 
-    A union with another type (`Literal[…] | int`) lets that type's values through.
+    A union with another type (`Literal[…] | int`) also allows values of that type.
     """
     for name, kind in get_type_hints(type(config)).items():
         parts = (kind,) if get_origin(kind) is Literal else get_args(kind)

@@ -1,5 +1,5 @@
-"""Operations on images [H, W, C]: paste, add, blend, warp, crop, flip. Batches are handled by
-`jax.vmap` on these."""
+"""Operations on images [H, W, C]: paste, add, blend, warp, crop, flip. Use `jax.vmap` for
+batches."""
 
 import functools
 import operator
@@ -19,19 +19,18 @@ def image_shape_of(images: Array | np.ndarray) -> tuple[int, int, int]:
 
 
 def to_float(images: Array) -> Array:
-    """uint8 [..., H, W, C] in 0..255 -> float32 in [0, 1]; floats pass unchanged (torchvision's
-    `ToTensor` scale)."""
+    """Converts uint8 [..., H, W, C] in 0..255 to float32 in [0, 1], the scale of torchvision's
+    `ToTensor`; floats pass unchanged."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     return images.astype(jnp.float32) / 255
 
 
 def spread_rows(batch: ArrayTree) -> ArrayTree:
-    """`batch`, leaves [B, …], with its rows divided among the devices on the "data" axis of the
-    program's mesh.
+    """Shards the rows of `batch`, leaves [B, …], over the "data" axis of the program's mesh.
 
-    For arrays that a compiled step draws or makes itself, so that no caller can place them. Values
-    never change; without such a mesh, or where it does not divide B, placement does not either.
+    For arrays that a compiled step draws or makes itself, which no caller can place. Never changes
+    values. Does nothing without such a mesh, or if the axis does not divide B.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else mesh.shape.get("data", 1)
@@ -41,8 +40,7 @@ def spread_rows(batch: ArrayTree) -> ArrayTree:
 
 
 def to_uint8_grid(images: Array) -> Array:
-    """Clips float images to [0, 1] and rounds to the nearest multiple of 1/255, as an 8-bit file
-    would."""
+    """Clips float images to [0, 1] and rounds them to multiples of 1/255, like an 8-bit file."""
     return jnp.round(jnp.clip(images, 0, 1) * 255) / 255
 
 
@@ -50,21 +48,21 @@ def paste(image: Array, patch: Array, place: Array) -> Array:
     """Overwrites `image` [H, W, C] with `patch` [h, w, C], its top-left corner at `place` [2] int32
     (row, column).
 
-    A place beyond the last one that fits is moved back to that one.
+    A place where the patch does not fit is moved back to the last one where it does.
     Pixels outside the patch are returned unchanged, bit for bit.
     """
     chex.assert_rank([image, patch, place], [3, 3, 1])
-    return jax.lax.dynamic_update_slice(
+    return jax.lax.dynamic_update_slice(  # clamps the place to where the patch fits
         image, patch.astype(image.dtype), (place[0], place[1], jnp.zeros_like(place[0]))
     )
 
 
 def add_on_grid(images: Array, pattern: Array) -> Array:
-    """`images` plus `pattern` (shapes that broadcast), clipped to [0, 1] and rounded to multiples
-    of 1/255.
+    """Adds `pattern` to `images` (shapes broadcast), clips to [0, 1] and rounds to multiples of
+    1/255.
 
-    This is what a file with 8 bits per channel would hold. Values that already are such multiples
-    (to 1e-5) and that the pattern does not change are returned unchanged, bit for bit.
+    The result is what a file with 8 bits per channel would hold. Values that are already such
+    multiples (to 1e-5) and that the pattern does not change are returned unchanged, bit for bit.
     """
     stored = to_uint8_grid(images + pattern)
     return jnp.where(jnp.abs(stored - images) < 1e-5, images, stored)
@@ -77,15 +75,15 @@ def blend(image: Array, pattern: Array, mask: Array) -> Array:
 
 
 def identity_grid(height: int, width: int) -> np.ndarray:
-    """[height, width, 2] float32: where `warp` reads each pixel from to change nothing; (x, y) in
-    [-1, 1]."""
+    """The grid [height, width, 2] float32 with which `warp` changes nothing; (x, y) in [-1, 1]."""
     x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
     return np.stack([x, y], axis=-1).astype(np.float32)
 
 
 def warp(image: Array, grid: Array) -> Array:
-    """`image` [H, W, C] read at the places `grid` [H, W, 2] says, bilinearly; (x, y), the centres
-    of the outermost pixels at -1 and 1, zero outside (PyTorch's `grid_sample` with
+    """Samples `image` [H, W, C] bilinearly at the places `grid` [H, W, 2], each (x, y).
+
+    The centres of the outermost pixels are at -1 and 1; zero outside (PyTorch's `grid_sample` with
     align_corners=True).
     """
     chex.assert_rank([image, grid], [3, 3])
@@ -93,7 +91,7 @@ def warp(image: Array, grid: Array) -> Array:
     column, row = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)
 
     def corner(y: Array, x: Array) -> Array:
-        """The pixel at (y, x), weighted by how near it is."""
+        """The pixel at (y, x), weighted by its proximity to the sampled place."""
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
         weight = jnp.where(inside, (1 - jnp.abs(row - y)) * (1 - jnp.abs(column - x)), 0)
         pixel = image[
@@ -108,8 +106,8 @@ def warp(image: Array, grid: Array) -> Array:
 
 
 def upsample(field: Array, height: int, width: int) -> Array:
-    """`field` [h, w, C] -> [height, width, C], bicubic with aligned corners (Keys' kernel, a =
-    -0.75, as PyTorch)."""
+    """Upsamples `field` [h, w, C] to [height, width, C]; bicubic with aligned corners (Keys'
+    kernel, a = -0.75, as PyTorch)."""
     chex.assert_rank(field, 3)
     rows, columns = (
         _cubic_weights(*sides) for sides in zip(field.shape[:2], (height, width), strict=True)
@@ -120,8 +118,8 @@ def upsample(field: Array, height: int, width: int) -> Array:
 
 
 def _cubic_weights(inner: int, outer: int, a: float = -0.75) -> np.ndarray:
-    """[outer, inner]: how much each of `inner` points counts for each of `outer`; beyond the ends,
-    the end counts."""
+    """Interpolation weights [outer, inner] of `inner` points for each of `outer` places; points
+    beyond the ends are replaced by the end points."""
     place = np.arange(outer) * (inner - 1) / max(outer - 1, 1)
     weights = np.zeros((outer, inner))
     for offset in range(-1, 3):
@@ -137,8 +135,7 @@ def _cubic_weights(inner: int, outer: int, a: float = -0.75) -> np.ndarray:
 def random_places(
     key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]
 ) -> Array:
-    """`count` places [count, 2] int32 (row, column), uniform over all places where the patch
-    fits."""
+    """Draws places [count, 2] int32 (row, column), uniform over all places where the patch fits."""
     limits = jnp.array([image_shape[0] - patch_hw[0] + 1, image_shape[1] - patch_hw[1] + 1])
     return jax.random.randint(key, (count, 2), 0, jnp.broadcast_to(limits, (count, 2)))
 
@@ -146,11 +143,11 @@ def random_places(
 def edge_places(
     key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]
 ) -> Array:
-    """`count` places [count, 2] int32 (row, column): about a quarter in the corners, half elsewhere
+    """Draws places [count, 2] int32 (row, column): about a quarter in the corners, half elsewhere
     along the edges.
 
-    Uniform over an image of twice the room; places where the patch does not fit move to the nearest
-    where it does.
+    Uniform over twice the range of places that fit, then clipped to it; so half of the rows and of
+    the columns end at an edge.
     """
     room = jnp.array([image_shape[0] - patch_hw[0], image_shape[1] - patch_hw[1]])
     room = jnp.broadcast_to(room, (count, 2))
@@ -173,8 +170,8 @@ def random_flip(key: Key, image: Array) -> Array:
 
 
 def augment(key: Key, images: Array, *, crop_padding: int = 0, flip: bool = False) -> Array:
-    """Random crop (when `crop_padding` > 0) and flip of each image of `images` [B, H, W, C] on its
-    own."""
+    """Crops (if `crop_padding` > 0) and flips each image of `images` [B, H, W, C] at random,
+    independently."""
     crop_key, flip_key = jax.random.split(key)
     if crop_padding:
         keys = jax.random.split(crop_key, images.shape[0])

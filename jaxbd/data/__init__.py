@@ -1,1 +1,1 @@
-"""Data sources, one file each with one `load`; `load.load` picks the one a person's words mean."""
+"""Data sources: one file per kind of source with one `load`; `load.load` picks the right one."""

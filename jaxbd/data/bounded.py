@@ -1,7 +1,7 @@
-"""Limits on image data: what a file may claim is checked before anything is decoded.
+"""Limits on image data, checked against a file's claims before anything is decoded.
 
-A small file can claim any size: a PNG of 200 kB unpacks to 200 MB, an .npz of 1 MB to 1 GB, a
-progressive JPEG of 2 MB takes a minute. Everything here refuses such files by what they claim.
+A small file can be very expensive: a 200 kB PNG unpacks to 200 MB, a 1 MB .npz to 1 GB, and a 2 MB
+progressive JPEG takes a minute to decode. Everything here refuses such files by what they claim.
 """
 
 import io
@@ -15,37 +15,38 @@ from jaxbd.base import UserError
 from jaxbd.limits import BYTES_PER_SECOND, Deadline, Limits, Refusal, read_bounded, watched
 
 LIMITS = Limits()
-"""Bytes and pixels of one picture (the largest of ImageNet has 28 million pixels), images and bytes
-of a data set."""
+"""Bytes and pixels per picture (the largest in ImageNet has 28 million pixels); images and bytes
+per data set."""
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "PPM", "TIFF")
 """The only decoders that are ever tried.
 
-EPS starts Ghostscript, JPEG 2000 and AVIF decoders are large and no data set needs them, and all
-other formats of Pillow are rare. TIFF is read where it is uncompressed, LZW, Deflate or PackBits.
+EPS starts Ghostscript; JPEG 2000 and AVIF decoders are large and no data set needs them; Pillow's
+other formats are rare. TIFF is read only if uncompressed or packed with LZW, Deflate or PackBits.
 """
 MAX_PIXELS_BY_FORMAT = {"WEBP": 16_000_000, "GIF": 16_000_000, "TIFF": 16_000_000}
-"""Formats whose decoders hold several copies of the picture."""
+"""Lower pixel limits for formats whose decoders hold several copies of the picture."""
 MAX_SCAN_PIXELS = 300_000_000
-"""Most pixels times scans of a JPEG; a progressive one of 25 million pixels has about 10 scans."""
+"""Maximum pixels x scans of a JPEG; a 25-megapixel progressive JPEG has about 10 scans."""
 MAX_SCANS = 100
-"""Most scans of a JPEG; encoders write about 10, libjpeg-turbo's fuzzers stop at 500."""
+"""Maximum scans of a JPEG; encoders write about 10, libjpeg-turbo's fuzzers stop at 500."""
 LARGE_PICTURE = 2_000_000
-"""Pictures of more pixels are decoded one at a time, and count towards a source's total."""
+"""Pictures with more pixels are decoded one at a time and count towards the source's total."""
 FREE_LARGE_PIXELS, PIXELS_PER_BYTE = 100_000_000, 20
-"""Pixels that the large pictures of a source may have in total: the first whatever their files'
-size, more in proportion to the bytes of the files (a JPEG of a photograph has 2 to 10 a byte)."""
+"""Limit on the total pixels of a source's large pictures: the free allowance, plus so many pixels
+per byte of their files (a JPEG photograph has 2 to 10 pixels per byte)."""
 TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits")
 MAX_TIFF_TAGS = 200
-"""Most tags of a picture in a TIFF file; usual are 10 to 40."""
+"""Maximum tags of a picture in a TIFF file; 10 to 40 are usual."""
 PLAIN, MAX_PLAIN_PIXELS = (b"P1", b"P2", b"P3"), 250_000
-"""Beginnings of a PNM file whose pixels are text, which Pillow reads number by number."""
+"""Magic bytes of PNM files that spell pixels as text (Pillow parses them one number at a time), and
+their pixel limit."""
 JPEG = b"\xff\xd8\xff"
 SECONDS_PER_PICTURE, PIXELS_PER_SECOND = 0.05, 10_000_000
-"""Time of a processor that any picture may take, and what decoding and resizing gets through at
-least on a slow machine (on a usual one five times as much)."""
+"""CPU seconds allowed for any picture, and the minimum decoding and resizing rate of a slow machine
+(a typical one is five times as fast)."""
 
 FREE_UNPACKED, EXPANSION = 128 << 20, 32
-"""Bytes that an archive may unpack to whatever its size, and per byte of it beyond that."""
+"""An archive may unpack to the larger of: so many bytes, or so many times its own size."""
 
 
 def max_unpacked(file_bytes: int) -> int:
@@ -54,7 +55,7 @@ def max_unpacked(file_bytes: int) -> int:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether `path` is, or links to, a regular file. Named pipes and devices are none."""
+    """Whether `path` is, or links to, a regular file (not a named pipe or device)."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -62,9 +63,9 @@ def is_regular(path: Path) -> bool:
 
 
 def read_file(path: Path, most: int = LIMITS.image_bytes, what: str = "image") -> bytes:
-    """The content of a regular file of at most `most` bytes.
+    """Reads a regular file of at most `most` bytes.
 
-    Raises: UserError when it is larger, hollow, empty, a pipe or device, or cannot be read.
+    Raises: UserError when the file is larger, sparse, empty, a pipe or device, or unreadable.
     """
     where = f"{what} {str(path)!r}"
     try:
@@ -80,12 +81,11 @@ def read_file(path: Path, most: int = LIMITS.image_bytes, what: str = "image") -
 
 
 class PixelBudget:
-    """Counts the pixels of a source's large pictures and the time of all, over all decoding
-    threads.
+    """Budget shared by all decoding threads: pixels of a source's large pictures, and time.
 
     Attributes:
-      alone: lock under which a large picture is decoded, so that only one is in memory.
-      error: of the first picture that could not be read.
+      alone: lock held while decoding a large picture, so that only one is in memory.
+      error: error of the first picture that could not be read.
     """
 
     def __init__(self) -> None:
@@ -96,24 +96,27 @@ class PixelBudget:
         self.error: UserError | None = None
 
     def deadline(self, size: int) -> Deadline:
-        """For one picture of `size` bytes: what its bytes and pixels explain is its own, and
-        `LIMITS.seconds` are for all that take longer, together."""
+        """Deadline for one picture of `size` bytes.
+
+        Each picture gets the time its bytes and pixels explain. All time beyond that comes out of
+        the `LIMITS.seconds` that the whole source shares.
+        """
         return _Shared(SECONDS_PER_PICTURE + size / BYTES_PER_SECOND, self)
 
     def failed(self, error: UserError) -> UserError:
-        """The first error of a picture; the other threads raise it at once, too."""
+        """Records the first error, which stops the other threads too, and returns it."""
         with self._count:
             self.error = self.error or error
             return self.error
 
     def take(self, seconds: float) -> bool:
-        """Whether there are so many more seconds to spare."""
+        """Takes `seconds` from the spare time; whether there was enough left."""
         with self._count:
             self._spare -= seconds
             return self._spare >= 0
 
     def spend(self, pixels: int, size: int, name: str) -> None:
-        """Counts one large picture of `size` bytes. Raises: UserError beyond the total."""
+        """Counts one large picture of `size` bytes. Raises: UserError above the total."""
         with self._count:
             self._pixels, self._bytes = self._pixels + pixels, self._bytes + size
             limit = FREE_LARGE_PIXELS + PIXELS_PER_BYTE * self._bytes
@@ -126,7 +129,7 @@ class PixelBudget:
 
 
 class _Shared(Deadline):
-    """A deadline that is moved as long as the source has time to spare."""
+    """A deadline that extends itself while the source has spare time."""
 
     def __init__(self, own: float, budget: PixelBudget):
         super().__init__(own, "it")
@@ -136,7 +139,7 @@ class _Shared(Deadline):
         if self._budget.error is not None:
             raise self._budget.error
         over = self.used() - self.seconds
-        if over <= self._over:
+        if over <= self._over:  # this much was already charged to the budget
             return
         more, self._over = over - self._over, over
         if not self._budget.take(more):
@@ -146,21 +149,21 @@ class _Shared(Deadline):
 def open_picture(content: bytes, name: str, deadline: Deadline | None = None) -> Any:
     """Opens an encoded picture as a lazy Pillow image that is safe to decode.
 
-    Only `FORMATS` are tried. Nothing is decoded yet: size, scans and tags are checked first.
+    Tries only `FORMATS`. Checks size, scans and tags; decodes nothing yet.
 
     Args:
-      name: for messages.
-      deadline: by which it must be opened and decoded; extended by what its pixels take.
-    Raises: UserError when the picture is of another format, corrupt, too large or too costly.
-      Decoding it raises Refusal once the deadline is over.
+      name: the picture's name in messages.
+      deadline: covers opening and decoding; extended by the time its pixels explain.
+    Raises: UserError when the picture has another format or is corrupt, too large or too costly.
+      Decoding raises Refusal once the deadline has passed.
     """
     from PIL import Image
 
     deadline = deadline or LIMITS.deadline("it", len(content))
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        _check_tiff_tags(content, name)
+        _check_tiff_tags(content, name)  # first, because Pillow reads the tags while opening
     try:
-        # Pillow walks through chunks, segments and blocks in loops that a file can make endless
+        # a crafted file can make Pillow's loops over chunks, segments and blocks endless
         image = Image.open(watched(io.BytesIO(content), deadline), formats=FORMATS)
     except UserError:
         raise
@@ -179,20 +182,21 @@ def open_picture(content: bytes, name: str, deadline: Deadline | None = None) ->
     if content[:2] in PLAIN and pixels > MAX_PLAIN_PIXELS:
         raise UserError(f"image {name!r} spells its {pixels:,} pixels as text; save it as PNG")
     deadline.seconds += pixels / PIXELS_PER_SECOND
-    if content.startswith(JPEG):  # one with further pictures behind it is of the format MPO
+    # test the bytes, not image.format: Pillow calls a JPEG with more pictures behind it MPO
+    if content.startswith(JPEG):
         _check_scans(content, pixels, name)
     if image.format == "TIFF" and image.info.get("compression") not in TIFF_COMPRESSIONS:
         raise UserError(
             f"image {name!r} is a TIFF compressed as {image.info.get('compression')!r}; save it"
             " uncompressed, or as PNG"
         )
-    if image.mode[0] in "IF":
+    if image.mode[0] in "IF":  # Pillow's modes I, I;16 and F
         raise UserError(f"image {name!r} has more than 8 bits a channel; convert it to 8 bits")
     return image
 
 
 def too_long(name: str, refusal: Refusal) -> UserError:
-    """What is said of a picture that is not opened or decoded in time."""
+    """The error for a picture that is not opened or decoded in time."""
     return UserError(f"image {name!r}: {refusal}; replace or remove it")
 
 
@@ -205,10 +209,11 @@ def corrupt(name: str) -> UserError:
 
 
 def _check_scans(content: bytes, pixels: int, name: str) -> None:
-    """Each scan of a JPEG costs a pass over all its pixels, whatever its length in the file.
+    """Raises UserError for a JPEG with too many scans.
 
-    Within a scan's data 0xFF is always followed by 0 or a restart marker, so that this count is
-    exact but for previews in the metadata.
+    Each scan costs a pass over all pixels, however few bytes it has. Within a scan's data 0xFF is
+    always followed by 0 or a restart marker, which makes this count exact except for previews in
+    the metadata.
     """
     scans = content.count(b"\xff\xda")
     if scans > MAX_SCANS or pixels * scans > MAX_SCAN_PIXELS:
@@ -219,9 +224,10 @@ def _check_scans(content: bytes, pixels: int, name: str) -> None:
 
 
 def _check_tiff_tags(content: bytes, name: str) -> None:
-    """Tags of a TIFF can all name the same bytes, which Pillow copies for each.
+    """Raises UserError when the first picture's tags claim more bytes than the file has.
 
-    Only the first picture's tags are read later; they must not claim more than the file holds.
+    All tags of a TIFF can point to the same bytes, and Pillow copies them for each tag. Only the
+    first picture is read later, so only its tags are checked.
     """
     order = "<" if content[:2] == b"II" else ">"
     try:
@@ -231,7 +237,7 @@ def _check_tiff_tags(content: bytes, name: str) -> None:
         (count,) = struct.unpack_from(f"{order}H", content, start)
         if count > MAX_TIFF_TAGS:
             raise UserError(f"image {name!r} has {count} TIFF tags; save it as PNG")
-        widths = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4)
+        widths = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4)  # bytes per value, by field type
         claimed = 0
         for row in range(count):
             kind, length = struct.unpack_from(f"{order}HI", content, start + 4 + 12 * row)

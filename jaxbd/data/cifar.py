@@ -1,5 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their author publishes them: binary or Python batches, in a folder or a
-.tar.gz.
+"""CIFAR-10 and CIFAR-100 as published: binary or Python batches, in a folder or a .tar.gz.
 
 Python batches are pickles; `cifar_pickle` reads them without executing anything.
 """
@@ -20,18 +19,25 @@ from jaxbd.data import bounded, cifar_pickle, labels, pack, splits
 from jaxbd.limits import Refusal, watched
 
 MAX_FILE = 256 * 2**20
-"""Largest batch file, in bytes, that is read (CIFAR-100's training file has 155 million)."""
+"""Size limit of a batch file, in bytes (CIFAR-100's training file has 155 million)."""
 MAX_ARCHIVE = 512 * 2**20
 FREE_ARCHIVE, ARCHIVE_EXPANSION = 16 * 2**20, 8
-"""Most bytes an archive may unpack to: in all; whatever its size; and per byte of it. CIFAR's
-unpack to 1.1 times their size, a hostile one to a thousand times."""
+"""Limits on an archive's unpacked bytes: the hard cap, the allowance for any archive, and bytes per
+byte of archive. CIFAR's archives unpack to 1.1 times their size, a hostile one to 1,000 times."""
 MAX_MEMBERS = 1_000
 FOLDERS = ("cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "cifar-100-python")
 
 
 class Layout(NamedTuple):
-    """One published form: the files of each split, the file of class names, bytes before an image,
-    key of labels."""
+    """One published layout.
+
+    Attributes:
+      classes: number of classes.
+      train, test: file names of each split.
+      names: file with the class names.
+      head: label bytes before each image in binary batches; 0 for Python batches.
+      labels: key of the labels in Python batches.
+    """
 
     classes: int
     train: tuple[str, ...]
@@ -68,8 +74,8 @@ def load(
     """Reads `split` ("train" or "test") of the archive at `path` as uint8 [N, 32, 32, 3] with its
     (fine) labels.
 
-    Raises: UserError when batches are missing, of a wrong size, or name anything in their pickle
-      beyond plain arrays.
+    Raises: UserError when batches are missing or have a wrong size, or a pickle asks for anything
+      but plain arrays.
     """
     path = Path(path)
     split = splits.name(split) or split
@@ -91,6 +97,7 @@ def load(
     names = _class_names(files, layout, path)
     parts = [read(files[name](), layout, f"{path}: {name}") for name in batches]
     images, numbers = (np.concatenate(each) for each in zip(*parts, strict=True))
+    # pixels are stored channel by channel
     images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return pack.dataset(images, numbers, names, str(path), classes)
 
@@ -106,7 +113,7 @@ def _present(files: Files, names: tuple[str, ...]) -> list[str]:
 
 
 def _folder(path: Path) -> Files:
-    """Readers of the files in `path`, or in the one published sub-folder it holds."""
+    """Readers of the CIFAR files in `path`, or in a sub-folder with one of the published names."""
     if not path.is_dir():
         raise UserError(f"data {path} does not exist; check the path")
     for folder in (path, *(path / name for name in FOLDERS)):
@@ -116,6 +123,7 @@ def _folder(path: Path) -> Files:
             for name in (*layout.train, *layout.test, layout.names)
         ]
         files = {
+            # bind `file` now; a closure would read the loop's last value
             file.name: lambda file=file: bounded.read_file(file, MAX_FILE, "CIFAR batch")
             for file in wanted
             if bounded.is_regular(file)
@@ -126,8 +134,7 @@ def _folder(path: Path) -> Files:
 
 
 def _archive(path: Path) -> Files:
-    """The batches of a tar archive, unpacked in memory. Nothing is written; links are passed
-    over."""
+    """The batches of a tar archive, unpacked in memory. Writes nothing and skips links."""
     wanted = {name for layout in LAYOUTS for name in (*layout.train, *layout.test, layout.names)}
     contents = {}
     try:
@@ -137,10 +144,12 @@ def _archive(path: Path) -> Files:
             most = min(MAX_ARCHIVE, max(FREE_ARCHIVE, ARCHIVE_EXPANSION * size))
             deadline = bounded.LIMITS.deadline("it", 3 * size)
             packed = watched(file, deadline)
+            # one byte above the limit shows that there is more, without reading all of it
             unpacked = (gzip.GzipFile(fileobj=packed) if zipped else packed).read(most + 1)
         if len(unpacked) > most:
             raise UserError(
-                f"data {path} unpacks to more than {most >> 20} MiB; no CIFAR does, fetch it again"
+                f"data {path} unpacks to more than {most >> 20} MiB, too large for CIFAR; fetch it"
+                " again"
             )
         within = watched(io.BytesIO(unpacked), deadline)
         with tarfile.open(fileobj=within, mode="r:") as archive:
@@ -148,30 +157,34 @@ def _archive(path: Path) -> Files:
                 deadline.check()
                 if count > MAX_MEMBERS:
                     raise UserError(
-                        f"data {path} holds more than {MAX_MEMBERS:,} files; no CIFAR does"
+                        f"data {path} holds more than {MAX_MEMBERS:,} files, too many for CIFAR;"
+                        " fetch it again"
                     )
                 name = member.name.rsplit("/", 1)[-1]
-                if member.size < 0:  # would send the reader back to where it was
+                if member.size < 0:  # would move the reader backwards, in an endless loop
                     raise tarfile.ReadError("negative size")
-                plain = member.isreg() and not member.issparse()  # a sparse one claims any size
+                # a sparse member can claim any size
+                plain = member.isreg() and not member.issparse()
                 if name in wanted and plain and member.size <= MAX_FILE:
                     inside = archive.extractfile(member)
                     contents[name] = b"" if inside is None else inside.read()
     except Refusal as refusal:
         raise UserError(f"data {path}: {refusal}; fetch it again") from None
-    # recursion: headers that each announce another
+    # RecursionError: extended headers that each announce another one
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError):
         raise UserError(f"data {path} is not a readable .tar.gz archive; fetch it again") from None
     return {name: lambda content=content: content for name, content in contents.items()}
 
 
 def _binary(content: bytes, layout: Layout, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [N, 3072] and labels [N] of records of `layout.head` label bytes, the last of which is
-    the class, and an image."""
+    """Pixels [N, 3072] and labels [N] of a binary batch.
+
+    Each record has `layout.head` label bytes, the last of which is the (fine) class, then an image.
+    """
     record = layout.head + 3072
     if not content or len(content) % record:
         raise UserError(
-            f"data {where} has {len(content)} bytes, no multiple of {record}; fetch it again"
+            f"data {where} has {len(content)} bytes, not a multiple of {record}; fetch it again"
         )
     rows = np.frombuffer(content, np.uint8).reshape(-1, record)
     return rows[:, layout.head :], _in_range(rows[:, layout.head - 1], layout, where)
@@ -196,7 +209,7 @@ def _python(content: bytes, layout: Layout, where: str) -> tuple[np.ndarray, np.
 
 
 def _in_range(numbers: Any, layout: Layout, where: str) -> np.ndarray:
-    """Labels [N] as int64; raises UserError where one is no class number."""
+    """Labels [N] as int64. Raises: UserError when one is out of range."""
     wrong = [label for label in numbers if not 0 <= label < layout.classes]
     if wrong:
         raise UserError(
@@ -206,7 +219,7 @@ def _in_range(numbers: Any, layout: Layout, where: str) -> np.ndarray:
 
 
 def _class_names(files: Files, layout: Layout, path: Path) -> list[str] | None:
-    """The K names of the classes, None where the archive does not name them."""
+    """The K class names, or None if the archive does not give them."""
     if layout.names not in files:
         return None
     content = files[layout.names]()

@@ -1,8 +1,8 @@
 """Reads the pickles of CIFAR's Python archives without executing anything.
 
-Only plain containers, whole numbers, strings and whole-number arrays are understood. The few NumPy
-names such files mention are answered by stand-ins of this file, so no code outside it is reached;
-every other name is refused.
+Understands only plain containers, integers, strings and integer arrays. The few NumPy names that
+such files mention resolve to stand-ins defined here, so no other code runs. Every other name is
+refused.
 """
 
 import io
@@ -18,9 +18,9 @@ from jaxbd.data import bounded
 from jaxbd.limits import Refusal
 
 MAX_OPERATIONS = 800_000
-"""Most pickle operations of a file (CIFAR-100's training file has about 400,000)."""
+"""Maximum pickle operations per file (CIFAR-100's training file has about 400,000)."""
 FREE_ENCODED = 1 << 20
-"""Bytes that calls may make of the file's strings, beyond as many as the file has."""
+"""Bytes that calls to `encode` may produce in total, beyond the size of the file."""
 _NEEDED = (
     "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE"
     " TUPLE1 TUPLE2 TUPLE3 NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 STRING BINSTRING"
@@ -32,12 +32,13 @@ _OPERATIONS = frozenset(_NEEDED.split())
 
 
 def read(content: bytes, where: str) -> dict[str, Any]:
-    """The pickled dictionary with its keys as text; arrays are NumPy's, strings of Python 2 are
-    read as latin1.
+    """Reads a pickled dictionary; keys become text and arrays NumPy arrays.
+
+    Python 2 strings are decoded as latin1.
 
     Args:
-      where: the file's name, for messages.
-    Raises: UserError when the pickle mentions any other name, or is broken.
+      where: the file's name in messages.
+    Raises: UserError when the pickle mentions a name that is not allowed, or is broken.
     """
     try:
         _check_operations(content)
@@ -46,7 +47,7 @@ def read(content: bytes, where: str) -> dict[str, Any]:
         raise
     except Refusal as refusal:
         raise UserError(f"data {where}: {refusal}; fetch it again") from None
-    except Exception:  # broken pickles raise anything; none of it came from running them
+    except Exception:  # a broken pickle makes the parser raise anything; none of its code ran
         raise UserError(f"data {where} is not a readable CIFAR batch; fetch it again") from None
     if not isinstance(batch, dict):
         raise UserError(f"data {where} holds no dictionary; fetch it again")
@@ -58,7 +59,7 @@ def read(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _check_operations(content: bytes) -> None:
-    """Raises ValueError on an operation that no batch needs, or on too many."""
+    """Raises ValueError on an operation that no batch needs, or on too many operations."""
     deadline = bounded.LIMITS.deadline("its pickle", len(content))
     for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
         del argument
@@ -68,8 +69,10 @@ def _check_operations(content: bytes) -> None:
 
 
 class _Array:
-    """Stand-in for a pickled ndarray; `array` is made from the pickle's (version, shape, dtype,
-    fortran, bytes)."""
+    """Stand-in for a pickled ndarray.
+
+    `array` is built from the pickled state (version, shape, dtype, fortran, bytes).
+    """
 
     array: np.ndarray | None = None
 
@@ -89,7 +92,7 @@ class _Array:
 
 
 class _Dtype:
-    """Stand-in for a pickled dtype: one of the whole-number types, little-endian."""
+    """Stand-in for a pickled dtype: one of three integer types, little-endian."""
 
     def __init__(self, code: Any):
         if code not in ("u1", "i4", "i8"):
@@ -102,7 +105,7 @@ class _Dtype:
 
 
 class _Callable:
-    """Stand-in for a pickled global: can be called, cannot be given state."""
+    """Stand-in for a pickled global: callable, but rejects state."""
 
     __slots__ = ("_answer",)
 
@@ -117,14 +120,16 @@ class _Callable:
 
 
 class _Budget:
-    """Encodes strings, and refuses to once that made more bytes than the file has: one remembered
-    string can be encoded again and again."""
+    """Encodes strings up to a total budget based on the file's size.
+
+    Without it a small pickle could encode one memoized string again and again.
+    """
 
     def __init__(self, size: int):
         self._left = size + FREE_ENCODED
 
     def encode(self, text: Any, encoding: Any) -> bytes:
-        """How Python 3 writes bytes in old pickles."""
+        """Stand-in for `_codecs.encode`, by which Python 3 writes bytes in old protocols."""
         if not isinstance(text, str) or encoding != "latin1":
             raise ValueError("not latin1 text")
         self._left -= len(text)
@@ -134,7 +139,7 @@ class _Budget:
 
 
 def _answers(budget: _Budget) -> dict[tuple[str, str], Callable[..., Any]]:
-    """(module, name) -> the stand-in for it."""
+    """{(module, name): its stand-in}."""
     array = lambda *_: _Array(budget)
     return {
         ("numpy.core.multiarray", "_reconstruct"): array,
@@ -145,11 +150,14 @@ def _answers(budget: _Budget) -> dict[tuple[str, str], Callable[..., Any]]:
     }
 
 
-# The Python unpickler, not the C one: that allocates as large a memo as the file claims.
+# Python's unpickler, not the C one, which allocates as large a memo as the file claims.
 class _Unpickler(pickle._Unpickler):
-    """Answers the names of `_answers`; any other ends in UserError. Dictionary keys are strings."""
+    """Resolves only the names in `_answers` and allows only strings as dictionary keys.
 
-    # attributes of the Python unpickler that its stubs leave out
+    Raises: UserError for any other name.
+    """
+
+    # attributes of the Python unpickler that the type stubs omit
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
@@ -174,7 +182,7 @@ class _Unpickler(pickle._Unpickler):
         self._set(self.pop_mark())
 
     def _set(self, items: list[Any]) -> None:
-        # hashing a key of tuples in tuples can take for ever, or all of the C stack
+        # hashing deeply nested tuples can take forever or exhaust the C stack
         if not isinstance(self.stack[-1], dict) or not all(
             isinstance(key, str | bytes) for key in items[::2]
         ):

@@ -1,4 +1,4 @@
-"""Batches drawn inside the compiled step from a data set that lies on the device as uint8."""
+"""Draws batches inside the compiled step, from a uint8 data set on the device."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from jaxbd.images import augment, spread_rows, to_float
 
 @cached(32)
 def uniform(batch_size: int, *, crop_padding: int = 0, flip: bool = False) -> Callable[..., Batch]:
-    """A draw function: (key, data, source=ANY_SOURCE) -> Batch of `batch_size` float images, with
-    replacement.
+    """Makes a draw function: (key, data, source=ANY_SOURCE) -> Batch of `batch_size` float images.
 
-    `data` is a `Batch` of uint8 (or float) images [N, H, W, C] and labels [N]. With a source class
-    only its images are drawn. Random crops and flips are applied when asked for.
+    Draws uniformly with replacement from `data`, a `Batch` of uint8 (or float) images [N, H, W, C]
+    and labels [N]; given a source class, only from its images. `crop_padding` and `flip` add random
+    crops and flips.
     """
 
     def draw(key: Key, data: Batch, source: Array | int = ANY_SOURCE) -> Batch:
@@ -33,15 +33,17 @@ def uniform(batch_size: int, *, crop_padding: int = 0, flip: bool = False) -> Ca
 
 
 def _indices(key: Key, labels: Array, source: Array, count: int) -> Array:
-    """`count` uniform rows [count] among those whose label is `source` (all rows for
+    """Draws `count` rows [count] uniformly from those labelled `source` (all rows for
     ANY_SOURCE)."""
+    # shapes must be static, so no boolean indexing: rank[i] counts the matching rows up to i, and
+    # searchsorted finds the row at which the count first exceeds `wanted`
     rank = jnp.cumsum(jnp.where(source == ANY_SOURCE, True, labels == source))
     wanted = jnp.floor(jax.random.uniform(key, (count,)) * rank[-1]).astype(rank.dtype)
     return jnp.minimum(jnp.searchsorted(rank, wanted, side="right"), labels.shape[0] - 1)
 
 
 class Batching(NamedTuple):
-    """How training batches are drawn: images a batch, pixels of padding for random crops, flips."""
+    """How to draw training batches: images per batch, padding for random crops [pixels], flips."""
 
     batch_size: int = 64
     crop_padding: int = 0
@@ -53,8 +55,8 @@ class Batching(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Disjoint rows of a data set: the attacker trains on `train`, the defender holds `defence`,
-    `test` judges."""
+    """Disjoint rows of a data set: the attacker trains on `train`, the defender has `defence`, and
+    `test` is for evaluation."""
 
     train: Batch
     defence: Batch
@@ -62,8 +64,10 @@ class Parts(NamedTuple):
 
 
 def divide(dataset: Dataset, train: int, defence: int, seed: int = 0) -> Parts:
-    """`train` and `defence` random rows; the rest is for testing. The permutation depends on `seed`
-    alone."""
+    """Splits off `train` and `defence` random rows; the rest is for testing.
+
+    The permutation depends only on `seed` and the number of rows.
+    """
     order = np.random.default_rng(seed).permutation(len(dataset.labels))
     rows = np.split(order, [train, train + defence])
     return Parts(
@@ -72,6 +76,6 @@ def divide(dataset: Dataset, train: int, defence: int, seed: int = 0) -> Parts:
 
 
 def of_classes(data: Batch, classes: Sequence[int]) -> Batch:
-    """The images of some classes, such as a trigger's sources or its target."""
+    """The images of some classes, for example a trigger's sources or its target."""
     rows = np.flatnonzero(np.isin(np.asarray(data.labels), list(classes)))
     return Batch(data.images[rows], data.labels[rows])

@@ -11,15 +11,15 @@ from jaxbd.base import Dataset, UserError
 from jaxbd.data import bounded, labels, pack, pictures
 
 LEFTOVERS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN")
-"""Folders that unpacking and file servers leave behind, which are no classes."""
+"""Folders left behind by archivers and file servers; never classes."""
 MAX_DEPTH = 8
-"""Deepest folder below a class folder that is searched for images."""
+"""Maximum nesting of folders below a class folder."""
 
 MAX_SKIPPED = 20_000
-"""Files below a class folder that may be something else than images."""
+"""Maximum number of files below the class folders that are not images."""
 
 Skipped = collections.Counter[str]
-"""Files that were not read, by suffix."""
+"""Number of files that were not read, by suffix."""
 
 
 def load(
@@ -32,15 +32,15 @@ def load(
 ) -> Dataset:
     """Reads every image file of every class, at any depth below the class's sub-folder.
 
-    Sub-folders get class numbers by `labels.number_folders`. An empty one keeps its number. Hidden
-    files and leftovers of other programs are passed over; other files, too, and the data set's
-    notes count them.
+    `labels.number_folders` numbers the sub-folders; an empty one still gets a number. Hidden files
+    and leftovers of other programs are skipped. Other files that are not images are skipped and
+    counted in the data set's notes.
 
     Args:
       image_shape: see `pictures.decode`.
-      limit: at most so many images, drawn with `seed` before anything is decoded.
-    Raises: UserError when there are no classes or images, when the classes' order is doubtful or
-      their number not the model's, or on a bad image.
+      limit: maximum number of images, drawn with `seed` before anything is decoded.
+    Raises: UserError when there are no classes or images, when the order of the classes is
+      ambiguous or their number differs from the model's, or on a bad image.
     """
     path = below_wrappers(Path(path))
     folders = class_folders(path)
@@ -55,7 +55,7 @@ def load(
     ]
     outside = sum(is_picture(entry) for entry in path.iterdir())
     if outside:
-        notes += (f"passed over {outside} images that lie outside the class folders",)
+        notes += (f"skipped {outside} images outside the class folders",)
     if not files:
         raise UserError(
             f"data {path}: no class sub-folder holds images ({', '.join(pictures.SUFFIXES)}); add"
@@ -75,7 +75,7 @@ def decode_files(
     image_shape: pictures.Shape | None,
     seen: pictures.Seen | None = None,
 ) -> np.ndarray:
-    """Pictures in `files` as uint8 [N, H, W, C]; messages name them as seen from `root`.
+    """Decodes `files` to uint8 [N, H, W, C]; messages give their paths relative to `root`.
 
     Args:
       seen: see `pictures.decode`.
@@ -89,7 +89,7 @@ def _name_from(root: Path, file: Path) -> str:
 
 
 def sub_folders(path: Path) -> list[Path]:
-    """The sub-folders of `path` that may mean something, sorted by name as text."""
+    """The visible sub-folders of `path`, sorted by name as text."""
     if not path.is_dir():
         raise UserError(
             f"data {path} is not a folder; give a folder with one sub-folder of images per class"
@@ -104,10 +104,10 @@ def is_visible(name: str) -> bool:
 
 
 def below_wrappers(path: Path) -> Path:
-    """`path`, or the folder of class folders that is the only thing in it, such as GTSRB's
-    `Final_Training/Images`.
+    """Descends through wrapper folders (GTSRB's `Final_Training/Images`) to the class folders.
 
-    An only folder counts as a wrapper where it holds at least two folders and no image.
+    `path` is a wrapper if it holds a single folder and no image, and that folder holds at least two
+    folders and no image.
     """
     while len(inner := sub_folders(path)) == 1 and not any(map(is_picture, path.iterdir())):
         if len(sub_folders(inner[0])) < 2 or any(map(is_picture, inner[0].iterdir())):
@@ -117,7 +117,7 @@ def below_wrappers(path: Path) -> Path:
 
 
 def class_folders(path: Path) -> list[Path]:
-    """The class sub-folders of `path`, sorted by name as text. Raises: UserError without any."""
+    """The class sub-folders of `path`, sorted by name as text. Raises: UserError if none."""
     folders = sub_folders(path)
     if not folders:
         lists = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() == ".csv")
@@ -130,21 +130,21 @@ def class_folders(path: Path) -> list[Path]:
 
 
 def image_files(folder: Path, skipped: Skipped) -> list[Path]:
-    """The image files in `folder` and below, sorted by their path as text.
+    """The image files in `folder` and below, sorted by path as text.
 
-    Counts others in `skipped`. Raises: UserError for a folder that holds only files of other kinds.
+    Counts other files in `skipped`. Raises: UserError for a folder with files but no image.
     """
     images: list[Path] = []
     before = skipped.total()
     for entry in walk(folder):
         if is_picture(entry):
             images.append(entry)
-        elif entry.name not in ("Thumbs.db", "desktop.ini"):
+        elif entry.name not in ("Thumbs.db", "desktop.ini"):  # Windows writes these anywhere
             skipped[_kind(entry)] += 1
             if skipped.total() > MAX_SKIPPED:
                 raise UserError(
                     f"class folder {folder} holds more than {MAX_SKIPPED:,} files that"
-                    " are no images; give a folder of images"
+                    " are not images; give a folder of images"
                 )
     if skipped.total() > before and not images:
         raise UserError(
@@ -155,7 +155,7 @@ def image_files(folder: Path, skipped: Skipped) -> list[Path]:
 
 
 def is_picture(entry: Path) -> bool:
-    """Whether `entry` is a visible regular file with a picture's suffix."""
+    """Whether `entry` is a visible regular file with the suffix of a picture format."""
     return (
         entry.suffix.lower() in pictures.SUFFIXES
         and is_visible(entry.name)
@@ -170,33 +170,36 @@ def _kind(entry: Path) -> str:
 
 
 def walk(folder: Path) -> Iterable[Path]:
-    """Everything visible in `folder` and below but folders; links to folders are followed once.
+    """Yields every visible file in `folder` and below; follows links to a folder once.
 
-    Raises: UserError below `MAX_DEPTH` folders, and where a link leads to a folder that `folder`
-      itself lies in.
+    Raises: UserError for folders nested deeper than `MAX_DEPTH`, and for a link to a folder that
+      contains `folder`.
     """
+    # folders are compared by device and inode: their paths differ when links lead to them
     above = {(at.st_dev, at.st_ino) for at in map(os.stat, folder.resolve().parents)}
     seen: set[tuple[int, int]] = set()
     for place, inside, files in os.walk(folder, followlinks=True):
         here = os.stat(place)
-        inside[:] = sorted(filter(is_visible, inside))
+        inside[:] = sorted(filter(is_visible, inside))  # in place: os.walk descends into these
         if (here.st_dev, here.st_ino) in seen:
             inside.clear()
             continue
         if (here.st_dev, here.st_ino) in above:
             raise UserError(
                 f"data {folder}: a link in it leads to {os.path.realpath(place)}, which"
-                " it lies in; remove the link"
+                " contains it; remove the link"
             )
         seen.add((here.st_dev, here.st_ino))
         if len(Path(place).relative_to(folder).parts) > MAX_DEPTH:
-            raise UserError(f"data {folder}: folders lie more than {MAX_DEPTH} deep; flatten them")
+            raise UserError(
+                f"data {folder}: folders are nested over {MAX_DEPTH} deep; flatten them"
+            )
         yield from (Path(place, name) for name in files if is_visible(name))
 
 
 def count_skipped(skipped: Skipped) -> tuple[str, ...]:
-    """A note on the files that were not read; none where there are none."""
+    """A note on the files that were not read; empty if all were."""
     if not skipped:
         return ()
     kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(4))
-    return (f"passed over {skipped.total()} files that are not read as images ({kinds})",)
+    return (f"skipped {skipped.total()} files that are not read as images ({kinds})",)

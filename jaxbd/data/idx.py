@@ -1,4 +1,4 @@
-"""IDX files, as MNIST, Fashion-MNIST, KMNIST and EMNIST are published; plain or .gz."""
+"""IDX files (MNIST, Fashion-MNIST, KMNIST, EMNIST), plain or .gz."""
 
 import gzip
 import re
@@ -15,22 +15,22 @@ from jaxbd.limits import Refusal, watched
 
 IMAGES = re.compile(r"(.*)images([-.]idx[34][-.]ubyte)(\.gz)?", re.IGNORECASE)
 BELOW = ("", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw", "EMNIST/raw")
-"""Where torchvision keeps the files below the folder it is given."""
+"""Sub-folders searched for the files; torchvision stores them in `raw`."""
 UNSIGNED_BYTES = 8
-"""The type of values that images and labels have in these files."""
+"""IDX type code of images and labels."""
 
 
 class Pair(NamedTuple):
-    """A file of images, and that of their labels beside it."""
+    """A file of images and the file of their labels beside it."""
 
     images: Path
     labels: Path
 
 
 def find(path: Path) -> dict[str, Pair]:
-    """{file name's beginning, such as "t10k-": its files} in a folder; a plain file before a .gz.
+    """{file name's prefix, such as "t10k-": its pair of files} in a folder.
 
-    A single file of images counts as a folder that holds nothing else.
+    A plain file wins over a .gz. A path to an image file counts as a folder with only this file.
     """
     if not path.is_dir():
         entries = [path]
@@ -65,7 +65,7 @@ def load(
 ) -> Dataset:
     """Reads `split` ("test" is also called t10k) as uint8 [N, H, W, 1].
 
-    Raises: UserError when a file is missing or damaged, or several sets lie in one folder.
+    Raises: UserError when a file is missing or damaged, or the folder holds several such sets.
     """
     pairs = find(path)
     if path.is_dir():
@@ -93,21 +93,21 @@ def load(
 
 
 def _read(path: Path, rank: int) -> np.ndarray:
-    """The array uint8 of `rank` dimensions in one file. Its header is checked before it is read."""
+    """Reads a uint8 array of `rank` dimensions; checks the header before allocating anything."""
     if not bounded.is_regular(path):
         raise UserError(f"data {path} is missing; put it beside the images")
     most = bounded.max_unpacked(path.stat().st_size)
     try:
         with path.open("rb") as plain:
             zipped = plain.peek(2)[:2] == b"\x1f\x8b"
-            # an archive of a million empty parts would be unpacked without end
+            # a .gz of a million empty members would keep unpacking without end
             deadline = bounded.LIMITS.deadline("it", 3 * path.stat().st_size)
             file: Any = gzip.GzipFile(fileobj=watched(plain, deadline)) if zipped else plain
             shape = _header(file, rank, path)
-            count = int(np.prod(shape, dtype=object))
+            count = int(np.prod(shape, dtype=object))  # Python integers cannot overflow
             if count > most:
                 raise UserError(f"data {path} claims {count:,} bytes, the limit is {most:,}")
-            content = file.read(count + 1)
+            content = file.read(count + 1)  # one more byte, to notice trailing data
     except Refusal as refusal:
         raise UserError(f"data {path}: {refusal}; fetch it again") from None
     except (EOFError, OSError, zlib.error, struct.error):
@@ -120,7 +120,9 @@ def _read(path: Path, rank: int) -> np.ndarray:
 def _header(file: BinaryIO, rank: int, path: Path) -> tuple[int, ...]:
     zeros, kind, found = struct.unpack(">HBB", file.read(4))
     if zeros or kind != UNSIGNED_BYTES or found != rank:
-        raise UserError(f"data {path} is no IDX file of {rank} dimensions of bytes; fetch it again")
+        raise UserError(
+            f"data {path} is not a {rank}-dimensional IDX file of bytes; fetch it again"
+        )
     return struct.unpack(f">{rank}I", file.read(4 * rank))
 
 

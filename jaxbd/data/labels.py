@@ -1,4 +1,4 @@
-"""From labels and class names as people keep them to class numbers 0..K-1."""
+"""Converts labels and class names, in the forms people use, to class numbers 0..K-1."""
 
 import collections
 import dataclasses
@@ -12,9 +12,9 @@ from jaxbd.base import UserError
 from jaxbd.data import bounded
 
 MAX_LETTERS, MAX_TEXTS = 1_000, 2_000_000
-"""Letters of a label, and labels, that are text: each becomes an object in memory."""
+"""Limits on text labels, since each becomes a Python object: characters per label, and labels."""
 MAX_CLASSES = 100_000
-"""Labels from here on are no class numbers; default names for them would fill the memory."""
+"""Labels must be below this; default names for more classes would fill the memory."""
 FIX = "name all classes in the model's order with --classes FILE"
 
 
@@ -23,10 +23,10 @@ class Classes:
     """What is known of the classes before any image is read.
 
     Attributes:
-      count: K of the model; None where there is no model yet.
-      names: their names in the model's order; () where they are unknown.
-      stated: whether the person gave `names`; otherwise they are the model's own, which labels may
-        or may not use.
+      count: the model's number of classes K; None without a model.
+      names: class names in the model's order; () if unknown.
+      stated: whether the user gave `names`. If not, they come from the model, and the labels need
+        not use them.
     """
 
     count: int | None = None
@@ -35,17 +35,17 @@ class Classes:
 
 
 def read_names(path: str | Path, count: int | None) -> tuple[str, ...]:
-    """Class names from a text file, one a line, in the model's order.
+    """Reads class names from a text file, one per line, in the model's order.
 
     Args:
-      count: K of the model, which the file must name all; None where there is no model.
-    Raises: UserError when the file is unreadable, names a class twice, or not `count` of them.
+      count: the model's number of classes, all of which the file must name; None without a model.
+    Raises: UserError when the file is unreadable, names a class twice, or does not name `count`.
     """
     path = Path(path).expanduser()
     try:
         text = bounded.read_file(path, 4 << 20, "--classes file").decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"--classes file {str(path)!r} is no UTF-8 text; save it as such") from None
+        raise UserError(f"--classes file {str(path)!r} is not UTF-8 text; convert it") from None
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     double = next((name for name, times in collections.Counter(names).items() if times > 1), None)
     if double is not None:
@@ -63,22 +63,23 @@ def read_names(path: str | Path, count: int | None) -> tuple[str, ...]:
 def number_folders(
     names: Sequence[str], classes: Classes, where: str
 ) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
-    """Class numbers of class folders.
+    """Numbers class folders by the first rule that applies.
 
-    By name where the person or the model names the classes. Else by the order of names, where there
-    are as many folders as classes. Else names that are numbers are the class numbers.
+    1. By name, if the user or the model names the classes.
+    2. In the order of the names, if there are as many folders as classes.
+    3. By the number in the name, if all names are numbers.
 
     Args:
-      names: of the folders, in the order of text.
-    Returns: (number of each folder, the names of all classes, notes for the person).
-    Raises: UserError where no rule applies, with both counts.
+      names: folder names, sorted as text.
+    Returns: (class number of each folder, names of all classes, notes for the user).
+    Raises: UserError, with both counts, if no rule applies.
     """
     if classes.names and (classes.stated or set(names) <= set(classes.names)):
         numbers = _by_name(names, classes, f"{where}: class folder")
         return numbers, classes.names, _few(names, classes, "by their names")
     decimal = all(name.isascii() and name.isdecimal() for name in names)
     if decimal:
-        _check_order(names, where)
+        _check_order(names, where)  # before rule 2, which relies on the order
     if classes.count is None or len(names) == classes.count:
         return list(range(len(names))), tuple(names), ()
     numbers = [int(name) for name in names] if decimal else []
@@ -92,7 +93,10 @@ def number_folders(
 
 
 def _check_order(names: Sequence[str], where: str) -> None:
-    """Refuses numbers whose order as text is another: 10 comes before 2 for some loaders only."""
+    """Raises UserError for numbers that sort differently as text.
+
+    Loaders disagree about them: some put 10 before 2.
+    """
     for text, number in zip(names, sorted(names, key=int), strict=True):
         if text != number:
             raise UserError(
@@ -122,14 +126,14 @@ def _by_name(names: Sequence[str], classes: Classes, what: str) -> list[int]:
 def number(
     labels: Any, names: Sequence[str] | None, classes: Classes, where: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels in any of the usual forms as class numbers.
+    """Converts labels in any of the usual forms to class numbers.
 
     Args:
-      labels: whole numbers [N] or [N, 1] (floats and truth values may hold them), one-hot rows
-        [N, K], or text [N].
-      names: what the source calls its classes, None where it does not say.
+      labels: whole numbers [N] or [N, 1] (floats and booleans may hold them), one-hot rows [N, K],
+        or text [N].
+      names: class names of the source; None if it gives none.
     Returns: (int32 [N] in 0..K-1, K names).
-    Raises: UserError when the labels are of another form, out of range, or not the model's.
+    Raises: UserError when the labels have another form, are out of range, or do not fit the model.
     """
     labels = _as_array(labels, where)
     if labels.ndim == 2 and labels.shape[1] == 1:
@@ -156,11 +160,12 @@ def number(
 
 
 def _as_array(labels: Any, where: str) -> np.ndarray:
-    """NumPy gives every text the room of the longest; of so many, objects would be as large."""
+    """Labels as an array, within the limits on their number and length."""
+    # NumPy pads every text to the longest one, so one long label would multiply the memory
     if isinstance(labels, list):
         longest = max((len(label) for label in labels if isinstance(label, str | bytes)), default=0)
         if longest > MAX_LETTERS:
-            raise UserError(f"{where}: a label has {longest:,} letters; give the class's name")
+            raise UserError(f"{where}: a label has {longest:,} characters; give the class's name")
     labels = np.asarray(labels)
     if labels.size and labels.shape and len(labels) > bounded.LIMITS.images:
         raise UserError(f"{where} has {len(labels):,} labels; give fewer")
@@ -170,7 +175,7 @@ def _as_array(labels: Any, where: str) -> np.ndarray:
 
 
 def _check_count(count: int, names: Sequence[str] | None, classes: Classes, where: str) -> None:
-    """Raises UserError where the source's classes cannot be the model's."""
+    """Raises UserError if the source's classes cannot be the model's."""
     if names is not None and len(names) < count:
         raise UserError(
             f"{where}: label {count - 1} has no name, there are {len(names)} class names; add the"
@@ -193,14 +198,14 @@ def _check_count(count: int, names: Sequence[str] | None, classes: Classes, wher
 def _number_text(
     labels: np.ndarray, names: Sequence[str] | None, classes: Classes, where: str
 ) -> tuple[np.ndarray, Sequence[str] | None]:
-    """Text labels by the names known, else as numbers, else in the order of text."""
+    """Numbers text labels by known names, else as decimal numbers, else in alphabetical order."""
     decode = lambda value: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     words = [decode(value) for value in labels.tolist()]
     if not all(isinstance(word, str) for word in words):
         raise UserError(f"{where}: labels are neither numbers nor text; give class numbers, [N]")
     found = sorted(set(words))
     if len(found) > MAX_CLASSES:
-        raise UserError(f"{where}: {len(found):,} different labels are no classes; correct them")
+        raise UserError(f"{where} has {len(found):,} different labels, too many; correct them")
     if classes.stated or (classes.names and set(found) <= set(classes.names)):
         _by_name(found, classes, f"{where}: label")
         names = classes.names
@@ -221,15 +226,14 @@ def _number_text(
 
 
 def _from_one_hot(labels: np.ndarray, where: str) -> np.ndarray:
-    step = max(
-        1, (1 << 20) // labels.shape[1]
-    )  # as numbers to compare, labels take many bytes each
+    # the comparison takes many bytes per label, so check a part at a time
+    step = max(1, (1 << 20) // labels.shape[1])
     parts = (labels[row : row + step] for row in range(0, len(labels), step))
     is_one = lambda part: np.isin(part, (0, 1)).all() and (part.sum(1) == 1).all()
     if labels.shape[1] > MAX_CLASSES or not all(map(is_one, parts)):
         raise UserError(
-            f"{where}: labels are {labels.dtype} {list(labels.shape)}, not one 1 in every row; give"
-            " one whole class number per image, [N]"
+            f"{where}: labels are {labels.dtype} {list(labels.shape)} without exactly one 1 per"
+            " row; give one whole class number per image, [N]"
         )
     return labels.argmax(1)
 
@@ -239,6 +243,7 @@ def _whole(labels: np.ndarray, where: str) -> np.ndarray:
         raise UserError(
             f"{where}: labels are {labels.dtype} with fractions; give class numbers, [N]"
         )
+    # clip before the cast, which is undefined for huge floats; the range check refuses both ends
     return np.clip(labels, -1, 2**31).astype(np.int64)
 
 

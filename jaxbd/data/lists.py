@@ -1,5 +1,8 @@
-"""Images whose classes stand in a list beside them: a flat folder and a .csv, as GTSRB's test set,
-Kaggle's sets, `metadata.csv` and `metadata.jsonl` of Hugging Face; and Tiny-ImageNet's `val`."""
+"""Image folders with a list of labels beside them.
+
+Examples: GTSRB's test set and Kaggle's sets (a .csv), Hugging Face's `metadata.csv` and
+`metadata.jsonl`, and Tiny-ImageNet's `val`.
+"""
 
 import csv
 import io
@@ -17,15 +20,15 @@ FILE_COLUMNS = (
     *("image_id", "image_name", "name", "id"),
 )
 LABEL_COLUMNS = ("classid", "class_id", "label", "labels", "class", "target", "category", "y")
-"""Columns of a list, the first that is there counts; in any case."""
+"""Column titles in order of preference; case is ignored."""
 MAX_LIST_BYTES, MAX_LISTED, MAX_ROW = 64 << 20, 1_500_000, 1 << 20
-"""Bytes of a list, images in it, letters of a row."""
+"""Limits: bytes of a list, images in a list, characters of a row."""
 ANNOTATIONS = "val_annotations.txt"
-"""Tiny-ImageNet's list of the images in `val/images`: file, class, box; tabs between."""
+"""Tiny-ImageNet's list of the images in `val/images`: file, class, box; tab-separated."""
 
 
 class List(NamedTuple):
-    """A list file: names of the image files [N] and their labels as text [N]."""
+    """A list file: image file names [N] and their labels as text [N]."""
 
     path: Path
     files: list[str]
@@ -33,15 +36,17 @@ class List(NamedTuple):
 
 
 def find(path: Path, split: str) -> List | None:
-    """The list of the images in the folder `path`, or of its part for `split`; None without one.
+    """Finds the list of the images in the folder `path`; None if there is none.
 
-    It lies in `path`, or beside it under the folder's name.
+    Looks in `path` first, then beside it for a file with the folder's name. Of several lists the
+    one named after `split` is used.
 
-    Raises: UserError where several lists could be meant.
+    Raises: UserError if several lists qualify.
     """
     if bounded.is_regular(path / ANNOTATIONS):
         return _columns(_rows(path / ANNOTATIONS, "\t"), (0, 1), path / ANNOTATIONS)
     found = [table for entry in _tables(path) if (table := _read(entry)) is not None]
+    # of several lists, prefer those named after the split
     named = [table for table in found if splits.name_in(table.path.stem) == splits.name(split)]
     found = named or found if len(found) > 1 else found
     if len(found) > 1:
@@ -61,7 +66,7 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> List | None:
-    """The list in a file, None where its columns are not those of one."""
+    """Reads the list in a file; None if it lacks a column of files or of labels."""
     rows = _json_rows(path) if path.suffix.lower() == ".jsonl" else _rows(path)
     head = next(rows, [])
     titles = [title.strip().lower() for title in head]
@@ -75,8 +80,11 @@ def _read(path: Path) -> List | None:
 
 
 class Lines:
-    """The lines of a UTF-8 file, for a parser that makes rows of one or more of them: as objects
-    a row takes many times its bytes, so none may be longer than `MAX_ROW`."""
+    """The lines of a UTF-8 file, for a parser that builds a row from one or more of them.
+
+    Parsed into objects a row takes many times its bytes, so a row is limited to `MAX_ROW`
+    characters.
+    """
 
     def __init__(self, path: Path):
         self._path, self._row = path, 0
@@ -91,23 +99,23 @@ class Lines:
         try:
             line = self._text.readline(MAX_ROW + 1)
         except UnicodeDecodeError:
-            raise UserError(f"data {path} is no UTF-8 text; save it as such or remove it") from None
+            raise UserError(f"data {path} is not UTF-8 text; convert or remove it") from None
         self._row += len(line)
         if self._row > MAX_ROW:
-            raise UserError(f"data {path} has a row of more than {MAX_ROW:,} letters; correct it")
+            raise UserError(f"data {path} has a row over {MAX_ROW:,} characters; correct it")
         if not line:
             raise StopIteration
         return line
 
     def rows(self, rows: Iterable[Any]) -> Iterator[Any]:
-        """`rows`, which are made of these lines."""
+        """Passes on `rows`, parsed from these lines, and resets the length count after each."""
         for row in rows:
             self._row = 0
             yield row
 
 
 def _rows(path: Path, delimiter: str | None = None) -> Iterator[list[str]]:
-    """The rows of a table, divided by what its first line has most of."""
+    """The rows of a table. Without a `delimiter`, the first line's most frequent one is used."""
     lines = Lines(path)
     first = next(lines, "")
     delimiter = delimiter or max(",;\t", key=first.count)
@@ -119,7 +127,7 @@ def _rows(path: Path, delimiter: str | None = None) -> Iterator[list[str]]:
 
 
 def _json_rows(path: Path) -> Iterator[list[str]]:
-    """One JSON object a line, as rows of a table; the names in the first are the titles."""
+    """Reads one JSON object per line as rows of a table; the first object's keys are the titles."""
     titles: list[str] = []
     try:
         lines = Lines(path)
@@ -134,12 +142,12 @@ def _json_rows(path: Path) -> Iterator[list[str]]:
 
 
 def _columns(rows: Iterable[Sequence[str]], places: tuple[int, int], path: Path) -> List:
-    """Files and labels of the rows, which stand in the columns `places`."""
+    """Takes the files and labels out of the columns `places` (file, label) of `rows`."""
     file, label = places
     found = List(path, [], [])
     for number, row in enumerate(rows):
         if number >= MAX_LISTED:
-            raise UserError(f"data {path} lists more than {MAX_LISTED:,} images; give a part")
+            raise UserError(f"data {path} lists more than {MAX_LISTED:,} images; give fewer")
         if len(row) <= max(places):
             raise UserError(f"data {path}: image {number} of the list has no label; complete it")
         found.files.append(row[file].strip())
@@ -156,11 +164,11 @@ def load(
     seed: int = 0,
     classes: labels.Classes = labels.Classes(),
 ) -> Dataset:
-    """Reads the images of a list that `find` found for the folder `path`.
+    """Reads the images of a `table` that `find` returned for the folder `path`.
 
-    Text labels get numbers by `labels.number`.
+    `labels.number` turns text labels into class numbers.
 
-    Raises: UserError when images of the list are missing or lie outside the folder.
+    Raises: UserError when listed images are missing or outside the folder.
     """
     names, notes = None, (f"the classes are those of the list {table.path.name}",)
     train = path.parent / "train"
@@ -168,21 +176,22 @@ def load(
         names = [entry.name for entry in folder.sub_folders(train)]
     rows = pack.chosen_rows(len(table.files), limit, seed)
     files = [_find_file(path, table, table.files[row]) for row in rows]
-    # all labels are numbered, so that a draw without some class leaves the others' numbers
+    # number all labels, not only the drawn rows: a draw may miss a class and shift the numbers
     numbers, class_names = labels.number(table.labels, names, classes, f"data {table.path}")
     seen: pictures.Seen = []
     images = folder.decode_files(files, path, image_shape, seen)
     listed = {Path(name).name for name in table.files}
     here = [entry for entry in path.iterdir() if folder.is_picture(entry)]
+    # compare stems too: a list may omit the suffix
     unlisted = sum(e.name not in listed and e.stem not in listed for e in here)
     if unlisted:
-        notes += (f"passed over {unlisted} images that are not in the list",)
+        notes += (f"skipped {unlisted} images that are not in the list",)
     notes += pictures.describe_changes(seen, images.shape[1:])
     return pack.dataset(images, numbers[rows], class_names, str(path), classes, notes)
 
 
 def _find_file(path: Path, table: List, name: str) -> Path:
-    """The image file called `name` in a list; only places in or beside the folder are tried."""
+    """Finds the image file that a list calls `name`; looks only in and beside the folder."""
     given = Path(name.replace("\\", "/"))
     if given.is_absolute() or ".." in given.parts or not given.name:
         raise UserError(f"data {table.path} lists {name!r}; give names of files in this folder")

@@ -1,5 +1,4 @@
-"""From a person's words to a data set: finds the kind of source, checks the result, takes parts of
-it."""
+"""Loads the data set that a `--data` argument names, checks it, and takes parts of it."""
 
 import os
 from pathlib import Path
@@ -43,19 +42,19 @@ def load(
     classes: labels.Classes = labels.Classes(),
     download: bool = False,
 ) -> Dataset:
-    """Loads what `spec` names: one of `KINDS`.
+    """Loads the source that `spec` names: one of `KINDS`.
 
     Args:
-      split: part to load of sources that have parts (CIFAR, IDX, tfds, split shards, sub-folders or
-        arrays); others come whole. "val" stands in for a missing "test".
-      image_shape: (H, W, C) the images must have. Image files and tfds images are resized to it,
-        digits made so large; arrays of another shape are refused. With H = W = 0 the images keep
-        their size, which they must share.
-      limit: at most so many images, drawn without replacement with `seed`, in the source's order.
-      classes: what is known of the model's classes; the source must have these.
+      split: the part to load, for sources that have parts (CIFAR, IDX, tfds, split shards,
+        sub-folders or arrays); others are loaded whole. "val" replaces a missing "test".
+      image_shape: required (H, W, C). Image files and tfds images are resized to it, digits are
+        enlarged to it; arrays of another shape are refused. With H = W = 0 the images keep their
+        size, which all must share.
+      limit: maximum number of images, drawn without replacement with `seed`, in the source's order.
+      classes: what is known of the model's classes; the source must match.
       download: whether `tfds:NAME` may fetch and prepare a data set. Nothing else uses the network.
-    Raises: UserError when `spec` is missing, empty or of no known kind, or its content is bad or
-      not the model's; `pictures.SizesDiffer` when the images do not share the size they must share.
+    Raises: UserError when `spec` is missing, empty or of an unknown kind, or its content is bad or
+      does not fit the model; `pictures.SizesDiffer` when images that must share a size do not.
     """
     if image_shape is not None:
         height, width, channels = image_shape
@@ -81,7 +80,7 @@ def load(
 
 
 def _digits(image_shape: pictures.Shape | None, classes: labels.Classes) -> Dataset:
-    """Digits of the wanted side where they come in it; otherwise of their default side."""
+    """Digits of the wanted side if `digits` can make it, else of the default side."""
     side = image_shape[0] if image_shape else 0
     found = digits.load(side) if side >= 8 and side % 8 == 0 else digits.load()
     return pack.dataset(found.images, found.labels, found.class_names, found.name, classes)
@@ -114,7 +113,7 @@ def _from_path(spec: str, split: str, settings: dict[str, Any], sized: dict[str,
 
 
 def _from_file(path: Path, split: str, settings: dict[str, Any], sized: dict[str, Any]) -> Dataset:
-    """The source that the file's suffix or name says."""
+    """Picks the reader by the file's suffix or name."""
     name = path.name.lower()
     if path.suffix.lower() == ".npz":
         return npz.load(path, split=split, **settings)
@@ -124,13 +123,13 @@ def _from_file(path: Path, split: str, settings: dict[str, Any], sized: dict[str
         return idx.load(path, split=split, **settings)
     if name.endswith((".tar.gz", ".tgz", ".tar")):
         return cifar.load(path, split=split, classes=settings["classes"])
-    raise UserError(f"data {path} is of no known kind; give {KINDS}")
+    raise UserError(f"data {path} is of an unknown kind; give {KINDS}")
 
 
 def _from_folder(
     path: Path, split: str, settings: dict[str, Any], sized: dict[str, Any]
 ) -> Dataset:
-    """The source that the folder's content says."""
+    """Picks the reader by the folder's content."""
     if not any(path.iterdir()):
         raise UserError(f"data {path} is an empty folder; give {KINDS}")
     if cifar.is_cifar(path):
@@ -150,7 +149,8 @@ def _from_folder(
 def _find_labelled_part(
     path: Path, parts: dict[str, Path], split: str
 ) -> tuple[Path, tuple[str, ...]]:
-    """The folder of `split`. Tiny-ImageNet's test images have no labels; its val images do."""
+    """The folder of `split`, and notes. Tiny-ImageNet's test images have no labels, so its val part
+    replaces them."""
     annotated = bounded.is_regular(parts.get("val", path) / lists.ANNOTATIONS)
     if annotated and splits.name(split) == "test" and "test" in parts:
         return parts["val"], ("the test images have no labels, the val part is used",)
@@ -158,7 +158,7 @@ def _find_labelled_part(
 
 
 def _holds_classes(path: Path) -> bool:
-    """Whether the folder has class folders, rather than images and their list."""
+    """Whether the folder has class folders rather than images with a list."""
     if bounded.is_regular(path / lists.ANNOTATIONS):
         return False
     inside = folder.sub_folders(path)
@@ -168,11 +168,11 @@ def _holds_classes(path: Path) -> bool:
 def check(
     dataset: Dataset, image_shape: pictures.Shape, classes: int, *, at_least: int = 1
 ) -> None:
-    """Raises UserError unless `dataset` fits a model on images of `image_shape` (H, W, C) with K =
-    `classes`.
+    """Raises UserError unless `dataset` fits a model of K = `classes` on images of `image_shape`
+    (H, W, C).
 
     Args:
-      at_least: how many images are needed, such as the batch size.
+      at_least: minimum number of images, for example the batch size.
     """
     wrong = np.flatnonzero((dataset.labels < 0) | (dataset.labels >= classes))
     if wrong.size:
@@ -212,8 +212,7 @@ def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
 
 
 def split(dataset: Dataset, first: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Two random disjoint parts that together are `dataset`, of `first` and of all remaining
-    images.
+    """Splits `dataset` at random into `first` images and the rest.
 
     Raises: UserError unless both parts get at least one image.
     """
@@ -228,5 +227,5 @@ def split(dataset: Dataset, first: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def as_batch(dataset: Dataset) -> Batch:
-    """The whole data set on the device: images uint8 [N, H, W, C], labels int32 [N]."""
+    """Puts the whole data set on the device: images uint8 [N, H, W, C], labels int32 [N]."""
     return Batch(jnp.asarray(dataset.images), jnp.asarray(dataset.labels))

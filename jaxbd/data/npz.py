@@ -1,4 +1,4 @@
-"""NumPy archives of images and labels. Pickled contents are refused, never loaded."""
+"""NumPy archives (.npz) of images and labels. Pickled contents are refused, never loaded."""
 
 import contextlib
 from collections.abc import Iterable
@@ -23,9 +23,9 @@ PAIRS = (
     ("samples", "labels"),
     ("arr_0", "arr_1"),
 )
-"""Names of the images and of the labels, in any case."""
+"""Array names of (images, labels) in order of preference; case is ignored."""
 BARE = ("images", "image", "x", "data")
-"""Names of images without labels."""
+"""Array names of images in archives without labels."""
 
 
 def load(
@@ -36,15 +36,15 @@ def load(
     seed: int = 0,
     classes: labels.Classes = labels.Classes(),
 ) -> Dataset:
-    """Reads images and labels under one of the names of `PAIRS`, and `class_names` where it is.
+    """Reads images and labels named as in `PAIRS`, and `class_names` if present.
 
-    Names may have the split before (`test_images`, as MedMNIST) or behind (`x_test`, as Keras).
-    Images are [N, H, W, C], [N, H, W] or clearly [N, C, H, W] with C = 1 or 3: uint8, other
-    numbers that are whole and reach beyond 1 (0..255), or floats in [0, 1], which are rounded to
-    the nearest of 0..255. Labels: see `labels.number`.
+    The split may come first (`test_images`, as in MedMNIST) or last (`x_test`, as in Keras). Images
+    are [N, H, W, C], [N, H, W] or unambiguously [N, C, H, W] with C = 1 or 3. Their values are
+    uint8, whole numbers of another type in 0..255 that exceed 1, or floats in [0, 1], which are
+    rounded to the nearest of 0..255. For labels see `labels.number`.
 
     Args:
-      limit: at most so many images, drawn with `seed`; no others are kept in memory.
+      limit: maximum number of images, drawn with `seed`; no others are held in memory.
     Raises: UserError when the file is missing, damaged, pickled or claims too much, lacks an
       array, or holds values of another kind.
     """
@@ -66,15 +66,14 @@ def load(
                 f"data {path}: {images} images but {given} labels; give one label per image"
             )
         given, names = archive.read(label_name), None if names is None else names.tolist()
-        # all labels are numbered, so that a draw without some class leaves the others' numbers
+        # number all labels, not only the drawn rows: a draw may miss a class and shift the numbers
         numbers, every = labels.number(given, names, classes, f"data {path}")
         rows, images = _read_rows(archive, image_name, limit, seed)
     return pack.dataset(images, numbers[rows], every, str(path), classes, notes)
 
 
 def has_labels(path: str | Path) -> bool:
-    """Whether the archive has labels; also True where it cannot be read, so that `load` says
-    why."""
+    """Whether the archive has labels. True if it cannot be read, so that `load` reports why."""
     try:
         with Archive(Path(path)) as archive:
             known = _lower(archive.headers)
@@ -86,7 +85,7 @@ def has_labels(path: str | Path) -> bool:
 
 
 def load_images(path: str | Path, limit: int | None = None, seed: int = 0) -> np.ndarray:
-    """The images alone, uint8 [N, H, W, C]. Raises: UserError as `load` does."""
+    """Reads only the images, uint8 [N, H, W, C]. Raises: UserError as `load` does."""
     with Archive(Path(path)) as archive:
         known = _lower(archive.headers)
         name = next((known[name] for name in BARE if name in known), None)
@@ -102,7 +101,7 @@ def _lower(names: dict[str, Header]) -> dict[str, str]:
 def _pair(
     headers: dict[str, Header], split: str, path: Path
 ) -> tuple[tuple[str, str], tuple[str, ...]]:
-    """Names of the images and the labels of `split`, and notes for the person."""
+    """Array names of (images, labels) for `split`, and notes for the user."""
     known = _lower(headers)
     for pair in PAIRS:
         if all(name in known for name in pair):
@@ -128,7 +127,7 @@ def _pair(
 def _read_rows(
     archive: Archive, name: str, limit: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen rows [n] of the images `name`, and these as uint8 [n, H, W, C]."""
+    """Draws rows of the images `name`; returns the row numbers [n] and uint8 [n, H, W, C]."""
     header, path = archive.headers[name], archive.path
     if not header.shape:
         raise UserError(f"data {path}: {name} is a single value; give [N, H, W, C]")
@@ -146,11 +145,13 @@ def _read_rows(
 
 
 def _as_uint8(pieces: Iterable[np.ndarray], dtype: np.dtype, path: Path) -> np.ndarray:
-    """All pieces as one array uint8.
+    """Converts the pieces to one uint8 array.
 
-    Floats in [0, 1] are multiplied by 255 and rounded. Of other types than uint8, values that
-    reach beyond 1 must be whole and in 0..255.
+    Floats in [0, 1] are multiplied by 255 and rounded. If values of a type other than uint8 exceed
+    1, all must be whole and in 0..255.
     """
+    # Pieces are converted as they arrive, so the array never exists as floats. Whether 1 means
+    # "white" or "1 of 255" is known only at the end: whole pieces stay as they are until then.
     if dtype == np.uint8:
         return np.concatenate(list(pieces))
     parts, high = [], 0.0
@@ -169,27 +170,28 @@ def _as_uint8(pieces: Iterable[np.ndarray], dtype: np.dtype, path: Path) -> np.n
         return np.concatenate([part for part, _ in parts])
     if dtype.kind != "f":
         raise UserError(
-            f"data {path}: images are {dtype} of 0 and 1 alone; give uint8 in 0..255 or floats"
+            f"data {path}: images are {dtype} with only 0 and 1; give uint8 in 0..255 or floats"
         )
     return np.concatenate([part * np.uint8(255) if whole else part for part, whole in parts])
 
 
 def _not_pixels(path: Path, dtype: np.dtype) -> UserError:
     return UserError(
-        f"data {path}: images are {dtype} and leave [0, 1], or 0..255 in whole numbers, or are not"
-        " finite; undo normalisation"
+        f"data {path}: images are {dtype} and neither floats in [0, 1] nor whole numbers in 0..255,"
+        " or not finite; undo normalisation"
     )
 
 
 def _check_layout(shape: tuple[int, ...], path: Path) -> None:
-    """Raises UserError unless the images are [N, H, W], or [N, H, W, C] or [N, C, H, W] beyond
-    doubt."""
+    """Raises UserError unless the images are [N, H, W], or unambiguously [N, H, W, C] or
+    [N, C, H, W]."""
     if len(shape) == 3 and 0 not in shape:
         return
     last, second = (len(shape) == 4 and shape[axis] in (1, 3) for axis in (3, 1))
     if (last or second) and not (last and second) and 0 not in shape:
         return
-    why = "could have its channels first or last" if last and second else "is no batch of images"
+    ambiguous = "could have its channels first or last"
+    why = ambiguous if last and second else "is not a batch of images"
     raise UserError(
         f"data {path}: images of shape {list(shape)} {why}; give [N, H, W, C] with 1 or 3"
         " channels, reshape or transpose(0, 2, 3, 1) helps"

@@ -1,7 +1,7 @@
-"""The arrays of an .npz file, read within limits.
+"""Reads the arrays of an .npz file within limits.
 
-What a header claims is checked before anything is unpacked, and of a large array only the chosen
-rows are kept.
+Checks what each header claims before unpacking anything. Of a large array only the chosen rows stay
+in memory.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from jaxbd.data import bounded
 from jaxbd.limits import Refusal, opened
 
 PIECE = 4 << 20
-"""Bytes that are unpacked at a time."""
+"""Bytes unpacked at a time."""
 
 
 MAX_ARRAYS = 1000
 
 
 class Header(NamedTuple):
-    """What an array's header says: shape, type, whether its order is Fortran's; its name."""
+    """An array's header (shape, type, whether in Fortran order) and the array's name."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -34,18 +34,28 @@ class Header(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the array."""
+        """Size of the array in bytes."""
+        # Python integers (dtype=object): a hostile shape would overflow int64
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
 
 class Archive:
-    """An open .npz file; `headers` of its arrays by name, checked against the limits."""
+    """An open .npz file.
+
+    Attributes:
+      headers: headers of the arrays by name.
+    """
 
     headers: dict[str, Header]
 
     def __init__(self, path: Path, what: str = "data", most: int | None = None):
-        """Names `path` as the file that `what` ("data", "trigger") is in; the arrays of it that are
-        read may have at most `most` bytes each, by default `bounded.max_unpacked` of its size."""
+        """Checks that `path` is a regular file; entering the context opens it.
+
+        Args:
+          what: what the file holds ("data", "trigger"), for messages.
+          most: maximum bytes of an array that is read; default: `bounded.max_unpacked` of the
+            file's size.
+        """
         self.path, self._where, self._most = path, f"{what} {path}", most
         if not path.exists():
             raise UserError(f"{self._where} does not exist; check the path")
@@ -61,7 +71,7 @@ class Archive:
                 if len(entries) > MAX_ARRAYS:
                     raise UserError(f"{self._where} holds {len(entries)} arrays; give fewer")
                 names = [entry.filename.removesuffix(".npy") for entry in entries]
-                # NumPy takes "x.npy.npy" for "x.npy"
+                # NumPy would read "x.npy.npy" as "x.npy"
                 if len({name.removesuffix(".npy") for name in names}) < len(names):
                     raise UserError(f"{self._where} names an array twice; save it again")
                 self.headers = {}
@@ -69,7 +79,7 @@ class Archive:
                 for name, entry in zip(names, entries, strict=True):
                     deadline.check()
                     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise UserError(f"{self._where} is packed in an unusual way; save it again")
+                        raise UserError(f"{self._where} has an unusual compression; save it again")
                     with self._zip.open(entry) as file:
                         self.headers[name] = read_header(file, entry.file_size, name)
             except BaseException:
@@ -81,7 +91,7 @@ class Archive:
         self._zip.close()
 
     def read(self, name: str) -> np.ndarray:
-        """The whole array `name`."""
+        """Reads the whole array `name`."""
         header = self.headers[name]
         self.check(header)
         with refusing(self._where), self._open(name) as file:
@@ -91,11 +101,11 @@ class Archive:
             return np.frombuffer(content, header.dtype).reshape(header.shape, order=order)
 
     def pieces(self, name: str, rows: np.ndarray) -> Generator[np.ndarray, None, None]:
-        """The chosen `rows` of the array `name` in order, in pieces of at most `PIECE` bytes or a
-        row. The rows between are unpacked and dropped."""
+        """Yields the chosen `rows` (ascending) of the array `name` in pieces of at most `PIECE`
+        bytes, or of one row if that is larger. Rows in between are unpacked and dropped."""
         header = self.headers[name]
         self.check(header)
-        if header.fortran:
+        if header.fortran:  # a row's values are scattered over the whole array
             yield self.read(name)[rows]
             return
         row_bytes = max(1, header.size // max(header.shape[0], 1))
@@ -111,7 +121,7 @@ class Archive:
                     yield piece.reshape(count, *header.shape[1:])[inside - start]
 
     def _open(self, name: str) -> IO[bytes]:
-        """The file of the array `name`, read up to where its values begin."""
+        """Opens the file of the array `name`, positioned after the header."""
         entry = name if name in self._zip.namelist() else f"{name}.npy"
         file = self._zip.open(entry)
         read_header(file, self._zip.getinfo(entry).file_size, name)
@@ -133,10 +143,9 @@ class Archive:
 
 
 def _check_directory(path: Path) -> None:
-    """Raises ValueError for a directory of more members than any archive of arrays has, or one that
-    could be looked for in two places.
+    """Raises ValueError for a zip directory that is too large or could start in two places.
 
-    `zipfile` reads all of it at once, by what the end of the file claims.
+    `zipfile` reads the whole directory at once and trusts the size that the end of the file claims.
     """
     with path.open("rb") as file:
         try:
@@ -148,8 +157,11 @@ def _check_directory(path: Path) -> None:
 
 
 def read_array(path: Path, most: int) -> np.ndarray:
-    """The array in an .npy file of at most `most` bytes. Raises: as numpy, and ValueError where it
-    is larger or pickled."""
+    """Reads the array in an .npy file of at most `most` bytes.
+
+    Raises: what NumPy raises; ValueError when the array is pickled; Refusal when the file is too
+      large.
+    """
     with opened(path, bounded.LIMITS, most) as (file, size):
         header = read_header(file, size, path.name)
         if header.dtype.hasobject:
@@ -160,9 +172,9 @@ def read_array(path: Path, most: int) -> np.ndarray:
 
 
 def read_header(file: IO[bytes], size: int, name: str) -> Header:
-    """Reads the header of an array, from a file of `size` bytes that holds nothing else.
+    """Reads an array's header from a file of `size` bytes, which must hold this array alone.
 
-    Raises: ValueError on anything else.
+    Raises: ValueError if it does not.
     """
     version = np.lib.format.read_magic(file)
     read = {
@@ -173,7 +185,7 @@ def read_header(file: IO[bytes], size: int, name: str) -> Header:
         raise ValueError("version of the .npy format")
     try:
         shape, fortran, dtype = read(file)
-    except Exception as error:  # NumPy parses it as Python, which fails in every way
+    except Exception as error:  # NumPy parses the header as Python, which can raise anything
         raise ValueError("header") from error
     header = Header(shape, dtype, fortran, name)
     if any(type(side) is not int or side < 0 for side in header.shape):
@@ -184,7 +196,7 @@ def read_header(file: IO[bytes], size: int, name: str) -> Header:
 
 
 def _fill(file: IO[bytes], target: memoryview) -> None:
-    """Reads exactly as many bytes as `target` has."""
+    """Fills `target` from `file`. Raises: EOFError when the file ends too early."""
     done = 0
     while done < len(target):
         piece = file.read(min(PIECE, len(target) - done))
@@ -196,14 +208,14 @@ def _fill(file: IO[bytes], target: memoryview) -> None:
 
 @contextlib.contextmanager
 def refusing(where: str) -> Iterator[None]:
-    """Turns what a damaged archive raises into one line."""
+    """Turns anything that a damaged archive raises into a one-line UserError."""
     try:
         yield
     except UserError:
         raise
     except Refusal as refusal:
         raise UserError(
-            f"{where} is no intact .npz file, {refusal}; write it with np.savez"
+            f"{where} is not an intact .npz file, {refusal}; write it with np.savez"
         ) from None
     except MemoryError:
         raise UserError(
@@ -211,5 +223,5 @@ def refusing(where: str) -> Iterator[None]:
         ) from None
     except Exception:  # damaged archives, encrypted ones and bare arrays all fail differently
         raise UserError(
-            f"{where} is no intact .npz file; pickles are never loaded, write it with np.savez"
+            f"{where} is not an intact .npz file; pickles are never loaded, write it with np.savez"
         ) from None

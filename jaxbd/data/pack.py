@@ -1,4 +1,4 @@
-"""What the sources share: which rows to read, and checked packing into a `Dataset`."""
+"""Shared by all sources: which rows to read, and checked packing into a `Dataset`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,21 +11,22 @@ from jaxbd.limits import clean_text
 
 
 def chosen_rows(total: int, limit: int | None, seed: int) -> np.ndarray:
-    """Rows [min(limit, total)] int64, ascending, drawn without replacement from 0..total-1; all
-    rows without a limit.
+    """Draws rows [min(limit, total)] int64 without replacement from 0..total-1, ascending; all rows
+    without a limit.
 
-    With one seed a smaller limit chooses a subset of a larger one's rows.
+    With the same seed, a smaller limit chooses a subset of a larger limit's rows.
 
-    Raises: UserError when the limit is below 1, or there are too many rows to be images.
+    Raises: UserError when the limit is below 1 or `total` exceeds `LIMITS.images`.
     """
     if total > bounded.LIMITS.images:
         raise UserError(
-            f"data of {total:,} images, the limit is {bounded.LIMITS.images:,}; give a part"
+            f"data has {total:,} images, the limit is {bounded.LIMITS.images:,}; give fewer"
         )
     if limit is None:
         return np.arange(total)
     if limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
+    # a prefix of one permutation, so that a smaller limit gives a subset
     return np.sort(np.random.default_rng(seed).permutation(total)[:limit])
 
 
@@ -40,8 +41,8 @@ def dataset(
     """Packs uint8 `images` [N, H, W, C] and their labels `given`, in any form of `labels.number`.
 
     Args:
-      class_names: what the source calls its classes; None where it does not say.
-      notes: what the person should know of how the source was read.
+      class_names: class names of the source; None if it gives none.
+      notes: what the user should know about how the source was read.
     Raises: UserError when there are no images, or the labels do not fit them or the model.
     """
     if len(images) == 0:

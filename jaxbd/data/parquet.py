@@ -1,8 +1,8 @@
-"""Parquet tables in the layout of dataset hubs, and Arrow files as `datasets.save_to_disk` writes
-them: encoded images, labels, class names in the metadata.
+"""Parquet tables in the layout of dataset hubs, and Arrow files of `datasets.save_to_disk`.
 
-They are read by `parquet_worker` in a process of its own, whose memory and time are limited: no
-call of Arrow's can be bounded from outside.
+Both hold encoded images and labels, with class names in the metadata. `parquet_worker` reads them
+in a separate process with limited memory and CPU time, because an Arrow call cannot be bounded from
+outside.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ LABEL_COLUMNS = (
     "class_label",
     "category",
 )
-"""Columns, the first that is there counts."""
+"""Column names in order of preference."""
 MAX_FILES = 10_000
 MOST_FOLDERS = 200
-"""Folders of a level that are searched for tables; more are classes of images."""
+"""Maximum folders per level that are searched for tables; more must be class folders of images."""
 BYTES_PER_SECOND = 4 << 20
-"""What the worker gets through at least, however tables are packed, in a second of a processor."""
+"""Minimum rate of the worker per CPU second, however the tables are packed."""
 WORKER = Path(__file__).with_name("parquet_worker.py")
 
 
@@ -51,16 +51,15 @@ def load(
     seed: int = 0,
     classes: labels.Classes = labels.Classes(),
 ) -> Dataset:
-    """Reads one table (whatever its split), or the shards of `split` in a folder, in the order of
-    names.
+    """Reads one table (whatever its split), or a folder's shards of `split` sorted by name.
 
-    Columns: one of `IMAGE_COLUMNS`, a struct of `bytes` and `path` or plain bytes; one of
-    `LABEL_COLUMNS`, in any form of `labels.number`.
+    A table needs one of `IMAGE_COLUMNS` (plain bytes, or a struct of `bytes` and `path`) and one of
+    `LABEL_COLUMNS` (in any form of `labels.number`).
 
     Args:
       image_shape: see `pictures.decode`.
-      limit: at most so many images, drawn with `seed` before anything is decoded.
-    Raises: UserError when files, the split or a column is missing, or on damaged files and bad
+      limit: maximum number of images, drawn with `seed` before anything is decoded.
+    Raises: UserError when files, the split or a column are missing, or on damaged files and bad
       images.
     """
     files, notes = shards(Path(path), split)
@@ -77,7 +76,8 @@ def load(
         rows = pack.chosen_rows(sum(about["rows"]), limit, seed)
         names = _class_names(about, files[0])
         if names is not None and classes.count not in (None, len(names)):
-            labels.number([0], names, classes, f"data {path}")  # says so before any decoding
+            # raises the same error as after reading, but before any decoding
+            labels.number([0], names, classes, f"data {path}")
         if not len(rows):
             raise UserError(f"data {path} holds no images; give at least one")
         given: list[Any] = []
@@ -96,10 +96,10 @@ def _as_array(given: list[Any], path: str | Path) -> np.ndarray:
 
 
 def shards(path: Path, split: str) -> tuple[list[Path], tuple[str, ...]]:
-    """The tables of `split`, and notes for the person.
+    """The tables of `split`, and notes for the user.
 
-    They are those named after the split, or in a folder named so; all where none is named after
-    any.
+    A table belongs to the split that its name starts with, or that its folder is named after. If no
+    table belongs to any split, all are taken.
     """
     if bounded.is_regular(path):
         return [path], ()
@@ -115,8 +115,10 @@ def shards(path: Path, split: str) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def tables(path: Path) -> list[Path]:
-    """The Parquet files in the folder `path` or up to three folders below, else the Arrow files;
-    sorted by path. Only the nearest to `path` count."""
+    """The Parquet files in the folder `path` or up to three levels below, else the Arrow files.
+
+    Only files of the first level that has any are returned, sorted by path.
+    """
     for suffix in (".parquet", ".arrow"):
         level = [path]
         for _ in range(4):
@@ -133,9 +135,9 @@ def tables(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _worker(files: list[Path]) -> Iterator[tuple[Any, IO[bytes]]]:
-    """Starts the worker; yields (a function that asks it something, its output)."""
+    """Starts the worker; yields (a function that sends it a request, its output stream)."""
     process = subprocess.Popen(
-        [sys.executable, "-I", str(WORKER)],
+        [sys.executable, "-I", str(WORKER)],  # -I: no PYTHON* variables, no user site-packages
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -170,18 +172,18 @@ def _worker(files: list[Path]) -> Iterator[tuple[Any, IO[bytes]]]:
 def _images(
     path: str | Path, ask: Any, stream: IO[bytes], rows: np.ndarray, given: list[Any]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, encoded image) of the chosen `rows`; appends their labels to `given`."""
+    """Yields (name, encoded image) of the chosen `rows`, then extends `given` by their labels."""
     ask({"rows": rows.tolist()}, reply=False)
     for row in rows:
         size = _next_size(stream)
-        if size < 0:
+        if size < 0:  # the worker failed; its answer, if any, is read below
             break
         if size > bounded.LIMITS.image_bytes:
             raise UserError(f"image 'row {row} of {path}' has {size:,} bytes; remove it")
         content = stream.read(size)
         yield f"row {row} of {path}", content
     else:
-        _next_size(stream)
+        _next_size(stream)  # the length -1 after the last image
     given += ask(None)["labels"]
 
 
@@ -191,9 +193,9 @@ def _next_size(stream: IO[bytes]) -> int:
 
 
 def _class_names(about: dict[str, Any], file: Path) -> list[str] | None:
-    """Names of the label's classes from the hub's metadata, None where there are none.
+    """Class names from the hub's metadata; None if there are none.
 
-    A folder of `datasets.save_to_disk` has them in a file beside its tables.
+    `datasets.save_to_disk` stores them in a file beside the tables.
     """
     beside = file.with_name("dataset_info.json")
     texts = [about["about"]]

@@ -1,13 +1,13 @@
-"""Reads Parquet and Arrow tables in a process of its own with limited memory and time.
+"""Reads Parquet and Arrow tables in a separate process with limited memory and CPU time.
 
-`parquet` starts this file by its path, so it imports nothing of jaxbd. Arrow allocates what a file
-claims: a footer of 500 bytes can ask for petabytes, a dictionary of one megabyte repeated in 4,000
-rows for gigabytes. Here such a claim ends in an error message, and in no more.
+`parquet` runs this file by its path, so it imports nothing from jaxbd. Arrow allocates whatever a
+file claims: a 500-byte footer can ask for petabytes, and a 1 MB dictionary entry repeated in 4,000
+rows for gigabytes. In this process such a claim ends in an error message and nothing worse.
 
-On stdin: one JSON line {"files", "images", "labels", "seconds", "bytes_per_second"}, then one
-{"rows"}, the chosen rows of all files together. On stdout: after the first line a JSON line with
-what is known of the tables; after the second, for every chosen row an 8-byte length and the encoded
-image, then the length -1 and a JSON line {"labels"}. A line {"error"} takes the place of either.
+Protocol. stdin: a JSON line {"files", "images", "labels", "seconds", "bytes_per_second"}, then a
+JSON line {"rows"}: the chosen rows, counted over all files. stdout: after the first line, a JSON
+line that describes the tables; after the second, an 8-byte length and the encoded image for every
+chosen row, then the length -1 and a JSON line {"labels"}. A line {"error"} replaces either answer.
 """
 
 import contextlib
@@ -19,19 +19,24 @@ import struct
 import sys
 
 MEMORY = 512 << 20
-"""Bytes of address space beyond what the libraries take."""
+"""Bytes of address space beyond what the libraries use."""
 BATCH = 16
-"""Rows that are decoded at a time."""
+"""Rows decoded at a time."""
 MOST_TEXT, MOST_LETTERS, MOST_LABELS = 2 << 20, 1_000, 10_000_000
-"""Bytes of the notes on a table, letters of one label, numbers of all labels together."""
+"""Limits: bytes of a table's metadata, characters per label, numbers in all labels together."""
 
 
 class Refused(Exception):
-    """The message says what is wrong with the file."""
+    """A file is not read. The message says what is wrong with it."""
 
 
 class Table:
-    """One file: `rows`, its number of rows; `names` of its columns."""
+    """One file.
+
+    Attributes:
+      rows: number of rows.
+      names: names of the columns.
+    """
 
     def __init__(self, path):
         self.path, self.is_arrow = path, path.endswith(".arrow")
@@ -44,7 +49,7 @@ class Table:
 
     def _open_parquet(self):
         self._file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
-        self.schema = self._file.schema_arrow  # decoded here: damaged names show
+        self.schema = self._file.schema_arrow  # decodes the column names; fails here if damaged
         metadata = self._file.metadata
         groups = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         self.rows = metadata.num_rows
@@ -77,7 +82,7 @@ class Table:
             return pa.RecordBatchReader.from_batches(file.schema, batches)
 
     def batches(self, columns):
-        """All rows of the columns in order, a few at a time."""
+        """Yields all rows of the columns in order, at most `BATCH` at a time."""
         if not self.is_arrow:
             yield from self._file.iter_batches(BATCH, columns=columns, use_threads=False)
             return
@@ -97,13 +102,13 @@ class Table:
         )
 
     def metadata(self):
-        """What the hub's libraries note about the columns, as text."""
+        """Metadata of the Hugging Face libraries about the columns, as JSON text; may be empty."""
         noted = (self.schema.metadata or {}).get(b"huggingface") or b""
         return noted[:MOST_TEXT].decode("utf-8", "replace")
 
 
 def contents(column, name, path):
-    """Encoded images of one batch's column."""
+    """Encoded images of one batch's column, as bytes."""
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pc.call_function("struct_field", [column], pc.StructFieldOptions("bytes"))
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
@@ -117,7 +122,7 @@ def contents(column, name, path):
 
 
 def labels(column, name, path):
-    """Labels of one batch's column: numbers, truth values, one-hot lists, or text."""
+    """Labels of one batch's column: numbers, booleans, one-hot lists, or text."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
@@ -133,7 +138,7 @@ def labels(column, name, path):
         raise Refused(f"{path}: some rows lack the label; add it or drop the rows")
     found = column.to_pylist()
     if is_text and any(len(label) > MOST_LETTERS for label in found):
-        raise Refused(f"{path}: a label has more than {MOST_LETTERS:,} letters; give class numbers")
+        raise Refused(f"{path}: a label has over {MOST_LETTERS:,} characters; give class numbers")
     if is_list and any(len(row) != len(found[0]) or len(row) > 10_000 for row in found):
         raise Refused(f"{path}: column {name!r} holds lists of many lengths; give class numbers")
     return found
@@ -184,8 +189,8 @@ def answer(value):
 
 
 def limit_memory(files, seconds, bytes_per_second):
-    """From here on the process can allocate little more, and ends after so many seconds of a
-    processor, and those that the files' size explains."""
+    """Limits what this process may still allocate, and its CPU time: `seconds` plus what the files'
+    size explains."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     size = sum(os.path.getsize(path) for path in files)
@@ -199,7 +204,7 @@ def limit_memory(files, seconds, bytes_per_second):
 
 def main():
     asked = json.loads(sys.stdin.readline())
-    with contextlib.suppress(OSError, ValueError):  # a system without these limits, such as macOS
+    with contextlib.suppress(OSError, ValueError):  # systems without these limits, e.g. macOS
         limit_memory(asked["files"], asked["seconds"], asked["bytes_per_second"])
     try:
         tables = [Table(path) for path in asked["files"]]
@@ -219,6 +224,7 @@ def main():
 
 
 if __name__ == "__main__":
+    # import first: MEMORY counts from what the process uses when `main` sets the limits
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.ipc

@@ -1,4 +1,4 @@
-"""Decodes encoded pictures to uint8 arrays of one size, with several threads and bounded memory."""
+"""Decodes pictures to uint8 arrays of one size, with several threads and bounded memory."""
 
 import functools
 import math
@@ -17,24 +17,24 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-"""Files that are read as pictures. What a file is, its first bytes decide."""
+"""Suffixes of files that are read as pictures. The decoder is chosen by the first bytes."""
 AT_ONCE, BYTES_AT_ONCE = 128, 64 << 20
-"""Encoded pictures, and their bytes, that are in memory while the decoding threads work."""
+"""Maximum number and bytes of encoded pictures in memory while the threads decode."""
 GREY = ("1", "L", "LA")
-"""Pillow's modes of grey pictures."""
+"""Pillow's modes for grey pictures."""
 OWN_SIZE_BYTES = 2 << 30
-"""Most bytes of all pictures together where they are not resized."""
+"""Maximum total bytes of pictures that are not resized."""
 
 Shape = tuple[int, int, int]
-"""(H, W, C). H = W = 0 means the size that the pictures share."""
+"""(H, W, C). H = W = 0 stands for the size that all pictures share."""
 
 
 Seen = list[tuple[bool, int, int]]
-"""Of pictures that were read: whether each was grey, its height and width."""
+"""(is_grey, height, width) of each picture before conversion."""
 
 
 class SizesDiffer(UserError):
-    """The pictures do not share one size, or one too large to keep."""
+    """The pictures do not share a size, or they share one too large to hold in memory."""
 
 
 def decode(
@@ -47,17 +47,17 @@ def decode(
 ) -> np.ndarray:
     """Decodes `count` pictures, given as (name for messages, content), to uint8 [count, H, W, C].
 
-    Only the first frame is read, transparency is dropped, EXIF rotation is ignored. Grey from
-    colour is 0.299 R + 0.587 G + 0.114 B.
+    Reads only the first frame, drops transparency and ignores EXIF rotation. Grey is computed from
+    colour as 0.299 R + 0.587 G + 0.114 B.
 
     Args:
-      image_shape: (H, W, C) wanted: pictures are resized (bilinear, antialiased, sides
-        independently) where they differ. With H = W = 0 all must share one size. Without it, too,
-        and C is 1 when every picture is grey, otherwise 3.
+      image_shape: required (H, W, C). Pictures of another size are resized (bilinear, antialiased,
+        each side independently). With H = W = 0 all must share one size. With None they must too,
+        and C is 1 if every picture is grey, else 3.
       zoom: see `fit`.
-      seen: is told what every picture was, for `describe_changes`.
-    Raises: UserError naming the picture that is unreadable, of more than 8 bits a channel or over
-      a limit of `bounded`; SizesDiffer naming the first of another size.
+      seen: if given, each picture's original mode and size are appended, for `describe_changes`.
+    Raises: UserError naming the picture that is unreadable, has more than 8 bits per channel or
+      exceeds a limit of `bounded`; SizesDiffer naming the first picture of another size.
     """
     if image_shape and image_shape[2] not in (1, 3):
         raise UserError(
@@ -66,10 +66,10 @@ def decode(
     from PIL import Image
 
     with warnings.catch_warnings():
-        # Pillow warns of odd metadata, and of sizes that `open_picture` refuses anyway
+        # Pillow warns about odd metadata, and about sizes that `open_picture` refuses anyway
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        Image.init()  # its imports count for no picture
+        Image.init()  # imports the decoders now, so their import time is charged to no picture
         one = functools.partial(
             _decode_one,
             budget=bounded.PixelBudget(),
@@ -86,7 +86,7 @@ def _in_order(
     one: Callable[[tuple[str, bytes]], tuple[str, np.ndarray]],
     named: Iterator[tuple[str, bytes]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """`one` of every file in the order of `named`, a bounded number of them in memory."""
+    """Maps `one` over `named` in order, with a bounded number of files in memory."""
     waiting: list[tuple[str, bytes]] = []
     held = 0
     for file in named:
@@ -105,7 +105,7 @@ def _decode_one(
     zoom: float | None,
     seen: Seen,
 ) -> tuple[str, np.ndarray]:
-    """One encoded picture (name, content) -> (name, uint8 [H, W, C])."""
+    """Decodes one picture (name, content) to (name, uint8 [H, W, C])."""
     name, content = file
     deadline = budget.deadline(len(content))
     try:
@@ -134,12 +134,11 @@ def _fit_in_time(
 
 
 def fit(image: Any, image_shape: Shape | None, zoom: float | None = None) -> np.ndarray:
-    """A Pillow image -> uint8 [H, W, C] of `image_shape`, see `decode`.
+    """Converts a Pillow image to uint8 [H, W, C] of `image_shape`, see `decode`.
 
     Args:
-      zoom: at least 1. The image keeps its proportions: it is resized until it just covers `zoom`
-        times the shape wanted, and the middle is cut out. Without it both sides are resized to the
-        shape, independently.
+      zoom: at least 1. Keeps the proportions: resizes the image to just cover `zoom` times the
+        target shape, then crops the middle. Without it each side is resized independently.
     """
     from PIL import Image
 
@@ -155,10 +154,10 @@ def fit(image: Any, image_shape: Shape | None, zoom: float | None = None) -> np.
 
 
 def _crop_middle(image: Any, sides: tuple[int, int], zoom: float) -> Any:
-    """A Pillow image -> its middle of `sides` (height, width), as torchvision's `Resize` and
-    `CenterCrop` cut it.
+    """Resizes a Pillow image and crops the middle of `sides` (height, width), like torchvision's
+    `Resize` and `CenterCrop`.
 
-    For a square: the shorter side becomes zoom x side, the longer one is rounded down.
+    For a square crop the shorter side becomes zoom x side and the longer one is rounded down.
     """
     from PIL import Image
 
@@ -176,10 +175,10 @@ def _crop_middle(image: Any, sides: tuple[int, int], zoom: float) -> Any:
 
 
 def describe_changes(seen: Seen, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """One line each on pictures that were resized, and that changed between grey and colour.
+    """One line about pictures that were resized, one about those converted to or from grey.
 
     Args:
-      shape: (H, W, C) that all have now.
+      shape: (H, W, C) after decoding.
     """
     total, (height, width, channels) = len(seen), shape
     sizes = [each[1:] for each in seen if each[1:] != (height, width)]
@@ -200,11 +199,12 @@ def describe_changes(seen: Seen, shape: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def stack(named: Iterable[tuple[str, np.ndarray]], count: int) -> np.ndarray:
-    """`count` images uint8 [H, W, C], given as (name, pixels), in one array; grey ones among colour
-    become colour.
+    """Stacks `count` images uint8 [H, W, C], given as (name, pixels), into one array.
 
-    Raises: SizesDiffer naming the first image whose size differs from the first one's; UserError
-      when memory is short.
+    Grey images become colour as soon as one image is in colour.
+
+    Raises: SizesDiffer naming the first image of another size than the first; UserError when memory
+      runs out.
     """
     images: Any = np.empty((0, 0, 0, 0), np.uint8)
     first = ""
@@ -221,9 +221,9 @@ def stack(named: Iterable[tuple[str, np.ndarray]], count: int) -> np.ndarray:
                 raise SizesDiffer(
                     f"image {name!r} is {sizes}; resize them or state the image shape wanted"
                 )
-            if pixels.shape[2] > images.shape[3]:
+            if pixels.shape[2] > images.shape[3]:  # the first colour image after grey ones
                 images = np.repeat(images, pixels.shape[2], axis=-1)
-            images[row] = pixels
+            images[row] = pixels  # a grey image broadcasts over the colour channels
     except MemoryError:
         raise UserError(
             f"{count} images do not fit into memory; lower the limit or the image shape"
@@ -232,7 +232,10 @@ def stack(named: Iterable[tuple[str, np.ndarray]], count: int) -> np.ndarray:
 
 
 def _check_total(count: int, pixels: np.ndarray) -> None:
-    """Only images too large for any classifier of `count` images come near the limit."""
+    """Raises SizesDiffer when `count` large images of this size would exceed `OWN_SIZE_BYTES`.
+
+    Images up to 512 x 512 are always allowed; larger ones are larger than classifiers take.
+    """
     large = pixels.shape[0] * pixels.shape[1] > 512 * 512
     if large and count * pixels.size > OWN_SIZE_BYTES:
         raise SizesDiffer(

@@ -1,9 +1,8 @@
-"""Mini-ImageNet and VGGFace2 as the DHBE experiments use them: 100 classes of 64 x 64 pixels, a
-train and a test split.
+"""Mini-ImageNet and VGGFace2 as the DHBE experiments use them: 100 classes, 64 x 64 pixels, a train
+and a test split.
 
-People have these sets in the arrangement of their first use, few-shot learning or face recognition,
-whose splits hold different classes. For classification those are pooled and every class is divided,
-always in the same way.
+Both are distributed for other tasks (few-shot learning, face recognition), with splits of different
+classes. For classification the splits are pooled, and each class is divided deterministically.
 """
 
 import collections
@@ -20,21 +19,21 @@ from jaxbd.data import bounded, folder, labels, lists, pack, pictures
 
 SPLITS = ("train", "test", "val", "valid", "validation")
 TEST_SHARE = 6
-"""Where splits have to be made, one image in so many is for testing: 100 of Mini-ImageNet's 600 per
+"""One image in so many goes to the test split that is made here: 100 of Mini-ImageNet's 600 per
 class."""
 SHAPE = (64, 64, 3)
 
 Files = Callable[[], list[Path]]
-"""The image files of a class; looked up when wanted, since VGGFace2 has three million."""
+"""Lists the image files of a class; called only when needed, since VGGFace2 has three million."""
 Classes = dict[str, Files]
 
 
 class Recipe(NamedTuple):
-    """How many classes a set is cut down to, and the zoom of `pictures.fit` (Yan et al. 2023,
-    section 5.2.3; the release).
+    """Maximum number of classes, and the zoom of `pictures.fit` (Yan et al. 2023, section 5.2.3;
+    the release).
 
-    The shorter side becomes 64 for Mini-ImageNet, 84 for VGGFace2, of which the middle 64 x 64 are
-    taken.
+    The shorter side becomes 64 pixels for Mini-ImageNet and 84 for VGGFace2; the middle 64 x 64 are
+    cropped.
     """
 
     classes: int
@@ -42,7 +41,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {"mini-imagenet": Recipe(100, 1.0), "vggface2": Recipe(100, 84 / 64)}
-"""By the word that stands before the path: `vggface2:PATH`."""
+"""Keyed by the prefix of the path: `vggface2:PATH`."""
 
 
 def load(
@@ -58,17 +57,17 @@ def load(
     """Reads `split` of the set `kind`, a key of `RECIPES`, as uint8 [N, 64, 64, 3] or of
     `image_shape`.
 
-    `path` is a folder of class folders; or of splits, each with class folders; or of `images/` with
-    the lists train.csv, val.csv and test.csv (columns `filename`, `label`). Splits with the same
-    classes are taken as they are. Splits with classes of their own are pooled, and of each class a
-    sixth is "test" and the rest "train": the files with the smallest SHA-256 of CLASS/NAME. Of more
-    than 100 classes, those with the smallest SHA-256 of their name are taken (the paper draws 100
-    identities and does not name them). Classes are numbered in the order of names.
+    `path` holds class folders; or split folders with class folders; or `images/` with the lists
+    train.csv, val.csv and test.csv (columns `filename`, `label`). Splits that share the same
+    classes are used as they are. Splits with different classes are pooled; then the sixth of each
+    class with the smallest SHA-256 of CLASS/NAME is "test" and the rest "train". Of more than 100
+    classes the 100 with the smallest SHA-256 of their name are used (the paper draws 100 identities
+    and does not name them). Classes are numbered in the order of their names.
 
     Args:
-      limit: at most so many images, drawn with `seed` before anything is decoded.
-    Raises: UserError when files are missing, a split is not there, splits share only some classes,
-      or on a bad image.
+      limit: maximum number of images, drawn with `seed` before anything is decoded.
+    Raises: UserError when files or the split are missing, when splits share only some classes, or
+      on a bad image.
     """
     given, recipe, path = path, RECIPES[kind], Path(os.path.expanduser(path))
     if not str(given) or not path.is_dir():
@@ -99,15 +98,15 @@ def load(
 
 
 def _folders(path: Path) -> dict[str, Classes]:
-    """{split: its class folders}, with the one split "" where `path` itself holds the class
-    folders.
+    """{split: its class folders}; the only split is "" if `path` itself holds the class folders.
 
-    Beside the splits other folders may lie, such as VGGFace2's `meta`.
+    Other folders beside the splits, such as VGGFace2's `meta`, are ignored.
     """
     holds_classes = lambda place: (
         place.is_dir() and any(entry.is_dir() for entry in place.iterdir())
     )
     places = {split: path / split for split in SPLITS if holds_classes(path / split)} or {"": path}
+    # the outer lambda binds `place` now, the inner one lists the files later
     listing = lambda place: lambda: folder.image_files(place, collections.Counter())
     return {
         name: {each.name: listing(each) for each in folder.class_folders(at)}
@@ -116,13 +115,13 @@ def _folders(path: Path) -> dict[str, Classes]:
 
 
 def _lists(path: Path) -> dict[str, Classes]:
-    """{split: its classes} of the .csv lists in `path`, empty where there are none."""
+    """{split: its classes} from the .csv lists in `path`; empty if there are none."""
     found = {split: path / f"{split}.csv" for split in SPLITS if (path / f"{split}.csv").is_file()}
     return {split: _list(file, path / "images") for split, file in found.items()}
 
 
 def _list(file: Path, images: Path) -> Classes:
-    """The classes of one list; its images lie in the folder `images`, or below it in folders named
+    """The classes of one list; its images are in the folder `images` or in its sub-folders named
     after the labels."""
     files: dict[str, list[Path]] = {}
     try:
@@ -148,12 +147,12 @@ def _list(file: Path, images: Path) -> Classes:
 
 
 def _plain(name: str | None) -> TypeGuard[str]:
-    """Whether `name` can only be that of something in the folder it is looked for in."""
+    """Whether `name` is a plain file name, which cannot lead out of its folder."""
     return bool(name) and name[0] != "." and name == Path(name).name
 
 
 def _together(parts: dict[str, Classes], split: str, name: str) -> tuple[Classes, bool]:
-    """The classes to read `split` from, and whether their files have yet to be divided into train
+    """The classes to read `split` from, and whether their files still have to be divided into train
     and test."""
     sets = [set(classes) for classes in parts.values()]
     if len(sets) > 1 and all(one == sets[0] for one in sets):
@@ -166,7 +165,7 @@ def _together(parts: dict[str, Classes], split: str, name: str) -> tuple[Classes
     if shared:
         raise UserError(
             f"data {name}: the splits share only some classes, such as {min(shared)!r}; give all"
-            " the same"
+            " splits the same classes"
         )
     if split not in ("train", "test"):
         raise UserError(f"data {name} has no split {split!r}; it is divided into train, test")
@@ -174,8 +173,7 @@ def _together(parts: dict[str, Classes], split: str, name: str) -> tuple[Classes
 
 
 def _share(files: Iterable[Path], name: str, split: str, divided: bool) -> list[Path]:
-    """The files of a class that belong to `split`, sorted; all of them where they are not
-    `divided`."""
+    """The files of a class that belong to `split`, sorted; all files unless `divided`."""
     files = sorted(files)
     if not divided:
         return files

@@ -1,4 +1,4 @@
-"""Which part of a data set is meant by "train" or "test", by the names that people give them."""
+"""Recognises the train, test and validation parts of a data set by their usual names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,30 +13,30 @@ WORDS = {
     "test": ("test", "testing", "final_test", "testset", "t10k"),
     "val": ("val", "valid", "validation", "dev"),
 }
-"""Split -> words for it."""
+"""{split: words for it}."""
 ASIDE = ("meta",)
-"""Folders beside the splits that hold no images to classify."""
+"""Folders beside the splits without images to classify."""
 
 T = TypeVar("T")
 
 
 def name(word: str) -> str | None:
-    """The split that `word` stands for in any case, None where it stands for none."""
+    """The split that `word` stands for, ignoring case; None if it stands for none."""
     return next((split for split, words in WORDS.items() if word.lower() in words), None)
 
 
 def name_in(text: str) -> str | None:
-    """The split named first among the words of a file's name, None where none is."""
+    """The first split named in `text`, such as a file name; None if none is."""
     return next(filter(None, map(name, re.split(r"[-_.\s]+", text))), None)
 
 
 def choose(parts: Mapping[str, T], split: str, where: str) -> tuple[T, tuple[str, ...]]:
-    """The part for `split`, which may be named by any of its words.
+    """Chooses the part for `split`, which may be any of the words for it.
 
-    Where a set has no test part, its validation part is the labelled one to test on, as in
-    ImageNet.
+    Without a test part the validation part is used: as in ImageNet, it is the labelled one to test
+    on.
 
-    Returns: (part, notes for the person).
+    Returns: (part, notes for the user).
     Raises: UserError when there is no such part.
     """
     wanted = name(split) or split
@@ -48,9 +48,9 @@ def choose(parts: Mapping[str, T], split: str, where: str) -> tuple[T, tuple[str
 
 
 def folders(path: Path) -> dict[str, Path]:
-    """{split: its folder} where `path` holds a folder of each split and no others; else {}.
+    """{split: its folder} if every folder in `path` (but `ASIDE`) is named like a split; else {}.
 
-    Folders that hold no folders are no splits but classes that are named like them.
+    If none of them has sub-folders, they are classes that happen to be named like splits.
     """
     inside = [entry for entry in folder.sub_folders(path) if entry.name.lower() not in ASIDE]
     parts = {part: entry for entry in inside if (part := name(entry.name))}
@@ -62,8 +62,7 @@ def folders(path: Path) -> dict[str, Path]:
 
 
 def group(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """Files by the split that their name begins with, or that their folder is named after; others
-    are left out."""
+    """Groups files by the split that starts their name or names their folder; drops the others."""
     groups: dict[str, list[Path]] = {}
     for file in files:
         first = re.split(r"[-_.]", file.name)[0]

@@ -1,5 +1,5 @@
-"""TensorFlow Datasets by name, through `tfds.data_source`: random access, no TensorFlow needed to
-read."""
+"""TensorFlow Datasets by name, through `tfds.data_source`: random access, and no TensorFlow needed
+for reading."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxbd.base import Dataset, UserError
 from jaxbd.data import labels, pack, pictures
 
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:[\d*]+\.[\d*]+\.[\d*]+)?")
-"""No namespaces: those name other libraries' data sets, whose loading can run code."""
+"""Excludes namespaces ("huggingface:..."): loading another library's data sets can run code."""
 _SPLIT = re.compile(r"(.+)/((?:train|test|validation)(?:[\[+][^/]*)?)")
 
 
@@ -27,18 +27,18 @@ def load(
     classes: labels.Classes = labels.Classes(),
 ) -> Dataset:
     """Reads one split of the data set `name`, "NAME[/CONFIG][:VERSION][/SPLIT]"; a split in the
-    name wins.
+    name overrides `split`.
 
     Args:
-      split: as TFDS writes it: "test", "train[:10%]", ….
+      split: in the syntax of TFDS: "test", "train[:10%]", ….
       image_shape: (H, W, C); images of other sizes are resized, see `pictures.fit`.
-      limit: at most so many images, drawn with `seed` before anything is decoded.
-      data_dir: where prepared data sets lie; TFDS's own default otherwise.
-      download: whether a data set that is not prepared yet may be fetched and prepared; nothing
-        goes to the network otherwise. Sets whose preparation encodes arrays as images need
-        TensorFlow for this one step.
+      limit: maximum number of images, drawn with `seed` before anything is decoded.
+      data_dir: folder of prepared data sets; default: that of TFDS.
+      download: whether a data set that is not prepared yet may be fetched and prepared. Without it
+        nothing uses the network. Sets whose preparation encodes arrays as images need TensorFlow
+        for this one step.
     Raises: UserError when tensorflow-datasets is not installed, the name or split is unknown, the
-      set is not prepared, preparation fails, or it is no set of labelled images.
+      set is not prepared, preparation fails, or the set does not hold labelled images.
     """
     given = _SPLIT.fullmatch(name)
     name, split = given.groups() if given else (name, split)
@@ -64,14 +64,15 @@ def load(
     names = source.dataset_info.features[label_key].names
     where = f"tfds:{name}/{split}"
     if classes.count not in (None, len(names)):
-        labels.number([0], names, classes, f"data {where}")  # says so before any decoding
+        # raises the same error as after reading, but before any decoding
+        labels.number([0], names, classes, f"data {where}")
     pixels = pictures.stack(images(), len(rows))
     notes = pictures.describe_changes(seen, pixels.shape[1:])
     return pack.dataset(pixels, given, names, where, classes, notes)
 
 
 def _library(name: str) -> Any:
-    """tensorflow-datasets, which the extra `data` installs."""
+    """Imports tensorflow-datasets, which the extra `data` installs."""
     try:
         import tensorflow_datasets
     except ImportError:
@@ -82,7 +83,7 @@ def _library(name: str) -> Any:
 
 
 def _open(name: str, split: str, data_dir: str | Path | None, download: bool) -> Any:
-    """The random-access source, or one line on why there is none."""
+    """Opens the random-access source. Raises: UserError with one line on why it cannot."""
     tfds = _library(name)
     settings = dict(
         data_dir=data_dir, download=download, builder_kwargs={"file_format": "array_record"}
@@ -97,7 +98,7 @@ def _open(name: str, split: str, data_dir: str | Path | None, download: bool) ->
         package = error.name or "tensorflow"
         fix = f"install {package} once, or prepare it elsewhere with file_format='array_record'"
         raise UserError(f"tfds:{name} needs the package {package} to be prepared; {fix}") from None
-    except Exception as error:  # downloads and preparation fail in every way
+    except Exception as error:  # downloading and preparing can raise anything
         reason = (str(error).strip("'\"").splitlines() or [type(error).__name__])[0]
         if not download and re.search("not been generated|could not find data", reason, re.I):
             raise UserError(
@@ -110,15 +111,15 @@ def _open(name: str, split: str, data_dir: str | Path | None, download: bool) ->
 
 
 def _keys(info: Any, name: str) -> tuple[str, str]:
-    """Names of the image and the label feature."""
+    """Names of the image and label features."""
     tfds = _library(name)
     keys, features = info.supervised_keys or ("image", "label"), info.features
     kinds = (tfds.features.Image, tfds.features.ClassLabel)
     for key, kind in zip(keys, kinds, strict=False):
         if not isinstance(key, str) or key not in features or not isinstance(features[key], kind):
             raise UserError(
-                f"tfds:{name} is no set of labelled images (it has {', '.join(features)}); choose"
-                " another"
+                f"tfds:{name} is not a set of labelled images (it has {', '.join(features)});"
+                " choose another"
             )
     return keys[0], keys[1]
 
@@ -126,14 +127,14 @@ def _keys(info: Any, name: str) -> tuple[str, str]:
 def _example(source: Any, row: int, where: str) -> dict[str, Any]:
     try:
         return source[row]
-    except Exception:  # record reader and image decoder meet damaged files with any exception
+    except Exception:  # on a damaged file the record reader and decoder can raise anything
         raise UserError(
             f"image {where} cannot be read; delete the prepared data set and prepare it again"
         ) from None
 
 
 def _pixels(image: np.ndarray, where: str, image_shape: pictures.Shape | None) -> np.ndarray:
-    """uint8 [H, W, C] of `image_shape` where that is given."""
+    """Checks an image and resizes it to `image_shape` if given; uint8 [H, W, C]."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise UserError(
             f"image {where} is {image.dtype} {list(image.shape)}; only 8-bit grey and colour images"

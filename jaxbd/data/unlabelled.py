@@ -1,5 +1,5 @@
-"""Images without labels, as they come at test time: a picture, a folder of pictures, or a .npz with
-`images` alone."""
+"""Images without labels, as at test time: a picture, a folder of pictures, or a .npz with only
+`images`."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,7 @@ from jaxbd.data import folder, lists, npz, pack, pictures
 
 
 class Pictures(NamedTuple):
-    """images uint8 [N, H, W, C]; files: N names, or None where the source has none; name: where
-    they came from."""
+    """images: uint8 [N, H, W, C]; files: N file names, None for a .npz; name: the source."""
 
     images: np.ndarray
     files: tuple[str, ...] | None
@@ -21,8 +20,10 @@ class Pictures(NamedTuple):
 
 
 def is_unlabelled(spec: str) -> bool:
-    """Whether `spec` names images without labels; what cannot be read is left for the readers to
-    refuse."""
+    """Whether `spec` names images without labels.
+
+    False for a source that cannot be read: the readers of labelled data then report why.
+    """
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
         has_pictures = any(map(folder.is_picture, path.iterdir()))
@@ -35,11 +36,12 @@ def is_unlabelled(spec: str) -> bool:
 def load(
     spec: str, image_shape: pictures.Shape, *, limit: int | None = None, seed: int = 0
 ) -> Pictures:
-    """Reads what `found` found. Pictures are resized to `image_shape`, arrays must have it.
+    """Reads a source for which `is_unlabelled` holds. Pictures are resized to `image_shape`; arrays
+    must have it.
 
     Args:
-      limit: at most so many images, drawn without replacement with `seed`, in the source's order.
-    Raises: UserError when an image is unreadable or of another shape.
+      limit: maximum number of images, drawn without replacement with `seed`, in the source's order.
+    Raises: UserError when an image is unreadable or has another shape.
     """
     path = Path(os.path.expanduser(spec))
     if path.is_dir() or folder.is_picture(path):

@@ -1,1 +1,1 @@
-"""From searched triggers to a verdict, and detectors of triggered images at test time."""
+"""Turns search results into a verdict, and detects triggered images at test time."""

@@ -1,5 +1,7 @@
-"""What clean models of an architecture score: null distributions of statistics, and how often a
-rule alarms on them. Pure functions; the JSON form is read from untrusted files."""
+"""Calibration on clean models: null distributions of statistics, and false-alarm rates of rules.
+
+Pure functions. The JSON form is read from untrusted files, so every field is checked.
+"""
 
 import math
 import os
@@ -14,21 +16,21 @@ from jaxbd.base import UserError
 
 FORMAT = "jaxbd calibration 1"
 MARGIN, ANOMALY = "margin_excess", "anomaly_index"
-"""`null.excess` of the margin's statistics, and the largest anomaly index of the smallest triggers:
-both larger for a backdoor."""
+"""Names of statistics: `null.excess` of the margins, and the largest anomaly index of the trigger
+sizes. A backdoor makes both larger."""
 MOST_MODELS = 100_000
 LONGEST_NAME = 200
 
 
 class CleanModel(NamedTuple):
-    """What one clean model scored.
+    """Scores of one clean model.
 
     Attributes:
-      name: for the record.
-      architecture: as `build.Spec.arch`.
+      name: label for the record.
+      architecture: as in `build.Spec.arch`.
       classes: K.
-      statistics: statistic -> value, larger for a backdoor; absent where it was not computed.
-      alarms: rule -> whether it alarmed on this model.
+      statistics: {statistic: value}, larger for a backdoor; only those that were computed.
+      alarms: {rule: whether it raised an alarm on this model}.
     """
 
     name: str
@@ -39,20 +41,21 @@ class CleanModel(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Clean models, and the settings that their statistics were computed with."""
+    """Scores of clean models, and the settings they were computed with."""
 
     models: tuple[CleanModel, ...]
     settings: Mapping[str, Any] = {}
 
 
 class Compared(NamedTuple):
-    """A model's statistic among those of clean models.
+    """A model's statistic compared with those of clean models.
 
     Attributes:
-      p_value: (1 + number of clean models that score at least as much) / (1 + models), an exact p
-        where the model at hand is exchangeable with them if clean.
+      p_value: (1 + number of clean models that score at least as high) / (1 + models). Exact if the
+        model, when clean, is exchangeable with them.
       models: number of clean models compared with.
-      architecture: theirs; None where there are too few of the asked-for one, and all stand in.
+      architecture: architecture of these models; None if the requested one had too few and all
+        models were used.
     """
 
     p_value: float
@@ -61,7 +64,7 @@ class Compared(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Alarms among clean models: how many, of how many, the rate, and its interval [low, high]."""
+    """False alarms of a rule: count, number of clean models, rate, and its interval [low, high]."""
 
     alarms: int
     models: int
@@ -71,7 +74,7 @@ class Rate(NamedTuple):
 
 
 def null(calibration: Calibration, statistic: str, architecture: str | None = None) -> np.ndarray:
-    """Ascending values [N] of `statistic` over clean models, or over those of one architecture."""
+    """Sorted values [N] of `statistic` over all clean models, or those of one architecture."""
     values = [
         model.statistics[statistic]
         for model in calibration.models
@@ -88,11 +91,11 @@ def compare(
     *,
     least_models: int = 19,
 ) -> Compared:
-    """Where `value` lies among the clean models' values of `statistic`.
+    """Compares `value` with the clean models' values of `statistic`.
 
     Args:
-      least_models: an architecture with fewer clean models is judged by all of them; 19 is the
-        least from which p can fall to 0.05.
+      least_models: below this many clean models of the architecture, all models are used instead.
+        19 is the smallest number for which p can be as low as 0.05.
     Raises: UserError when no clean model has the statistic; ValueError when `value` is not finite.
     """
     if not math.isfinite(value):
@@ -102,17 +105,18 @@ def compare(
         architecture, values = None, null(calibration, statistic)
     if not len(values):
         raise UserError(
-            f"the calibration holds no clean model with a {statistic}; make it again with this"
-            " version"
+            f"the calibration holds no clean model with a {statistic}; run the calibration again"
+            " with this version"
         )
     at_least = len(values) - np.searchsorted(values, value, side="left")
     return Compared(float((1 + at_least) / (1 + len(values))), len(values), architecture)
 
 
 def threshold(values: np.ndarray, level: float) -> float:
-    """The least value with a p of at most `level` among clean `values` [N]; inf where N is too
+    """The smallest value whose p among clean `values` [N] is at most `level`; inf if N is too
     small."""
     values = np.sort(np.asarray(values, float))
+    # p = (1 + above) / (1 + N) <= level; the 1e-9 absorbs rounding errors of the product
     above = math.floor(level * (1 + len(values)) + 1e-9) - 1
     if above < 0:
         return math.inf
@@ -124,9 +128,9 @@ def threshold(values: np.ndarray, level: float) -> float:
 def false_alarms(
     calibration: Calibration, rule: str, architecture: str | None = None, confidence: float = 0.95
 ) -> Rate:
-    """How often `rule` alarmed on clean models, or on those of one architecture.
+    """How often `rule` raised an alarm on clean models, or on those of one architecture.
 
-    Raises: UserError when it was run on none.
+    Raises: UserError when the rule was applied to none.
     """
     alarms = [
         model.alarms[rule]
@@ -145,13 +149,14 @@ def false_alarms(
 
 
 def interval(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a rate of which `hits` of `count` were seen; it covers at
-    least as often as it says.
+    """Clopper-Pearson interval of a rate estimated by `hits` of `count`.
+
+    Its coverage is at least `confidence`.
 
     Raises: ValueError unless 0 <= hits <= count and count >= 1.
     """
     if not (count >= 1 and 0 <= hits <= count):
-        raise ValueError(f"{hits} of {count} is no rate")
+        raise ValueError(f"need 0 <= hits <= count and count >= 1, got {hits} of {count}")
     half = (1 - confidence) / 2
     low = 0.0 if hits == 0 else float(special.betaincinv(hits, count - hits + 1, half))
     high = 1.0 if hits == count else float(special.betaincinv(hits + 1, count - hits, 1 - half))
@@ -159,19 +164,20 @@ def interval(hits: int, count: int, confidence: float = 0.95) -> tuple[float, fl
 
 
 def merge(parts: Sequence[Calibration]) -> Calibration:
-    """The models of all `parts`. Raises: UserError when they were made with different settings."""
+    """Joins the models of all `parts`. Raises: UserError when their settings differ."""
     if not parts:
         return Calibration(())
     first = dict(parts[0].settings)
     if any(dict(part.settings) != first for part in parts):
-        raise UserError("calibrations made with different settings cannot be joined; make one anew")
+        raise UserError("calibrations with different settings cannot be joined; make a new one")
     return Calibration(tuple(model for part in parts for model in part.models), first)
 
 
 def to_json(calibration: Calibration) -> dict[str, Any]:
-    """The form of `null.json`: what each model scored, and for people each rule's false alarms.
+    """The content of `null.json`: every model's scores, and for human readers the false-alarm rate
+    of each rule.
 
-    Statistics that are not finite are left out.
+    Statistics that are not finite are omitted.
     """
     rules = sorted({rule for model in calibration.models for rule in model.alarms})
     models = [
@@ -190,7 +196,7 @@ def to_json(calibration: Calibration) -> dict[str, Any]:
 
 
 def from_json(value: Any) -> Calibration:
-    """The inverse of `to_json`. Raises: UserError naming what is wrong with it."""
+    """The inverse of `to_json`. Raises: UserError naming what is wrong with `value`."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f'not a calibration: "format" must be "{FORMAT}"')
     models, settings = value.get("models"), value.get("settings", {})
@@ -220,11 +226,11 @@ def _model(row: Any, number: int) -> CleanModel:
 
 
 def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):  # True is an int in Python
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number too large for a float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -234,7 +240,7 @@ def save(path: str | os.PathLike, calibration: Calibration) -> None:
 
 
 def load(path: str | os.PathLike) -> Calibration:
-    """Reads `null.json`. Raises: UserError naming the file when it is missing or no calibration."""
+    """Reads `null.json`. Raises: UserError naming a file that is missing or not a calibration."""
     try:
         return from_json(files.read_json(path))
     except UserError as error:

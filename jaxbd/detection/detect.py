@@ -1,4 +1,4 @@
-"""From attack success rates per class to a verdict. NumPy; nothing here is differentiated or
+"""Turns attack success rates per class into a verdict. NumPy: nothing here is differentiated or
 batched."""
 
 import dataclasses
@@ -18,10 +18,10 @@ class Config:
     """When a class counts as attacked.
 
     Attributes:
-      threshold: mean ASR of a class's recovered triggers on held-out images from which it is called
-        a target. The paper leaves it to the defender (Qiao et al. 2019, section 3.3) and reports >=
-        94.3 % for attacked and <= 5.8 % for other classes (section 4.3).
-      doubt: a highest rate between this and `threshold` makes the verdict "inconclusive".
+      threshold: a class is a target if the mean ASR of its recovered triggers on held-out images is
+        at least this. The paper leaves it to the defender (Qiao et al. 2019, section 3.3) and
+        reports >= 94.3 % for attacked and <= 5.8 % for other classes (section 4.3).
+      doubt: if the highest rate lies between this and `threshold`, the verdict is "inconclusive".
     """
 
     threshold: float = 0.8
@@ -43,8 +43,8 @@ class Decision(NamedTuple):
 def mad_scores(values: np.ndarray, consistency: float = 1.4826) -> np.ndarray:
     """(x - median) / (consistency * median |x - median|) of `values` [N]; signed, NaN-safe.
 
-    The anomaly index of Wang et al. 2019. Entries that are not finite score 0 and do not count;
-    where the deviation is 0, a value above (below) the median scores +inf (-inf) and the median
+    The anomaly index of Wang et al. 2019. Non-finite entries score 0 and are otherwise ignored. If
+    the median deviation is 0, a value above (below) the median scores +inf (-inf) and the median
     itself 0.
     """
     values = np.asarray(values, float)
@@ -62,15 +62,15 @@ def pair_scores(statistics: np.ndarray) -> np.ndarray:
     """|statistic - median| / median |statistic - median| over all pairs: scores [K, K] of
     `statistics` [K, K].
 
-    Rows are sources, columns targets; a statistic is 1 / (size of the pair's trigger), large for a
-    backdoor's. One-sided: a pair below the median scores 0. The diagonal, pairs without a statistic
-    (nan) and pairs for which no trigger was found (0) do not count; they score nan, nan and 0.
-    Without spread, what is above the median scores inf.
+    Rows are sources, columns targets. A statistic is 1 / (size of the pair's trigger), which is
+    large for a backdoor. One-sided: a pair below the median scores 0. The diagonal, pairs without a
+    statistic (nan) and pairs for which no trigger was found (0) are not counted; they score nan,
+    nan and 0. If the spread is 0, values above the median score inf.
     """
-    # Differs from paper: it takes deviations to both sides; only a trigger that is too small tells
-    # of a backdoor
-    # Li et al. 2023, appendix C: no factor that makes the median deviation estimate a standard
-    # deviation
+    # Differs from paper: it takes deviations to both sides, but only a trigger that is unusually
+    # small indicates a backdoor.
+    # As in Li et al. 2023, appendix C, no factor scales the median deviation to a standard
+    # deviation.
     statistics = np.array(statistics, float)
     np.fill_diagonal(statistics, np.nan)
     counted = np.where(statistics > 0, statistics, np.nan)
@@ -79,19 +79,20 @@ def pair_scores(statistics: np.ndarray) -> np.ndarray:
 
 
 def centred_scores(statistics: np.ndarray, rounds: int = 20) -> np.ndarray:
-    """`pair_scores` of `statistics` [K, K] freed of what their source and their target contribute.
+    """`pair_scores` of `statistics` [K, K] after removing the effects of source and target.
 
-    Some classes are left easily and some entered easily, whoever the partner is. The logarithms are
-    stripped of their rows' and columns' medians in turns (Tukey's median polish); what is left
-    tells how far a pair stands out of both its row and its column. That is what a trigger does
-    which sends every class to a target of its own, and what one that sends all to one target does
-    not. Pairs that `pair_scores` does not count score 0, the diagonal nan.
+    Some classes are easy to leave and some easy to enter, whatever the other class. Tukey's median
+    polish subtracts row and column medians of the logarithms in turn; the residual says how far a
+    pair stands out from both its row and its column. An all-to-all trigger makes its pairs stand
+    out this way, an all-to-one trigger does not. Pairs that `pair_scores` does not count score 0,
+    the diagonal nan.
     """
     rest = np.array(statistics, float)
     np.fill_diagonal(rest, np.nan)
     rest = np.where(rest > 0, np.log(np.where(rest > 0, rest, 1)), np.nan)
     for _ in range(rounds):
         for axis in (1, 0):
+            # a row without any value gets the median 0, since NumPy warns about all-nan slices
             known = np.isfinite(rest).any(axis, keepdims=True)
             rest = rest - np.nanmedian(np.where(known, rest, 0), axis, keepdims=True)
     scores = np.maximum(mad_scores(rest.ravel(), consistency=1.0), 0).reshape(rest.shape)
@@ -100,12 +101,12 @@ def centred_scores(statistics: np.ndarray, rounds: int = 20) -> np.ndarray:
 
 
 def setting(pairs: Sequence[tuple[int, int]], classes: int) -> Setting | None:
-    """What kind of attack the detected (source, target) `pairs` of a model with K = `classes` tell
-    of; None for none.
+    """The kind of attack that the detected (source, target) `pairs` of a model with K = `classes`
+    indicate; None without pairs.
 
-    "all-to-one": one target, and more than one source or no other class. "all-to-all": at least
-    half of the classes are sources, each of one target, and no two of the same. "mixed": anything
-    else, such as a single pair.
+    "all-to-one": one target, with more than one source or in a model of two classes. "all-to-all":
+    at least half of the classes are sources, each with its own target. "mixed": anything else, for
+    example a single pair.
     """
     if not pairs:
         return None
@@ -117,14 +118,15 @@ def setting(pairs: Sequence[tuple[int, int]], classes: int) -> Setting | None:
 
 
 def gain(rates: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """(rate - baseline) / (1 - baseline) [K]: the share of what is left that the triggers win.
+    """(rate - baseline) / (1 - baseline) [K]: the success rate beyond the baseline, rescaled so
+    that 1 is the maximum.
 
     Args:
       rates: [K] attack success rates; nan where not measured.
       baseline: [K] shares of the same images that reach each class without a trigger.
     """
     rates, baseline = np.asarray(rates, float), np.asarray(baseline, float)
-    # nothing is left to win where every image is of the class already, as in an untrained net
+    # an untrained net may send every image to one class (baseline 1): its gain is 0, not nan
     left = np.where(baseline < 1, 1 - baseline, np.inf)
     return (rates - baseline) / left
 
@@ -132,16 +134,17 @@ def gain(rates: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 def decide(
     rates: np.ndarray, config: Config = Config(), baseline: np.ndarray | None = None
 ) -> Decision:
-    """The paper's rule on `rates` [K], the attack success rate of each class's recovered triggers.
+    """Applies the paper's rule to `rates` [K], the attack success rate of each class's recovered
+    triggers.
 
-    Scores are (rate - median rate) / (1 - median rate): how far a class stands out of its peers, 1
-    at most. A class without a rate (nan) scores nan and is no target; where nothing else is found
-    it leaves the verdict open.
+    Scores are (rate - median rate) / (1 - median rate): how far a class stands out from the others,
+    at most 1. A class without a rate (nan) scores nan and is never a target; if no target is found,
+    it makes the verdict "inconclusive".
 
     Args:
-      baseline: [K] rates without a trigger; what they explain does not count, see `gain`.
+      baseline: [K] rates without a trigger; only the gain beyond them counts, see `gain`.
     """
-    # Differs from paper: it knows no baseline, and so calls an untrained net attacked
+    # Differs from paper: it has no baseline and therefore calls an untrained net attacked
     rates = np.asarray(rates, float) if baseline is None else gain(rates, baseline)
     known = rates[np.isfinite(rates)]
     median = float(np.median(known)) if known.size else 0.0

@@ -1,9 +1,8 @@
-"""The guarded net: where the suspect answers a detected target, a corrected net is asked, which may
-disagree.
+"""The guarded net: if the suspect predicts a detected target, a corrected net decides instead.
 
 Li et al. 2023, section 4.2 and Fig. 2: f is the suspect, g(x | Theta_t) its correction for target
-t. If f(x) is no detected target, f(x) stands; otherwise g(x | Theta_f(x)) stands, and where the two
-differ the input is flagged as triggered. No threshold is set.
+t. If f(x) is not a detected target, the answer is f(x). Otherwise it is g(x | Theta_f(x)), and the
+input is flagged as triggered if the two differ. There is no threshold to set.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +15,17 @@ from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
 
 PAPER = "https://arxiv.org/abs/2308.09850"
 CORRECTED = ("batch_stats", "bounds")
-"""Collections in which a corrected net differs from the suspect; all else is the suspect's own."""
+"""Collections in which a corrected net may differ from the suspect; the rest is shared."""
 
 
 class Verdicts(NamedTuple):
     """Answers for B images; all [B].
 
     Attributes:
-      label: int32, of the net that decides.
-      suspect_label: int32, what the suspect says.
-      flagged: bool, whether the corrected net was asked and disagrees.
-      asked: bool, whether the suspect's answer is a detected target.
+      label: int32, class given by the net that decides.
+      suspect_label: int32, class given by the suspect.
+      flagged: bool, whether a corrected net was asked and disagreed.
+      asked: bool, whether the suspect predicted a detected target.
     """
 
     label: Array
@@ -36,21 +35,25 @@ class Verdicts(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """order [B] int32: the images by target, those that are not asked about last; counts [T] int32
-    per target."""
+    """Images sorted by the corrected net they need.
+
+    Attributes:
+      order: [B] int32, image indices sorted by target; images that need no correction last.
+      counts: [T] int32, images per target.
+    """
 
     order: Array
     counts: Array
 
 
 def pack(suspect: Variables, corrected: Sequence[Variables]) -> Variables:
-    """The guarded net's variables: {"suspect": …, "corrected": what differs, stacked on a leading
-    axis [T, …]}.
+    """Builds the guarded net's variables: {"suspect": …, "corrected": the `CORRECTED` collections,
+    stacked on a leading axis [T, …]}.
 
     Args:
-      corrected: for each target in the order given to `make`, the suspect's variables with other
+      corrected: for each target, in the order given to `make`, the suspect's variables with changed
         moments and bounds.
-    Raises: UserError where a correction changes weights, or the corrections differ in structure.
+    Raises: UserError when a correction changes weights, or the corrections differ in structure.
     """
     parts = [{name: each[name] for name in CORRECTED if each.get(name)} for each in corrected]
     if not parts:
@@ -65,8 +68,8 @@ def pack(suspect: Variables, corrected: Sequence[Variables]) -> Variables:
         ]
         if not all(same):
             raise UserError(
-                "guard: a corrected net has other weights than the suspect; only moments and bounds"
-                " may differ"
+                "guard: a corrected net's weights differ from the suspect's; only moments and"
+                " bounds may differ"
             )
     return {
         "suspect": dict(suspect),
@@ -81,22 +84,22 @@ def _weights(suspect: Variables, corrected: Variables) -> list[tuple[Array, Arra
 
 
 def corrected(variables: Variables, index: int | Array) -> Variables:
-    """The whole variables of the corrected net number `index` (in the order of the targets)."""
+    """All variables of corrected net number `index` (in the order of the targets)."""
     differing = jax.tree.map(lambda leaf: leaf[index], dict(variables["corrected"]))
     return {**variables["suspect"], **differing}
 
 
 def make(net: Net, targets: Sequence[int], *, slots: int = 32) -> Net:
-    """The guarded net over `net`, a pure `Net` like any other; `pack` makes its variables.
+    """Makes the guarded net over `net`, a pure `Net` like any other; `pack` makes its variables.
 
     Its logits are those of the net that decides: the corrected net's for every image that the
-    suspect calls one of `targets`, the suspect's for all others. Such images are gathered by target
-    and pass in blocks of `slots` through one compiled correction, ceil(n / slots) blocks per
-    target; a batch without any costs the suspect's forward pass alone. The loop has no reverse
-    derivative: search triggers on the suspect.
+    suspect assigns to one of `targets`, the suspect's for all others. Images to correct are grouped
+    by target and go through one compiled correction in blocks of `slots`, ceil(n / slots) blocks
+    per target. A batch without such images costs only the suspect's forward pass. The while loop
+    has no reverse-mode derivative: search for triggers on the suspect.
 
-    Raises: UserError on no targets, or one named twice; on tracing, when a target is no class of
-      the net, or to train.
+    Raises: UserError without targets or with a duplicate; while tracing, when a target is not a
+      class of the net, or with `train=True`.
     """
     answer = _answering(net, targets, slots)
 
@@ -120,8 +123,8 @@ def make(net: Net, targets: Sequence[int], *, slots: int = 32) -> Net:
 def verdicts(
     net: Net, targets: Sequence[int], *, slots: int = 32
 ) -> Callable[[Variables, Array], Verdicts]:
-    """A pure function (variables, images [B, H, W, C] in [0, 1]) -> `Verdicts`; arguments as for
-    `make`."""
+    """Makes a pure function (variables, images [B, H, W, C] in [0, 1]) -> `Verdicts`; arguments as
+    for `make`."""
     answer = _answering(net, targets, slots)
 
     def judge(variables: Variables, images: Array) -> Verdicts:
@@ -133,8 +136,8 @@ def verdicts(
 
 
 def flag(net: Net, targets: Sequence[int], *, slots: int = 32) -> Callable[..., Array]:
-    """A pure function (key, variables, images) -> flagged [B] bool, as `evaluate.detection` takes
-    it."""
+    """Makes a pure function (key, variables, images) -> flagged [B] bool, the form that
+    `evaluate.detection` takes."""
     judge = verdicts(net, targets, slots=slots)
 
     def flagged(key: Key, variables: Variables, images: Array) -> Array:
@@ -147,8 +150,8 @@ def flag(net: Net, targets: Sequence[int], *, slots: int = 32) -> Callable[..., 
 def _answering(
     net: Net, targets: Sequence[int], slots: int
 ) -> Callable[..., tuple[Array, Array, Array]]:
-    """(variables, images) -> logits [B, K] of the net that decides, the suspect's label [B], asked
-    [B] bool."""
+    """Makes (variables, images) -> (logits [B, K] of the net that decides, the suspect's label [B],
+    asked [B] bool)."""
     targets = tuple(int(target) for target in targets)
     if not targets or len(set(targets)) != len(targets):
         raise UserError(f"guard: targets {targets}; give at least one, each once")
@@ -175,7 +178,7 @@ def _answering(
 
 
 def _numbers(targets: tuple[int, ...], classes: int) -> Array:
-    """[K] int32: each class's position in `targets`, T for the others."""
+    """[K] int32: each class's position in `targets`; T for classes that are not targets."""
     outside = [target for target in targets if not 0 <= target < classes]
     if outside:
         raise UserError(
@@ -186,7 +189,8 @@ def _numbers(targets: tuple[int, ...], classes: int) -> Array:
 
 
 def _sort(number: Array, count: int) -> _Asked:
-    """Images [B] by the number of their target; `count` marks those that are not asked about."""
+    """Sorts images by the `number` [B] of their target; `count` marks those that need no
+    correction."""
     counts = (number[:, None] == jnp.arange(count, dtype=jnp.int32)[None]).sum(0, dtype=jnp.int32)
     return _Asked(jnp.argsort(number, stable=True).astype(jnp.int32), counts)
 
@@ -196,6 +200,8 @@ def _replace(
 ) -> Array:
     """`logits` [B, K] with the rows of `asked` replaced by `ask(target's number, rows [size]) ->
     [size, K]`."""
+    # A while loop over blocks of a fixed size: shapes are static, and the number of iterations
+    # depends on the data, so that few triggered images cost little.
     blocks = -(-asked.counts // size)
     last_block, last_row = jnp.cumsum(blocks), jnp.cumsum(asked.counts)
     total = logits.shape[0]
@@ -211,9 +217,9 @@ def _replace(
             + jnp.arange(size, dtype=jnp.int32)
         )
         places = asked.order[jnp.minimum(rows, total - 1)]
-        # rows past the target's last are padding: their answers are dropped
-        kept = jnp.where(rows < last_row[index], places, total)
-        return block + 1, logits.at[kept].set(ask(index, places).astype(logits.dtype), mode="drop")
+        # rows past the target's last one are padding; index `total` makes the scatter drop them
+        valid = jnp.where(rows < last_row[index], places, total)
+        return block + 1, logits.at[valid].set(ask(index, places).astype(logits.dtype), mode="drop")
 
     return jax.lax.while_loop(
         lambda carry: carry[0] < last_block[-1], body, (jnp.zeros((), jnp.int32), logits)

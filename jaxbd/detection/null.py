@@ -1,11 +1,12 @@
-"""From one statistic per class to a p-value: does the largest stand out of the others? NumPy only.
+"""Tests whether the largest of K statistics, one per class, is an outlier. NumPy only.
 
 Wang et al. 2024 fit a gamma distribution to all statistics but the largest and call a model
-backdoored where p = 1 - F(largest)^(n + 1) is at most 0.05, n being the number of fitted values.
-That p is far too small for few classes: the fit has seen only n values, and not the largest, so its
-tail is too short. Of clean models whose statistics are gamma variates, as assumed, it alarms on 25
-of 100 with 10 classes, and on 66 of 100 with 3. Here p is therefore corrected: it is compared with
-the p of simulated models without an outlier, which makes the false-alarm rate the level asked for.
+backdoored if p = 1 - F(largest)^(n + 1) is at most 0.05, where n is the number of fitted values.
+With few classes that p is far too small: the fit sees only n values and excludes the largest, so
+its tail is too short. On clean models with gamma-distributed statistics, as the paper assumes, it
+raises an alarm for 25 of 100 models with 10 classes and for 66 of 100 with 3. This module therefore
+corrects p: it ranks p among those of simulated models without an outlier, which makes the
+false-alarm rate equal to the requested level.
 """
 
 import dataclasses
@@ -21,24 +22,24 @@ from jaxbd.base import UserError, check_choices
 
 Family = Literal["gamma", "lognormal"]
 LEAST_CLASSES = 3
-"""Statistics that a test needs: the one that is tested and two to fit to."""
+"""Minimum number of statistics for a test: the tested one and two to fit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How classes are tested.
+    """Settings of the test.
 
     Attributes:
-      level: highest p that is an alarm (Wang et al. 2024: 0.05).
+      level: raise an alarm if p is at most this (Wang et al. 2024: 0.05).
       family: null distribution of a clean model's statistics. The lognormal has the heavier tail.
-      most: most classes that may stand out together; at most a third of all are tried.
-      least_spread: smallest coefficient of variation of the null, so that classes which tie do not
-        make a class that is a little larger stand out.
-      least_excess: `Outliers.excess` below which nothing stands out, from clean models of the same
-        kind where there are some (`detection.calibration`); 0 asks for none.
-      simulations: simulated models that p is compared with, fewer from 200 classes on; p is at
+      most: maximum number of classes that may stand out together; never more than a third of all.
+      least_spread: minimum coefficient of variation of the null. Without it, a slightly larger
+        class would stand out from classes that tie.
+      least_excess: minimum `Outliers.excess` for an alarm, calibrated on clean models of the same
+        kind if available (`detection.calibration`); 0 for no minimum.
+      simulations: number of simulated models to rank p among, fewer from 200 classes on; p is at
         least 1 / (simulations + 1).
-      seed: of the simulation.
+      seed: seed of the simulation.
     """
 
     level: float = 0.05
@@ -67,21 +68,20 @@ class Config:
 
 
 class Outliers(NamedTuple):
-    """What the statistics of one model say.
+    """Result of the test on one model.
 
     Attributes:
-      p_value: corrected p that no class stands out; nan where too few classes have a statistic, see
-        `find_outliers`. That is no evidence of a clean model.
-      nominal: p as Wang et al. 2024 compute it, of the largest against all others.
-      classes: the classes that stand out, largest first; empty unless p_value <= level and excess
-        >= least_excess.
-      beside: further classes, largest first, that stand out once those are set aside. They are
-        often what a trigger excites besides its target, so they are leads, not targets.
+      p_value: corrected p of the hypothesis that no class stands out; nan if too few classes have a
+        statistic, see `find_outliers`. A nan is no evidence of a clean model.
+      nominal: p as in Wang et al. 2024, of the largest statistic against all others.
+      classes: classes that stand out, largest first; empty unless p_value <= level and excess >=
+        least_excess.
+      beside: further classes, largest first, that stand out once `classes` are set aside. A trigger
+        often excites classes besides its target, so these are leads, not targets.
       class_p: [K] corrected p of each class against all others that do not stand out; nan without a
-        statistic, or where fewer than two others remain.
-      excess: log(largest / median of the others), the size of the effect; 0 where nothing is
-        positive.
-      needed: the statistic from which a single class would have raised an alarm; inf where none
+        statistic, or with fewer than two such others.
+      excess: effect size log(largest / median of the others); 0 if nothing is positive.
+      needed: smallest statistic with which a single class would have raised an alarm; inf if none
         could.
       measured: number of classes with a statistic.
     """
@@ -100,16 +100,16 @@ def find_outliers(
     statistics: np.ndarray | Sequence[float],
     config: Config = Config(),
 ) -> Outliers:
-    """Tests whether classes stand out of `statistics` [K], large for a backdoor's target.
+    """Tests whether classes stand out in `statistics` [K], which are large for a backdoor's target.
 
-    Statistics that are not finite do not count. Those that are not positive, of classes that the
-    search did not reach, count as the smallest positive one, so that they do not widen the null;
-    where half of the classes besides the largest are such, there is nothing to compare with and p
-    is nan.
+    Non-finite statistics are ignored. Non-positive ones belong to classes that the search did not
+    reach; they count as the smallest positive one, so that they do not widen the null. If half of
+    the classes besides the largest are such, there is nothing to compare with and p is nan.
 
-    Up to `config.most` classes are tried as outliers: with j - 1 largest set aside, the largest of
-    the remaining m is tested against the others, and compared with simulated models of m classes.
-    The smallest of these p is in turn compared with that of simulated models, since it was chosen.
+    Up to `config.most` classes are tried as outliers: for each j, the j - 1 largest are set aside
+    and the largest of the remaining m is tested against the others, relative to simulated models of
+    m classes. Taking the smallest of these p is a selection, so it is in turn ranked among the
+    smallest p of simulated models.
     """
     statistics = np.asarray(statistics, float)
     known = np.flatnonzero(np.isfinite(statistics))
@@ -125,7 +125,7 @@ def find_outliers(
         for j, reference in enumerate(references)
     ]
     p_value = min(singles)
-    if tried > 1:  # choosing raises p; the simulation's noise must not lower it
+    if tried > 1:  # correcting for the selection can only raise p; simulation noise may lower it
         p_value = max(p_value, float(_compare(p_value, _smallest_of(tried, len(known), config))))
     alarms = [j + 1 for j, p in enumerate(singles) if p <= config.level]
     is_alarm = p_value <= config.level and excess(values) >= config.least_excess
@@ -144,7 +144,7 @@ def find_outliers(
 
 
 def excess(statistics: np.ndarray) -> float:
-    """log(largest / median of the others) of `statistics` [K]; 0 where fewer than two are finite or
+    """log(largest / median of the others) of `statistics` [K]; 0 if fewer than two are finite or
     none is positive."""
     values = np.asarray(statistics, float)
     values = values[np.isfinite(values)]
@@ -155,16 +155,18 @@ def excess(statistics: np.ndarray) -> float:
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
+    """Raises non-positive values to the smallest positive one."""
     return np.maximum(values, values[values > 0].min())
 
 
 def _count_outliers(count: int, config: Config) -> int:
-    """How many classes may be outliers, so that at least two thirds of `count` make the null."""
+    """Maximum number of outliers, such that at least two thirds of `count` classes form the
+    null."""
     return max(1, min(config.most, count // 3))
 
 
 class Null(NamedTuple):
-    """A fitted null: shape and scale [...] of a gamma, or deviation and mean [...] of
+    """A fitted null: shape and scale [...] of a gamma, or standard deviation and mean [...] of the
     logarithms."""
 
     shape: np.ndarray
@@ -172,7 +174,7 @@ class Null(NamedTuple):
 
 
 def _fit(values: np.ndarray, config: Config) -> Null:
-    """The null fitted to positive `values` [..., n], with at least the least spread."""
+    """Fits the null to positive `values` [..., n], with at least `config.least_spread`."""
     if config.family == "lognormal":
         logs = np.log(values)
         return Null(np.maximum(logs.std(-1, ddof=1), config.least_spread), logs.mean(-1))
@@ -180,18 +182,18 @@ def _fit(values: np.ndarray, config: Config) -> Null:
 
 
 def fit_gamma(values: np.ndarray, least_spread: float = 0.0) -> Null:
-    """Maximum-likelihood shape and scale [...] of gamma distributions from 0, for positive `values`
-    [..., n].
+    """Maximum-likelihood shape and scale [...] of gamma distributions that start at 0, for positive
+    `values` [..., n].
 
-    # Differs from released code: that fits where the distribution begins, too, which moves into the
-    # data when there are nine values.
+    # Differs from released code: it also fits the location, which moves into the data when there
+    # are nine values.
 
     Args:
-      least_spread: the coefficient of variation, 1 / sqrt(shape), is at least so large.
+      least_spread: minimum coefficient of variation, 1 / sqrt(shape).
     """
     most = 1 / max(least_spread, 1e-4) ** 2
     gap = np.maximum(np.log(values.mean(-1)) - np.log(values).mean(-1), 1 / (2 * most))
-    # Minka 2002, the closed form near the maximum, and Newton steps on 1 / shape
+    # Minka 2002: a closed form close to the maximum, then Newton steps on 1 / shape
     shape = (3 - gap + np.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
     for _ in range(5):
         slope = shape**2 * (1 / shape - special.polygamma(1, shape))
@@ -201,19 +203,19 @@ def fit_gamma(values: np.ndarray, least_spread: float = 0.0) -> Null:
 
 
 def _log_tail(value: np.ndarray, null: Null, config: Config) -> np.ndarray:
-    """log(1 - F(value)) [...], also where 1 - F is too small for a float."""
+    """log(1 - F(value)) [...], even where 1 - F underflows."""
     if config.family == "lognormal":
         return special.log_ndtr(-(np.log(value) - null.scale) / null.shape)
     shape, value = null.shape, value / null.scale
     tail = special.gammaincc(shape, value)
-    # the first term of the expansion for large values
+    # log of the first terms of the asymptotic expansion for large values
     far = (shape - 1) * np.log(value) - value - special.gammaln(shape)
     far = far - np.log1p(-np.minimum((shape - 1) / value, 0.5))
     return np.where(tail > 1e-290, np.log(np.maximum(tail, 1e-300)), np.minimum(far, -667.0))
 
 
 def _log_nominal(descending: np.ndarray, config: Config) -> np.ndarray:
-    """log p, p = 1 - F(r_1)^(n + 1), [...] of statistics [..., m] in descending order, F fitted to
+    """log p [...] of statistics [..., m] in descending order: p = 1 - F(r_1)^(n + 1), F fitted to
     the n = m - 1 others; Wang et al. 2024, section 3.3."""
     null = _fit(descending[..., 1:], config)
     return _of_largest(_log_tail(descending[..., 0], null, config), descending.shape[-1])
@@ -227,15 +229,16 @@ def _of_largest(log_tail: np.ndarray, count: int) -> np.ndarray:
 
 
 LEAST_SIMULATIONS, MOST_VALUES = 2000, 4_000_000
-"""Fewer models are simulated where there are hundreds of classes, for memory and time."""
+"""With hundreds of classes fewer models are simulated, to save memory and time."""
 SHAPE = 10.0
-"""Shape of simulated gamma variates. The nominal p of a sample without an outlier does not depend
-on scale and hardly on shape: from shape 2 to 50 the false-alarm rate at level 0.05 stays within a
-point of itself."""
+"""Shape of the simulated gamma variates. The nominal p of a sample without an outlier does not
+depend on the scale and hardly on the shape: for shapes 2 to 50 the false-alarm rate at level 0.05
+varies by less than one percentage point."""
 
 
 def _draws(count: int, config: Config, stream: int) -> np.ndarray:
-    """[simulations, count] statistics of models without an outlier, descending in each row."""
+    """Simulates statistics [simulations, count] of models without an outlier, each row
+    descending."""
     rng = np.random.default_rng((config.seed, stream, count))
     size = (min(config.simulations, max(LEAST_SIMULATIONS, MOST_VALUES // count)), count)
     values = rng.gamma(SHAPE, size=size) if config.family == "gamma" else rng.lognormal(size=size)
@@ -244,7 +247,7 @@ def _draws(count: int, config: Config, stream: int) -> np.ndarray:
 
 @functools.lru_cache(64)
 def _reference(count: int, config: Config) -> np.ndarray:
-    """Ascending log nominal p [simulations] of models of `count` classes without an outlier."""
+    """Sorted log nominal p [simulations] of models of `count` classes without an outlier."""
     return np.sort(
         _log_nominal(_draws(count, config, 0), dataclasses.replace(config, least_spread=0))
     )
@@ -252,7 +255,8 @@ def _reference(count: int, config: Config) -> np.ndarray:
 
 @functools.lru_cache(64)
 def _smallest_of(tried: int, count: int, config: Config) -> np.ndarray:
-    """Ascending smallest p over the numbers of outliers tried [simulations], without an outlier."""
+    """Sorted smallest p [simulations] over the numbers of outliers tried, of models without an
+    outlier."""
     draws, free = _draws(count, config, 1), dataclasses.replace(config, least_spread=0)
     each = [
         _compare(_log_nominal(draws[:, j:], free), _reference(count - j, config))
@@ -262,15 +266,15 @@ def _smallest_of(tried: int, count: int, config: Config) -> np.ndarray:
 
 
 def _compare(value: ArrayLike, reference: np.ndarray) -> np.ndarray:
-    """Share [...] of `reference` [S], ascending, that is at most `value` [...], the model at hand
-    counted in."""
+    """Share [...] of the sorted `reference` [S] that is at most `value` [...]; counts the tested
+    model itself, so it is never 0."""
     rank = np.searchsorted(reference, np.asarray(value), side="right")
     return np.asarray((rank + 1) / (len(reference) + 1))
 
 
 def _of_classes(values: np.ndarray, outside: np.ndarray, config: Config) -> np.ndarray:
-    """Corrected p [m] of each of `values` [m] against the others that are not `outside`; nan where
-    those are fewer than two."""
+    """Corrected p [m] of each of `values` [m] against the others that are not in `outside`; nan if
+    fewer than two remain."""
     usual = np.setdiff1d(np.arange(len(values)), outside)
     found = np.empty(len(values))
     for index, value in enumerate(values):
@@ -285,7 +289,9 @@ def _of_classes(values: np.ndarray, outside: np.ndarray, config: Config) -> np.n
 
 
 def _find_alarm_level(descending: np.ndarray, reference: np.ndarray, config: Config) -> float:
-    """The largest statistic at which the single-outlier test alarms, the others as they are."""
+    """How large the largest statistic must be, given the others, for the single-outlier test to
+    raise an alarm."""
+    # the largest simulated log p that still gives a corrected p <= level
     limit = reference[max(int(config.level * (len(reference) + 1)) - 2, 0)]
     tail = -np.expm1(np.log1p(-np.exp(limit)) / len(descending))
     null = _fit(descending[1:], config)

@@ -1,5 +1,5 @@
-"""STRIP: an image whose answer hardly changes when others are laid over it carries a trigger (Gao
-et al. 2019)."""
+"""STRIP: an image carries a trigger if its prediction hardly changes when other images are blended
+in (Gao et al. 2019)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,18 +25,18 @@ class Config:
     """Settings of STRIP.
 
     Attributes:
-      overlays: N, clean images laid over each image, drawn with replacement (100 in the released
-        code).
-      blend: how: "sum", image + overlay, which leaves [0, 1] (the released code does not clip);
-        "half", their mean.
-      false_positive_rate: share of clean images that may be flagged; sets the threshold. 0.15 as
-        STRIP is used by Li et al. 2023, section 5.3.
+      overlays: N, number of clean images blended into each image, drawn with replacement (100 in
+        the released code).
+      blend: "sum" for image + overlay, which exceeds [0, 1] (the released code does not clip);
+        "half" for their mean.
+      false_positive_rate: share of clean images that may be flagged; sets the threshold. 0.15 as in
+        Li et al. 2023, section 5.3.
     """
 
     overlays: int = 100
     blend: Literal["sum", "half"] = "sum"
-    # Differs from released code: there 0.01, of a normal distribution fitted to the clean
-    # entropies.
+    # Differs from released code: 0.01 there, as quantile of a normal distribution fitted to the
+    # clean entropies.
     false_positive_rate: float = 0.15
 
     def __post_init__(self):
@@ -47,12 +47,13 @@ class Config:
 
 
 def entropy(net: Net, config: Config = Config()) -> Callable[[Key, Variables, Array, Array], Array]:
-    """A pure function (key, variables, images [B, H, W, C], overlays [M, H, W, C]) -> mean entropy
-    [B] in bits.
+    """Makes a pure function (key, variables, images [B, H, W, C], overlays [M, H, W, C]) -> mean
+    entropy [B] in bits.
 
-    H(x) = -1/N sum_n sum_k p_k(x + o_n) log2 p_k(x + o_n), over N overlays o_n drawn for each image
-    on its own from the M clean images (uint8 or float in [0, 1], like `images`). Low values speak
-    of a trigger. One overlay is done after the other, so memory is that of the net on B images.
+    H(x) = -1/N sum_n sum_k p_k(x + o_n) log2 p_k(x + o_n), over N overlays o_n drawn independently
+    for each image from the M clean images (uint8 or float in [0, 1], like `images`). A low value
+    indicates a trigger. Overlays are processed one after another, so the memory is that of the net
+    on B images.
     """
 
     def mean_entropy(key: Key, variables: Variables, images: Array, overlays: Array) -> Array:
@@ -77,10 +78,10 @@ def entropy(net: Net, config: Config = Config()) -> Callable[[Key, Variables, Ar
 
 
 def threshold(entropies: np.ndarray, false_positive_rate: float) -> float:
-    """The entropy below which an image is flagged: that quantile of clean images' `entropies` [N]
-    in bits.
+    """The entropy below which an image is flagged: the `false_positive_rate` quantile of clean
+    images' `entropies` [N] in bits.
 
-    Raises: UserError on no or non-finite entropies, or a rate outside (0, 1).
+    Raises: UserError without entropies, with non-finite ones, or for a rate outside (0, 1).
     """
     _check_rate(false_positive_rate)
     entropies = np.asarray(entropies, float)
@@ -90,7 +91,7 @@ def threshold(entropies: np.ndarray, false_positive_rate: float) -> float:
 
 
 def flag(net: Net, config: Config = Config()) -> Callable[..., Array]:
-    """A pure function (key, (variables, overlays, threshold []), images) -> flagged [B] bool:
+    """Makes a pure function (key, (variables, overlays, threshold []), images) -> flagged [B] bool:
     entropy < threshold."""
     measure = entropy(net, config)
 

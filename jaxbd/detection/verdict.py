@@ -1,10 +1,10 @@
-"""From the signs of two independent families of searches to a verdict. NumPy; pure.
+"""Combines the signs of two independent families of searches into a verdict. NumPy; pure.
 
 A class can show three signs. *Small*: a trigger that works on held-out images is unusually small
-beside those of the other classes. *Patch*: a distribution of small patches works on held-out
-images. *Margin*: the largest margin over all images, found without any, stands out. The first two
-come from inverting triggers, the third does not; a backdoor's target shows at least two. Clean
-models show one now and then: similar classes are near each other, and some are entered easily.
+compared with those of the other classes. *Patch*: a distribution of small patches works on held-out
+images. *Margin*: the class's largest margin, searched without any data, stands out. The first two
+come from trigger inversion, the third does not. A backdoor's target shows at least two. A clean
+model shows one now and then, since similar classes lie close together and some are easy to enter.
 """
 
 from typing import NamedTuple
@@ -14,22 +14,22 @@ import numpy as np
 from jaxbd.detection.detect import Verdict
 
 LEAST_STEPS = 100
-"""Steps from which on a search without a working trigger says that there is no small one. A large
-mask leads any net to any class sooner or later, so a class without one was searched too briefly."""
+"""Minimum steps for a search without a working trigger to be evidence that there is no small one. A
+large enough mask leads any net to any class, so a class without one was searched too briefly."""
 COMPARABLE = 3
-"""Classes without which none can stand out of the others."""
+"""Minimum number of classes for one to stand out from the others."""
 LEAST_SHARE = 0.5
-"""Share of the classes that need a working trigger, so that sizes can be compared."""
+"""Minimum share of searched classes with a working trigger, so that sizes can be compared."""
 ONE_FAMILY = "margins say nothing here, so one family of searches decides alone"
-"""What stands against "clean" where margins were not searched or could not be tested."""
+"""Objection to the verdict "clean" if margins were not searched or could not be tested."""
 
 
 class Signs(NamedTuple):
-    """What the searches found per class; all [K] bool.
+    """Signs of each class; all [K] bool.
 
     Attributes:
       small: a working trigger is unusually small.
-      patch: recovered patches reach the threshold, beyond what reaches the class anyway.
+      patch: the success rate of recovered patches, beyond the baseline, reaches the threshold.
       margin: the largest margin stands out.
     """
 
@@ -44,17 +44,18 @@ class Signs(NamedTuple):
 
 
 SIGNS = Signs._fields
-"""The signs that a class can show."""
+"""Names of the signs that a class can show."""
 
 
 class Power(NamedTuple):
-    """Whether the searches could have found a backdoor.
+    """How able the searches were to find a backdoor.
 
     Attributes:
       searched: [K] bool, classes for which triggers were searched.
-      worked: [K] bool, those for which a trigger reached its success rate.
-      steps: that each search was given.
-      accuracy, chance: of the suspect on clean images, and of its most frequent class there.
+      worked: [K] bool, classes for which a trigger reached its success rate.
+      steps: optimisation steps of each search.
+      accuracy: the suspect's accuracy on clean images.
+      chance: share of the most frequent class among these images.
       has_margin: whether the margins could be tested.
     """
 
@@ -67,15 +68,16 @@ class Power(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """A verdict and why.
+    """A verdict and the reasons for it.
 
     Attributes:
-      verdict: "backdoored" where a class shows two signs; "clean" where none shows a small trigger
-        or an unusual margin and the searches had power; else "inconclusive".
-      targets: classes with two signs or three.
-      leads: classes with one sign that is an alarm: a small trigger or an unusual margin.
-      natural: other classes that small patches lead to, which nobody is known to have planted.
-      lacks: what stands against "clean", in words; empty where the searches had power.
+      verdict: "backdoored" if a class shows two signs; "clean" if no class shows a small trigger or
+        an unusual margin and the searches had enough power; else "inconclusive".
+      targets: classes with two or three signs.
+      leads: classes whose only sign is an alarm: a small trigger or an unusual margin.
+      natural: classes whose only sign is that small patches lead to them. Clean models have such
+        patches too, so nobody need have planted them.
+      lacks: objections to "clean", in words; empty if the searches had enough power.
     """
 
     verdict: Verdict
@@ -89,7 +91,8 @@ def judge(signs: Signs, power: Power) -> Judgement:
     """The verdict on one model."""
     count, alarm = signs.count, signs.small | signs.margin
     numbers = lambda which: [int(k) for k in np.flatnonzero(which)]
-    if len(count) < COMPARABLE:  # no size and no margin stands out of two, so patches decide alone
+    # with two classes no size and no margin can stand out, so patches count twice
+    if len(count) < COMPARABLE:
         count = count + signs.patch
     targets, leads = numbers(count >= 2), numbers(alarm & (count == 1))
     natural, lacks = numbers(signs.patch & (count == 1)), find_lacks(power)
@@ -102,7 +105,7 @@ def judge(signs: Signs, power: Power) -> Judgement:
 
 
 def find_lacks(power: Power) -> list[str]:
-    """What keeps the searches from calling a model clean, in words."""
+    """Objections to calling a model clean, in words; empty if the searches had enough power."""
     lacks, classes = [], len(power.searched)
     missing = int((~power.searched).sum())
     if missing:

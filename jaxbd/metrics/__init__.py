@@ -1,1 +1,1 @@
-"""What is measured of a net: accuracy and attack success, activations, distances."""
+"""Measurements of a net: accuracy and attack success, activations, distances."""

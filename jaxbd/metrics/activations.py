@@ -1,5 +1,5 @@
-"""What a net's layers do on clean and on triggered images: activations, divergences (BNA),
-differences (DHBE, Fig. 7)."""
+"""Layer outputs on clean and on triggered images: activations, divergences (BNA), differences
+(DHBE, Fig. 7)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,12 +32,12 @@ def activations(
     model: Any = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Activations [N x positions, C] of one layer on `data`, [N x positions] of one channel of it
-    (Fig. 1).
+    """Activations [N x positions, C] of one layer on `data`, or [N x positions] of one of its
+    channels (Fig. 1).
 
-    Triggered where a stamp is given.
+    With a `stamp` the images carry the trigger `model`.
 
-    Raises: UserError when the net shows no such layer or channel.
+    Raises: UserError when the net exposes no such layer or channel.
     """
     _check_shown(net, variables, data, layer, channel or 0)
     key, show = jax.random.key(0), _shower(net, layer)
@@ -48,8 +48,8 @@ def activations(
 
 @cached(32)
 def _shower(net: Net, layer: str) -> Callable[[Key, Variables, Array], Array]:
-    """(key, variables, images) -> [B, …, C], one layer's activations; the same function for the
-    same layer."""
+    """(key, variables, images) -> [B, …, C], one layer's activations; cached, so that it is traced
+    once per layer."""
     outputs = _outputs(net)
     return lambda _, variables, images: outputs(variables, images)[1][layer]
 
@@ -57,8 +57,8 @@ def _shower(net: Net, layer: str) -> Callable[[Key, Variables, Array], Array]:
 def total_variations(
     clean: np.ndarray, triggered: np.ndarray, width: float, bins: int
 ) -> np.ndarray:
-    """Total variation [C] between activations [N, C] and [M, C], by intervals over the range of the
-    clean ones."""
+    """Total variation [C] between activations [N, C] and [M, C], from histograms over the range of
+    the clean ones."""
     grid = histogram.grid(jnp.asarray(clean.min(0)), jnp.asarray(clean.max(0)), width, bins)
     p, q = (
         histogram.hard(jnp.asarray(values), grid, bins) / len(values)
@@ -68,27 +68,27 @@ def total_variations(
 
 
 def _outputs(net: Net) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """`net.outputs`. Raises: UserError when the net shows no layers."""
+    """`net.outputs`. Raises: UserError when the net exposes no layers."""
     if net.outputs is None:
         raise UserError("the net shows no layers; give one that was not made from a bare function")
     return net.outputs
 
 
 def layers(net: Net, variables: Variables, data: Batch) -> dict[str, int]:
-    """Layers that the net shows, in order of execution, and how many channels each has; empty where
-    it shows none."""
+    """{layer: number of channels} of all layers that the net exposes, in order of execution; empty
+    if it exposes none."""
     found: dict[str, int] = {}
     if net.outputs is not None:
         outputs = net.outputs
         note = lambda variables, images: found.update(
             {name: values.shape[-1] for name, values in outputs(variables, images)[1].items()}
         )
-        jax.eval_shape(note, variables, to_float(jnp.asarray(data.images[:1])))
+        jax.eval_shape(note, variables, to_float(jnp.asarray(data.images[:1])))  # runs nothing
     return found
 
 
 def _check_shown(net: Net, variables: Variables, data: Batch, layer: str, channel: int = 0) -> None:
-    """Raises UserError when the net does not show `layer` or has no such channel in it."""
+    """Raises UserError unless the net exposes `layer` and this has the `channel`."""
     shown = layers(net, variables, data)
     if layer not in shown:
         raise UserError(f"the net shows no layer {layer!r}; it shows {', '.join(shown) or 'none'}")
@@ -97,8 +97,8 @@ def _check_shown(net: Net, variables: Variables, data: Batch, layer: str, channe
 
 
 class Divergences(NamedTuple):
-    """Means over the channels of a layer, or of all layers, between 0 and the divergence's largest
-    value."""
+    """Mean divergences over the channels of a layer, or over all layers, each between 0 and its
+    maximum."""
 
     tv: float
     js: float
@@ -117,16 +117,16 @@ def divergences(
     width: float = 0.1,
     bins: int = 100,
 ) -> dict[str, Divergences]:
-    """How far triggered activations in `corrected` are from clean ones in `variables`, the net as
-    it came.
+    """Divergences of triggered activations in `corrected` from clean ones in `variables`, the
+    original net.
 
     Li et al. 2023, appendix D (Tables 9 and 10), with exact histograms over the range of the clean
-    activations. Give `variables` twice for the net before its correction.
+    activations. For the net before correction, pass `variables` for both.
 
     Args:
-      layer: the layer that counts; the last one shown, the penultimate of our nets, when not given.
+      layer: the layer to report; default: the last exposed one, the penultimate layer of our nets.
     Returns: {layer: its mean, "all": the mean over the layers' means}.
-    Raises: UserError when the net shows no such layer.
+    Raises: UserError when the net exposes no such layer.
     """
     shown = layers(net, variables, data)
     layer = (list(shown) or ["penultimate"])[-1] if layer is None else layer
@@ -140,7 +140,7 @@ def divergences(
 
 @cached(32)
 def _diverger(net: Net, stamp: Stamp, width: float, bins: int) -> Program:
-    """(clean variables, corrected ones, trigger, images) -> {layer: (TV, JS, KL)}."""
+    """(original variables, corrected variables, trigger, images) -> {layer: (TV, JS, KL)}."""
 
     outputs = _outputs(net)
 
@@ -160,13 +160,12 @@ def _diverger(net: Net, stamp: Stamp, width: float, bins: int) -> Program:
 
 
 class Differences(NamedTuple):
-    """|a(T(x)) - a(x)| per image [N], a the layer's activations or the logits; in their own units,
-    from 0.
+    """|a(T(x)) - a(x)| per image [N], where a is the layer's activations or the logits; >= 0, in
+    their units.
 
     Attributes:
-      layer_l1, layer_l2: sum of absolute differences over all places and channels of the layer, and
-        Euclidean length.
-      logits_l1, logits_l2: the same of the K logits, before softmax.
+      layer_l1, layer_l2: L1 and L2 norm of the difference over all positions and channels.
+      logits_l1, logits_l2: the same for the K logits, before softmax.
     """
 
     layer_l1: Array | np.ndarray
@@ -186,17 +185,17 @@ def activation_differences(
     layer: str | None = None,
     batch_size: int = 256,
 ) -> Differences:
-    """Differences [N] of each image of `data` (uint8 or float) with and without the trigger; Yan et
-    al. 2023, Fig. 7.
+    """Differences [N] between each image of `data` (uint8 or float) with and without the trigger;
+    Yan et al. 2023, Fig. 7.
 
-    Nets before and after a repair compare where `variables` is all that changes: the images, the
-    key and with it the triggers are the same. The net runs in evaluation.
+    To compare a net before and after a repair, change only `variables`: with the same images and
+    key the triggers are the same. The net runs in evaluation mode.
 
     Args:
       stamp, model: `stamp(key, model, images)` puts the trigger on images.
-      key: of triggers that are drawn or placed at random; key 0 by default.
-      layer: the one that counts; the last one shown, the penultimate of our nets, when not given.
-    Raises: UserError when the net shows no such layer.
+      key: for triggers that are drawn or placed at random; default: key 0.
+      layer: the layer to compare; default: the last exposed one, the penultimate layer of our nets.
+    Raises: UserError when the net exposes no such layer.
     """
     shown = layers(net, variables, data)
     layer = (list(shown) or ["penultimate"])[-1] if layer is None else layer
@@ -210,8 +209,8 @@ def activation_differences(
 
 @cached(32)
 def _differing(net: Net, stamp: Stamp, layer: str):
-    """(key, (variables, trigger), images [B, H, W, C]) -> Differences [B]; the same function for
-    the same net."""
+    """(key, (variables, trigger), images [B, H, W, C]) -> Differences [B]; cached, so that it is
+    traced once per net."""
 
     outputs = _outputs(net)
 
@@ -234,12 +233,12 @@ def _lengths(change: Array) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """What a box plot draws of a sample: median, quartiles, whiskers, and the mean beside them.
+    """Summary of a sample for a box plot: median, quartiles, whiskers, and the mean.
 
     Attributes:
-      low, high: the outermost values within 1.5 interquartile ranges of the box; what lies beyond
-        is an outlier.
-      outliers: how many values do.
+      low, high: ends of the whiskers, the outermost values within 1.5 interquartile ranges of the
+        box.
+      outliers: number of values beyond the whiskers.
     """
 
     low: float

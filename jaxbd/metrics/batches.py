@@ -1,8 +1,8 @@
-"""A function of a batch of images over a whole data set, in few programs and uploads.
+"""Maps a function of a batch of images over a whole data set, with few programs and uploads.
 
 On an accelerator the loop over batches is part of the program: up to `PORTION` batches are uploaded
-at once, and only their results come back. On a CPU, where arrays need no upload, the host goes
-batch by batch.
+at once, and only their results are downloaded. On a CPU, where arrays need no upload, the host
+loops over the batches.
 """
 
 from collections.abc import Callable, Container, Iterator
@@ -17,17 +17,17 @@ from jaxbd.caching import cached
 from jaxbd.training.program import Program, default_time
 
 PORTION = 32
-"""Most batches of one call on an accelerator; progress is reported after each call."""
+"""Maximum batches per call on an accelerator; progress is reported after each call."""
 
 
 class Portion(NamedTuple):
-    """n batches of B images, NumPy; the last batch of a data set repeats row 0 where it is short.
+    """n batches of B images, NumPy; the last batch of a data set is padded with copies of row 0.
 
     Attributes:
-      numbers: [n] int32, of the batches in the data set.
+      numbers: [n] int32, indices of the batches in the data set.
       images: [n, B, H, W, C].
       labels: [n, B].
-      real: [n, B] bool, False for repeated rows.
+      real: [n, B] bool, False for padding.
     """
 
     numbers: np.ndarray
@@ -37,8 +37,8 @@ class Portion(NamedTuple):
 
 
 def batches(data: Batch, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (images, labels, real [B] bool) of one fixed size; the last batch repeats row 0 where
-    `real` is False."""
+    """Yields batches (images, labels, real [B] bool) of a fixed size; where `real` is False, the
+    last batch is padded with copies of row 0."""
     for portion in portions(data, batch_size, most=1):
         yield portion.images[0], portion.labels[0], portion.real[0]
 
@@ -50,12 +50,12 @@ def portions(
     numbers: Container[int] | None = None,
     most: int | None = None,
 ) -> Iterator[Portion]:
-    """The data set in portions of equally many batches, `most` at a time, so that one program
-    serves all of them; the last one may be shorter.
+    """Yields the data set in portions of equally many batches, so that one program serves all of
+    them; the last portion may be shorter.
 
     Args:
-      numbers: batches to take, counted from 0, where not all of them.
-      most: None for 1 on a CPU and `PORTION` elsewhere.
+      numbers: indices of the batches to take; None for all.
+      most: maximum batches per portion; None for 1 on a CPU and `PORTION` elsewhere.
     """
     images, labels, total = np.asarray(data.images), np.asarray(data.labels), len(data.labels)
     chosen = [
@@ -64,7 +64,7 @@ def portions(
     if not chosen:
         return
     most = (1 if default_time() == "host" else PORTION) if most is None else most
-    size = -(-len(chosen) // -(-len(chosen) // most))
+    size = -(-len(chosen) // -(-len(chosen) // most))  # least size with the same number of portions
     for start in range(0, len(chosen), size):
         these = np.asarray(chosen[start : start + size], np.int32)
         index = these[:, None] * batch_size + np.arange(batch_size)
@@ -79,7 +79,7 @@ Measure = Callable[[Key, ArrayTree, Array], ArrayTree]
 
 @cached(64)
 def _programs(measure: Measure) -> tuple[Program, Program]:
-    """`measure` of one batch, and of n batches in a loop inside the program."""
+    """Programs that apply `measure` to one batch, and to n batches in a compiled loop."""
 
     def one(key: Key, known: ArrayTree, number: Array, images: Array) -> ArrayTree:
         return measure(jax.random.fold_in(key, number), known, images)
@@ -100,14 +100,14 @@ def measure_batches(
     numbers: Container[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """What a pure `measure` says of each image, as NumPy [N, …].
+    """Applies a pure `measure` to each image; NumPy [N, …].
 
     Batch i gets the key `fold_in(key, i)`.
 
     Args:
-      known: whatever `measure` needs besides the images, such as a net's variables.
-      numbers: see `portions`; N is of their images.
-      progress: called as progress(images done, of all images) after each portion.
+      known: other inputs of `measure`, for example a net's variables.
+      numbers: see `portions`; N counts only the images of these batches.
+      progress: called as progress(images done, all images) after each portion.
     """
     one, every = _programs(measure)
     known, found, total = jax.tree.map(jnp.asarray, known), [], len(data.labels)

@@ -1,9 +1,10 @@
-"""How far classes lie apart, and how far a trigger moves an image; Yan et al. 2023, section 4.3.1.
+"""Distances between classes, and the distance by which a trigger moves an image; Yan et al. 2023,
+section 4.3.1.
 
-A backdoor is told from a class by its size: what a trigger changes is far less than what lies
-between two classes (eq. 3). Both are Earth-Mover distances (eq. 4). Between classes they are
-measured over random projections (Table 2); of a trigger they are the sum of all pixel changes, for
-which closed forms of Table 1's families are derived here, for pixels that are uniform on [0, 1].
+A backdoor differs from a class by its size: a trigger changes an image far less than the distance
+between two classes (eq. 3). Both are Earth-Mover distances (eq. 4). Between classes it is measured
+over random projections (Table 2). For a trigger it is the sum of all pixel changes; for the
+families of Table 1, closed forms are derived here for pixels that are uniform on [0, 1].
 Composition.
 """
 
@@ -28,17 +29,17 @@ from jaxbd.training.program import Program
 def sliced_wasserstein(
     key: Key, one: Array, other: Array, *, projections: int = 128, order: float = 1
 ) -> Array:
-    """Sliced-Wasserstein distance [] of two samples [N, D] and [M, D], pixels in [0, 1]; Kolouri et
-    al. 2019, eq. (6).
+    """Sliced-Wasserstein distance [] between two samples [N, D] and [M, D], pixels in [0, 1];
+    Kolouri et al. 2019, eq. (6).
 
-    SW_p = (mean over unit directions r of W_p(r x, r y)^p)^(1/p), the directions uniform on the
-    sphere. In one dimension W_p^p = integral over u in [0, 1] of |F^-1(u) - G^-1(u)|^p, which is
-    exact for samples of any sizes: both quantile functions are steps, the first with jumps at i/N
-    and the second at j/M. Lies between 0 and the largest Euclidean distance of two images.
+    SW_p = (mean over unit directions r of W_p(r x, r y)^p)^(1/p), with directions uniform on the
+    sphere. In one dimension W_p^p = integral over u in [0, 1] of |F^-1(u) - G^-1(u)|^p. This is
+    exact for samples of any sizes: both quantile functions are step functions, with jumps at i/N
+    and at j/M. The result is between 0 and the largest Euclidean distance between two images.
 
     Args:
-      order: p >= 1; 1 is the Earth-Mover distance, which eq. (4) is about.
-    Raises: UserError on an order below 1, no projections, or an empty sample.
+      order: p >= 1; 1 is the Earth-Mover distance of eq. (4).
+    Raises: UserError for an order below 1, no projections, or an empty sample.
     """
     _check(projections, order)
     if not len(one) or not len(other):
@@ -50,7 +51,7 @@ def sliced_wasserstein(
 
 
 def directions(key: Key, projections: int, dimensions: int) -> Array:
-    """[projections, dimensions]: unit vectors, uniform on the sphere."""
+    """Draws unit vectors [projections, dimensions], uniform on the sphere."""
     drawn = jax.random.normal(key, (projections, dimensions))
     return drawn / jnp.linalg.norm(drawn, axis=1, keepdims=True)
 
@@ -65,19 +66,19 @@ def class_distances(
     block: int = 128,
     batch_size: int = 1024,
 ) -> np.ndarray:
-    """Sliced-Wasserstein distance [K, K] of every two classes' images; symmetric, 0 on the
-    diagonal. Table 2.
+    """Sliced-Wasserstein distances [K, K] between the images of all pairs of classes; symmetric, 0
+    on the diagonal. Table 2.
 
     All pairs share the directions. Classes may differ in size, see `sliced_wasserstein`. One
-    compiled program projects `batch_size` images on `block` directions, another goes through all
-    pairs: memory holds the images as they are given, `block` floats for each of K times the largest
-    class, and those of the pair at hand.
+    compiled program projects `batch_size` images on `block` directions, another loops over the
+    pairs. Memory holds the given images, `block` floats for each of K times the largest class, and
+    the values of the current pair.
 
-    The unit is that of pixels in [0, 1] along a unit direction. The paper does not say how long its
-    directions are, so its figures agree in the order of the pairs only; `as_pixel_changes` makes
-    these comparable with a trigger's.
+    The unit is that of pixels in [0, 1] along a unit direction. The paper does not give the length
+    of its directions, so only the order of its figures can be compared; `as_pixel_changes` makes
+    these distances comparable with a trigger's.
 
-    Raises: UserError on an order below 1, no projections, or a class without images.
+    Raises: UserError for an order below 1, no projections, or a class without images.
     """
     _check(projections, order)
     labels, images = np.asarray(data.labels), np.asarray(data.images)
@@ -108,8 +109,7 @@ def class_distances(
 
 
 class Closest(NamedTuple):
-    """The two nearest classes, their distance, and the mean distance of all pairs: a row of Table
-    2."""
+    """A row of Table 2: the two nearest classes, their distance, and the mean over all pairs."""
 
     one: int
     other: int
@@ -118,7 +118,7 @@ class Closest(NamedTuple):
 
 
 def closest(distances: np.ndarray) -> Closest:
-    """What Table 2 says of `distances` [K, K], K >= 2."""
+    """The row of Table 2 for `distances` [K, K], K >= 2."""
     rows, columns = np.triu_indices(len(distances), 1)
     values = distances[rows, columns]
     best = int(values.argmin())
@@ -126,12 +126,12 @@ def closest(distances: np.ndarray) -> Closest:
 
 
 def as_pixel_changes(distance: float, dimensions: int) -> float:
-    """The sum of pixel changes c D of a shift by c of all D pixels that has this sliced distance of
-    order 1.
+    """Converts a sliced distance of order 1 to a sum of pixel changes: c D for the shift of all D
+    pixels by c that has this distance.
 
-    Such a shift is c sqrt(D) long and its sliced distance c sqrt(D) E|r_1|, E|r_1| = G(D/2) /
-    (sqrt(pi) G((D+1)/2)), about sqrt(2 / (pi D)). No other shift of the same length changes the
-    pixels more, so that this is generous.
+    Such a shift has length c sqrt(D) and sliced distance c sqrt(D) E|r_1|, where E|r_1| = G(D/2) /
+    (sqrt(pi) G((D+1)/2)), about sqrt(2 / (pi D)). Of all shifts of this length it changes the
+    pixels most, so the result is generous.
     """
     mean_part = math.exp(
         math.lgamma(dimensions / 2) - math.lgamma((dimensions + 1) / 2)
@@ -147,25 +147,24 @@ def _check(projections: int, order: float) -> None:
 
 
 def _project(images: Array, along: Array) -> Array:
-    """Images [N, …] (uint8 or float) on directions [P, D] -> [N, P]."""
+    """Projects images [N, …] (uint8 or float) on directions [P, D] -> [N, P]."""
     flat = to_float(images).reshape(images.shape[0], -1)
     return jnp.matmul(flat, along.T, precision="highest")
 
 
 def _sort_columns(values: Array, longest: int) -> Array:
-    """[N, P] -> [longest, P], each column ascending, infinity after the N values."""
+    """[N, P] -> [longest, P]: sorts each column and pads it with infinity."""
     return jnp.sort(
         jnp.pad(values, ((0, longest - len(values)), (0, 0)), constant_values=jnp.inf), axis=0
     )
 
 
 def _step_distance(one: Array, other: Array, n: Array | int, m: Array | int, order: float) -> Array:
-    """W_p^p [P] of the first n and m rows of `one` and `other` [L, P], sorted; the numbers may be
+    """W_p^p [P] of the first n and m rows of the sorted `one` and `other` [L, P]; n and m may be
     traced."""
     rank = jnp.arange(1, len(one) + 1, dtype=one.dtype)
-    jumps = [
-        jnp.minimum(rank / count, 1) for count in (n, m)
-    ]  # i/n and j/m, and 1 for the rows that are not there
+    # jumps at i/n and j/m; those of padding rows are at 1, where they have no width
+    jumps = [jnp.minimum(rank / count, 1) for count in (n, m)]
     edges = jnp.sort(jnp.concatenate([jnp.zeros(1, one.dtype), *jumps]))
     width, middle = edges[1:] - edges[:-1], (edges[1:] + edges[:-1]) / 2
     first, second = (
@@ -176,7 +175,8 @@ def _step_distance(one: Array, other: Array, n: Array | int, m: Array | int, ord
 
 
 def _projected(images: np.ndarray, along: Array, batch_size: int) -> np.ndarray:
-    """[N, P], `batch_size` images at a time; the last batch is filled up with the first image."""
+    """Projects `batch_size` images at a time -> [N, P]; pads the last batch with the first
+    image."""
     found = np.empty((len(images), along.shape[0]), np.float32)
     for start in range(0, len(images), batch_size):
         index = np.arange(start, start + batch_size)
@@ -209,9 +209,9 @@ def _pairwise(order: float) -> Program:
 
 # ---- of triggers --------------------------------------------------------------------------------
 #
-# Expected sums of pixel changes, one function per family of Table 1. Derived, not copied from it:
-# they hold for pixels uniform on [0, 1] and independent of the trigger, of which the overwritten
-# value v changes one by E|x - v| = (v^2 + (1 - v)^2) / 2.
+# Expected sums of pixel changes, one function per family of Table 1. Derived here, not copied from
+# the table: they hold for pixels x uniform on [0, 1] and independent of the trigger. Overwriting
+# such a pixel with v changes it by E|x - v| = (v^2 + (1 - v)^2) / 2.
 
 
 def pixel(count: int = 1, channels: int = 3) -> float:
@@ -225,11 +225,11 @@ def square(side: int, channels: int = 3) -> float:
 
 
 def watermark(pattern: np.ndarray, opacity: np.ndarray | float) -> float:
-    """(1 - a) x + a v with pattern v [H, W, C] at opacity a (number, or broadcast to it), as Refool
-    (Liu et al. 2020).
+    """(1 - a) x + a v with a pattern v [H, W, C] at opacity a (a number, or an array that
+    broadcasts), as Refool (Liu et al. 2020).
 
-    The sum of a (v^2 + (1 - v)^2) / 2; with opacity 1 inside a mask it is what a pasted patch
-    changes.
+    The sum of a (v^2 + (1 - v)^2) / 2. With opacity 1 inside a mask this is the change of a pasted
+    patch.
     """
     pattern = np.asarray(pattern, np.float64)
     return float((opacity * (pattern**2 + (1 - pattern) ** 2) / 2).sum())
@@ -238,19 +238,19 @@ def watermark(pattern: np.ndarray, opacity: np.ndarray | float) -> float:
 def sinusoid(image_shape: Sequence[int], amplitude: float) -> float:
     """d = a sin(2 pi j f / W) added to every row and clipped to [0, 1] (SIG, Barni et al. 2019).
 
-    A change d that is clipped moves a pixel by |d| - d^2 / 2, so that the sum is H W C (2 a / pi -
-    a^2 / 4), for whole periods of several pixels each.
+    With clipping, a change d moves a pixel by |d| - d^2 / 2 on average. The sum is H W C (2 a / pi
+    - a^2 / 4), for whole periods of several pixels each.
     """
     return math.prod(image_shape) * (2 * amplitude / math.pi - amplitude**2 / 4)
 
 
 def steganography(image_shape: Sequence[int], bits: int = 2, *, repeated: bool = False) -> float:
-    """The `bits` lowest of 8 bits replaced by a message (Li et al. 2020): H W C (4^b - 1) / (3 2^b
+    """The lowest `bits` of 8 bits replaced by a message (Li et al. 2020): H W C (4^b - 1) / (3 2^b
     255).
 
-    The mean difference of two numbers uniform on 0..n-1 is (n^2 - 1) / (3 n), n = 2^b; where all
-    these bits are `repeated`, as in `attacks.steganography`, the new number is 0 or n - 1 and the
-    mean difference (n - 1) / 2.
+    The mean difference of two numbers uniform on 0..n-1 is (n^2 - 1) / (3 n), n = 2^b. If one bit
+    is `repeated` in all of them, as in `attacks.steganography`, the new number is 0 or n - 1 and
+    the mean difference is (n - 1) / 2.
     """
     values = 2**bits
     steps = (values - 1) / 2 if repeated else (values**2 - 1) / (3 * values)
@@ -258,16 +258,16 @@ def steganography(image_shape: Sequence[int], bits: int = 2, *, repeated: bool =
 
 
 def largest_square(distance: float, channels: int = 3) -> int:
-    """Side of the largest square that changes at most `distance`; section 4.3.1 asks so how far
-    classes are apart."""
+    """Side of the largest square whose pixel changes do not exceed `distance`; section 4.3.1 uses
+    it to illustrate distances between classes."""
     return math.isqrt(math.floor(max(2 * distance / channels, 0)))
 
 
 def pixel_changes(
     key: Key, stamp: Stamp, model: Any, data: Batch, *, batch_size: int = 256
 ) -> np.ndarray:
-    """What `stamp(key, model, images)` changes in each image: the sum [N] of |change| over its
-    pixels, of [0, 1]."""
+    """Sum [N] of |change| over the pixels (in [0, 1]) of each image under `stamp(key, model,
+    images)`."""
     return evaluate.per_image(key, _changer(stamp), model, data, batch_size=batch_size)
 
 

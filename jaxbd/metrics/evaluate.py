@@ -1,5 +1,5 @@
-"""Clean accuracy, attack success rate, source inference accuracy, and how often a test-time
-detector is right."""
+"""Clean accuracy, attack success rate, source inference accuracy, and the rates of test-time
+detectors."""
 
 import dataclasses
 from collections.abc import Callable, Container
@@ -17,19 +17,19 @@ from jaxbd.metrics.batches import Measure, measure_batches
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a net does on clean and on triggered images; the keys of `evaluate.json`.
+    """Rates of a net on clean and on triggered images; the keys of `evaluate.json`.
 
     Attributes:
-      clean_accuracy: share of clean images given their own label.
-      attack_success_rate: share of triggered images given the attacker's label, over images whose
-        true label is not already that label; None, like the next two, when no trigger was given or
-        no image counts.
-      source_inference_accuracy: share of those same triggered images given their own label (SIA, Li
-        et al. 2022).
-      attack_success_rate_correct_only: the same over images that the net gets right without the
-        trigger (the denominator of DHBE's ASR, Yan et al. 2023, eq. 9).
-      n_clean: images behind `clean_accuracy`.
-      n_triggered: the denominator of `attack_success_rate`.
+      clean_accuracy: share of clean images that get their true label.
+      attack_success_rate: share of triggered images that get the attacker's label, over images
+        whose true label is a different one; None, like the next two, if no trigger was given or no
+        image counts.
+      source_inference_accuracy: share of the same triggered images that get their true label (SIA,
+        Li et al. 2022).
+      attack_success_rate_correct_only: attack success rate over images that the net classifies
+        correctly without the trigger (the denominator of DHBE's ASR, Yan et al. 2023, eq. 9).
+      n_clean: denominator of `clean_accuracy`.
+      n_triggered: denominator of `attack_success_rate`.
     """
 
     clean_accuracy: float
@@ -42,15 +42,14 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """How well a test-time detector tells triggered images from clean ones (Li et al. 2023, section
-    5.3).
+    """Rates of a test-time detector of triggered images (Li et al. 2023, section 5.3).
 
     Attributes:
       true_positive_rate: share of triggered images that are flagged, over images whose true label
-        is not already the attacker's; None where there is none.
+        is not the attacker's; None if there are none.
       false_positive_rate: share of clean images of the attacker's target classes that are flagged
-        (with an all-to-all attack, of all classes); None where there is none.
-      false_positive_rate_all: the same over all clean images, whatever their class.
+        (for an all-to-all attack, of all classes); None if there are none.
+      false_positive_rate_all: the same over all clean images.
       n_triggered, n_clean_target, n_clean: the three denominators.
     """
 
@@ -64,7 +63,7 @@ class Detection:
 
 @cached(64)
 def predictor(net_apply: Callable[..., Any]) -> Measure:
-    """(key, variables, images) -> logits [B, K]; the same function for the same net."""
+    """(key, variables, images) -> logits [B, K]; cached, so that it is traced once per net."""
     return lambda key, variables, images: net_apply(variables, to_float(images), train=False)[0]
 
 
@@ -86,11 +85,11 @@ def logits(net: Net, variables: Variables, data: Batch, *, batch_size: int = 256
 
 
 def baseline(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """[K] share of the images of other classes that are given to each class without any trigger; 0
-    where there are no others.
+    """[K] share of other classes' images that the net assigns to each class without any trigger; 0
+    if there are no such images.
 
     Args:
-      predicted, labels: [N], the net's classes and the true ones.
+      predicted, labels: [N], predicted and true classes.
       classes: K.
     """
     others = [labels != k for k in range(classes)]
@@ -109,7 +108,7 @@ def triggered_logits(
     *,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Logits [N, K] on `data` with every image stamped by `stamp(key, trigger, images)`."""
+    """Logits [N, K] on `data` after stamping every image with `stamp(key, trigger, images)`."""
     measure = stamped_predictor(net.apply, stamp)
     return measure_batches(measure, key, (variables, trigger), data, batch_size=batch_size)
 
@@ -122,10 +121,9 @@ def rates(
     attack: Attack | None = None,
     trigger: Any = None,
 ) -> Rates:
-    """All rates of a net on `data`, with the attack's trigger where one is given.
+    """Measures all rates of a net on `data`, including those under the attack's trigger if given.
 
-    Only `attack.stamp` and `attack.relabel` are used, so any stamping function with a wish for
-    labels will do.
+    Uses only `attack.stamp` and `attack.relabel`, so any pair of such functions will do.
     """
     labels = np.asarray(data.labels)
     predicted = logits(net, variables, data).argmax(-1)
@@ -147,13 +145,14 @@ def rates(
 
 
 def _share(hits: np.ndarray, among: np.ndarray) -> float | None:
-    """Share of hits [N] bool among the rows `among` [N] bool; None where there is none to count."""
+    """Share of hits [N] bool among the rows `among` [N] bool; None if `among` is empty."""
     return float(hits[among].mean()) if among.any() else None
 
 
 @cached(64)
 def _stamping(measure: Measure, stamp: Callable[..., Any] | None) -> Measure:
-    """`measure` of stamped images, or of float ones; takes (known, trigger)."""
+    """`measure` with images converted to float and stamped if there is a `stamp`; takes (known,
+    trigger)."""
 
     def measured(key: Key, known: tuple[Any, Any], images: Array) -> Any:
         stamp_key, key = jax.random.split(key)
@@ -175,15 +174,15 @@ def per_image(
     numbers: Container[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """What a pure `measure(key, known, images [B, H, W, C] in [0, 1]) -> pytree of [B, …]` says of
-    each image, as NumPy [N, …].
+    """Applies a pure `measure(key, known, images [B, H, W, C] in [0, 1]) -> pytree of [B, …]` to
+    each image; NumPy [N, …].
 
     Args:
-      known: whatever `measure` needs besides the images, such as a net's variables.
-      stamp, trigger: where given, every image is first stamped by `stamp(key, trigger, images)`.
-      numbers: batches to measure, counted from 0, where not all of them; N is of their images.
-      progress: called as progress(images done, of all images) after each batch, on an accelerator
-        after up to 32 of them.
+      known: other inputs of `measure`, for example a net's variables.
+      stamp, trigger: if given, every image is first stamped with `stamp(key, trigger, images)`.
+      numbers: indices of the batches to measure; None for all. N counts only their images.
+      progress: called as progress(images done, all images) after each batch, on an accelerator
+        after up to 32 batches.
     """
     return measure_batches(
         _stamping(measure, stamp),
@@ -206,10 +205,10 @@ def detection(
     *,
     batch_size: int = 256,
 ) -> Detection:
-    """How often `flag(key, known, images) -> [B] bool` is right on `data`, clean and stamped with
+    """Measures the detector `flag(key, known, images) -> [B] bool` on `data`, both clean and with
     the attack's trigger.
 
-    Only `attack.stamp` and `attack.relabel` are used.
+    Uses only `attack.stamp` and `attack.relabel`.
     """
     clean_key, stamped_key = jax.random.split(key)
     labels = np.asarray(data.labels)

@@ -1,6 +1,9 @@
-"""Relearning: how little brings a backdoor back (the retuning attack of Min et al. 2024,
-arXiv:2410.09838). A repair that only hides a backdoor gives it back after few steps on few poisoned
-images; a clean net needs more."""
+"""Relearning: how little training brings a backdoor back (the retuning attack of Min et al. 2024,
+arXiv:2410.09838).
+
+After a repair that only hides a backdoor, it returns within a few steps on a few poisoned images. A
+clean net needs more.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,17 +22,17 @@ from jaxbd.training.run import Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the relearning.
+    """Settings of relearning.
 
     Attributes:
-      poison_rate: share of the images that carry the trigger and the attacker's label; at least one
-        does.
-      brought_back: attack success rate from which the backdoor counts as back.
-      learning_rate: of SGD, constant.
-      momentum: of SGD.
-      batch_size: images of a step.
+      poison_rate: share of the images to poison with the trigger and the attacker's label; at least
+        one image.
+      brought_back: the backdoor counts as back at this attack success rate.
+      learning_rate: constant learning rate of SGD.
+      momentum: momentum of SGD.
+      batch_size: images per step.
       every: steps between two measurements.
-      num_steps: most steps.
+      num_steps: maximum number of steps.
     """
 
     poison_rate: float = 0.01
@@ -53,9 +56,9 @@ class Relearned(NamedTuple):
     """Result of `relearn`.
 
     Attributes:
-      steps: steps at the first measurement at which the backdoor was back; None where it never was.
-      poisoned: how many of the images carried the trigger.
-      course: [n, 2], steps and attack success rate of every measurement, the first before any step.
+      steps: steps done at the first measurement with the backdoor back; None if it never was.
+      poisoned: number of poisoned images.
+      course: [n, 2], steps and attack success rate of every measurement; the first is at step 0.
     """
 
     steps: int | None
@@ -79,10 +82,11 @@ def relearn(
     """Trains a net on `images`, a few of them poisoned, until the backdoor is back.
 
     Args:
-      images: uint8 or float, with labels; judge: others, on which the rate is measured.
-      attack, trigger: `attack.stamp` and `attack.relabel` are used.
-    Raises: UserError where no image could be poisoned or there are fewer than a batch; NotFinite;
-      Stopped.
+      images: uint8 or float, with labels.
+      judge: other images, to measure the attack success rate on.
+      attack, trigger: only `attack.stamp` and `attack.relabel` are used.
+    Raises: UserError when no image can be poisoned or there are fewer images than a batch;
+      NotFinite; Stopped.
     """
     if len(images.labels) < config.batch_size:
         raise UserError(
@@ -97,12 +101,13 @@ def relearn(
         num_steps=config.num_steps,
     )
     trainer = supervised.make(net, rule)
+    # a net without normalisation has no batch_stats, but the trainer expects the collection
     state, course = trainer.init({"batch_stats": {}, **variables}), []
     for done in range(0, config.num_steps + 1, config.every):
         if done:
             fitted = run.fit(
                 f"{label}, to step {done}",
-                jax.random.fold_in(key, 1),
+                jax.random.fold_in(key, 1),  # the step in the state continues the key stream
                 trainer.step,
                 draw.uniform(config.batch_size),
                 poisoned,
@@ -124,8 +129,10 @@ def relearn(
 def poison_few(
     key: Key, images: Batch, attack: Attack, trigger: ArrayTree, config: Config
 ) -> tuple[Batch, int]:
-    """(`images` as floats, of which `poison_rate` of those that the attacker wants elsewhere carry
-    the trigger and his label; how many these are)."""
+    """Poisons a share `poison_rate` of `images`, chosen among those that the attack relabels.
+
+    Returns: (the images as floats, with the poisoned ones stamped and relabelled; how many).
+    """
     labels = jnp.asarray(images.labels)
     wanted = attack.relabel(labels)
     able = np.flatnonzero(np.asarray(wanted != labels))

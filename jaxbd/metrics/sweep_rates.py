@@ -1,4 +1,4 @@
-"""Attack success rates of all cells of a sweep at once."""
+"""Measures the attack success rates of all cells of a sweep at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +18,9 @@ from jaxbd.training.slots import even
 
 @cached(32)
 def count_hits(net_apply: Callable[..., Any], stamp: Callable[..., Any]) -> Program:
-    """(key, indices [S], states, cells, variables, portion) -> hits [S] and counted images [S].
+    """(key, indices [S], states, cells, variables, portion) -> (hits [S], counted images [S]).
 
-    The loop over the portion's batches is in the program.
+    The loop over the portion's batches is part of the program.
     """
 
     def one(key, number, index, state, cell, variables, images, labels, real):
@@ -64,13 +64,13 @@ def attack_success(
     """Attack success rate [N] of each cell's recovered triggers on `data` (images uint8 or float,
     labels).
 
-    The share of images not of the target class (of the source class, where the cell has one) that
-    the victim sends to the target when each carries a trigger drawn from the cell's state; 0 where
-    no image counts.
+    This is the share of images outside the target class (or of the source class, if the cell has
+    one) that the victim assigns to the target when each carries a trigger drawn from the cell's
+    state; 0 if no image counts.
 
     Args:
-      states: [N, …]; cells that are not on the device may lie in host memory.
-      variables: the victim's.
+      states: [N, …], on the device or in host memory.
+      variables: those of the victim.
       slots: cells on the device at a time; None for all.
     """
     program, total = count_hits(net.apply, inversion.stamp), len(cells.target)
@@ -83,11 +83,11 @@ def attack_success(
     ]
     hits, counted = np.zeros(total), np.zeros(total)
     for start in range(0, total, width):
-        index = np.minimum(np.arange(start, start + width), total - 1)  # repeats the last cell
+        index = np.minimum(np.arange(start, start + width), total - 1)  # pads with the last cell
         pick = lambda leaf, index=index: jnp.asarray(leaf if width == total else leaf[index])
         some = jax.tree.map(pick, (states, cells))
         some = devices.by_cell((jnp.asarray(index, jnp.int32), *some), over)
-        # nothing waits for the device until every portion has been sent to it
+        # queue the programs of all portions before fetching, which waits for the device
         results = devices.fetch([program(key, *some, variables, each) for each in uploaded])
         own = slice(start, min(start + width, total))
         for good, all_counted in results:

@@ -1,5 +1,8 @@
-"""The scan with which a stranger's model is judged: margins without data, masks for every class,
-patches where the smallest masks lie, and a verdict from two families of searches."""
+"""The default scan (method "auto") of a model from elsewhere.
+
+Searches margins without data, then masks for every class, then patches at the place of the smallest
+masks, and combines two families of searches into a verdict.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,18 +34,18 @@ from jaxbd.training import sweep
 
 ADDITIVE = pt_red.Config()
 ADDITIVE_STEPS = 120
-"""Settings of the search for perturbations."""
+"""Settings of the search for perturbations of the whole image."""
 MASKS = "masks"
-"""Name of the stage that searches for them, among those of `Clues.spent`."""
+"""Name of the mask search among the stages of `Clues.spent`."""
 LOOK_AGAIN = 25
-"""Steps between two comparisons of the classes before the end."""
+"""Steps between two comparisons of the classes after the first `look` steps."""
 
 
 class Patches(NamedTuple):
-    """What MESA modelled at the located places.
+    """Triggers that MESA modelled at the located places.
 
     Attributes:
-      inversions: stamping at the located place, and at random ones.
+      inversions: the same method stamping at the located place, and at random places.
       cells, states: [N]; infos [steps, N]; NumPy.
       level_rates: success rates on held-out images [K, L]; nan where not modelled.
     """
@@ -55,7 +58,7 @@ class Patches(NamedTuple):
 
 
 class Clues(NamedTuple):
-    """All that has been found so far, and by stage what it took; what was not searched is None."""
+    """Everything found so far, and the cost by stage; None for what was not searched."""
 
     spent: Mapping[str, Spent]
     baseline: np.ndarray
@@ -69,10 +72,11 @@ class Clues(NamedTuple):
 
 
 def scan(task: Task) -> Scan:
-    """Searches until two families agree, or all classes are searched; see `detection.verdict`.
+    """Searches until two families agree or all classes are searched; see `detection.verdict`.
 
-    A class whose mask stands out after `look` steps is modelled at once. Where that settles the
-    verdict the other classes' searches end there, which is most of the work on a backdoored model.
+    A class whose mask stands out after `look` steps is modelled at once. If that decides the
+    verdict, the searches of the other classes stop there, which saves most of the work on a
+    backdoored model.
     """
     config = task.config
     margin, spent = None, NOTHING
@@ -101,16 +105,16 @@ def scan(task: Task) -> Scan:
 
 
 def _search_on(task: Task, clues: Clues, steps: int) -> Clues:
-    """The search for masks up to `steps` steps."""
+    """Continues the search for masks up to `steps` steps in total."""
     masks = locate.go_on(task, clues.masks, steps)
-    # masks know what they took from their first step on
+    # `masks` counts its cost from step 0, so replace the stage's entry instead of adding to it
     spent = {**clues.spent, **spend(NOTHING, MASKS, masks.image_steps, masks.seconds)}
     located = locate.compare(task, masks)
     return clues._replace(spent=spent, masks=masks, located=located, mask_rates=None)
 
 
 def _halts(config: ScanConfig) -> list[int]:
-    """Steps of the masks' search at which classes are compared, the last one its end."""
+    """Steps at which the mask search halts to compare classes; the last one is its end."""
     last = config.locate_steps
     if not 0 < config.look < last:
         return [last]
@@ -120,14 +124,17 @@ def _halts(config: ScanConfig) -> list[int]:
 def _clear(
     located: Located, config: ScanConfig, alarmed: Sequence[int], tried: set[int]
 ) -> list[int]:
-    """The classes worth modelling before the end: of those whose masks stand out by far the ones
-    whose margins do too, or else the first; each is tried once."""
+    """Classes to model before the mask search ends; each is tried once.
+
+    Of the classes whose masks stand out by far, takes those whose margins stand out too, or else
+    the one that stands out most.
+    """
     found = locate.early_outliers(located, config)
     return [k for k in [k for k in found if k in alarmed] or found[:1] if k not in tried]
 
 
 def _model(task: Task, clues: Clues, chosen: Sequence[int]) -> Clues:
-    """MESA on the classes `chosen`, where their masks lie."""
+    """Runs MESA on the classes `chosen`, at the places of their masks."""
     config, suspect = task.config, task.suspect
     at_place, anywhere = (
         make_mesa(suspect.net, suspect.image_shape, config.modelled(place=place, row=0, column=0))
@@ -150,7 +157,7 @@ def _model(task: Task, clues: Clues, chosen: Sequence[int]) -> Clues:
 
 
 def _check_masks(task: Task, clues: Clues) -> Clues:
-    """Masks that count as small are judged on held-out images, unless patches work there anyway."""
+    """Judges small masks on held-out images, unless patches already work for those classes."""
     signs = signs_of(task, clues)
     if not (signs.small & ~signs.patch).any():
         return clues
@@ -158,8 +165,8 @@ def _check_masks(task: Task, clues: Clues) -> Clues:
 
 
 def _settle(task: Task, clues: Clues, alarmed: Sequence[int]) -> Clues:
-    """What decides where the families disagree: where the margin alone raises an alarm,
-    perturbations of the whole image are searched too."""
+    """Resolves a disagreement of the families: if only the margin raises an alarm, also searches
+    perturbations of the whole image."""
     clues = _check_masks(task, clues)
     if alarmed and weigh(task, clues).verdict != "backdoored":
         clues = _search_additive(task, clues)
@@ -168,7 +175,7 @@ def _settle(task: Task, clues: Clues, alarmed: Sequence[int]) -> Clues:
 
 def _judge_masks(task: Task, clues: Clues, chosen: np.ndarray) -> np.ndarray:
     """Success rate [K] of the smallest masks of the classes `chosen` [K] bool on the held-out
-    images; nan for the others."""
+    images; nan for the other classes."""
     searched = list_classes(task.suspect.classes, task.config)
     rows = [row for row in searched if chosen[row]]
     own = np.isin(searched, rows)
@@ -178,7 +185,7 @@ def _judge_masks(task: Task, clues: Clues, chosen: np.ndarray) -> np.ndarray:
 
 
 def _search_additive(task: Task, clues: Clues) -> Clues:
-    """PT-RED from all classes to each: the smallest perturbations of the whole image."""
+    """Runs PT-RED for every target: the smallest perturbations of the whole image."""
     suspect, classes = task.suspect, task.suspect.classes
     inversion = make_pt_red(suspect.net, suspect.image_shape, ADDITIVE)
     rows = list_classes(classes, task.config)
@@ -197,17 +204,17 @@ def _search_additive(task: Task, clues: Clues) -> Clues:
 
 
 def weigh(task: Task, clues: Clues) -> verdict.Judgement:
-    """The verdict on what has been found."""
+    """The verdict on everything found so far."""
     return verdict.judge(signs_of(task, clues), _power(task, clues))
 
 
 def signs_of(task: Task, clues: Clues) -> verdict.Signs:
-    """Which signs each class shows."""
+    """The signs that each class shows so far."""
     config, classes = task.config, task.suspect.classes
     least = config.detection.threshold
     none = np.zeros(classes, bool)
     wins = lambda rates: np.nan_to_num(detect.gain(rates, clues.baseline)) >= least
-    # many looks find more by chance, so that what ends a search early has to stand out more
+    # repeated comparisons find more by chance, so ending a search early takes a higher threshold
     early = _is_early(task, clues)
     limit = config.early_threshold if early else config.anomaly_threshold
     small = clues.located.scores > limit
@@ -224,7 +231,7 @@ def signs_of(task: Task, clues: Clues) -> verdict.Signs:
 
 
 def _best(patches: Patches) -> np.ndarray:
-    """[K] the rate of the best level; nan where nothing was modelled."""
+    """[K] success rate of the best level; nan for classes that were not modelled."""
     known = np.isfinite(patches.level_rates).any(1)
     return np.where(known, np.nan_to_num(patches.level_rates, nan=-1.0).max(1), np.nan)
 
@@ -252,7 +259,7 @@ def _result(task: Task, clues: Clues) -> Scan:
     inversion, elsewhere = at_place, None
     modelled = [t for t in judgement.targets if np.isfinite(patches.level_rates[t]).any()]
     if modelled:
-        # a trigger that works wherever it is pasted has to be unlearned wherever it may be pasted
+        # a trigger that works anywhere must be unlearned at random places, not only at this one
         elsewhere = _judge_anywhere(task, patches, anywhere)
         if (elsewhere[modelled] >= task.config.detection.threshold).all():
             inversion = anywhere
@@ -281,12 +288,12 @@ def _result(task: Task, clues: Clues) -> Scan:
 
 
 def _is_early(task: Task, clues: Clues) -> bool:
-    """Whether the search for masks has not come to its end."""
+    """Whether the mask search has stopped before its last step."""
     return clues.masks.steps < task.config.locate_steps
 
 
 def _judge_anywhere(task: Task, patches: Patches, anywhere: Inversion) -> np.ndarray:
-    """[K] success rate of the best level with the patches pasted at random places."""
+    """[K] success rate of the best level with patches pasted at random places."""
     rates = judge(task, anywhere, patches.states, patches.cells)
     chosen = np.unique(np.asarray(patches.cells.target))
     levels = by_class(rates.reshape(len(chosen), -1), chosen.tolist(), task.suspect.classes)
@@ -294,19 +301,21 @@ def _judge_anywhere(task: Task, patches: Patches, anywhere: Inversion) -> np.nda
 
 
 def explain(judgement: verdict.Judgement, signs: verdict.Signs, *, early: bool) -> str:
-    """What decided, in words."""
+    """What decided the verdict, in words."""
     names = {
         "small": "a trigger far smaller than the other classes'",
         "patch": "small patches that work on held-out images",
         "margin": "a margin that stands out",
     }
-    shown = lambda k: [text for name, text in names.items() if getattr(signs, name)[k]]
+    list_signs = lambda k: [text for name, text in names.items() if getattr(signs, name)[k]]
     if judgement.targets:
-        each = "; ".join(f"class {k}: {', '.join(shown(k))}" for k in judgement.targets)
+        each = "; ".join(f"class {k}: {', '.join(list_signs(k))}" for k in judgement.targets)
         rest = ", so the other classes were not searched to the end" if early else ""
         return f"two signs or more of three: {each}{rest}"
     if judgement.leads:
-        each = "; ".join(f"class {k} shows {', '.join(shown(k))} only" for k in judgement.leads)
+        each = "; ".join(
+            f"class {k} shows {', '.join(list_signs(k))} only" for k in judgement.leads
+        )
         return f"one sign of three, which clean models show now and then too: {each}"
     if judgement.lacks:
         return f"no sign, and a search without the power to find one: {'; '.join(judgement.lacks)}"

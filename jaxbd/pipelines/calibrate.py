@@ -1,4 +1,4 @@
-"""What a scan says of models that are known to be clean, and what follows for others."""
+"""Calibrates a scan: scores models known to be clean, and derives thresholds for other models."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,24 +14,26 @@ from jaxbd.pipelines.class_scan import Scan, ScanConfig
 
 MARGIN_RULE, SMALL_RULE, PATCH_RULE = "margin", "small trigger", "patch"
 VERDICT_RULE, NOT_CLEAN_RULE = "backdoored", "not clean"
-"""Rules whose alarms are counted: the three signs, the verdict, and any verdict but clean."""
+"""Rules whose alarms are counted: the three signs, the verdict, and any verdict but "clean"."""
 VARYING = ("targets", "memory_budget", "look")
-"""Settings that change no statistic of a whole search."""
+"""Settings that do not change the statistics of a complete search."""
 
 
 def settings_of(config: ScanConfig) -> dict[str, Any]:
-    """The settings that statistics depend on; calibrations join only where these are equal."""
+    """The settings that statistics depend on; only calibrations with equal settings can be
+    joined."""
     settings = files.plain(dataclasses.asdict(config))
     return {name: value for name, value in settings.items() if name not in VARYING}
 
 
 def for_calibration(config: ScanConfig) -> ScanConfig:
-    """`config` with every class searched to the end, so that statistics of all models compare."""
+    """`config` that searches every class to the end, so that statistics are comparable across
+    models."""
     return dataclasses.replace(config, method="auto", targets=(), look=0, with_margin=True)
 
 
 def score(name: str, architecture: str, found: Scan) -> CleanModel:
-    """What the scan `found` of one clean model says."""
+    """Statistics and alarms of the scan `found` of one clean model."""
     statistics, judgement = _statistics(found), found.judgement
     assert judgement is not None and found.located is not None
     alarms = {
@@ -47,9 +49,12 @@ def score(name: str, architecture: str, found: Scan) -> CleanModel:
 
 
 def apply(config: ScanConfig, calibration: Calibration, architecture: str) -> ScanConfig:
-    """`config` with the thresholds that clean models of the architecture call for, or all clean
-    models where there are too few of it: a class has to stand out more than in all but
-    `margin.test.level` of them."""
+    """`config` with thresholds from clean models of the architecture, or from all clean models if
+    it has too few.
+
+    With them a class must stand out more than in all but a share `margin.test.level` of the clean
+    models.
+    """
     level = config.margin.test.level
     of = lambda statistic: _threshold(calibration, statistic, architecture, level)
     anomaly, excess = of(nulls.ANOMALY), of(nulls.MARGIN)
@@ -62,7 +67,7 @@ def apply(config: ScanConfig, calibration: Calibration, architecture: str) -> Sc
 
 
 def _threshold(calibration: Calibration, statistic: str, architecture: str, level: float) -> float:
-    """Of the architecture where its clean models are enough for the level, else of all."""
+    """Threshold from the architecture's clean models if they suffice for `level`, else from all."""
     own = nulls.threshold(nulls.null(calibration, statistic, architecture), level)
     return own if np.isfinite(own) else nulls.threshold(nulls.null(calibration, statistic), level)
 
@@ -70,8 +75,8 @@ def _threshold(calibration: Calibration, statistic: str, architecture: str, leve
 def describe(
     calibration: Calibration, found: Scan, architecture: str, rules: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What results say of a scan beside clean models: p of its statistics, and how often the rules
-    alarm on models without a backdoor."""
+    """The record of a scan compared with clean models: p of its statistics, and the false-alarm
+    rates of the rules."""
     known = sorted({rule for model in calibration.models for rule in model.alarms})
     record: dict[str, Any] = {
         "models": len(calibration.models),
@@ -90,7 +95,7 @@ def describe(
 
 
 def _statistics(found: Scan) -> dict[str, float]:
-    """The statistics that a scan has; an early end leaves some of them out of reach."""
+    """The statistics of a scan; some are missing after an early end."""
     statistics = {}
     if found.margin is not None and np.isfinite(found.margin.outliers.p_value):
         statistics[nulls.MARGIN] = found.margin.outliers.excess

@@ -1,7 +1,7 @@
-"""How a repaired net stands: accuracy, what known triggers still do, and what a fresh search finds
-that is unusually small. For `pipelines.hold`.
+"""Checks a repaired net: its accuracy, what known triggers still do, and unusually small triggers
+that a fresh search finds. For `pipelines.hold`.
 
-Composition only. Nothing is printed and no file is opened.
+Composition only. Prints nothing and opens no file.
 """
 
 from collections.abc import Sequence
@@ -17,36 +17,34 @@ from jaxbd.pipelines import fresh
 from jaxbd.training.program import Seconds, total_seconds
 
 COUNTS = 0.5
-"""Rate from which another class's trigger counts for what size is usual."""
+"""Minimum rate for another class's trigger to count in the comparison of sizes."""
 WAYS = (1.0, 0.75, 0.5, 0.25)
-"""Shares of the way from a net to the repaired one that are tried in turn."""
+"""Interpolation weights between the net before and after a repair, tried in this order."""
 
 
 class Limits(NamedTuple):
     """Sizes below which a trigger is unusually small: L1 norm of a mask, L2 norm of an additive
-    pattern. inf where there is nothing to compare with."""
+    pattern. inf if there is nothing to compare with."""
 
     mask: float
     additive: float
 
-    def are_met(self, trigger: fresh.Trigger) -> bool:
-        """Whether a trigger is unusually small; a patch is, having the size that the search gave
-        it."""
+    def is_unusual(self, trigger: fresh.Trigger) -> bool:
+        """Whether a trigger is unusually small. A patch always is: the search fixes its size."""
         limit = {"mask": self.mask, "additive": self.additive}.get(trigger.kind)
         return limit is None or trigger.size < limit
 
 
 class Round(NamedTuple):
-    """Where a repair stands, all measured on the held-out images.
+    """State of a repair after a round, measured on the held-out images.
 
     Attributes:
       accuracy: clean accuracy.
-      shares: by target, share of the images of other classes that go there without a trigger.
-      rates: of all triggers known so far, in the order in which they came to be known: (target,
-        rate).
-      found: what the fresh search in this net ended with; empty for a round that was undone.
-      left: those of them that work and are unusually small.
-      kept: share of the way from the net before to the repaired one that its weights go, see
+      shares: {target: share of other classes' images that go there without a trigger}.
+      rates: (target, rate) of every trigger known so far, in the order of discovery.
+      found: triggers that the fresh search in this net ended with; empty if the round was undone.
+      left: those of `found` that work and are unusually small.
+      kept: how far the weights moved from the net before (0) to the repaired one (1), see
         `keep_within`.
     """
 
@@ -58,23 +56,22 @@ class Round(NamedTuple):
     kept: float = 1.0
 
     def working(self, least: float) -> list[fresh.Trigger]:
-        """What the search found that sends `least` more images to its target than go there
-        anyway."""
+        """Triggers of `found` whose rate exceeds the trigger-free share by at least `least`."""
         beyond = lambda each: each.rate - self.shares[each.evidence.target]
         return [each for each in self.found if beyond(each) >= least]
 
     def has_known_left(self, least: float) -> bool:
-        """Whether a trigger known before the search works."""
+        """Whether a trigger known before the search still works."""
         return any(rate - self.shares[target] >= least for target, rate in self.rates)
 
 
 def compare(
     lab: fresh.Lab, key: Key, targets: Sequence[int], norms: np.ndarray | None, label: str
 ) -> tuple[Limits, Seconds]:
-    """What size is usual, from triggers of the suspect's other classes.
+    """Derives the size limits from triggers of the suspect's other classes.
 
     Args:
-      norms: [K] of the smallest masks, nan where there is none; None to search for some.
+      norms: [K] norms of the smallest masks, nan for classes without one; None to search for masks.
     """
     config, variables = lab.config, freeze(lab.suspect)
     others = [k for k in range(lab.suspect.classes) if k not in targets]
@@ -96,12 +93,12 @@ def compare(
 
 
 def usual_limit(sizes: np.ndarray, threshold: float) -> float:
-    """Size below which a trigger is unusually small beside those of other classes, `sizes` [n]; nan
-    where a class has none.
+    """Size below which a trigger is unusually small compared with other classes' `sizes` [n], nan
+    for a class without a trigger.
 
-    It is where the anomaly index (Wang et al. 2019) reaches `threshold`, but at least half the
-    median, and no size that another class undercuts is unusual. Few sizes tell by half their median
-    alone; without any, every trigger that works is unusual.
+    This is the size at which the anomaly index (Wang et al. 2019) reaches `threshold`, but at least
+    half the median and at most the smallest of `sizes`. With fewer than `COMPARABLE` sizes it is
+    half their median; without any it is inf, so that every working trigger is unusual.
     """
     sizes = np.asarray(sizes, float)
     sizes = sizes[np.isfinite(sizes)]
@@ -117,12 +114,13 @@ def usual_limit(sizes: np.ndarray, threshold: float) -> float:
 def keep_within(
     lab: fresh.Lab, before: Variables, after: Variables, least: float
 ) -> tuple[Variables, float]:
-    """(the net on the way from `before` to `after` that goes farthest and has at least the accuracy
-    `least` on the held-out images, the share of the way); the share is 0, and the net `before`,
-    where even the shortest step costs too much.
+    """Interpolates from `before` to `after` as far as the accuracy allows.
 
-    Weights that were fine-tuned lie in one basin with those before, so the nets between them work
-    (Wortsman et al. 2022, who go back from fine-tuned weights likewise).
+    Fine-tuned weights lie in the same basin as the weights before, so nets between the two work
+    (Wortsman et al. 2022, who also move back from fine-tuned weights).
+
+    Returns: (the farthest of the nets at `WAYS` with at least the accuracy `least` on the held-out
+      images, its weight in `WAYS`); (`before`, 0) if even the shortest step costs too much.
     """
     for share in WAYS:
         between = move(before, after, share)
@@ -132,8 +130,10 @@ def keep_within(
 
 
 def move(before: Variables, after: Variables, share: float) -> Variables:
-    """`after` with the weights and moments that `before` has too moved back to `share` of the
-    way."""
+    """`after`, with weights and moments interpolated: before + share * (after - before).
+
+    Collections that only `after` has, such as bounds, stay unchanged.
+    """
     if share == 1:
         return after
     between = lambda old, new: (old + share * (new - old)).astype(new.dtype)
@@ -150,17 +150,21 @@ def search_again(
     least: float,
     label: str,
 ) -> tuple[Round, Seconds]:
-    """`now` of the net with `variables`, with what a search there finds; a trigger works from
-    `least` beyond the trigger-free share on."""
+    """Searches the net with `variables` and adds the result to `now`.
+
+    Args:
+      least: a trigger works if its rate exceeds the trigger-free share by at least this.
+    """
     frozen = freeze(lab.suspect._replace(variables=variables))
     found, seconds = fresh.search(lab, key, frozen, list(now.shares), label)
     now = now._replace(found=tuple(found))
-    left = [each for each in now.working(least) if limits.are_met(each)]
+    left = [each for each in now.working(least) if limits.is_unusual(each)]
     return now._replace(left=tuple(left)), seconds
 
 
 def measure(lab: fresh.Lab, key: Key, variables: Variables, known: Sequence[Evidence]) -> Round:
-    """Accuracy, and what the known triggers do, on the held-out images."""
+    """Measures accuracy, trigger-free shares and the known triggers' rates on the held-out
+    images."""
     net, labels = lab.suspect.net, np.asarray(lab.held.labels)
     predicted = evaluate.logits(net, variables, lab.held).argmax(-1)
     rates = []
@@ -181,11 +185,11 @@ def measure(lab: fresh.Lab, key: Key, variables: Variables, known: Sequence[Evid
 
 
 def _share(hits: np.ndarray, among: np.ndarray) -> float:
-    """Share of hits [N] bool among the rows `among` [N] bool; 0 where there is none to count."""
+    """Share of hits [N] bool among the rows `among` [N] bool; 0 if `among` is empty."""
     return float(hits[among].mean()) if among.any() else 0.0
 
 
 def freeze(suspect: Suspect) -> Variables:
-    """Variables that give the same for less work, where the net has such."""
+    """Variables that give the same outputs for less work, if the net can provide them."""
     net, variables = suspect.net, suspect.variables
     return variables if net.frozen is None else net.frozen(variables)

@@ -1,5 +1,4 @@
-"""What the ways of scanning classes share: settings, result, and the sweep and judging behind
-them."""
+"""Shared by all scans over classes: settings, the result, running a sweep and judging it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,13 +29,13 @@ from jaxbd.training.run import Run
 make_mesa, make_pixel, make_neural_cleanse, make_pt_red = (
     cached(32)(factory) for factory in (mesa.make, pixel.make, neural_cleanse.make, pt_red.make)
 )
-"""The factories with a cache: the same net and settings give the same functions, so nothing is
-traced twice for another victim of the same shape."""
+"""Cached factories: the same net and settings give the same functions, so that another victim of
+the same shape does not trace them again."""
 
 METHODS = ("auto", "mesa", "neural-cleanse", "pixel")
 CHUNK = 10
-"""Steps after which cells that have settled leave. Few, since until then they take up their
-slots."""
+"""Steps between two removals of converged cells. Small, since they occupy their slots until
+then."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,35 +43,35 @@ class ScanConfig:
     """Settings of a scan.
 
     Attributes:
-      method: "mesa": every class x level, triggers at random places (`mesa.place` says otherwise);
-        "neural-cleanse": mask and pattern per class, decided by the anomaly of the mask's size;
-        "pixel": one reversed patch per class; "auto": margins without data, then masks for every
-        class, then MESA's patches where the smallest masks lie; two signs decide, see
+      method: "mesa": every class x level, triggers at random places unless `mesa.place` says
+        otherwise. "neural-cleanse": mask and pattern per class, decided by the anomaly of the mask
+        size. "pixel": one reversed patch per class. "auto": margins without data, then masks for
+        every class, then MESA's patches at the place of the smallest masks; two signs decide, see
         `detection.verdict`.
       levels: beta of every MESA sub-model.
-      targets: classes to search; none stands for all.
+      targets: classes to search; empty for all.
       steps: optimisation steps of the MESA or pixel sweep.
       batch_size: images per cell and step.
       locate_steps: optimisation steps of Neural Cleanse.
-      candidates: how many classes "auto" hands from Neural Cleanse to MESA, at least; outliers are
-        added to them.
+      candidates: minimum number of classes that "auto" passes from Neural Cleanse to MESA; outliers
+        are added to them.
       first_masks: "auto" only: Neural Cleanse starts once per class from each of these
-        (`neural_cleanse.first_mask`), and the smallest mask that works counts. From a
-        half-transparent start some nets never give up a large mask. None for a single start.
-      look: "auto" only: steps of Neural Cleanse from which on a class that stands out by
+        (`neural_cleanse.first_mask`), and the smallest working mask counts. On some nets a
+        half-transparent start always ends in a large mask. Empty for a single start.
+      look: "auto" only: after this many steps of Neural Cleanse, a class that stands out by
         `early_threshold` is modelled at once; 0 for never.
-      anomaly_threshold: MAD anomaly index of a mask's size from which a class stands out.
-      early_threshold: the same after `look` steps.
-      with_margin: whether "auto" begins with the search without data; where it does not, no model
-        is called clean.
-      margin: settings of that search.
+      anomaly_threshold: a class stands out if the MAD anomaly index of its mask size exceeds this.
+      early_threshold: the same before the mask search has ended.
+      with_margin: whether "auto" starts with the search without data. Without it no model is called
+        clean.
+      margin: settings of the search without data.
       mesa, neural_cleanse, pixel: settings of the methods.
-      detection: when a rate counts as an attack.
-      retire: whether MESA's searches end before `steps` once their outcome is decided, by the rule
-        in `inversion.stopping`; from `mesa.stop_after` on, or where that is 0 from the step that
-        suits the learning rate.
-      memory_budget: bytes that the compiled search may take; so many cells run at a time as fit. By
-        default a share of what the device has, see `memory.available`.
+      detection: thresholds on attack success rates.
+      retire: whether a MESA search may end before `steps` once its outcome is decided, by the rule
+        in `inversion.stopping`; from `mesa.stop_after` on, or if that is 0 from a step derived from
+        the learning rate.
+      memory_budget: bytes the compiled search may use, which limits how many cells run at a time.
+        Default: a share of the device's memory, see `memory.available`.
     """
 
     method: Literal["auto", "mesa", "neural-cleanse", "pixel"] = "auto"
@@ -114,12 +113,10 @@ class ScanConfig:
                 f"method auto locates the place itself; a {self.mesa.place} one needs method mesa"
             )
         if self.memory_budget is not None and self.memory_budget < 1:
-            raise UserError(
-                f"a memory budget of {self.memory_budget} bytes is none; give at least 1"
-            )
+            raise UserError(f"memory_budget must be at least 1 byte, got {self.memory_budget}")
 
     def modelled(self, **changes: Any) -> MesaConfig:
-        """MESA's settings with `changes`, and with its stopping rule where cells retire."""
+        """MESA's settings with `changes`, and with its stopping rule if cells may `retire`."""
         if self.retire and not self.mesa.stop_after:
             changes["stop_after"] = stopping.stop_after(self.mesa.learning_rate)
         return dataclasses.replace(self.mesa, **changes)
@@ -138,17 +135,17 @@ PRESETS = {
     "released": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.Config()),
     "paper": ScanConfig(method="mesa", steps=620, batch_size=128, mesa=mesa.paper()),
 }
-"""Settings by name: this project's; those of the released MESA code; the paper's wording with what
-it leaves open as released (Qiao et al. 2019). The last two model triggers of every class and level
-at random places."""
+"""Settings by name: "quick", those of this project; "released", those of the released MESA code;
+"paper", those of the paper, completed as released where it is silent (Qiao et al. 2019). The last
+two model triggers of every class and level at random places."""
 
 
 class Located(NamedTuple):
-    """What Neural Cleanse found per class.
+    """Result of Neural Cleanse per class.
 
     Attributes:
-      norms: L1 norm [K] of the smallest mask that works, over all starts; nan where none did, or
-        the class was not searched.
+      norms: L1 norm [K] of the smallest working mask over all starts; nan if none works or the
+        class was not searched.
       scores: anomaly index [K], positive for masks smaller than the median.
       places: [K, 2] row and column of the window that holds most of each mask; share [K] of the
         norm inside it.
@@ -163,10 +160,10 @@ class Located(NamedTuple):
 
 
 class Additive(NamedTuple):
-    """What PT-RED found per class: one perturbation that sends every other class there.
+    """Result of PT-RED per class: one perturbation that sends all other classes to it.
 
     Attributes:
-      norms: L2 norm [K]; nan where it did not reach its success rate.
+      norms: L2 norm [K]; nan if the perturbation did not reach its success rate.
       scores: anomaly index [K], positive for norms below the median.
       rates: attack success rate [K] on held-out images.
       inversion, states: the method and its states [K, …].
@@ -180,27 +177,27 @@ class Additive(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a scan found.
+    """Result of a scan.
 
     Attributes:
       decision: verdict, targets, scores.
-      decided_by: the step whose numbers decided, in words.
+      decided_by: the step that decided the verdict, in words.
       rates: attack success rate [K] of each class's recovered triggers on held-out images; nan
         where not measured.
       level_rates: the same per level [K, L].
       baseline: share [K] of the same images that reach each class without a trigger.
-      inversion, cells, states: the sweep behind it, for sampling triggers; states [N, …] are NumPy.
-      infos: [steps, N] of every step, NumPy; nan from the step on at which a cell had retired.
-      located: what Neural Cleanse found, where it ran.
-      steps: optimisation steps of every cell, all stages together, fewer for cells that retired;
-        image_steps: images pushed through the victim by the searches.
-      seconds: compile and run.
-      spent: "auto" only: by stage what it took.
-      anywhere: "auto" only: rate [K] of the same triggers pasted at random places; where it is high
-        for every target, `inversion` stamps at random places, otherwise at the located one.
-      judgement, signs: "auto" only: the verdict with what it rests on.
-      margin: "auto" only: the answer without data; None where it was left out.
-      additive: "auto" only: perturbations of the whole image, searched where the margin alone
+      inversion, cells, states: the sweep, for sampling triggers; states [N, …] are NumPy.
+      infos: [steps, N] of every step, NumPy; nan after a cell has retired.
+      located: result of Neural Cleanse; None if it did not run.
+      steps: optimisation steps per cell over all stages; cells that retired made fewer.
+      image_steps: images pushed through the victim by the searches.
+      seconds: compile and run time.
+      spent: "auto" only: {stage: its cost}.
+      anywhere: "auto" only: rate [K] of the same triggers pasted at random places. If it is high
+        for every target, `inversion` stamps at random places, else at the located place.
+      judgement, signs: "auto" only: the verdict and the signs it is based on.
+      margin: "auto" only: result of the search without data; None if it was skipped.
+      additive: "auto" only: perturbations of the whole image; searched only if the margin alone
         raises an alarm.
     """
 
@@ -226,7 +223,7 @@ class Scan(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What the ways of scanning share: the arguments of `scan.scan`, images on the device."""
+    """The arguments of `scan.scan`, with the search images on the device."""
 
     run: Run
     key: Key
@@ -244,7 +241,7 @@ def list_classes(classes: int, config: ScanConfig) -> list[int]:
 def by_class(
     values: np.ndarray, rows: Sequence[int], classes: int, missing: float = np.nan
 ) -> np.ndarray:
-    """`values` [n, …] of the classes `rows` as [K, …]; `missing` elsewhere."""
+    """Spreads `values` [n, …] of the classes `rows` to [K, …], with `missing` elsewhere."""
     every = np.full((classes, *np.shape(values)[1:]), missing, np.asarray(values).dtype)
     every[list(rows)] = values
     return every
@@ -259,8 +256,13 @@ def run_sweep(
     num_steps: int,
     given: dict[str, Any] | None = None,
 ) -> slots.Found:
-    """The sweep `number` of a scan as the stage `name`; `given` are fields of the first states
-    [N, …]."""
+    """Runs one sweep of a scan.
+
+    Args:
+      number: distinguishes the sweeps of a scan; folded into the key.
+      name: of the sweep as a stage of `task.run`.
+      given: fields of the initial states [N, …].
+    """
     return sweep.search(
         task.run,
         name,
@@ -281,7 +283,8 @@ def run_sweep(
 def judge(
     task: Task, inversion: Inversion, states: Any, cells: Cell, width: int | None = None
 ) -> np.ndarray:
-    """Success rate [N] of each cell's triggers on the held-out images, `width` cells at a time."""
+    """Success rate [N] of each cell's triggers on the held-out images; runs `width` cells at a
+    time."""
     return sweep_rates.attack_success(
         jax.random.fold_in(task.key, 3),
         task.suspect.net,
@@ -295,8 +298,10 @@ def judge(
 
 
 def measure(task: Task) -> tuple[np.ndarray, float]:
-    """(baseline [K], clean accuracy) of the suspect on the held-out images; the baseline is the
-    share of other classes' images that reach each class without a trigger."""
+    """Measures (baseline [K], clean accuracy) of the suspect on the held-out images.
+
+    The baseline is the share of other classes' images that reach each class without a trigger.
+    """
     suspect, held_out = task.suspect, task.held_out
     predicted = evaluate.logits(suspect.net, suspect.variables, held_out).argmax(-1)
     labels = np.asarray(held_out.labels)

@@ -1,5 +1,5 @@
-"""A whole case on data one owns: judge a victim, repair it in every way MESA is compared with,
-tabulate. The demo and the experiments are made of these pieces."""
+"""Compares repairs of a known victim: with each of MESA's sub-models and their mixture, with single
+reversed triggers, and with the true trigger. Used by the demo and the experiments."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,10 +26,11 @@ class Row:
     """One line of a repair table.
 
     Attributes:
-      method: what was done.
-      runs: how many independent repairs stand behind the figures.
+      method: name of the repair.
+      runs: number of independent repairs.
       clean_accuracy: mean over runs.
-      attack_success_rate: mean over runs, with the attacker's own trigger; worst: the highest.
+      attack_success_rate: mean over runs, with the attacker's own trigger.
+      worst: highest attack success rate of a run.
       seconds_compile, seconds_run: summed over runs.
     """
 
@@ -43,7 +44,7 @@ class Row:
 
 
 def summarise(method: str, found: list[evaluate.Rates], seconds: list[Seconds]) -> Row:
-    """The row of independent runs of one method."""
+    """Summarises independent runs of one method in a row."""
     rates = [rates.attack_success_rate or 0.0 for rates in found]
     return Row(
         method,
@@ -59,7 +60,7 @@ def summarise(method: str, found: list[evaluate.Rates], seconds: list[Seconds]) 
 class Case(NamedTuple):
     """A victim to repair: the net, the true attack for judging, and the data.
 
-    The true trigger serves the judge and the "ideal" repair only.
+    The true trigger is used only for judging and for the "ideal" repair.
     """
 
     victim: Suspect
@@ -71,7 +72,7 @@ class Case(NamedTuple):
 
 
 def judge(case: Case, variables: Variables) -> evaluate.Rates:
-    """Clean accuracy and ASR of `variables` on the case's test images under the attacker's own
+    """Clean accuracy and ASR of `variables` on the case's test images, with the attacker's own
     trigger."""
     return evaluate.rates(
         jax.random.key(0), case.victim.net, variables, case.test, case.attack, case.trigger
@@ -79,7 +80,7 @@ def judge(case: Case, variables: Variables) -> evaluate.Rates:
 
 
 def true_evidence(case: Case) -> Evidence:
-    """The attacker's own trigger, for reference."""
+    """The attacker's own trigger as evidence, for the "ideal" repair."""
     true = mixture.single(jax.tree.map(jnp.asarray, case.trigger))
     return Evidence(case.target, (), mixture.mix(case.attack.stamp), true)
 
@@ -89,12 +90,12 @@ class Comparison:
     """Settings of `repair_all`.
 
     Attributes:
-      unlearning: of every repair.
+      unlearning: settings of every repair.
       levels: beta of the scan's sub-models.
-      runs: how many single reversed triggers are searched and unlearned.
-      reversing: settings of that search.
-      pixel_steps: its length.
-      batch_size: images a step, of that search and of the repairs.
+      runs: number of single reversed triggers to search and unlearn.
+      reversing: settings of the search for them.
+      pixel_steps: steps of the search for them.
+      batch_size: images per step of that search and of the repairs.
     """
 
     unlearning: unlearn.Config
@@ -108,7 +109,7 @@ class Comparison:
 def reverse_pixels(
     run: Run, key: Key, case: Case, config: Comparison
 ) -> tuple[Inversion, slots.Found]:
-    """The single reversed trigger, `runs` times from fresh starts as one sweep."""
+    """Searches a single reversed trigger from `runs` independent starts, as one sweep."""
     inversion = scan.make_pixel(case.victim.net, case.victim.image_shape, config.reversing)
     cells = Cell(
         jnp.full((config.runs,), case.target, jnp.int32),
@@ -136,7 +137,7 @@ def repair_all(
     """Unlearns with each level's sub-model, their mixture, single reversed triggers, and the true
     trigger.
 
-    Returns: the table's rows, the victim before repair first; and the repaired nets by method.
+    Returns: (rows of the table, starting with the victim before repair; {method: repaired net}).
     """
 
     def unlearned(label: str, number: int, known: Evidence) -> repair.Repaired:
@@ -161,6 +162,7 @@ def repair_all(
     inversion, searched = reverse_pixels(run, jax.random.fold_in(key, 100), case, config)
     singles = []
     for index in range(config.runs):
+        # bind `index` now; a closure would read the loop's last value
         state = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), searched.states)
         known = Evidence(case.target, (), mixture.mix(inversion.stamp), mixture.single(state))
         singles.append(unlearned(f"reversed trigger {index + 1}", 100 + index, known))
@@ -174,7 +176,7 @@ def _tabulate(
     singles: Sequence[repair.Repaired],
     searching: Seconds,
 ) -> list[Row]:
-    """Rows of the victim, of every repair, and of the single triggers before the ideal one."""
+    """Rows of the victim and every repair; the single triggers come just before the ideal one."""
     rows = [summarise("before", [judge(case, case.victim.variables)], [Seconds(0.0, 0.0)])]
     rows += [
         summarise(name, [judge(case, result.variables)], [result.seconds])

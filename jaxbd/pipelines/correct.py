@@ -1,7 +1,7 @@
-"""Corrects a net's activations for every target (BNA), and packs the corrections as a guarded net.
+"""Corrects a net's activations for every target (BNA) and packs the corrections as a guarded net.
 
-A correction whose trigger still works is retried, and a trigger that was estimated is searched for
-again in the corrected net. Nothing is printed and no file is opened.
+A correction is retried if its trigger still works. If the trigger is an estimate, the corrected net
+is searched again. Prints nothing and opens no file.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ from jaxbd.training.program import Seconds, total_seconds
 from jaxbd.training.run import Run
 
 STILL_WORKS, RETRIES = 0.03, 2
-"""Share of triggered images that may still reach the target; how often a correction is retried
-where more do."""
+"""Share of triggered images that may still reach the target, and the maximum number of retries if
+more do."""
 
 SearchAgain = Callable[[Run, Key, Suspect, Evidence, str], tuple[Evidence, Seconds]]
-"""(run, key, corrected suspect, first evidence of a target, name of the stage) -> (evidence of what
-still leads to the target, seconds)"""
+"""(run, key, corrected suspect, first evidence of a target, stage name) -> (evidence of a trigger
+that still leads to the target, seconds)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,16 @@ class Config:
     """Settings of a correction of all targets.
 
     Attributes:
-      correction: of each target.
-      rounds: how often a trigger is searched for in the corrected net too, and the correction made
-        anew for all triggers so far, since an estimate is not the attacker's trigger. Only where
-        there is a search.
+      correction: settings of the correction of one target.
+      rounds: how many times the corrected net is searched again and the correction repeated for all
+        triggers so far, since an estimate is not the attacker's trigger. Used only with a
+        `search_again`.
       false_alarms: share of the target's clean images that a retry or a later round may send to
-        another class; 0 to 1. The 15 % are what the paper grants STRIP.
+        another class; 0 to 1. The default 15 % is what the paper allows STRIP.
     """
 
     correction: bna.Config = bna.Config()
-    # Differs from paper: it corrects once, for the one trigger it estimates
+    # Differs from paper: it corrects once, for the one trigger that it estimates
     rounds: int = 2
     false_alarms: float = 0.15
 
@@ -70,23 +70,23 @@ class Config:
 
 
 def quick() -> Config:
-    """This project's settings."""
+    """The settings of this project."""
     return Config(correction=bna.quick())
 
 
 def paper() -> Config:
-    """The correction as in the paper."""
+    """The correction of the paper."""
     return Config(correction=bna.paper())
 
 
 def released() -> Config:
-    """The correction as in the released code."""
+    """The correction of the released code."""
     return Config(correction=bna.released())
 
 
 def search_pairs(found: pair_scan.PairScan, search: Batch, config: pair_scan.Config) -> SearchAgain:
-    """Searches again as the scan `found` did, with its settings `config` and clean images
-    `search`."""
+    """Makes a `SearchAgain` that repeats the scan `found` with its settings `config` on the clean
+    images `search`."""
 
     def search_again(
         run: Run, key: Key, suspect: Suspect, first: Evidence, name: str
@@ -113,12 +113,12 @@ def repair(
 ) -> Repaired:
     """Corrects a suspect for each target of `evidence`; see `pipelines.repair.repair`.
 
-    Several pieces of evidence of one target are corrected for together. All targets start from the
-    suspect as it came.
+    Several pieces of evidence for one target share one correction. Every correction starts from the
+    original suspect.
 
     Args:
-      search_again: how to look for what still leads to a target; None for triggers that are known,
-        which are corrected for once. See `search_pairs`.
+      search_again: searches the corrected net for triggers that still lead to a target, see
+        `search_pairs`; None if the triggers are known exactly, so that one correction suffices.
     Returns: the variables of a guarded net; infos are those of the last correction of each target.
     """
     found = methods.find("repair", method)
@@ -143,7 +143,7 @@ def repair(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all corrections of a run share; see `repair`."""
+    """Arguments shared by all corrections of a run; see `repair`."""
 
     method: methods.Method
     run: Run
@@ -160,13 +160,13 @@ def _correct_in_rounds(
     search_again: SearchAgain | None,
     label: str,
 ) -> Repaired:
-    """Corrects for one target, then for what still leads there.
+    """Corrects for one target, in rounds of correcting and searching again.
 
-    The estimated trigger is not the attacker's, and a correction for the one may let the other
-    through. So the corrected net is searched too, and the suspect is corrected anew for all
-    triggers so far. Once no shortcut remains, the trigger found is what the class looks like, and a
-    correction for it hits clean images of the class: a round that sends more than `false_alarms` of
-    them elsewhere is undone, and is the last.
+    The estimated trigger is not the attacker's, and a correction for the estimate may let the
+    attacker's through. Each round therefore searches the corrected net, and the next one corrects
+    the original suspect for all triggers so far. Once no shortcut is left, the search finds
+    features of the class itself, and correcting for these hurts its clean images: a round that
+    sends more than `false_alarms` of them elsewhere is undone and ends the loop.
     """
     rounds = task.config.rounds if search_again is not None else 0
     known, spent = list(known), []
@@ -178,6 +178,7 @@ def _correct_in_rounds(
         own_key = jax.random.fold_in(key, number) if rounds else key
         repaired = correct(task, own_key, joined, data, name)
         spent.append(repaired.seconds)
+        # the first correction is kept at any cost; only later rounds may be undone
         if best is not None and _costs_too_much(task, repaired, data):
             break
         best = repaired
@@ -197,13 +198,13 @@ def correct(task: Task, key: Key, known: Evidence, data: RepairData, label: str)
     """Corrects for one trigger, with retries.
 
     If more than 3 % of triggered images still reach the target, retries with `keep` halved, at most
-    twice; a retry that sends more than `false_alarms` of the target's clean images elsewhere is
-    undone, and is the last.
+    twice. A retry that sends more than `false_alarms` of the target's clean images elsewhere is
+    undone and ends the loop.
     """
     settings = repairs.adapt(
         task.method, task.config.correction, task.suspect, data, task.batch_size
     )
-    if data.clean_target is None:
+    if data.clean_target is None:  # no clean images of the target, so nothing to preserve
         settings = dataclasses.replace(settings, keep=0.0)
     made = repairs.make(task.method, task.suspect.problem(known), settings)
     keep, spent = settings.keep, []
@@ -225,17 +226,17 @@ def correct(task: Task, key: Key, known: Evidence, data: RepairData, label: str)
 def _attempt(
     task: Task, key: Key, made: Repair, data: RepairData, keep: float, label: str
 ) -> Repaired:
-    """One correction with the weight `keep` on the target's clean images."""
+    """Makes one correction with the weight `keep` on the target's clean images."""
     state: Any = repairs.start(made, jax.random.fold_in(key, 0), task.suspect.variables, data)
-    # the state brings the weight, so that one compiled step serves all attempts
+    # the weight is part of the state, so that all attempts share one compiled step
     state = state._replace(keep=jnp.float32(keep))
     state, infos, seconds = repairs.fit(task.run, key, made, data, state, task.batch_size, label)
     return Repaired(made.extract(state), infos, seconds)
 
 
 def _costs_too_much(task: Task, repaired: Repaired, data: RepairData) -> bool:
-    """Whether a correction sends more than `false_alarms` of the target's clean images elsewhere,
-    of those that the suspect recognises."""
+    """Whether a correction misclassifies more than `false_alarms` of the target's clean images that
+    the suspect gets right."""
     images = data.clean_target
     if images is None:
         return False
@@ -246,8 +247,10 @@ def _costs_too_much(task: Task, repaired: Repaired, data: RepairData) -> bool:
 
 
 def _share_reaching(task: Task, repaired: Repaired, known: Evidence, data: RepairData) -> float:
-    """Share of triggered images of the source classes that still reach the target, of those that
-    the suspect does not give to it without a trigger."""
+    """Share of triggered images of the source classes that still reach the target.
+
+    Counts only images that the suspect does not assign to the target without a trigger.
+    """
     images, suspect = data.clean_sources, task.suspect
     if images is None:
         return 0.0
@@ -259,7 +262,8 @@ def _share_reaching(task: Task, repaired: Repaired, known: Evidence, data: Repai
 def _labels(
     suspect: Suspect, variables: Variables, images: Batch, known: Evidence | None = None
 ) -> np.ndarray:
-    """Classes [N] that the suspect's net gives to images, with the trigger of `known`."""
+    """Classes [N] that the suspect's net predicts for `images`, with the trigger of `known` if
+    given."""
     stamp, trigger = (None, ()) if known is None else (known.stamp, known.trigger_params)
     label, key = _labeller(suspect.net), jax.random.key(0)
     return evaluate.per_image(key, label, variables, images, stamp, trigger)
@@ -267,5 +271,5 @@ def _labels(
 
 @cached(32)
 def _labeller(net: Net) -> Callable[[Key, Variables, Array], Array]:
-    """(key, variables, images) -> classes [B]; the same function for the same net."""
+    """(key, variables, images) -> classes [B]; cached, so that it is traced once per net."""
     return lambda _, variables, images: net.apply(variables, images, train=False)[0].argmax(-1)

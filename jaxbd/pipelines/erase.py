@@ -1,8 +1,8 @@
-"""What DHBE's generators make, and what a net answers to it: pictures of an erasure, and a warning
-sign before one.
+"""Images from DHBE's generators, and a net's predictions for them: pictures of an erasure, and a
+warning sign before it starts.
 
-The erasure itself is `pipelines.repair.repair` with method "dhbe". Nothing is printed, no file is
-opened, and nothing here takes an image.
+The erasure itself is `pipelines.repair.repair` with method "dhbe". Prints nothing, opens no file,
+and needs no data.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ from jaxbd.repairs import dhbe
 from jaxbd.training.loop import Chunk
 
 UNTRAINED = 8
-"""Untrained generators whose images a net is asked about."""
+"""Number of untrained generators used by `ask_untrained`."""
 
 
 def adapt(config: dhbe.Config, suspect: Suspect) -> dhbe.Config:
-    """`config` as the repair of `suspect` uses it, see `dhbe.adapt`."""
+    """`config` adapted to `suspect` as in its repair, see `dhbe.adapt`."""
     return dhbe.adapt(config, suspect, RepairData(), config.batch_size)
 
 
 def start(key: Key, suspect: Suspect, config: dhbe.Config) -> dhbe.State:
-    """The state with which `pipelines.repair.repair` begins, given the same `key`."""
+    """The initial state of `pipelines.repair.repair` with the same `key`."""
     made = repair.make(methods.find("repair", "dhbe"), suspect.problem(), adapt(config, suspect))
     return repair.start(made, jax.random.fold_in(key, 0), suspect.variables, RepairData())
 
@@ -39,11 +39,11 @@ def start(key: Key, suspect: Suspect, config: dhbe.Config) -> dhbe.State:
 def samples(
     key: Key, state: dhbe.State, image_shape: tuple[int, int, int], config: dhbe.Config, count: int
 ) -> np.ndarray:
-    """Images uint8 [count, H, W, C] that the sample generator makes of noise drawn with `key`.
+    """Images uint8 [count, H, W, C] that the sample generator makes from noise drawn with `key`.
 
-    As in training they are normalised by the moments of a batch, of `config.batch_size` or of
-    `count` if that is more; running moments are not used. `config` as `adapt` gives it; values
-    outside [0, 1] are cut off.
+    As in training, batch normalisation uses the moments of a batch (of `config.batch_size` or
+    `count` images, whichever is more), not the running moments. Values outside [0, 1] are clipped.
+    `config` must come from `adapt`.
 
     Raises: UserError when count is less than 1.
     """
@@ -55,11 +55,11 @@ def samples(
 def triggers(
     key: Key, state: dhbe.State, image_shape: tuple[int, int, int], config: dhbe.Config, count: int
 ) -> np.ndarray:
-    """Triggers uint8 [count, side, side, C] that the trigger generator makes, on batch moments as
-    `samples`.
+    """Triggers uint8 [count, side, side, C] that the trigger generator makes; with batch moments,
+    as in `samples`.
 
-    Triggers are added to images, so mid-grey stands for 0, black and white for -1 and +1 times
-    `config.trigger_scale`.
+    Triggers are added to images: mid-grey stands for 0, black for -`config.trigger_scale` and white
+    for +`config.trigger_scale`.
 
     Raises: UserError when count is less than 1.
     """
@@ -68,11 +68,11 @@ def triggers(
 
 
 def ask_untrained(key: Key, suspect: Suspect, config: dhbe.Config, count: int = 64) -> np.ndarray:
-    """Classes int [UNTRAINED * count] that the suspect gives to images of untrained generators.
+    """Classes int [UNTRAINED * count] that the suspect predicts for images of untrained generators.
 
-    `config` as `adapt` gives it. Where nearly all are the same, generated images say next to
-    nothing about the net, and erasing without data fails on it (docs/results.md). One generator's
-    images may by chance look more alike to the net than another's, hence several.
+    If nearly all are the same, generated images reveal next to nothing about the net, and erasing
+    without data fails on it (docs/results.md). Several generators are used because the images of a
+    single one may look alike to the net by chance. `config` must come from `adapt`.
 
     Raises: UserError when count is less than 1.
     """
@@ -87,7 +87,7 @@ def ask_untrained(key: Key, suspect: Suspect, config: dhbe.Config, count: int = 
 
 
 def most_frequent(labels: np.ndarray) -> tuple[int, float]:
-    """The most frequent of classes int [N], and its share of them."""
+    """The most frequent class in `labels` int [N], and its share."""
     counts = np.bincount(labels)
     return int(counts.argmax()), float(counts.max() / len(labels))
 
@@ -95,8 +95,8 @@ def most_frequent(labels: np.ndarray) -> tuple[int, float]:
 def _generate(
     module: nn.Module, key: Key, learner: dhbe.Learner, config: dhbe.Config, count: int
 ) -> jax.Array:
-    """The first `count` that the module makes of a batch of noise; its own running moments stay as
-    they are."""
+    """The first `count` outputs of the module for a batch of noise; leaves its running moments
+    unchanged."""
     if count < 1:
         raise UserError(f"count must be at least 1 image, got {count}")
     noise = jax.random.normal(key, (max(count, config.batch_size), config.noise_dim))
@@ -110,7 +110,7 @@ def _as_bytes(images: jax.Array) -> np.ndarray:
 
 
 class Picture(NamedTuple):
-    """What the generators make after `step` iterations: samples uint8 [n, H, W, C], triggers uint8
+    """Output of the generators after `step` iterations: samples uint8 [n, H, W, C], triggers uint8
     [n, h, w, C]."""
 
     step: int
@@ -119,14 +119,14 @@ class Picture(NamedTuple):
 
 
 class Album:
-    """Pictures of a few moments of an erasure, always of the same noise.
+    """Takes pictures at a few moments of an erasure, always from the same noise.
 
-    Put `observe` among the run's observers, and `add` the state of `start` for a picture of the
-    untrained generators. A moment is the end of the first chunk after it. A resumed run has
-    pictures from where it was resumed.
+    Add `observe` to the run's observers, and `add` the state of `start` for a picture of the
+    untrained generators. Pictures are taken at the end of a chunk: the first that ends at or after
+    the moment. A resumed run has pictures only from the step at which it was resumed.
 
     Attributes:
-      pictures: in order of time.
+      pictures: in chronological order.
     """
 
     def __init__(
@@ -138,23 +138,28 @@ class Album:
         shares: Sequence[float] = (0.0, 0.1, 0.3, 1.0),
         count: int = 12,
     ):
-        """`shares` of the iterations in [0, 1] are the moments; `count` images each; `config` as
-        `adapt` gives it."""
+        """Sets the moments.
+
+        Args:
+          config: settings from `adapt`.
+          shares: moments, as shares of all iterations in [0, 1].
+          count: images per picture.
+        """
         self.pictures: list[Picture] = []
         self._key, self._image_shape = key, suspect.image_shape
         self._config, self._count = config, count
         self._moments = sorted({share * config.num_steps for share in shares})
 
     def observe(self, name: str, chunk: Chunk, first: int) -> None:
-        """Adds a picture when a moment has come. An observer of `training.run.Run`."""
+        """Observer for `training.run.Run`: adds a picture if one is due."""
         del name
         done = first + chunk.done
-        # the state costs a copy, so it is asked for only when a picture is due
+        # getting the state costs a copy, so get it only if a picture is due
         if isinstance(chunk.infos, dhbe.Info) and self._is_due(done):
             self.add(done, chunk.get_state())
 
     def add(self, done: int, state: dhbe.State) -> None:
-        """Adds a picture of `state`, if a moment has come."""
+        """Adds a picture of `state` if one is due."""
         if not self._is_due(done):
             return
         self._moments = [moment for moment in self._moments if moment > done]

@@ -1,4 +1,4 @@
-"""What a scan found, in the form that repairs take."""
+"""Converts the result of a scan to evidence, which repairs take."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,26 +13,26 @@ from jaxbd.pipelines.scan import Scan
 from jaxbd.repairs import mixture
 
 AVERAGED = 20
-"""Last steps of a search over which its entropy bound is averaged."""
+"""Number of final steps over which a search's entropy bound is averaged."""
 WORKS = 0.5
-"""Rate from which modelled triggers count as working beside a mask that works."""
+"""Minimum success rate for patches and perturbations to be included as triggers that work."""
 
 
 class Mask(NamedTuple):
-    """A trigger that Neural Cleanse found: mask [H, W, 1] and pattern [H, W, C] in [0, 1]."""
+    """A trigger of Neural Cleanse: mask [H, W, 1] and pattern [H, W, C] in [0, 1]."""
 
     mask: Array
     pattern: Array
 
 
 def stamp_mask(key: Key, trigger: Mask, images: Array) -> Array:
-    """(1 - mask) * image + mask * pattern on every image of [B, H, W, C]; nothing is random."""
+    """(1 - mask) * image + mask * pattern on every image of [B, H, W, C]; deterministic."""
     del key
     return blend(images, trigger.pattern[None], trigger.mask[None])
 
 
 def states_of(scan: Scan, target: int) -> Any:
-    """States [L, …] of the scan's cells that aim at `target`, levels ascending as configured.
+    """States [L, …] of the scan's cells with this `target`, in the configured order of levels.
 
     Raises: UserError when the scan did not search that class.
     """
@@ -45,10 +45,10 @@ def states_of(scan: Scan, target: int) -> Any:
 
 
 def has_reached(scan: Scan, target: int) -> np.ndarray:
-    """[L] bool: which sub-models of `target` reached their level; Algorithm 1 leaves the others out
+    """[L] bool: which sub-models of `target` reached their level; Algorithm 1 excludes the others
     (gamma_i = 0).
 
-    When none did, the one with the highest rate counts as reached.
+    If none did, the one with the highest rate counts as having reached it.
     """
     index = np.flatnonzero(np.asarray(scan.cells.target) == target)
     rates = scan.level_rates[target]
@@ -57,16 +57,16 @@ def has_reached(scan: Scan, target: int) -> np.ndarray:
 
 
 def mix_equally(scan: Scan, target: int) -> Evidence:
-    """gamma_i = 1/N over the sub-models of `target` that reached their level (Qiao et al. 2019,
-    section 3.3)."""
+    """Mixes the sub-models of `target` that reached their level with equal weights gamma_i = 1/N
+    (Qiao et al. 2019, section 3.3)."""
     chosen = np.flatnonzero(has_reached(scan, target))
     models = jax.tree.map(lambda leaf: leaf[chosen], states_of(scan, target))
     return _evidence(scan, target, mixture.uniform(models))
 
 
 def mix_by_entropy(scan: Scan, target: int) -> Evidence:
-    """gamma_i proportional to exp(h_i) / g'(g^-1(beta_i)) over the same sub-models (Algorithm 1),
-    for a linear g.
+    """Mixes the same sub-models with gamma_i proportional to exp(h_i) / g'(g^-1(beta_i)), for a
+    linear g (Algorithm 1).
 
     h_i is the bound on the entropy of sub-model i, averaged over its last `AVERAGED` steps.
 
@@ -90,35 +90,37 @@ def mix_by_entropy(scan: Scan, target: int) -> Evidence:
 
 
 def take_level(scan: Scan, target: int, index: int) -> Evidence:
-    """The sub-model of one level alone, by its index."""
+    """Takes the sub-model of a single level, by its index."""
     model = jax.tree.map(lambda leaf: leaf[index], states_of(scan, target))
     return _evidence(scan, target, mixture.single(model))
 
 
 def every_trigger(scan: Scan, target: int) -> list[Evidence]:
-    """All triggers of `target` that the scan holds and that worked: the mask and pattern that
-    Neural Cleanse found, what was modelled, and what PT-RED adds to the whole image; where none
-    worked, what was modelled.
+    """All working triggers that the scan holds for `target`: mask and pattern of Neural Cleanse,
+    modelled triggers, and PT-RED's perturbation of the whole image.
+
+    Modelled triggers are also returned if they do not work but no mask does.
 
     Raises: UserError when the scan did not search that class.
     """
     found = take_mask(scan, target)
     modelled = target in np.asarray(scan.cells.target)
+    # a scan by Neural Cleanse alone: its sweep and its located masks are the same states
     repeated = scan.located is not None and scan.states is scan.located.states
     if modelled and not (found and (repeated or not scan.rates[target] >= WORKS)):
         found.append(mix_equally(scan, target))
     found += take_additive(scan, target)
     if not found:
-        states_of(scan, target)  # says that the class was not searched
+        states_of(scan, target)  # raises the error that the class was not searched
     return found
 
 
 def take_mask(scan: Scan, target: int) -> list[Evidence]:
-    """The mask that Neural Cleanse found for `target`; empty where none worked."""
+    """The mask that Neural Cleanse found for `target`; empty if none works."""
     located = scan.located
     if located is None or not np.isfinite(located.norms[target]):
         return []
-    # classes that were not searched have no place and no state
+    # states exist only for searched classes, whose places are not -1: count those before `target`
     row = int((np.asarray(located.places)[:target, 0] >= 0).sum())
     mask, pattern = (
         jnp.asarray(leaf[row]) for leaf in (located.states.best_mask, located.states.best_pattern)
@@ -127,8 +129,8 @@ def take_mask(scan: Scan, target: int) -> list[Evidence]:
 
 
 def take_additive(scan: Scan, target: int) -> list[Evidence]:
-    """What PT-RED adds to whole images for `target`; empty where that was not searched or does not
-    work."""
+    """PT-RED's perturbation of the whole image for `target`; empty if not searched or not
+    working."""
     added = scan.additive
     if added is None or not added.rates[target] >= WORKS:
         return []
@@ -138,8 +140,8 @@ def take_additive(scan: Scan, target: int) -> list[Evidence]:
 
 
 def list_mixtures(scan: Scan, target: int, levels: Sequence[float]) -> dict[str, Evidence]:
-    """What MESA offers for unlearning: each level alone, and the 1/N mixture of all, nothing being
-    selected."""
+    """Everything that MESA offers for unlearning: each level alone, and the 1/N mixture of all
+    levels without selection."""
     named = {
         f"level {level:g}": take_level(scan, target, index) for index, level in enumerate(levels)
     }

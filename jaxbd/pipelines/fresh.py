@@ -1,7 +1,7 @@
-"""A fresh search for what still leads to a few named classes: masks from large and from small
-starts, modelled patches where the smallest mask lies, additive patterns.
+"""A fresh search for triggers that still lead to given classes: masks from large and small starts,
+modelled patches at the place of the smallest mask, and additive patterns.
 
-Composition only, for `pipelines.hold`. Nothing is printed and no file is opened.
+Composition only, for `pipelines.hold`. Prints nothing and opens no file.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxbd.training.run import Run
 
 Kind = Literal["mask", "patch", "additive"]
 LEVEL = 0.9
-"""Staircase level of the patches that are modelled."""
+"""Staircase level of the modelled patches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,17 +33,17 @@ class Config:
     """Settings of a fresh search.
 
     Attributes:
-      steps: of each mask.
-      patch_steps: of the modelled patches; 0 leaves them out.
-      additive_steps: of each additive pattern, at most; 0 leaves them out.
+      steps: steps of each mask search.
+      patch_steps: steps of the modelled patches; 0 skips them.
+      additive_steps: maximum steps of each additive pattern; 0 skips them.
       batch_size: images per cell and step.
-      first_masks: upper ends of the uniform distributions that first masks are drawn from, one
-        search each, since a start from large masks can end in a large one where a small one works.
-      compared: classes whose additive patterns, and where no scan has them whose masks, say what
-        size is usual; at most so many.
-      anomaly_threshold: anomaly index of a size from which it is unusually small.
+      first_masks: upper ends of the uniform distributions of initial masks, one search each; a
+        search from a large mask can end in a large one although a small one works.
+      compared: maximum number of other classes whose additive patterns (and masks, if no scan has
+        them) define the usual size.
+      anomaly_threshold: anomaly index from which a size counts as unusually small.
       memory: see `neural_cleanse.Config`.
-      patch: side of the modelled patches, in pixels.
+      patch: side of the modelled patches [pixels].
       step_size: L2 length of an additive pattern's step.
     """
 
@@ -68,13 +68,14 @@ class Config:
 
 
 class Trigger(NamedTuple):
-    """A trigger that a fresh search ended with, whether it works or not.
+    """The trigger that a fresh search ended with, working or not.
 
     Attributes:
       kind: "mask", "patch" or "additive".
-      size: L1 norm of a mask, L2 norm of an additive pattern; nan for patches, which have one size.
+      size: L1 norm of a mask, L2 norm of an additive pattern; nan for patches, which have a fixed
+        size.
       rate: share of the held-out images of other classes that it sends to its target.
-      evidence: what repairs take.
+      evidence: the trigger in the form that repairs take.
     """
 
     kind: Kind
@@ -84,7 +85,8 @@ class Trigger(NamedTuple):
 
 
 class Lab(NamedTuple):
-    """What all searches of a repair share: images to search with, and others that judge."""
+    """Inputs shared by all searches of a repair; `search` images to optimise on, `held` images to
+    judge on."""
 
     run: Run
     suspect: Suspect
@@ -96,7 +98,8 @@ class Lab(NamedTuple):
 def search(
     lab: Lab, key: Key, variables: Variables, targets: Sequence[int], label: str
 ) -> tuple[list[Trigger], Seconds]:
-    """Triggers of every kind that lead to `targets` in the net with `variables`, class by class."""
+    """Searches triggers of every kind to `targets` in the net with `variables`; sorted by
+    target."""
     parts = [search_masks(lab, key, variables, targets, label)]
     if lab.config.patch_steps:
         parts.append(_search_patches(lab, key, variables, targets, parts[0][0], label))
@@ -110,8 +113,8 @@ def search(
 def search_masks(
     lab: Lab, key: Key, variables: Variables, targets: Sequence[int], label: str
 ) -> tuple[list[Trigger], Seconds]:
-    """Neural Cleanse from every start: for each target the smallest mask that works, or where none
-    does the current ones."""
+    """Runs Neural Cleanse from every start: for each, the smallest working mask, or the last mask
+    if none works."""
     config = lab.config
     settings = neural_cleanse.Config(memory=config.memory)
     inversion = make_masks(lab.suspect.net, lab.suspect.image_shape, settings)
@@ -129,11 +132,12 @@ def search_masks(
 def make_masks(
     net: Net, image_shape: tuple[int, int, int], config: neural_cleanse.Config
 ) -> Inversion:
-    """Neural Cleanse whose first mask is multiplied by the cell's level, so that searches from
-    large and from small masks are cells of one program."""
+    """Neural Cleanse with its initial mask multiplied by the cell's level, so that searches from
+    large and small masks are cells of one program."""
     made = neural_cleanse.make(net, image_shape, config)
 
     def step(key, state, batch, cell, variables):
+        # masks are optimised as (tanh(x) + 1) / 2, so scale the mask and invert this for x
         scaled = 2 * cell.level * neural_cleanse.squash(state.parameters.mask) - 1
         first = jnp.arctanh(jnp.clip(scaled, -1 + 1e-3, 1 - 1e-3))
         mask = jnp.where(state.step == 0, first, state.parameters.mask)
@@ -151,8 +155,8 @@ def _search_patches(
     masks: Sequence[Trigger],
     label: str,
 ) -> tuple[list[Trigger], Seconds]:
-    """MESA at the place that the smallest mask of each target, among those that work best, marks
-    out."""
+    """Runs MESA at the place of each target's best mask: the smallest with a rate of at least
+    `LEVEL`, or the smallest of all."""
     settings = mesa.Config(place="fixed", hidden=128, learning_rate=1e-3, patch=lab.config.patch)
     inversion = make_mesa(lab.suspect.net, lab.suspect.image_shape, settings)
     best = [
@@ -173,8 +177,8 @@ def _search_patches(
 def search_additive(
     lab: Lab, key: Key, variables: Variables, targets: Sequence[int], label: str
 ) -> tuple[list[Trigger], Seconds]:
-    """PT-RED from all classes: for each target the shortest additive pattern on its way."""
-    # one lucky batch of this size is not a find
+    """Runs PT-RED from all classes to each target; takes the shortest additive pattern it met."""
+    # patience 2: a success rate reached on one small batch may be luck
     settings = pt_red.Config(step_size=lab.config.step_size, patience=2)
     inversion = make_pt_red(lab.suspect.net, lab.suspect.image_shape, settings)
     cells, steps = sweep.grid(targets), lab.config.additive_steps
@@ -197,7 +201,7 @@ def _sweep(
     steps: int,
     places: jax.Array | None = None,
 ) -> tuple[slots.Found, np.ndarray]:
-    """(what a search found, rate [N] of each cell's triggers on the images that judge)."""
+    """Runs a sweep; returns it with the rate [N] of each cell's triggers on the held-out images."""
     found = sweep.search(
         lab.run,
         name,
@@ -227,7 +231,7 @@ def _sweep(
 def _wrap(
     kind: Kind, inversion: Inversion, cells: Cell, found: slots.Found, rates: np.ndarray
 ) -> list[Trigger]:
-    """Each cell's state as a trigger."""
+    """Wraps each cell's state as a trigger."""
     rows = []
     for row, target in enumerate(np.asarray(cells.target)):
         state = jax.tree.map(lambda leaf, row=row: jnp.asarray(leaf[row]), found.states)

@@ -1,8 +1,7 @@
-"""A repair that checks itself: it repairs, looks on images that it did not repair with for what
-still works, and goes on with what it finds.
+"""A repair that checks itself: it repairs, searches the repaired net for triggers that work on
+held-out images, and repairs again with what it finds.
 
-Composition only: a method of the table, a fresh search, measures. Nothing is printed and no file is
-opened.
+Composition only: a repair method, a fresh search, measurements. Prints nothing and opens no file.
 """
 
 import dataclasses
@@ -24,10 +23,10 @@ from jaxbd.training.program import Seconds, total_seconds
 from jaxbd.training.run import Run
 
 PRESET = "rounds"
-"""Settings of a method for repairs in rounds, where it has such."""
+"""Name of a method's settings for repairs in rounds, if it has them."""
 End = Literal["nothing left", "budget", "rounds"]
-"""What ended a repair: no trigger that is unusually small works any more, the accuracy budget is
-spent, or the rounds are over."""
+"""Why a repair ended: no unusually small trigger works any more, the accuracy budget is used up, or
+all rounds are done."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +34,13 @@ class Config:
     """Settings of a repair that checks itself.
 
     Attributes:
-      max_drop: clean accuracy, as a share of the held-out images, that it may cost.
-      rounds: most repairs, each followed by a fresh search.
-      working: rate beyond the class's share of images without a trigger from which one works.
-      held_share: share of the clean images that check, and repair nothing.
-      most_held: at most so many images of those.
-      vary: whether the triggers are unlearned with variants, see `repairs.vary`.
-      search: of the fresh searches.
+      max_drop: clean accuracy on the held-out images that the repair may cost, as a share.
+      rounds: maximum number of repairs, each followed by a fresh search.
+      working: a trigger works if its rate exceeds the trigger-free share by at least this.
+      held_share: share of the clean images that is held out for checking.
+      most_held: maximum number of held-out images.
+      vary: whether to unlearn variants of the triggers too, see `repairs.vary`.
+      search: settings of the fresh searches.
     """
 
     max_drop: float = 0.02
@@ -70,14 +69,14 @@ class Held(NamedTuple):
     """Result of `repair`.
 
     Attributes:
-      repaired: the net of the last round; of the one before, where that was undone, and the
-        suspect itself where it was the first.
-      rounds: the suspect as it came, then every round, also one that was undone.
-      end: which of the three ended it.
-      undone: whether the last round cost too much, however little of it was kept; then `end` is
-        "budget".
-      limits: what counted as unusually small.
-      checked_on: images behind all rates and accuracies.
+      repaired: the net after the last round. If that was undone, the net after the round before, or
+        the suspect itself if there was none.
+      rounds: the original suspect, then every round, including one that was undone.
+      end: why the repair ended.
+      undone: whether the last round was undone because even its smallest part cost too much; `end`
+        is then "budget".
+      limits: sizes below which a trigger counted as unusually small.
+      checked_on: number of held-out images behind all rates and accuracies.
     """
 
     repaired: Repaired
@@ -89,12 +88,12 @@ class Held(NamedTuple):
 
     @property
     def last(self) -> Round:
-        """Where the net of `repaired` stands."""
+        """The round that describes the net of `repaired`."""
         return self.rounds[-2 if self.undone else -1]
 
 
 class Task(NamedTuple):
-    """What all rounds share; see `repair`."""
+    """Inputs shared by all rounds; see `repair`."""
 
     lab: fresh.Lab
     clean: Batch
@@ -118,21 +117,21 @@ def repair(
     batch_size: int = 64,
     label: str = "",
 ) -> Held:
-    """Repairs until nothing unusually small works.
+    """Repairs in rounds until no unusually small trigger works.
 
-    The targets of `evidence` are searched before the first round and after every one. Triggers that
-    work join the evidence, also large ones; only small ones are a reason to go on, since a large
-    mask leads to any class of any net. A round that costs more accuracy than the budget has left is
-    kept in part, see `checks.keep_within`.
+    Triggers to the targets of `evidence` are searched before the first round and after every round.
+    All that work are added to the evidence, large ones too. Only small ones are a reason for
+    another round, since in any net a large enough mask leads to any class. If a round costs more
+    accuracy than the budget allows, only part of its change is applied, see `checks.keep_within`.
 
     Args:
-      clean: clean images with labels (uint8 or float); a share of them checks.
+      clean: clean images with labels (uint8 or float); a share of them is held out for checking.
       evidence: known triggers, at least one for each class to repair.
-      base: a repair of `methods` that changes weights, and its settings; None for its preset
-        "rounds", or where it has none for its defaults.
-      norms: [K] norms of the smallest masks of all classes, from a scan of the suspect; nan where
-        there is none. Without, masks of other classes are searched for.
-      batch_size: images of a step.
+      base: (name of a repair in `methods` that changes weights, its settings); settings None for
+        its preset "rounds", or its defaults if it has no such preset.
+      norms: [K] norms of the smallest masks of all classes, from a scan of the suspect; nan for
+        classes without one. If None, masks of other classes are searched.
+      batch_size: images per step.
     Raises: UserError when something is missing or the images are too few; loop.NotFinite when a
       loss diverges; Stopped after a stop request.
     """
@@ -153,14 +152,16 @@ def repair(
 
 
 def split(key: Key, clean: Batch, config: Config) -> tuple[Batch, Batch]:
-    """(images to repair with, images to check with) at random. Raises: UserError when either would
-    be empty."""
+    """Splits the images at random into (images to repair with, images to check with).
+
+    Raises: UserError when either part would be empty.
+    """
     count = len(clean.labels)
     held = min(round(config.held_share * count), config.most_held)
     if not 0 < held < count:
         raise UserError(
-            f"{count} clean images cannot be divided into those that repair and those that check;"
-            " give more images"
+            f"{count} clean images cannot be divided into a part to repair with and a part to check"
+            " with; give more images"
         )
     order = np.asarray(jax.random.permutation(key, count))
     parts = (order[held:], order[:held])
@@ -170,7 +171,7 @@ def split(key: Key, clean: Batch, config: Config) -> tuple[Batch, Batch]:
 
 
 def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: Seconds) -> Held:
-    """The rounds. Each starts from the net that the one before left, with all triggers so far."""
+    """Runs the rounds; each starts from the net of the round before, with all triggers so far."""
     config, lab, spent = task.config, task.lab, [first]
     variables, results, rounds = lab.suspect.variables, [], []
     end: End = "rounds"
@@ -182,9 +183,9 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
             known += [each.evidence for each in rounds[-1].working(config.working)]
             result = _repair_once(task, jax.random.fold_in(key, 1 + number), variables, known, name)
             results.append(result)
-            least = rounds[0].accuracy - config.max_drop
+            least = rounds[0].accuracy - config.max_drop  # relative to the original suspect
             variables, kept = checks.keep_within(lab, variables, result.variables, least)
-            if not kept:
+            if not kept:  # record the undone round's figures; `variables` are those of before
                 costly = checks.measure(lab, own_key, result.variables, known)
                 rounds.append(costly._replace(kept=0.0))
                 end = "budget"
@@ -206,7 +207,8 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
 def _repair_once(
     task: Task, key: Key, variables: Variables, known: Sequence[Evidence], name: str
 ) -> Repaired:
-    """One repair by the base method, with all triggers of each target as one piece of evidence."""
+    """Repairs once by the base method, with each target's triggers joined into one piece of
+    evidence."""
     suspect = task.lab.suspect._replace(variables=variables)
     varied = [each._replace(stamp=vary(each.stamp)) if task.config.vary else each for each in known]
     targets = dict.fromkeys(each.target for each in known)

@@ -21,7 +21,7 @@ from jaxbd.training.program import Seconds, total_seconds
 from jaxbd.training.run import Fitted, NoInfo, Run
 
 make_harder, make_search = (cached(32)(factory) for factory in (clean_label.harder, trojan.search))
-"""The factories with a cache, so that nothing is traced twice for the same net and settings."""
+"""Cached factories, so that the same net and settings are traced once."""
 
 TUNING = (
     "target",
@@ -32,17 +32,17 @@ TUNING = (
     "retrain_weight_decay",
     "poison_rate",
 )
-"""Fields of `trojan.Config` that the search does not look at."""
+"""Fields of `trojan.Config` that the trigger search does not use."""
 
 
 class Hidden(NamedTuple):
     """Data poisoned with a clean-label attack.
 
     Attributes:
-      data: all of it, images uint8, labels as they were.
-      rows: [n] which of it is poisoned.
-      recognised: share of the poisoned images that the clean net still takes for their class before
-        the patch is on.
+      data: all of the data; images uint8, labels unchanged.
+      rows: [n] indices of the poisoned images.
+      recognised: share of the poisoned images that the clean net still assigns to their class
+        before the trigger is stamped.
     """
 
     data: Batch
@@ -51,7 +51,7 @@ class Hidden(NamedTuple):
 
 
 class Trojaned(NamedTuple):
-    """A net with a Trojan: its variables, the trigger, neurons [n] tied to it, infos of both
+    """A net with a Trojan: its variables, the trigger, the neurons [n] it excites, infos of both
     stages, seconds."""
 
     variables: Variables
@@ -77,11 +77,13 @@ def hide(
     """Poisons `count` images of the target class without changing a label (Turner et al. 2019,
     section 4).
 
-    They are made hard to recognise for the clean net, then stamped with the attack's trigger.
+    The images are perturbed so that the clean net hardly recognises them, then stamped with the
+    attack's trigger.
 
     Args:
       attack: (attack, trigger).
-      count: images, or below 1 a share of the target class; `config.poison_rate` of it by default.
+      count: number of images, or below 1 a share of the target class; default: the share
+        `config.poison_rate`.
     Raises: UserError when the target class has no images.
     """
     choose_key, climb_key, stamp_key = jax.random.split(key, 3)
@@ -113,13 +115,13 @@ def _perturb(
     config: clean_label.Config,
     batch_size: int,
 ) -> np.ndarray:
-    """The images of `chosen` made hard to recognise. A step of the stage is a batch."""
+    """Perturbs the images of `chosen` so that they are hard to recognise; one batch per step."""
     harder = make_harder(clean.net, config)
     batch_size = min(batch_size, len(chosen.labels))
     total = -(-len(chosen.labels) // batch_size)
 
     def chunks(images: Any, left: int) -> Iterator[Chunk]:
-        images = np.array(images)
+        images = np.array(images)  # a copy, since it is written to; a resumed run starts mid-way
         for number in range(total - left, total):
             part = evaluate.per_image(
                 key, harder, clean.variables, chosen, batch_size=batch_size, numbers=(number,)
@@ -142,12 +144,12 @@ def plant_trojan(
     count: int | float | None = None,
     batching: draw.Batching = draw.Batching(),
 ) -> Trojaned:
-    """Turns a clean net into a Trojaned one (Liu et al. 2018): trigger first, then the net.
+    """Plants a Trojan in a clean net (Liu et al. 2018): searches the trigger, then fine-tunes.
 
     Args:
       data: images to search the trigger and to fine-tune on.
-      count: images to stamp once and for all, see `poison.static`; by default other ones in every
-        batch.
+      count: number of images to poison once before training, see `poison.static`; by default each
+        batch is poisoned on its own.
     Raises: UserError when the layer, its neurons, or the trigger's place do not fit the net.
     """
     search_key, tune_key, poison_key = jax.random.split(key, 3)
@@ -157,8 +159,7 @@ def plant_trojan(
     attack = trojan.make(clean.image_shape, clean.classes, config)
     layer = trojan.layer(clean.net, clean.variables, clean.image_shape, config)
     which = later_layers.later(clean.net, clean.variables, clean.image_shape, layer)
-    # in evaluation throughout: with moments of the batch, the layers that stay would change what
-    # they do
+    # train=False: batch moments would change the output of the layers that must stay as they are
     trainer = supervised.trainer(
         clean.net, later_layers.only(which, trojan.optimiser(config)), train=False
     )
@@ -197,8 +198,8 @@ def _search_trigger(
     config: trojan.Config,
     batch_size: int,
 ) -> tuple[Trigger, Fitted]:
-    """The trigger that excites the chosen neurons, and the search behind it."""
-    # what only the fine-tuning looks at does not make another search
+    """Searches a trigger that excites the chosen neurons; returns it and the fitted search."""
+    # reset fields that only fine-tuning uses, so that they do not miss the factory's cache
     plain = {field: getattr(trojan.Config(), field) for field in TUNING}
     search = make_search(
         clean.net, clean.image_shape, clean.classes, dataclasses.replace(config, **plain)

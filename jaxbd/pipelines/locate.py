@@ -1,4 +1,4 @@
-"""Where to look for a trigger: Neural Cleanse for every class, from one start or several."""
+"""Locates possible triggers: Neural Cleanse for every class, from one start or several."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from jaxbd.training.program import Seconds, total_seconds
 
 
 class Masks(NamedTuple):
-    """A search for masks as far as it has come.
+    """A mask search, possibly not finished.
 
     Attributes:
-      inversion, cells: Neural Cleanse, and its cells [N]: the starts of a class one after another.
+      inversion, cells: Neural Cleanse and its cells [N], all starts of a class in a row.
       states: [N, …]; infos: [steps, N], NumPy.
-      steps: that every cell has made.
-      image_steps, seconds: what it took.
+      steps: steps done by every cell.
+      image_steps, seconds: cost so far.
     """
 
     inversion: Inversion
@@ -44,8 +44,8 @@ class Masks(NamedTuple):
 
 
 def search(task: Task, steps: int, first_masks: Sequence[float] = ()) -> Masks:
-    """Neural Cleanse on every class searched, for `steps` steps, once from each of `first_masks` or
-    where there is none from the method's own start."""
+    """Runs Neural Cleanse on every class to search for `steps` steps, once from each of
+    `first_masks`, or from the method's own start if there are none."""
     config, suspect = task.config, task.suspect
     inversion = make_neural_cleanse(suspect.net, suspect.image_shape, config.neural_cleanse)
     rows, starts = list_classes(suspect.classes, config), max(len(first_masks), 1)
@@ -65,10 +65,11 @@ def search(task: Task, steps: int, first_masks: Sequence[float] = ()) -> Masks:
 
 
 def go_on(task: Task, masks: Masks, steps: int) -> Masks:
-    """The same search, up to `steps` steps in all: the same masks as if it had never halted."""
+    """Continues the search up to `steps` steps in total; gives the same masks as an uninterrupted
+    search."""
     count = len(list_classes(task.suspect.classes, task.config))
     name = f"neural-cleanse: {count} classes, to {steps}"
-    # a step's key follows from the state's own count of steps
+    # a step's key is derived from the step count in the state, so the key stream continues
     found = run_sweep(
         task,
         1,
@@ -88,10 +89,11 @@ def go_on(task: Task, masks: Masks, steps: int) -> Masks:
 
 
 def _first_fields(task: Task, classes: int, first_masks: Sequence[float]) -> dict[str, Any]:
-    """What the first states of all cells differ in: masks of every start, patterns."""
+    """Fields in which the initial states of the cells differ: masks of every start, and
+    patterns."""
     height, width, channels = task.suspect.image_shape
     starts = np.tile(np.asarray(first_masks, np.float32), classes)
-    # NumPy draws them: on a CPU, XLA takes seconds to compile a generator for arrays of this size
+    # drawn by NumPy: on a CPU, XLA takes seconds to compile a generator for arrays of this size
     seed = np.asarray(jax.random.key_data(jax.random.fold_in(task.key, 5))).ravel()
     random = np.random.default_rng(seed.tolist())
     masks = random.random((len(starts), height, width, 1), np.float32)
@@ -102,7 +104,7 @@ def _first_fields(task: Task, classes: int, first_masks: Sequence[float]) -> dic
 
 
 def compare(task: Task, masks: Masks) -> Located:
-    """The smallest mask of every class, and how it compares with those of the others."""
+    """Picks the smallest mask of every class and compares it with those of the other classes."""
     config, classes = task.config, task.suspect.classes
     rows = list_classes(classes, config)
     norms = np.array(masks.states.best_norm, float).reshape(len(rows), -1)
@@ -119,21 +121,21 @@ def compare(task: Task, masks: Masks) -> Located:
 
 
 def candidates(found: Located, config: ScanConfig) -> list[int]:
-    """Classes worth modelling: the `config.candidates` smallest masks and every outlier, in class
-    order."""
+    """Classes to model: those of the `config.candidates` smallest masks and every outlier,
+    ascending."""
     order = np.argsort(np.where(np.isnan(found.norms), np.inf, found.norms), kind="stable")
     order = [k for k in order if k in list_classes(len(order), config)]
     return sorted({int(k) for k in order[: config.candidates]} | {*outliers(found, config)})
 
 
 def outliers(found: Located, config: ScanConfig) -> list[int]:
-    """Classes whose mask is smaller than the others' by the anomaly threshold."""
+    """Classes whose mask is so small that its score exceeds the anomaly threshold."""
     return [int(k) for k in np.flatnonzero(found.scores > config.anomaly_threshold)]
 
 
 def early_outliers(found: Located, config: ScanConfig) -> list[int]:
-    """Classes that stand out after a few steps already, farthest first, where most others have a
-    working mask to be compared with."""
+    """Classes that already stand out after a few steps, most anomalous first; empty unless at least
+    half of the classes have a working mask to compare with."""
     rows = list_classes(len(found.norms), config)
     if np.isfinite(found.norms[rows]).mean() < 0.5:
         return []

@@ -1,5 +1,5 @@
-"""A first answer without data: the largest margin of every class, and whether one stands out (Wang
-et al. 2024)."""
+"""The scan without data: the largest margin of every class, and whether one stands out (Wang et al.
+2024)."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ from jaxbd.training.run import Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the first answer.
+    """Settings of the scan.
 
     Attributes:
-      starts: random images that each class starts from (Wang et al. 2024: 30).
-      steps: gradient steps of each (Wang et al. 2024: 300).
-      search: of one start.
-      test: how the largest statistic is judged.
+      starts: random initial images per class (Wang et al. 2024: 30).
+      steps: gradient steps per start (Wang et al. 2024: 300).
+      search: settings of the search from one start.
+      test: settings of the test of the largest statistic.
     """
 
     # Differs from paper: fewer and shorter searches name the same classes, see
@@ -41,16 +41,16 @@ class Config:
 
 
 class MarginScan(NamedTuple):
-    """A first answer.
+    """Result of the scan.
 
     Attributes:
-      statistics: [K], the largest margin of each class, in logits; nan where none was finite.
-      outliers: what they say, see `null.find_outliers`.
-      images: [K, H, W, C] in [0, 1], the image of each class's largest margin.
-      reached: [K] bool, whether the margin of the class's best start had stopped to grow (by more
-        than 1 % in a step).
-      image_steps: images that went through the net, forward and back.
-      seconds: compiling, and all else.
+      statistics: [K], the largest margin of each class, in logits; nan if none was finite.
+      outliers: result of the test, see `null.find_outliers`.
+      images: [K, H, W, C] in [0, 1], the image with the largest margin of each class.
+      reached: [K] bool, whether the margin of the class's best start had converged: it no longer
+        grew by more than 1 % per step.
+      image_steps: images pushed through the net, forward and backward.
+      seconds: compile and run time.
     """
 
     statistics: np.ndarray
@@ -68,11 +68,11 @@ def scan(
     config: Config = Config(),
     **search: Any,
 ) -> MarginScan:
-    """Searches every class of the suspect for its largest margin. No data is needed.
+    """Searches the largest margin of every class of the suspect. Needs no data.
 
     Args:
       search: `slots` and `memory_budget` of `sweep.search`.
-    Raises: UserError for a suspect with fewer than three classes; FloatingPointError where a margin
+    Raises: UserError for a suspect with fewer than three classes; FloatingPointError when a margin
       is not finite; Stopped after a stop request.
     """
     cells = margin.cells(suspect.classes, config.starts)
@@ -99,5 +99,5 @@ def scan(
 
 @cached(32)
 def _make(net: Net, image_shape: tuple[int, int, int], config: margin.Config) -> Inversion:
-    """The search; the same one for the same net, so that nothing is compiled twice."""
+    """Makes the search; cached, so that the same net is compiled once."""
     return margin.make(net, image_shape, config)

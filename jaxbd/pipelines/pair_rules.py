@@ -1,38 +1,38 @@
-"""The rules by which triggers of class pairs become an answer: which pairs an attacker made.
+"""Rules that decide from the triggers of class pairs which pairs belong to an attack.
 
-How two searches become one answer (the paper chooses the search by the attack, which a defender
-does not know):
+They combine two searches (the paper chooses the search by the attack, which a defender does not
+know):
 
-1. Each search scores its own statistics (`detect.pair_scores`). A pair is a *seed* where its score
+1. Each search scores its own statistics (`detect.pair_scores`). A pair is a *seed* if its score
    exceeds `threshold` and its trigger sends at least `working_rate` of the held-out images of its
    source to the target.
-2. A target with `group` seeds or more is put to the test of an all-to-one attack: one trigger is
-   estimated on all of its seeds. It must not be much larger than theirs (`intrinsic_factor`) and
-   must work for `coverage` of the other classes, seeds or not; intrinsic backdoors lead from a few
-   similar classes. Sources are the seeds, and the classes that the trigger sends to the target at
-   half the working rate. Where both searches pass, the trigger that works best for all classes is
-   the closer to the attacker's.
-3. Where there is none, the pairs that stand out most of both their row and their column
-   (`detect.centred_scores`), one for every second class, are put to the test of an all-to-all
-   attack: one trigger is estimated on all of them. It must not be much larger than the single ones
+2. A target with at least `group` seeds is tested for an all-to-one attack: one trigger is estimated
+   on all of its seeds. It must not be much larger than theirs (`intrinsic_factor`) and must work
+   for `coverage` of the other classes, seeds or not; intrinsic backdoors lead only from a few
+   similar classes. The sources are the seeds and all classes of which the trigger sends at least
+   half the working rate to the target. If both searches pass, the trigger that works best over all
+   classes wins, as the one closer to the attacker's.
+3. If no target passes, the pairs that stand out most from both their row and their column
+   (`detect.centred_scores`), one for every second class, are tested for an all-to-all attack: one
+   trigger is estimated on all of them. It must not be much larger than the single ones
    (`intrinsic_factor`). Other classes that it sends to a target of their own are added and the
-   trigger estimated anew, until there are no more. Where it works for more classes than it was
+   trigger is estimated again, until no more are added. If it works for more classes than it was
    first made for, these are the pairs: only the attacker's trigger does this.
-4. Otherwise targets with fewer seeds are put to the same test. Where none passes either, a pair
-   stands alone. Clean models too have such pairs, of similar classes: it counts from `lone_factor`
-   times the threshold on, and leaves the verdict open below.
-5. For every target one trigger is estimated on all of its sources. Where it is much larger than the
-   single ones (`intrinsic_factor`) they do not share one, and only the source with the smallest
-   trigger is kept (appendix C).
-6. Where the other search too has a trigger that works for those sources, and is not much larger
-   than its single ones, it is kept beside the first: which of them activates the net as the
-   attacker's does is not known, so a correction is made with both (`repairs.mixture.join`).
-7. Where the trigger is a small patch, and a patch of one colour that fills its box works as well,
-   that one is taken in place of all others: the smallest mask is speckled and only just works,
-   while an attacker's patch is solid and works by far, and a correction for the one is none for the
+4. Otherwise targets with fewer seeds are tested as in 2. If none passes, the seeds are lone pairs.
+   Clean models have such pairs of similar classes too, so a lone pair counts only above
+   `lone_factor` times the threshold; below, it leaves the verdict open.
+5. For every target one trigger is estimated on all of its sources. If it is much larger than the
+   single ones (`intrinsic_factor`), the sources do not share a trigger, and only the source with
+   the smallest trigger remains (appendix C).
+6. If the other search also has a trigger that works for those sources and is not much larger than
+   its single ones, it is added to the first. Which of the two activates the net as the attacker's
+   trigger does is unknown, so a correction uses both (`repairs.mixture.join`).
+7. If the trigger is a small patch, and a patch of one colour that fills its box works as well, the
+   plain patch replaces all others. The smallest mask is speckled and only just works, while an
+   attacker's patch is solid and works by a wide margin; a correction for one does not fit the
    other.
 
-What the rules name is an alarm. Whether it becomes a verdict is in `pair_verdict`.
+The result is an alarm. `pair_verdict` decides whether it becomes a verdict.
 """
 
 import dataclasses
@@ -57,11 +57,11 @@ SEARCHES = {
     "neural-cleanse-pairs": ("neural-cleanse",),
     "pt-red": ("pt-red",),
 }
-"""`Config.method` -> the inversions that run."""
+"""{`Config.method`: the inversions to run}."""
 LEAST_PAIRS = 6
-"""Pairs with a trigger without which none of them can be called unusually small."""
+"""Minimum number of pairs with a trigger for one of them to count as unusually small."""
 ROUNDS = 5
-"""How often a trigger of several pairs is estimated anew because it works for more of them."""
+"""Maximum number of estimates of the all-to-all trigger of rule 3."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,29 +70,29 @@ class Config:
 
     Attributes:
       method: searches to run: "pairs" for patches and perturbations, "neural-cleanse-pairs" for
-        patches alone, "pt-red" for perturbations alone.
-      targets: classes to search as targets; none stands for all. Scores compare pairs: leave some
-        that are no targets.
-      steps: at most so many steps of Neural Cleanse per pair.
-      perturbation_steps: at most so many steps of PT-RED per pair.
+        patches only, "pt-red" for perturbations only.
+      targets: classes to search as targets; empty for all. Scores compare pairs, so include some
+        classes that are not attacked.
+      steps: maximum steps of Neural Cleanse per pair.
+      perturbation_steps: maximum steps of PT-RED per pair.
       batch_size: images per pair and step.
-      joint_steps: of the estimates on several sources together, and of the last one for a target.
-      joint_batch_size: images per step of those.
-      joint_rate: success rate that the last one is made for, in place of the searches' own.
-      slots: pairs that advance together; by default what suits device and memory.
-      memory_budget: bytes that a step may need; by default a share of what the device has, see
+      joint_steps: steps of an estimate on several sources, including the last one for a target.
+      joint_batch_size: images per step of these estimates.
+      joint_rate: success rate that the last estimate aims for, instead of the searches' own.
+      slots: number of pairs that advance together; default: what suits device and memory.
+      memory_budget: bytes that a step may need; default: a share of the device's memory, see
         `memory.available`.
-      threshold: anomaly score of a pair above which it is a seed (7; 3 for WaNet in appendix C).
-      working_rate: least share of a source's held-out images that a trigger has to send to the
-        target. A trigger stops at 90 % of the images it is made on, so on others it does less.
-      group: seeds that make a class suspect of being the target of an all-to-one attack.
-      coverage: share of the other classes for which that attack's trigger has to work.
-      lone_factor: times the threshold, the score from which a pair counts that stands alone.
+      threshold: anomaly score above which a pair is a seed (7; 3 for WaNet in appendix C).
+      working_rate: minimum share of a source's held-out images that a trigger must send to the
+        target. A search stops at 90 % of the images it optimises on; others are harder.
+      group: number of seeds from which a class is tested as the target of an all-to-one attack.
+      coverage: share of the other classes for which that attack's trigger must work.
+      lone_factor: a lone pair counts if its score exceeds this times the threshold.
       intrinsic_factor: a joint trigger larger than this times the largest single one shows that the
         sources do not share a trigger (appendix C: 27.18 against 7.95).
-      plain_share: largest share of the image that the box of a patch may take for rule 7; 0 leaves
-        the rule out.
-      least_images: images that a source class has to bring.
+      plain_share: largest share of the image that a patch's box may cover for rule 7; 0 disables
+        the rule.
+      least_images: minimum number of images of a source class.
       neural_cleanse: settings of the search for patches.
       pt_red: settings of the search for perturbations.
       margin: settings of the search without data, the second sign; see `pair_verdict`.
@@ -150,17 +150,17 @@ class Config:
         return SEARCHES[self.method]
 
     def effort(self) -> pair_triggers.Effort:
-        """How long a trigger of several pairs is optimised."""
+        """Length and batch size of an estimate on several pairs."""
         return pair_triggers.Effort(self.joint_steps, self.joint_batch_size)
 
 
 class Detected(NamedTuple):
-    """What rules 2 to 4 leave.
+    """Result of rules 2 to 4.
 
     Attributes:
       found: (search, its pairs).
-      rule: which one it was, in words.
-      generalises: whether it was rule 3, by a trigger that works for pairs it was not made for.
+      rule: the rule that applied, in words.
+      generalises: whether it was rule 3: a trigger works for pairs it was not made for.
     """
 
     found: list[tuple[str, list[Pair]]]
@@ -169,7 +169,7 @@ class Detected(NamedTuple):
 
 
 class Rules:
-    """The rules of this module on the pairs of one model; counts what their triggers cost."""
+    """Applies the rules of this module to the pairs of one model, and counts the cost."""
 
     def __init__(self, lab: Lab, config: Config, pairs: list[Pair]):
         self.lab, self.config, self.pairs = lab, config, pairs
@@ -197,10 +197,10 @@ class Rules:
         self.steps[method] = int(found.steps.sum())
         self.spend(found.image_steps_pushed, found.seconds)
 
-    def joint(
+    def fit_joint(
         self, method: str, wish: dict[int, int], *, last: bool = False
     ) -> pair_triggers.Joint:
-        """One trigger for all of `wish`, source -> target; the `last` one is made for
+        """Estimates one trigger for all pairs of `wish` {source: target}; with `last` it aims for
         `joint_rate`."""
         config, self.joints = self.config, self.joints + 1
         inversion = (self.lab.last_inversions if last else self.lab.inversions)[method]
@@ -209,9 +209,8 @@ class Rules:
         self.spend(config.joint_steps * config.joint_batch_size, found.seconds)
         return found
 
-    def seeds(self, method: str) -> tuple[dict[Pair, float], list[Pair]]:
-        """Pairs above the threshold: the scores of those that work on held-out images, and those
-        that do not."""
+    def find_seeds(self, method: str) -> tuple[dict[Pair, float], list[Pair]]:
+        """Rule 1: ({seed: score}, pairs above the threshold that fail on held-out images)."""
         search = self.searches[method]
         above = [(int(s), int(t)) for s, t in np.argwhere(search.scores > self.config.threshold)]
         rate = lambda pair: pair_triggers.measure_outcomes(
@@ -222,15 +221,15 @@ class Rules:
             p for p in above if p not in working
         ]
 
-    def shared(self, method: str, norm: float, wish: dict[int, int]) -> bool:
-        """Whether a joint trigger is not much larger than the single ones of the pairs that it
-        stands for."""
+    def is_shared(self, method: str, norm: float, wish: dict[int, int]) -> bool:
+        """Whether a joint trigger of size `norm` is not much larger than the single triggers of its
+        pairs."""
         sizes = [self.searches[method].norms[pair] for pair in wish.items()]
         return norm <= self.config.intrinsic_factor * np.max(sizes)
 
-    def outcomes(self, method: str, state: Any) -> tuple[np.ndarray, dict[int, int]]:
-        """Where a trigger sends images: shares [K, K] with 0 for staying, and source -> the other
-        class most go to."""
+    def measure_outcomes(self, method: str, state: Any) -> tuple[np.ndarray, dict[int, int]]:
+        """Where a trigger sends images: (shares [K, K] with 0 on the diagonal, {source: the other
+        class that most images go to})."""
         shares = np.nan_to_num(
             pair_triggers.measure_outcomes(self.lab, method, state, range(self.lab.suspect.classes))
         )
@@ -243,55 +242,55 @@ class Rules:
         }
         return shares, most
 
-    def all_to_one(
+    def test_all_to_one(
         self, method: str, target: int, seeds: dict[Pair, float]
     ) -> tuple[float, list[Pair]]:
-        """How well one trigger for the seeds of `target` works for all classes, and its pairs if it
-        passes: rule 2."""
+        """Rule 2 for one target: (mean rate of its joint trigger over all classes, its pairs); (0,
+        []) if the test fails."""
         wish = {source: target for source, t in seeds if t == target}
-        found = self.joint(method, wish)
-        shares, _ = self.outcomes(method, found.state)
+        found = self.fit_joint(method, wish)
+        shares, _ = self.measure_outcomes(method, found.state)
         sources = [s for s, t in self.searches[method].rows if t == target]
         rates = shares[sources, target]
         enough = (rates >= self.config.working_rate).mean() >= self.config.coverage
-        if not (enough and self.shared(method, found.norm, wish)):
+        if not (enough and self.is_shared(method, found.norm, wish)):
             return 0.0, []
         half = self.config.working_rate / 2
         return float(rates.mean()), [
             (s, target) for s in sorted(sources) if s in wish or shares[s, target] >= half
         ]
 
-    def all_to_ones(
+    def find_all_to_one(
         self, seeds: dict[str, dict[Pair, float]], least: int
     ) -> list[tuple[str, list[Pair]]]:
-        """(search, pairs) of every target with at least `least` seeds of one search that passes the
-        test of rule 2."""
+        """(search, pairs) of every target that has at least `least` seeds in one search and passes
+        rule 2."""
         sizes = {method: [t for _, t in pairs] for method, pairs in seeds.items()}
         chosen = {t for targets in sizes.values() for t in targets if targets.count(t) >= least}
         found = []
         for target in sorted(chosen):
-            passed = {m: self.all_to_one(m, target, seeds[m]) for m in seeds if target in sizes[m]}
+            passed = {
+                m: self.test_all_to_one(m, target, seeds[m]) for m in seeds if target in sizes[m]
+            }
             best = max(passed, key=lambda method: passed[method][0])
             if passed[best][1]:
                 found.append((best, passed[best][1]))
         return found
 
-    def all_to_all(self, method: str) -> list[Pair]:
-        """The pairs that one trigger sends each to a target of its own, if more than it was first
-        made for: rule 3."""
-        wish = first = self.standing_out(method)
+    def find_all_to_all(self, method: str) -> list[Pair]:
+        """Rule 3: the pairs of one trigger that sends each source to a target of its own; empty
+        unless they are more than it was first made for."""
+        wish = first = self.pick_outstanding(method)
         for _ in range(ROUNDS):
-            if len(wish) < max(len(first), 2):
+            if len(wish) < max(len(first), 2):  # pairs that it was made for have dropped out
                 return []
-            found = self.joint(method, wish)
-            if not (found.reached and self.shared(method, found.norm, wish)):
+            found = self.fit_joint(method, wish)
+            if not (found.reached and self.is_shared(method, found.norm, wish)):
                 return []
-            shares, most = self.outcomes(method, found.state)
+            shares, most = self.measure_outcomes(method, found.state)
             known, wish = wish, {s: t for s, t in wish.items() if most.get(s) == t}
-            for (
-                source,
-                target,
-            ) in most.items():  # one that works half as well as it must is worth a try
+            for source, target in most.items():
+                # half the working rate is enough to try the pair in the next estimate
                 if (
                     shares[source, target] >= self.config.working_rate / 2
                     and target not in wish.values()
@@ -302,9 +301,9 @@ class Rules:
         pairs = sorted(pair for pair in wish.items() if shares[pair] >= self.config.working_rate)
         return pairs if len(pairs) > len(first) else []
 
-    def standing_out(self, method: str) -> dict[int, int]:
-        """Source -> target of the pairs that stand out most, one for every second class, no two of
-        one target."""
+    def pick_outstanding(self, method: str) -> dict[int, int]:
+        """{source: target} of the pairs that stand out most: at most one for every second class,
+        each with its own target."""
         scores = np.nan_to_num(detect.centred_scores(1 / self.searches[method].norms))
         wish: dict[int, int] = {}
         for flat in np.argsort(-scores, axis=None, kind="stable"):
@@ -315,38 +314,39 @@ class Rules:
                 wish[source] = target
         return wish
 
-    def detected(self, seeds: dict[str, dict[Pair, float]]) -> Detected:
-        """The pairs that rules 2 to 4 leave."""
+    def find_attack(self, seeds: dict[str, dict[Pair, float]]) -> Detected:
+        """Applies rules 2 to 4 in order; the first that finds pairs decides."""
+        # a target of K classes has at most K - 1 seeds
         size = min(self.config.group, max(self.lab.suspect.classes - 1, 2))
-        found = self.all_to_ones(seeds, size)
+        found = self.find_all_to_one(seeds, size)
         if found:
             words = (
                 f"trigger sizes of {size} pairs of one target or more, with a trigger that works"
                 " for the others"
             )
             return Detected(found, words)
-        if not self.config.targets:
-            found = [(method, self.all_to_all(method)) for method in self.searches]
+        if not self.config.targets:  # an all-to-all attack shows only if all targets were searched
+            found = [(method, self.find_all_to_all(method)) for method in self.searches]
             method, pairs = max(found, key=lambda each: len(each[1]))
             if pairs:
                 words = "one trigger that sends classes to targets of their own"
                 return Detected([(method, pairs)], words, generalises=True)
-        found = self.all_to_ones(seeds, 1)
+        found = self.find_all_to_one(seeds, 1)
         if found:
             words = "a trigger of few pairs that sends other classes to the same target"
             return Detected(found, words)
-        return Detected(self.alone(seeds), "trigger sizes of pairs that stand alone")
+        return Detected(self.find_lone_pairs(seeds), "trigger sizes of pairs that stand alone")
 
-    def alone(self, seeds: dict[str, dict[Pair, float]]) -> list[tuple[str, list[Pair]]]:
-        """(search, pairs) of the search with the highest score, if high enough for pairs that stand
-        alone."""
+    def find_lone_pairs(self, seeds: dict[str, dict[Pair, float]]) -> list[tuple[str, list[Pair]]]:
+        """(search, its seeds that score high enough to count alone), for the search with the
+        highest score."""
         least = self.config.lone_factor * self.config.threshold
         best = max(seeds, key=lambda method: max(seeds[method].values(), default=0))
         pairs = sorted(pair for pair, score in seeds[best].items() if score > least)
         return [(best, pairs)] if pairs else []
 
-    def doubts(self, seeds: dict[str, dict[Pair, float]], failed: bool) -> list[str]:
-        """What leaves the verdict open where no attack was found, in words."""
+    def list_doubts(self, seeds: dict[str, dict[Pair, float]], failed: bool) -> list[str]:
+        """Reasons to leave the verdict open although no attack was found, in words."""
         doubts = []
         lone = sorted({pair for scores in seeds.values() for pair in scores})
         if lone:

@@ -1,10 +1,10 @@
-"""Looks for a backdoor pair by pair: a trigger for every ordered pair of classes (Li et al. 2023,
+"""Scans for a backdoor pair by pair: a trigger for every ordered pair of classes (Li et al. 2023,
 section 4.2).
 
-An attack may send every class to one target, or every class to a target of its own; only pairs tell
-the two apart. What is measured is how large a trigger has to be that sends the images of one class
-to another. A backdoor's is small. How the searches for patches and for perturbations become one
-answer is written down in `pair_rules`.
+An attack may send every class to one target, or every class to a target of its own; only pairs
+distinguish the two. The statistic is the size of the trigger that sends images of one class to
+another, which is small for a backdoor. `pair_rules` describes how the searches for patches and for
+perturbations are combined.
 """
 
 import dataclasses
@@ -34,8 +34,9 @@ class Estimate(NamedTuple):
     """A trigger estimated for one target.
 
     Attributes:
-      method: the search behind it; "plain" for a patch of one colour, see rule 7 of `pair_rules`.
-      evidence: target, the classes whose images it was made on, stamp and the search's state.
+      method: the search that made it; "plain" for a patch of one colour, see rule 7 of
+        `pair_rules`.
+      evidence: target, source classes, stamp, and the search's state.
       norm: L1 norm of the mask (of a plain patch its area), or L2 norm of the perturbation.
       attack_success_rate: on held-out images of the sources; nan without any.
     """
@@ -47,27 +48,28 @@ class Estimate(NamedTuple):
 
 
 class PairScan(NamedTuple):
-    """What a scan over pairs found.
+    """Result of a scan over pairs.
 
     Attributes:
-      verdict: "backdoored" where pairs are named and their target shows a second sign, see
-        `pair_verdict`; "inconclusive" where there is one sign only, where a score exceeds the
-        threshold but no trigger works on held-out images, or where the searches had not the power
-        to find a backdoor; otherwise "clean".
-      targets: detected target classes, ascending; pairs: detected (source, target).
+      verdict: "backdoored" if the rules name pairs and their target shows a second sign, see
+        `pair_verdict`; "inconclusive" if there is only one sign, if a score exceeds the threshold
+        but the trigger fails on held-out images, or if the searches lacked the power to find a
+        backdoor; else "clean".
+      targets: detected target classes, ascending.
       leads: classes with one sign: small triggers, or a margin that stands out.
+      pairs: detected (source, target).
       setting: see `detect.setting`.
-      decided_by: the step whose numbers decided, in words.
-      statistics: by search, [K, K] (source, target): 1 / norm of the pair's trigger; 0 where none
-        was found; nan on the diagonal and where nothing was searched.
-      scores: by search, [K, K], see `detect.pair_scores`.
-      triggers: target or lead -> estimate, where small triggers were found.
-      others: the other search's estimate for the same sources, where that works as well.
-      missing: classes without images, that could not be searched as sources.
-      steps: by search, steps of all pairs together; image_steps: images pushed through the victim
-        with a gradient.
-      seconds: compile and run of the searches and joint estimates.
-      margin: the search without data; None for fewer classes than it needs.
+      decided_by: the step that decided the verdict, in words.
+      statistics: {search: [K, K] (source, target)}: 1 / norm of the pair's trigger; 0 if none was
+        found; nan on the diagonal and for pairs that were not searched.
+      scores: {search: [K, K]}, see `detect.pair_scores`.
+      triggers: {target or lead: estimate}, if small triggers were found.
+      others: the same, estimated by the other search, if that trigger works as well.
+      missing: classes without images, which could not be searched as sources.
+      steps: {search: total steps of all pairs}.
+      image_steps: images pushed through the victim with a gradient.
+      seconds: compile and run time of the searches and joint estimates.
+      margin: result of the search without data; None if there are too few classes for it.
     """
 
     verdict: detect.Verdict
@@ -90,14 +92,14 @@ class PairScan(NamedTuple):
 def scan(
     run: Run, key: Key, suspect: Suspect, search: Batch, held_out: Batch, config: Config
 ) -> PairScan:
-    """Looks for a backdoor in a net of which nothing is known but its weights, pair by pair.
+    """Scans a net pair by pair; nothing but its weights need be known.
 
     Args:
-      run: reports and saves the searches and estimates, each of which is one stage.
-      search: clean images the triggers are made on (uint8 or float); held_out: others, on which
-        they are judged.
-    Raises: UserError when a class brings some images but fewer than `config.least_images`, when no
-      class brings any, or on a target out of range; FloatingPointError when a pair diverges.
+      run: reports and saves the searches and estimates; each is one stage.
+      search: clean images to optimise the triggers on (uint8 or float).
+      held_out: other clean images, to judge them on.
+    Raises: UserError when a class has some images but fewer than `config.least_images`, when no
+      class has any, or when a target is out of range; FloatingPointError when a pair diverges.
     """
     pairs, missing = list_pairs(np.asarray(search.labels), suspect.classes, config)
     lab = Lab(
@@ -110,12 +112,12 @@ def scan(
         _inversions(suspect, config, config.methods, last=True),
     )
     rules = Rules(lab, config, pairs)
-    seeds = {method: rules.seeds(method) for method in config.methods}
+    seeds = {method: rules.find_seeds(method) for method in config.methods}
     return _summarise(rules, seeds, missing, _search_margins(rules))
 
 
 def _search_margins(rules: Rules) -> MarginScan | None:
-    """The search without data; None where there are too few classes to compare."""
+    """Runs the search without data; None if there are too few classes to compare."""
     lab = rules.lab
     if lab.suspect.classes < margins.LEAST_CLASSES:
         return None
@@ -128,7 +130,7 @@ def _search_margins(rules: Rules) -> MarginScan | None:
 def _inversions(
     suspect: Suspect, config: Config, methods: Sequence[str], *, last: bool
 ) -> dict[str, Inversion]:
-    """The searches by method; the `last` ones have to reach `joint_rate`."""
+    """{method: inversion}; with `last`, for estimates that must reach `joint_rate`."""
     settings = {"neural-cleanse": config.neural_cleanse, "pt-red": config.pt_red}
     if last:
         settings = {
@@ -146,39 +148,39 @@ def _inversions(
 def list_pairs(
     labels: np.ndarray, classes: int, config: Config
 ) -> tuple[list[Pair], tuple[int, ...]]:
-    """The pairs that a scan searches with images of `labels` [N], and the classes without any."""
+    """Lists (the pairs to search with images of `labels` [N], the classes without images)."""
     check_targets(config.targets, classes)
     counts = np.bincount(labels, minlength=classes)
     few = [source for source in range(classes) if 0 < counts[source] < config.least_images]
     if few:
         raise UserError(
             f"class {few[0]} has {counts[few[0]]} image(s) to search with, {config.least_images}"
-            " are needed of each class; bring more, or none of that class"
+            " are needed of each class; give more, or none of that class"
         )
     targets = sorted({*config.targets}) or range(classes)
     pairs = [(s, t) for t in targets for s in range(classes) if s != t and counts[s]]
     if not pairs:
         raise UserError(
-            f"no images to search with; bring at least {config.least_images} of each class"
+            f"no images to search with; give at least {config.least_images} of each class"
         )
     return pairs, tuple(source for source in range(classes) if not counts[source])
 
 
 def _estimate(rules: Rules, method: str, target: int, sources: list[int]) -> Estimate:
-    """One trigger for `target` on all its sources, or on the easiest where they do not share one:
-    rule 5."""
+    """Rule 5: estimates one trigger for `target` on all its sources, or on the easiest source if
+    they do not share a trigger."""
     wish = dict.fromkeys(sources, target)
-    found = rules.joint(method, wish, last=True)
-    if len(sources) > 1 and not rules.shared(method, found.norm, wish):
+    found = rules.fit_joint(method, wish, last=True)
+    if len(sources) > 1 and not rules.is_shared(method, found.norm, wish):
         sources = [min(sources, key=lambda source: rules.searches[method].norms[source, target])]
-        found = rules.joint(method, {sources[0]: target}, last=True)
+        found = rules.fit_joint(method, {sources[0]: target}, last=True)
     return _judge(rules, method, target, sources, found)
 
 
 def _judge(
     rules: Rules, method: str, target: int, sources: list[int], found: pair_triggers.Joint
 ) -> Estimate:
-    """A trigger of several pairs with its rate on held-out images."""
+    """Wraps a joint trigger with its rate on held-out images."""
     rate = _mean_share(
         pair_triggers.measure_outcomes(rules.lab, method, found.state, sources),
         dict.fromkeys(sources, target),
@@ -189,14 +191,14 @@ def _judge(
 
 
 def _mean_share(shares: np.ndarray, wish: Mapping[int, int]) -> float:
-    """Mean share [K, K] of the pairs in `wish` that could be judged; nan without any."""
+    """Mean of `shares` [K, K] over the pairs in `wish` that have one; nan if none has."""
     rates = np.array([shares[pair] for pair in wish.items()])
     return float(rates[np.isfinite(rates)].mean()) if np.isfinite(rates).any() else float("nan")
 
 
 def _plain(rules: Rules, estimate: Estimate) -> Estimate | None:
-    """A patch of one colour in place of a small speckled one; None where that does not work as
-    well: rule 7."""
+    """Rule 7: a patch of one colour to replace a small speckled one; None if it does not work as
+    well."""
     evidence, config = estimate.evidence, rules.config
     height, width, _ = rules.lab.suspect.image_shape
     box = pair_triggers.find_box(evidence.trigger_params)
@@ -215,14 +217,14 @@ def _plain(rules: Rules, estimate: Estimate) -> Estimate | None:
 
 
 def _other(rules: Rules, estimate: Estimate) -> Estimate | None:
-    """What the other search makes of the same pairs; None where that does not work as well: rule
-    6."""
+    """Rule 6: the other search's trigger for the same pairs; None if it does not work or is much
+    larger than its single ones."""
     target = estimate.evidence.target
     wish = dict.fromkeys(estimate.evidence.sources, target)
     for method in rules.searches.keys() - {estimate.method}:
-        found = rules.joint(method, wish, last=True)
+        found = rules.fit_joint(method, wish, last=True)
         other = _judge(rules, method, target, list(wish), found)
-        if other.attack_success_rate >= rules.config.working_rate and rules.shared(
+        if other.attack_success_rate >= rules.config.working_rate and rules.is_shared(
             method, found.norm, wish
         ):
             return other
@@ -230,7 +232,7 @@ def _other(rules: Rules, estimate: Estimate) -> Estimate | None:
 
 
 def estimates(found: PairScan, target: int) -> list[Estimate]:
-    """All that was estimated for a detected target."""
+    """All estimates for a detected target."""
     return [found.triggers[target], *([found.others[target]] if target in found.others else [])]
 
 
@@ -243,18 +245,19 @@ def search_again(
     config: Config,
     name: str = "search again",
 ) -> tuple[Estimate, Seconds]:
-    """What still leads to the target of `first` in a repaired net: one trigger for its sources.
+    """Searches a repaired net for a trigger from the sources of `first` to its target.
 
     Args:
       suspect: the repaired net.
-      name: of the search as a stage of `run`.
-    Returns: the estimate (its rate is that on `search`), and the seconds it took.
+      name: name of the search as a stage of `run`.
+    Returns: (the estimate, with its rate on `search`; seconds).
     """
+    # a plain patch replaced a trigger of Neural Cleanse, see rule 7
     method = first.method if first.method in METHODS else "neural-cleanse"
     inversions = _inversions(suspect, config, (method,), last=True)
     batch = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
     held = Batch(np.asarray(search.images), np.asarray(search.labels))
-    lab = Lab(run, key, suspect, batch, held, inversions, inversions)
+    lab = Lab(run, key, suspect, batch, held, inversions, inversions)  # nothing is held out here
     wish = dict.fromkeys(first.evidence.sources, first.evidence.target)
     inversion = inversions[method]
     found = pair_triggers.fit_joint(lab, method, inversion, wish, config.effort(), name)
@@ -269,11 +272,11 @@ def _summarise(
     missing: tuple[int, ...],
     margin: MarginScan | None,
 ) -> PairScan:
-    """What `tried`, each search's seeds and pairs that did not work, and the margins come to."""
+    """Combines `tried`, each search's seeds and failed pairs, with the margins into the result."""
     seeds = {method: working for method, (working, _) in tried.items()}
-    found, rule, generalises = rules.detected(seeds)
+    found, rule, generalises = rules.find_attack(seeds)
     triggers, others = _estimate_all(rules, found)
-    doubts = rules.doubts(seeds, any(failed for _, failed in tried.values()))
+    doubts = rules.list_doubts(seeds, any(failed for _, failed in tried.values()))
     words = f"{' and '.join(sorted({m for m, _ in found}) or list(rules.searches))}: "
     words += rule if found else f"no pair scores above {rules.config.threshold:g}"
     classes = rules.lab.suspect.classes
@@ -291,6 +294,7 @@ def _summarise(
         pairs=pairs,
         setting=detect.setting(pairs, classes),
         decided_by=words,
+        # 1 / inf = 0 for pairs without a trigger
         statistics={method: 1 / search.norms for method, search in rules.searches.items()},
         scores={method: search.scores for method, search in rules.searches.items()},
         triggers=triggers,
@@ -306,7 +310,7 @@ def _summarise(
 def _estimate_all(
     rules: Rules, found: list[tuple[str, list[Pair]]]
 ) -> tuple[dict[int, Estimate], dict[int, Estimate]]:
-    """The trigger of every target found, and what the other search makes of the same pairs."""
+    """Estimates, by target, the trigger and the other search's trigger for the same pairs."""
     triggers: dict[int, Estimate] = {}
     for method, pairs in found:
         for target in sorted({t for _, t in pairs}):
@@ -314,6 +318,7 @@ def _estimate_all(
             triggers[target] = _estimate(rules, method, target, sources)
     patches = {target: _plain(rules, estimate) for target, estimate in triggers.items()}
     triggers |= {target: patch for target, patch in patches.items() if patch is not None}
+    # a plain patch replaces the other search's trigger too (rule 7)
     others = {t: _other(rules, each) for t, each in triggers.items() if patches[t] is None}
     return (
         dict(sorted(triggers.items())),

@@ -1,5 +1,5 @@
-"""Triggers of class pairs, one by one and for several at once, and what they do: the work behind
-`pairs.scan`."""
+"""Searches and judges triggers of class pairs, singly and for several pairs at once; used by
+`pair_scan`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,20 +26,20 @@ MAKE = {
     name: cached(32)(module.make)
     for name, module in zip(METHODS, (neural_cleanse, pt_red), strict=True)
 }
-"""The factories, remembering what they made, so that nothing is traced twice."""
+"""Cached factories, so that nothing is traced twice."""
 INFOS = {"neural-cleanse": neural_cleanse.Info, "pt-red": pt_red.Info}
 make_plain = cached(32)(plain.make)
 EVALUATED = 64
-"""Images at a time when a trigger is judged: about as many as one class brings."""
+"""Batch size for judging a trigger: about the number of images of one class."""
 
 
 class Search(NamedTuple):
     """One sweep over pairs.
 
     Attributes:
-      rows: pair -> where its state is in `states` (NumPy, [N, …]).
-      norms: [K, K], size of each pair's trigger; inf where none was found, nan where none was
-        sought.
+      rows: {pair: its index in `states`}.
+      states: the pairs' states [N, …], NumPy.
+      norms: [K, K], size of each pair's trigger; inf if none was found, nan if not searched.
       scores: [K, K], see `detect.pair_scores`.
     """
 
@@ -54,11 +54,13 @@ class Search(NamedTuple):
 
 
 class Lab(NamedTuple):
-    """What all steps of one scan work with.
+    """Inputs shared by all steps of one scan.
 
     Attributes:
-      search: images the triggers are made on; held_out: others, on which they are judged.
-      inversions: by method; last_inversions: for the last estimate.
+      search: images to optimise triggers on.
+      held_out: other images, to judge them on.
+      inversions: {method: inversion}.
+      last_inversions: the same for the last estimate of a target.
     """
 
     run: Run
@@ -71,7 +73,7 @@ class Lab(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """One trigger for several pairs: state, size, whether it reached the success rate, seconds."""
+    """A trigger for several pairs: state, size, whether it reached the success rate, seconds."""
 
     state: Any
     norm: float
@@ -82,7 +84,7 @@ class Joint(NamedTuple):
 def sweep_pairs(
     lab: Lab, method: str, pairs: Sequence[Pair], num_steps: int, batch_size: int, **settings: Any
 ) -> tuple[Search, Found]:
-    """One trigger for every pair of `pairs`, and the sweep behind them; `settings` are those of
+    """Searches one trigger for every pair; also returns the sweep. `settings` are passed to
     `sweep.search`."""
     sources, targets = (jnp.array(side, jnp.int32) for side in zip(*pairs, strict=True))
     inversion, classes = lab.inversions[method], lab.suspect.classes
@@ -106,10 +108,10 @@ def sweep_pairs(
 
 
 def _measure_sizes(inversion: Inversion, states: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Size and success [N] of each of the triggers `states` [N, …].
+    """Size [N] and success [N] of the triggers `states` [N, …].
 
-    The paper says l0 norm of the patch but gives values such as 3.02: it must be the sum of a mask
-    with values between 0 and 1, as here.
+    The paper says l0 norm of the patch but gives values such as 3.02, so it must mean the sum of a
+    mask with values between 0 and 1, as here.
     """
     if inversion.size is None or inversion.works is None:
         raise TypeError("a scan over pairs compares sizes; this inversion has none")
@@ -120,12 +122,12 @@ def _measure_sizes(inversion: Inversion, states: Any) -> tuple[np.ndarray, np.nd
 
 def measure_outcomes(lab: Lab, method: str, state: Any, sources: Sequence[int]) -> np.ndarray:
     """[K, K]: share of the held-out images of each of `sources` that a trigger sends to each class;
-    nan elsewhere."""
+    nan for other rows."""
     return measure_shares(lab, lab.inversions[method].stamp, state, sources)
 
 
 def measure_shares(lab: Lab, stamp: Any, state: Any, sources: Sequence[int]) -> np.ndarray:
-    """As `outcomes`, of any trigger (stamp, state)."""
+    """As `measure_outcomes`, for any trigger (stamp, state)."""
     shares = np.full((lab.suspect.classes, lab.suspect.classes), np.nan)
     chosen = np.isin(lab.held_out.labels, sources)
     if not chosen.any():
@@ -143,7 +145,7 @@ def measure_shares(lab: Lab, stamp: Any, state: Any, sources: Sequence[int]) -> 
 
 
 class Effort(NamedTuple):
-    """How long a trigger of several pairs is optimised, and on how many images a step."""
+    """Steps and images per step of an estimate on several pairs."""
 
     num_steps: int
     batch_size: int
@@ -152,10 +154,11 @@ class Effort(NamedTuple):
 def fit_joint(
     lab: Lab, method: str, inversion: Inversion, wish: Mapping[int, int], effort: Effort, name: str
 ) -> Joint:
-    """One trigger that sends the images of every source in `wish` to its target; `name` is that of
-    the stage."""
+    """Estimates one trigger that sends images of every source in `wish` {source: target} to its
+    target; `name` is the name of the stage."""
     if inversion.size is None or inversion.works is None:
         raise TypeError("a scan over pairs compares sizes; this inversion has none")
+    # the key depends only on the pairs, so an estimate does not depend on those before it
     key = jax.random.fold_in(lab.key, 20)
     for source, target in sorted(wish.items()):
         key = jax.random.fold_in(key, source * lab.suspect.classes + target)
@@ -168,7 +171,7 @@ def fit_joint(
 
 
 def find_box(state: Any) -> np.ndarray | None:
-    """[4], see `plain.box_of`, around the mask of a patch; None for a perturbation."""
+    """The box [4] around the mask of a patch, see `plain.box_of`; None for a perturbation."""
     mask = getattr(state, "best_mask", None)
     return None if mask is None else plain.box_of(mask)
 
@@ -176,7 +179,7 @@ def find_box(state: Any) -> np.ndarray | None:
 def fit_plain_patch(
     lab: Lab, box: np.ndarray, wish: Mapping[int, int], effort: Effort, name: str
 ) -> tuple[Inversion, Fitted]:
-    """A patch of one colour that fills `box` [4], for all of `wish`."""
+    """Fits a patch of one colour that fills `box` [4] to all pairs of `wish` {source: target}."""
     inversion = make_plain(lab.suspect.net, lab.suspect.image_shape, plain.Config())
     state = inversion.init(lab.key)._replace(box=jnp.asarray(box))
     key = jax.random.fold_in(lab.key, 30)
@@ -192,9 +195,9 @@ def _fit_on_sources(
     effort: Effort,
     stage: tuple[str, type],
 ) -> Fitted:
-    """An inversion on all images of the sources in `wish`, each with its own target."""
+    """Runs an inversion on all images of the sources in `wish`, each with its own target."""
     labels = np.asarray(lab.search.labels)
-    # as many rows as the whole set has, so that one program serves all sets of sources
+    # repeat rows up to the size of the whole set, so that one program serves all sets of sources
     rows = jnp.asarray(np.resize(np.flatnonzero(np.isin(labels, list(wish))), len(labels)))
     data = jax.tree.map(lambda leaf: leaf[rows], lab.search)
     targets = jnp.array([wish.get(k, 0) for k in range(lab.suspect.classes)], jnp.int32)

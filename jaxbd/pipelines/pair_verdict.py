@@ -1,10 +1,10 @@
-"""From what a scan over pairs found to its verdict: sizes of triggers, and a second sign. Pure.
+"""The verdict of a scan over pairs: trigger sizes and a second sign. Pure.
 
-A trigger that is small beside those of the other pairs is no evidence by itself: every net has
-patterns that send most images to some class, clean ones too, and one of them is the smallest. So a
-class is called a target where its largest margin, which is found without any image, stands out as
-well. An attack of many targets lifts the margins of all classes alike, and none stands out; its
-second sign is that one trigger sends classes to targets of their own for which it was not made.
+A trigger that is small compared with those of other pairs is not evidence by itself: every net,
+clean ones too, has patterns that send most images to some class, and one of them is the smallest. A
+class is therefore called a target only if its largest margin, found without any image, stands out
+too. An attack with many targets raises the margins of all classes alike, so none stands out. Its
+second sign is that one trigger sends classes it was not made for to targets of their own.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,15 @@ from jaxbd.detection.verdict import ONE_FAMILY
 
 
 class Sized(NamedTuple):
-    """What the sizes of triggers say.
+    """Result of comparing trigger sizes.
 
     Attributes:
-      targets: classes that the rules of `pair_rules` name.
-      generalises: whether one trigger sends classes to targets of their own, rule 3.
-      rule: what decided, in words; doubts: what else leaves the verdict open, in words.
-      classes: K; searched: the classes searched as targets.
+      targets: classes that `pair_rules` names.
+      generalises: whether rule 3 applied: one trigger sends classes to targets of their own.
+      rule: what decided, in words.
+      doubts: further reasons to leave the verdict open, in words.
+      classes: K.
+      searched: classes searched as targets.
     """
 
     targets: Sequence[int]
@@ -39,10 +41,11 @@ class Weighed(NamedTuple):
     """A verdict.
 
     Attributes:
-      verdict: "backdoored" where a class has both signs; "clean" where there is neither, and all
-        classes were searched; else "inconclusive".
-      targets: classes with both signs; leads: those with one.
-      words: what decided.
+      verdict: "backdoored" if a class has both signs; "clean" if no class has any and all classes
+        were searched; else "inconclusive".
+      targets: classes with both signs.
+      leads: classes with one sign.
+      words: what decided, in words.
     """
 
     verdict: Verdict
@@ -52,12 +55,12 @@ class Weighed(NamedTuple):
 
 
 def weigh(sized: Sized, margins: Outliers | None) -> Weighed:
-    """The verdict on the sizes of triggers and on `margins`, None where they were not searched."""
+    """The verdict from trigger sizes and `margins` (None if they were not searched)."""
     known = margins is not None and bool(np.isfinite(margins.p_value))
     alarmed = {*margins.classes} & {*sized.searched} if margins is not None and known else set()
     named = sorted(sized.targets)
     targets = named if sized.generalises else [k for k in named if k in alarmed]
-    # where many targets are attacked, margins say nothing for or against the others
+    # an attack with many targets raises all margins, so they say nothing about other classes
     alone = [] if sized.generalises else sorted(alarmed - {*named})
     missing = sorted({*named} - {*targets})
     p_value = f"p = {margins.p_value:.2g}" if margins is not None and known else ""
@@ -83,7 +86,7 @@ def weigh(sized: Sized, margins: Outliers | None) -> Weighed:
 
 
 def _describe_missing(classes: Sequence[int], p_value: str) -> str:
-    """Small triggers without an unusual margin."""
+    """Describes classes with small triggers but no unusual margin."""
     why = f"does not stand out ({p_value})" if p_value else "could not be tested"
     return (
         f"class {_join(classes)} shows small triggers only, as clean models do for some class:"
@@ -92,7 +95,7 @@ def _describe_missing(classes: Sequence[int], p_value: str) -> str:
 
 
 def _describe_alone(classes: Sequence[int], p_value: str) -> str:
-    """An unusual margin without small triggers."""
+    """Describes classes with an unusual margin but no small trigger."""
     return (
         f"the largest margin of class {_join(classes)} stands out ({p_value}), while no trigger"
         " to it is unusually small"

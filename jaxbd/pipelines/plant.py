@@ -1,4 +1,4 @@
-"""Trains nets on data one owns: clean ones, poisoned ones, and the adaptive attack's."""
+"""Trains clean nets, poisoned nets, and victims of the adaptive attack."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from jaxbd.training.run import Run
 
 
 class Trained(NamedTuple):
-    """variables of the trained net, infos [num_steps] of the training, seconds."""
+    """Result of training: the net's variables, infos [num_steps], seconds."""
 
     variables: Variables
     infos: Any
@@ -22,7 +22,7 @@ class Trained(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """What the adaptive attack trained: the net's variables, its trigger, infos of both stages,
+    """Result of the adaptive attack: the net's variables, its trigger, infos of both stages,
     seconds."""
 
     variables: Variables
@@ -46,7 +46,8 @@ def train(
     """Trains a net as the stage `name`, from `variables` or from scratch.
 
     Args:
-      attack: (attack, trigger); with it, a random share of every batch is poisoned.
+      attack: (attack, trigger) to poison a random share of every batch with; None for clean
+        training.
     """
     trainer = supervised.make(net, config)
     if variables is None:
@@ -83,7 +84,8 @@ def train_adaptive(
     """Trains a victim together with its trigger generator, from `variables` or from scratch.
 
     Args:
-      features: may be left out for nets that show theirs, see `latent.penultimate`.
+      features: (variables, images) -> the net's features; default: `latent.penultimate`, for nets
+        that expose them.
     """
     features = latent.penultimate(net) if features is None else features
     trainer = latent.make(net, features, data.images.shape[1:], classes, config)

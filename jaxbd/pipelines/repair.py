@@ -1,6 +1,6 @@
-"""Repairs a suspect by any method of the table: the phases of its `Repair`, one after the other.
+"""Repairs a suspect by any method of `methods`: runs the phases of its `Repair` in order.
 
-Nothing is printed and no file is opened.
+Prints nothing and opens no file.
 """
 
 from collections.abc import Sequence
@@ -33,19 +33,19 @@ REMEDIES = {
     "clean": "clean images: give --data",
     "trigger": "a trigger: give --trigger, or let a scan find one",
 }
-"""What a repair may need -> how to bring it."""
+"""{what a repair may need: how to provide it}."""
 
 
 class Repaired(NamedTuple):
     """Result of a repair.
 
     Attributes:
-      variables: of the repaired net.
-      infos: phase -> its infos [num_steps, …], NumPy; those of several targets one after another.
-      seconds: compile and run.
-      guarded: where not empty, `variables` are those of `detection.guard.make(net, guarded)`: the
-        suspect's own and a correction for each of these targets. Otherwise they are those of the
-        suspect's net.
+      variables: variables of the repaired net.
+      infos: {phase: its infos [num_steps, …]}, NumPy; concatenated over several targets.
+      seconds: compile and run time.
+      guarded: targets of a guarded net. If not empty, `variables` belong to
+        `detection.guard.make(net, guarded)`: the suspect and a correction for each target. If
+        empty, they belong to the suspect's net.
     """
 
     variables: Variables
@@ -68,15 +68,16 @@ def repair(
 ) -> Repaired:
     """Repairs a suspect.
 
-    Methods that need a trigger treat several targets one after the other, each on the net that the
-    one before left; all others run once and ignore the evidence.
+    Methods that need a trigger treat several targets one after another, each starting from the net
+    repaired for the one before. All other methods run once and ignore the evidence.
 
     Args:
-      clean: clean images with labels (uint8 or float), None for methods that need none.
-      evidence: known triggers, none for methods that need none.
-      method: a repair of `methods`; config: its settings.
-      batch_size: images of a step.
-      label: name of the repair in progress lines and checkpoints; the method's by default.
+      clean: clean images with labels (uint8 or float); None for methods that need none.
+      evidence: known triggers; empty for methods that need none.
+      method: name of a repair in `methods`.
+      config: settings of the method.
+      batch_size: images per step.
+      label: name of the repair in progress lines and checkpoints; default: that of the method.
     Raises: UserError when something the method needs is missing, or there are fewer images than a
       batch; loop.NotFinite when a loss diverges; Stopped after a stop request.
     """
@@ -105,14 +106,14 @@ def split_keys(key: Key, count: int) -> list[Key]:
 
 
 def name_targets(label: str, known: Sequence[Evidence | None]) -> list[str]:
-    """A name for the repair of each target; `label` itself where there is one."""
+    """A name for the repair of each target; `label` itself if there is only one."""
     if len(known) == 1:
         return [label]
     return [f"{label}: class {each.target}" for each in known if each is not None]
 
 
 def join_infos(results: Sequence[Repaired]) -> dict[str, ArrayTree]:
-    """Infos by phase of several repairs by one method, one after another."""
+    """Concatenates the infos of several repairs by one method, phase by phase."""
     return {
         phase: loop.join_infos([result.infos[phase] for result in results])
         for phase in results[0].infos
@@ -122,7 +123,7 @@ def join_infos(results: Sequence[Repaired]) -> dict[str, ArrayTree]:
 def check_needs(
     method: str, needs: frozenset[str], clean: Batch | None, evidence: Sequence[Evidence]
 ) -> None:
-    """Raises UserError unless all that a repair needs is there."""
+    """Raises UserError unless everything that a repair needs is given."""
     there = {"clean": clean is not None, "trigger": bool(evidence)}
     for need in sorted(needs):
         if not there[need]:
@@ -130,8 +131,8 @@ def check_needs(
 
 
 def select(suspect: Suspect, clean: Batch | None, evidence: Evidence | None) -> RepairData:
-    """The arrays a repair works on; rows of a class are selected here, since their number depends
-    on the data."""
+    """Selects the arrays for a repair. Rows of a class are selected here, outside compiled code,
+    since their number depends on the data."""
     if clean is not None:
         clean = Batch(jnp.asarray(clean.images), jnp.asarray(clean.labels))
     if evidence is None:
@@ -147,14 +148,14 @@ def select(suspect: Suspect, clean: Batch | None, evidence: Evidence | None) -> 
 def adapt(
     method: methods.Method, config: Any, suspect: Suspect, data: RepairData, batch_size: int
 ) -> Any:
-    """`config` with what depends on the suspect and the data filled in, where the method has such
-    settings."""
+    """`config` with settings that depend on the suspect and the data filled in, if the method has
+    any."""
     fill = getattr(method.module, "adapt", None)
     return config if fill is None else fill(config, suspect, data, batch_size)
 
 
 def make(method: methods.Method, problem: Problem, config: Any) -> Repair:
-    """The repair; the same one for the same problem and settings, so nothing is traced twice."""
+    """Makes the repair; cached, so that the same problem and settings are traced once."""
     return _make(method.module.make, problem, config)
 
 
@@ -182,7 +183,7 @@ def fit(
     batch_size: int,
     label: str,
 ) -> tuple[ArrayTree, dict[str, ArrayTree], Seconds]:
-    """All phases from `state`: (last state, infos by phase, seconds)."""
+    """Runs all phases from `state`: (last state, {phase: infos}, seconds)."""
     infos, spent = {}, []
     for number, phase in enumerate(made.phases, start=1):
         drawn, rows = _source(phase, data, batch_size)
@@ -204,7 +205,7 @@ def fit(
 
 
 def _source(phase: Phase, data: RepairData, batch_size: int) -> tuple[Any, Batch | None]:
-    """(draw function, rows to draw from) of a phase; (None, None) where it takes no images."""
+    """(draw function, data to draw from) of a phase; (None, None) if it takes no images."""
     if phase.draws is None:
         return None, None
     rows = getattr(data, phase.draws)

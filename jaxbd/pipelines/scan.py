@@ -1,7 +1,7 @@
-"""The scan of one target class at a time: which class, if any, do small triggers lead to?
+"""The scan over target classes: to which class, if any, do small triggers lead?
 
 Composition only: methods from `inversion`, the sweep from `training`, the rules from `detection`.
-How a stranger's model is judged is in `auto_scan`; here are the single methods.
+The single methods are here; the default method "auto", which combines them, is in `auto_scan`.
 """
 
 from collections.abc import Callable
@@ -49,19 +49,19 @@ __all__ = [
 def scan(
     run: Run, key: Key, suspect: Suspect, search: Batch, held_out: Batch, config: ScanConfig
 ) -> Scan:
-    """Looks for a backdoor in a net of which nothing is known but its weights.
+    """Scans a net for a backdoor; nothing but its weights need be known.
 
     Args:
       run: reports and saves the sweeps; each is one stage.
-      search: clean images the triggers are optimised on (uint8 or float).
-      held_out: other clean images, on which the triggers are judged.
+      search: clean images to optimise the triggers on (uint8 or float).
+      held_out: other clean images, to judge the triggers on.
     Raises: UserError when there are fewer images than a batch; FloatingPointError when a cell
       diverges.
     """
     if len(search.labels) < config.batch_size:
         raise UserError(
             f"a search needs at least a batch of {config.batch_size} images, got"
-            f" {len(search.labels)}; bring more images or lower the batch size"
+            f" {len(search.labels)}; give more images or lower the batch size"
         )
     check_targets(config.targets, suspect.classes)
     search = Batch(jnp.asarray(search.images), jnp.asarray(search.labels))
@@ -75,7 +75,7 @@ def scan(
 
 
 def _scan_patches(task: Task) -> Scan:
-    """Every class x level as one sweep, decided by the rate on held-out images."""
+    """Sweeps every class x level at once; the rate on held-out images decides."""
     config, net, classes = task.config, task.suspect.net, task.suspect.classes
     if config.method == "pixel":
         inversion = make_pixel(net, task.suspect.image_shape, config.pixel)
@@ -90,6 +90,7 @@ def _scan_patches(task: Task) -> Scan:
     rates = judge(task, inversion, found.states, cells, found.slots)
     level_rates = by_class(rates.reshape(len(rows), len(levels)), rows, classes)
     best, (baseline, _) = level_rates.max(1), measure(task)
+    # classes that were not searched count as 0 here; `_doubt` then keeps the verdict from "clean"
     decision = detect.decide(np.nan_to_num(best), config.detection, np.nan_to_num(baseline))
     scores = [
         float("nan") if np.isnan(rate) else score
@@ -115,7 +116,7 @@ def _scan_patches(task: Task) -> Scan:
 
 
 def _scan_masks(task: Task) -> Scan:
-    """Neural Cleanse alone, decided by the anomaly index of the mask sizes (Wang et al. 2019)."""
+    """Runs Neural Cleanse alone; the anomaly index of the mask sizes decides (Wang et al. 2019)."""
     config, classes = task.config, task.suspect.classes
     masks = locate.search(task, config.locate_steps)
     found = locate.compare(task, masks)
@@ -152,7 +153,8 @@ def _scan_masks(task: Task) -> Scan:
 def _doubt(
     task: Task, decision: detect.Decision, rule: str, steps: int
 ) -> tuple[detect.Decision, str]:
-    """A search of some classes or of few steps calls no model clean: (decision, rule), in words."""
+    """Turns "clean" into "inconclusive" if not all classes were searched or the steps were few, and
+    adds the reason to `rule`."""
     if decision.verdict != "clean":
         return decision, rule
     classes = task.suspect.classes

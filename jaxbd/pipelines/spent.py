@@ -1,4 +1,4 @@
-"""What the stages of a scan took: images pushed through the suspect, seconds, memory."""
+"""Cost of the stages of a scan: images pushed through the suspect, seconds, memory."""
 
 import resource
 import sys
@@ -8,16 +8,16 @@ from typing import NamedTuple
 from jaxbd.training.program import Seconds, total_seconds
 
 UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes in which the operating system counts memory."""
+"""Unit of `ru_maxrss` in bytes: macOS counts bytes, Linux KiB."""
 
 
 class Spent(NamedTuple):
-    """What a stage took.
+    """Cost of a stage.
 
     Attributes:
-      image_steps: images pushed through the suspect, forward and back.
-      seconds: compile and run.
-      peak_bytes: most host memory that the process has had up to the stage's end.
+      image_steps: images pushed through the suspect, forward and backward.
+      seconds: compile and run time.
+      peak_bytes: peak host memory of the process up to the end of the stage.
     """
 
     image_steps: int
@@ -31,7 +31,7 @@ NOTHING: Mapping[str, Spent] = {}
 def spend(
     spent: Mapping[str, Spent], stage: str, image_steps: int, seconds: Seconds
 ) -> dict[str, Spent]:
-    """`spent` with these image-steps and seconds added to those of `stage`."""
+    """Adds image steps and seconds to those of `stage` in `spent`."""
     peak = UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if stage in spent:
         image_steps += spent[stage].image_steps
@@ -40,6 +40,6 @@ def spend(
 
 
 def sum_up(spent: Mapping[str, Spent]) -> tuple[int, Seconds]:
-    """(image-steps, seconds) of all stages."""
+    """(image steps, seconds) of all stages together."""
     steps = sum(each.image_steps for each in spent.values())
     return steps, total_seconds(*(each.seconds for each in spent.values()))

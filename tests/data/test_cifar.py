@@ -229,7 +229,7 @@ def test_cifar_bad_binaries_and_archives(tmp_path):
     good = records(pixels(2, 32, 32), [0, 1])
     for content, message in (
         (b"", "is empty"),
-        (good[:-1], "no multiple of 3073"),
+        (good[:-1], "not a multiple of 3073"),
         (records(pixels(1, 32, 32), [10]), "has label 10, not in 0..9"),
     ):
         (tmp_path / "test_batch.bin").write_bytes(content)

@@ -61,7 +61,7 @@ def test_files_of_class_names(tmp_path):
     path.write_text("a\nb\na\n")
     refused("names 'a' twice", labels.read_names, path, 3)
     path.write_bytes(b"\xff\xfe")
-    refused("is no UTF-8 text", labels.read_names, path, 3)
+    refused("is not UTF-8 text", labels.read_names, path, 3)
     refused("cannot be read", labels.read_names, tmp_path / "missing", 3)
     os.mkfifo(tmp_path / "pipe")
     refused("it is a named pipe", labels.read_names, tmp_path / "pipe", 3)

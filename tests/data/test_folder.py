@@ -205,8 +205,8 @@ def test_what_is_passed_over_is_counted(tmp_path):
     found = load.load(str(tmp_path / "d"))
     assert_same(found, images, [0, 0, 1, 1], "ab")
     outside, others = found.notes
-    assert "1 images that lie outside" in outside
-    assert "passed over 5 files" in others and ".psd: 2" in others and "pipes" in others
+    assert "skipped 1 images outside" in outside
+    assert "skipped 5 files" in others and ".psd: 2" in others and "pipes" in others
 
 
 @pytest.mark.parametrize("name", ["__MACOSX", ".ipynb_checkpoints", "@eaDir"])

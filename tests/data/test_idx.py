@@ -62,7 +62,7 @@ def test_bad_files(tmp_path):
         one.write_bytes(bad)
         refused("is damaged; fetch it again", idx.load, one)
     one.write_bytes(b"\0\0\x0d\x03" + content[4:])  # floats
-    refused("is no IDX file of 3 dimensions of bytes", idx.load, one)
+    refused("is not a 3-dimensional IDX file of bytes", idx.load, one)
     one.write_bytes(content)
     other.write_bytes(struct.pack(">2I", 0x801, 2) + bytes(2))
     refused("has 3 images, emnist-digits-test-labels-idx1-ubyte 2 labels", idx.load, one)

@@ -22,7 +22,7 @@ def test_load_names_what_is_missing_empty_or_unknown(tmp_path):
         refused(repr(spec)[1:60], load.load, spec)
     refused("is an empty folder", load.load, str(tmp_path))
     (tmp_path / "notes.txt").write_text("hello")
-    refused("is of no known kind; give digits", load.load, str(tmp_path / "notes.txt"))
+    refused("is of an unknown kind; give digits", load.load, str(tmp_path / "notes.txt"))
     refused("has no class sub-folders", load.load, str(tmp_path))
 
 

@@ -48,17 +48,17 @@ def test_npz_layouts(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(images=np.zeros((2, 4, 4, 3), np.int64)), "int64 of 0 and 1 alone"),
-        (dict(images=np.full((2, 4, 4, 3), 256)), "int64 and leave [0, 1], or 0..255"),
-        (dict(images=np.full((2, 4, 4, 3), -1)), "int64 and leave [0, 1], or 0..255"),
-        (dict(images=np.full((2, 4, 4, 3), 1.5)), "leave [0, 1]"),
+        (dict(images=np.zeros((2, 4, 4, 3), np.int64)), "int64 with only 0 and 1"),
+        (dict(images=np.full((2, 4, 4, 3), 256)), "int64 and neither floats in [0, 1] nor whole"),
+        (dict(images=np.full((2, 4, 4, 3), -1)), "int64 and neither floats in [0, 1] nor whole"),
+        (dict(images=np.full((2, 4, 4, 3), 1.5)), "neither floats in [0, 1]"),
         (dict(images=np.full((2, 4, 4, 3), np.nan)), "not finite"),
         (dict(images=np.zeros((2, 4, 4, 3), bool)), "images are bool"),
-        (dict(images=np.zeros((2, 48), np.uint8)), "is no batch of images"),
+        (dict(images=np.zeros((2, 48), np.uint8)), "is not a batch of images"),
         (dict(images=np.zeros((0, 4, 4, 3), np.uint8), labels=np.zeros(0, int)), "holds no images"),
         (dict(labels=[0]), "2 images but 1 labels"),
         (dict(labels=[0.0, 0.5]), "labels are float64 with fractions"),
-        (dict(labels=np.ones((2, 2), int)), "labels are int64 [2, 2], not one 1 in every row"),
+        (dict(labels=np.ones((2, 2), int)), "labels are int64 [2, 2] without exactly one 1"),
         (dict(labels=[-1, 0]), "labels run from -1 to 0"),
         (dict(labels=[0, 2**31 - 1]), "give class numbers"),
         (dict(labels=[0, 2], class_names=["a", "b"]), "label 2 has no name"),
@@ -179,7 +179,7 @@ def test_a_directory_that_claims_much_is_not_read(tmp_path):
     end = content.rindex(b"PK\5\6")
     content[end + 10 : end + 12] = b"\xff\xff"
     (tmp_path / "d.npz").write_bytes(content)
-    refused("is no intact .npz file", npz.load, tmp_path / "d.npz")
+    refused("is not an intact .npz file", npz.load, tmp_path / "d.npz")
 
 
 def test_a_member_named_twice(tmp_path):

@@ -129,7 +129,7 @@ def test_recipes_from_lists(tmp_path):
         (b"filename,label\n../x.png,a", "plain names"),
         (b"filename,label\nx.png,..", "plain names"),
         (b"filename,label\n/etc/x.png,a", "plain names"),
-        (b"filename,label\nx.png,\xff\xfe", "no UTF-8 text"),
+        (b"filename,label\nx.png,\xff\xfe", "is not UTF-8 text"),
         (b"filename,label\n" + b"x" * 200_000 + b",a", "not a readable .csv list"),
         (b"filename,label\n" + b"x.png,a\n" * 6, "x.png' cannot be read"),
     ],

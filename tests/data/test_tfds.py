@@ -107,7 +107,7 @@ def test_tfds_needs_labelled_images():
 
     with tensorflow_datasets.testing.mock_data(num_examples=1):
         for name in ("ag_news_subset", "voc", "div2k", "penguins"):
-            refused("no set of labelled images", load.load, f"tfds:{name}")
+            refused("is not a set of labelled images", load.load, f"tfds:{name}")
 
 
 def test_tfds_damaged_records(prepared, tmp_path):

@@ -180,7 +180,7 @@ def test_only_what_differs_is_stored_and_comes_back(parts):
             lambda s, c: guard.pack(
                 s, [{**s, "params": jax.tree.map(lambda x: x + 1, s["params"])}]
             ),
-            "other weights",
+            "weights differ",
         ),
         (
             lambda s, c: guard.make(NET, (5,)).apply(guard.pack(s, c[:1]), jnp.zeros((2, *SHAPE))),

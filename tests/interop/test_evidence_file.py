@@ -188,7 +188,7 @@ def test_a_trigger_that_claims_too_much_or_is_no_archive(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="claim more than"):
             evidence_file.load(path, SUSPECT)
     path.write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(UserError, match="no intact"):
+    with pytest.raises(UserError, match="not an intact"):
         evidence_file.load(path, SUSPECT)
     np.savez(path, allow_pickle=True, kind=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError, match="never loaded"):
