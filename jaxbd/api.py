@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxbd import methods
 from jaxbd.base import Attack, Batch, Evidence, Suspect, UserError
+from jaxbd.caching import cached
 from jaxbd.detection.detect import Verdict
 from jaxbd.detection.guard import Verdicts
 from jaxbd.interop import guarded, preprocess
@@ -215,7 +216,9 @@ def guard(suspect: Suspect, images: Any) -> Verdicts:
     return Verdicts(*asked)
 
 
+@cached(64)
 def _ignore_key(judge: Any) -> Any:
+    """`judge` as `per_image` calls it; the same function each time, so that it compiles once."""
     return lambda _, variables, images: judge(variables, images)
 
 
@@ -272,9 +275,9 @@ def _check_accuracy(suspect: Suspect, batch: Batch) -> float:
 def _divide(batch: Batch, seed: int) -> tuple[Batch, Batch]:
     """Splits at random into a part for searching and repairing and a part for judging."""
     order = np.random.default_rng(seed).permutation(len(batch.labels))
-    first, second = np.split(order, [int(SEARCH_SHARE * len(order))])
-    if not len(second):
+    if len(order) < 2:
         raise UserError(f"{len(order)} images are too few to hold some out; give at least 2")
+    first, second = np.split(order, [int(SEARCH_SHARE * len(order))])
     return Batch(batch.images[first], batch.labels[first]), Batch(
         batch.images[second], batch.labels[second]
     )

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import jaxbd
+from jaxbd import api
 from jaxbd.attacks import badnets
 from jaxbd.data import digits, draw
 from jaxbd.interop import folder
+from jaxbd.metrics import batches
 from jaxbd.models import build
 from jaxbd.pipelines import plant
 from jaxbd.repairs import unlearn
@@ -132,5 +134,14 @@ def test_a_guarded_net_flags(suspect, victim):
     verdicts = jaxbd.guard(repaired.suspect, images)
     assert verdicts.label.shape == verdicts.flagged.shape == labels.shape
     assert (verdicts.flagged == (verdicts.label != verdicts.suspect_label)).all()
+    compiled = batches._programs.cache_info().currsize
+    jaxbd.guard(repaired.suspect, images)
+    assert batches._programs.cache_info().currsize == compiled, "the same programs serve again"
     with pytest.raises(jaxbd.UserError, match="has no guard"):
         jaxbd.guard(suspect, images)
+
+
+def test_one_image_is_too_few():
+    one = jaxbd.Batch(np.zeros((1, *SHAPE), np.float32), np.zeros(1, np.int32))
+    with pytest.raises(jaxbd.UserError, match="1 images are too few"):
+        api._divide(one, 0)

@@ -143,7 +143,7 @@ def image_files(folder: Path, skipped: Skipped) -> list[Path]:
             skipped[_kind(entry)] += 1
             if skipped.total() > MAX_SKIPPED:
                 raise UserError(
-                    f"class folder {folder} holds more than {MAX_SKIPPED:,} files that"
+                    f"the class folders up to {folder} hold more than {MAX_SKIPPED:,} files that"
                     " are not images; give a folder of images"
                 )
     if skipped.total() > before and not images:
