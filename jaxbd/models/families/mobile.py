@@ -1,5 +1,5 @@
 """Depthwise nets of any width: MobileNet v1 and v2 (Howard et al. 2017, Sandler et al. 2018),
-EfficientNet (Tan and Le 2019), in the names of torchvision, kuangliu/pytorch-cifar and
+EfficientNet (Tan and Le 2019), with the layer names of torchvision, kuangliu/pytorch-cifar and
 weiaicunzai/pytorch-cifar100."""
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jaxbd.base import Array
 from jaxbd.models.families.layers import Layers, Mismatch, natural, squeeze
 
 SEVEN = {"imagenet": "1222121", "cifar": "1122121", "small": "1222111"}
-"""Strides of the seven stages of MobileNetV2: the paper's; kuangliu's; weiaicunzai's."""
+"""Strides of the seven stages of MobileNetV2: in the paper, kuangliu's and weiaicunzai's nets."""
 BLOCKS = (
     (r"features\.(?:[1-9]|\d\d)(?=\.conv)", ("features.0.0", "features.0.1")),
     (r"layers\.\d+", ("conv1", "bn1")),
@@ -18,7 +18,7 @@ BLOCKS = (
     (r"features\.[1-7]\.\d+(?=\.block)", ("features.0.0", "features.0.1")),
     (r"blocks\.\d+\.\d+", ("conv_stem", "bn1")),
 )
-"""Names of the blocks, and of the stem."""
+"""Name patterns of the blocks, with the names of the stem's convolution and norm."""
 
 
 class Inverted(NamedTuple):
@@ -66,7 +66,7 @@ def block(net: Layers, name: str) -> Inverted:
 
 
 def runs(net: Layers) -> list[list[str]]:
-    """The blocks, those that give as many channels together."""
+    """The blocks in stages; consecutive blocks with equally many output channels form a stage."""
     stages: list[list[str]] = []
     last = 0
     for name in blocks(net)[0]:
@@ -77,7 +77,8 @@ def runs(net: Layers) -> list[list[str]]:
 
 
 def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """ "strides": of the stages; "stem_stride"; "activation": "relu6", "relu" or "swish"."""
+    """Possible values of "strides" (of the stages), "stem_stride" and "activation" ("relu6", "relu"
+    or "swish"), the most likely first."""
     _, stem = blocks(net)
     count = len(runs(net))
     if count != 7:
@@ -123,7 +124,7 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
 def _apply_inverted(net: Layers, at: Inverted, x: Array, stride: int, activate: Any) -> Array:
     units, y = list(at.units), x
     if activate is nn.swish and len(units) == 3 and _same(net, units[0][0]):
-        # EfficientNet of kuangliu: a block that does not expand has the layers and skips them
+        # in kuangliu's EfficientNet a block that does not expand has these layers but skips them
         net.unused(units[0][0])
         net.unused(units[0][1])
         units = units[1:]
@@ -144,7 +145,7 @@ def _same(net: Layers, conv: str) -> bool:
 
 
 def _last(net: Layers, x: Array, activate: Any) -> Array:
-    """The 1x1 convolution after the blocks, where there is one."""
+    """Applies the 1x1 convolution after the blocks, if there is one."""
     names = [
         name
         for name, shape in net.shapes.items()
@@ -166,7 +167,7 @@ def _head(net: Layers, x: Array) -> Array:
 
 
 def side(net: Layers) -> int:
-    """Side of the images that such a net is mostly for."""
+    """Typical side of the images for such a net, in pixels."""
     return 224 if blocks(net)[1][0].startswith(("features", "conv_stem")) else 32
 
 
