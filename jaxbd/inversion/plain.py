@@ -76,7 +76,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         box = jnp.array([0, 0, height, width], jnp.int32)
         return State(jnp.zeros((), jnp.int32), box, colours, optimiser.init(colours))
 
-    def painted(box: Array, colours: Array) -> tuple[Array, Array]:
+    def paint(box: Array, colours: Array) -> tuple[Array, Array]:
         """Pattern [H, W, C] and mask [H, W, 1]."""
         down, across = (
             _shares(side, box[i], box[i + 2], config.grid) for i, side in enumerate((height, width))
@@ -89,12 +89,12 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         mask = (inside[0][:, None] & inside[1][None, :])[..., None].astype(pattern.dtype)
         return pattern, mask
 
-    def stamped(images: Array, box: Array, colours: Array) -> Array:
-        pattern, mask = painted(box, colours)
+    def put_patch(images: Array, box: Array, colours: Array) -> Array:
+        pattern, mask = paint(box, colours)
         return blend(images, pattern[None], mask[None])
 
     def loss(colours: Array, state: State, batch: Batch, cell: Cell, victim: Variables):
-        logits, _ = net.apply(victim, stamped(batch.images, state.box, colours), train=False)
+        logits, _ = net.apply(victim, put_patch(batch.images, state.box, colours), train=False)
         aims = losses.aims(batch.labels, cell.target)
         wanted = jax.nn.one_hot(aims, logits.shape[-1], dtype=bool)
         others = jnp.where(wanted, -jnp.inf, logits).max(-1)
@@ -115,13 +115,13 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
     def sample(key: Key, state: State, count: int) -> Array:
         """The patch on black, `count` times: [count, H, W, C]."""
         del key
-        pattern, mask = painted(state.box, state.colours)
+        pattern, mask = paint(state.box, state.colours)
         return jnp.broadcast_to(mask * pattern, (count, *image_shape))
 
     def stamp(key: Key, state: State, images: Array) -> Array:
         """Puts the patch on each of `images` [B, H, W, C]; pixels outside it do not change."""
         del key
-        return stamped(images, state.box, state.colours)
+        return put_patch(images, state.box, state.colours)
 
     return Inversion(init, step, stamp, sample)
 

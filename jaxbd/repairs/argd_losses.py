@@ -108,21 +108,22 @@ def relate(embedding: Embedding, student: Sequence[Array], teacher: Sequence[Arr
     """The attention a [B, T, S] in `embedding_loss`, which sums to 1 over the student's maps."""
     mean = lambda maps: maps.mean((1, 2))[:, None]
     queries = [
-        _normed(layer, mean(maps)) for layer, maps in zip(embedding.queries, teacher, strict=True)
+        _apply_linear(layer, mean(maps))
+        for layer, maps in zip(embedding.queries, teacher, strict=True)
     ]
     keys = [
-        jax.nn.relu(_normed(layer, mean(maps)))
+        jax.nn.relu(_apply_linear(layer, mean(maps)))
         for layer, maps in zip(embedding.keys, student, strict=True)
     ]
     query, key = jnp.stack(queries, 1), jnp.stack(keys, 1)
     count, layers, dim = key.shape
-    key = _normed(embedding.bilinear, key.reshape(-1, dim)).reshape(count, layers, -1, dim)
+    key = _apply_linear(embedding.bilinear, key.reshape(-1, dim)).reshape(count, layers, -1, dim)
     place = embedding.teacher_place @ embedding.student_place.T
     logits = (jnp.einsum("bstq,btq->bts", key, query) + place[None]) / dim**0.5
     return jax.nn.softmax(logits, axis=2)
 
 
-def _normed(layer: Linear, x: Array) -> Array:
+def _apply_linear(layer: Linear, x: Array) -> Array:
     """[N, I] -> [N, O], normalised by the moments of the N rows."""
     x = x @ layer.kernel + layer.bias[None]
     centred = x - x.mean(0, keepdims=True)

@@ -15,8 +15,8 @@ LEAST_NORM = 1e-6
 """Added to a map's norm before division, as released."""
 
 
-def choose_layers(shown: Mapping[str, Array]) -> list[Array]:
-    """The last layer [B, H, W, C] in `shown` at each size H x W, in order of execution.
+def choose_layers(outputs: Mapping[str, Array]) -> list[Array]:
+    """The last layer [B, H, W, C] in `outputs` at each size H x W, in order of execution.
 
     In a net that halves the image between stages, these layers end the stages. Layers are chosen by
     size, because names do not identify stages in every net. Layers with a single position have no
@@ -26,7 +26,7 @@ def choose_layers(shown: Mapping[str, Array]) -> list[Array]:
     the group.
     """
     last: dict[tuple[int, ...], Array] = {}
-    for values in shown.values():
+    for values in outputs.values():
         size = values.shape[1:-1]
         if values.ndim == 4 and size != (1, 1):
             last.pop(size, None)
@@ -63,9 +63,9 @@ def attention_map(values: Array, power: float = 2.0) -> Array:
     return summed / (norm + LEAST_NORM)
 
 
-def attention_maps(shown: Mapping[str, Array], power: float) -> list[Array]:
+def attention_maps(outputs: Mapping[str, Array], power: float) -> list[Array]:
     """The maps of the layers from `choose_layers`, in order of execution."""
-    return [attention_map(values, power) for values in choose_layers(shown)]
+    return [attention_map(values, power) for values in choose_layers(outputs)]
 
 
 def attention_distance(
@@ -95,8 +95,8 @@ def show_training(
     assert net.outputs is not None, "count_layers refuses nets without"
     _, stats = net.apply(variables, images, train=True)
     if not jax.tree.leaves(stats):
-        logits, shown = net.outputs(variables, images)
-        return logits, stats, shown
+        logits, outputs = net.outputs(variables, images)
+        return logits, stats, outputs
     shapes = jax.eval_shape(net.outputs, variables, images)[1]
     layers = bna_layers.flatten(activations.moments_of_batch(net, variables, images))
     for name, moments in layers.items():
@@ -105,8 +105,8 @@ def show_training(
             # stored variances are unbiased, but BatchNorm normalises by biased ones
             moments["var"] = moments["var"] * (max(count - 1, 1) / count)
     nested = flax.traverse_util.unflatten_dict(layers, sep="/")
-    logits, shown = net.outputs({**variables, "batch_stats": nested}, images)
-    return logits, stats, shown
+    logits, outputs = net.outputs({**variables, "batch_stats": nested}, images)
+    return logits, stats, outputs
 
 
 def pool(maps: Array, size: tuple[int, int]) -> Array:

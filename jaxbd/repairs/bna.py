@@ -177,7 +177,8 @@ def _init(
         spans = activations.union(clean, activations.ranges(outputs, sources.images))
     grids = {n: histogram.grid(r.low, r.high, config.width, config.bins) for n, r in spans.items()}
     count = lambda images: activations.histograms(clean_outputs, images, grids, config.bins)
-    p, kept = count(sources.images), None if target is None else CleanTarget(target, count(target))
+    p = count(sources.images)
+    clean_target = None if target is None else CleanTarget(target, count(target))
     if config.moments == "triggered":
         moments = activations.batch_moments(net, variables, stamped, sources.images)
         variables = {**variables, "batch_stats": moments}
@@ -185,7 +186,7 @@ def _init(
     theta = {n: bna_layers.start(r, config.start_upper) for n, r in clean.items()}
     opt = {n: _optimiser(config).init(t) for n, t in theta.items()}
     keep, step = jnp.float32(config.keep), jnp.zeros((), jnp.int32)
-    state = State(step, theta, theta, opt, reference, variables, triggers, kept, keep)
+    state = State(step, theta, theta, opt, reference, variables, triggers, clean_target, keep)
     # drivers donate the state, so no two of its leaves may share memory
     return jax.tree.map(jnp.copy, state)
 

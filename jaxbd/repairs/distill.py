@@ -176,11 +176,11 @@ def student_loss(
     Returns: (loss [], (cross-entropy [], distance [], logits [B, K], new batch_stats)).
     """
     params, relation = trained
-    logits, stats, shown = attention.show_training(
+    logits, stats, outputs = attention.show_training(
         net, {**variables, "params": params}, batch.images
     )
     entropy = losses.cross_entropy(logits, batch.labels)
-    apart = distance.measure(relation, attention.attention_maps(shown, power), wanted)
+    apart = distance.measure(relation, attention.attention_maps(outputs, power), wanted)
     apart = apart.astype(entropy.dtype)
     return entropy + apart, (entropy, apart, logits, stats)
 

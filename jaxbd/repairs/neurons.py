@@ -76,8 +76,8 @@ def prune(variables: Variables, masks: Neurons, value: Array, by: str) -> Variab
         keep = flat >= value
     ends = [sum(leaf.size for leaf in leaves[: number + 1]) for number in range(len(leaves) - 1)]
     parts = zip(jnp.split(keep, ends), leaves, strict=True)
-    kept = [part.astype(leaf.dtype) for part, leaf in parts]
-    return scale_neurons(variables, jax.tree.unflatten(tree, kept))
+    weights = [part.astype(leaf.dtype) for part, leaf in parts]
+    return scale_neurons(variables, jax.tree.unflatten(tree, weights))
 
 
 def _flatten(variables: Variables, collection: str) -> dict[tuple[str, ...], Array]:

@@ -33,17 +33,17 @@ def find_place(net: Net, variables: Variables, images: Array, classes: int) -> P
     Raises: UserError when the last layer that the net shows is read by no linear layer, or by none
       that its shape identifies.
     """
-    shown: list[tuple[str, int]] = []
+    widths: list[tuple[str, int]] = []
 
     def look(variables: Variables, images: Array) -> None:
         assert net.outputs is not None, "make refuses nets without"
         layers = net.outputs(variables, images)[1]
-        shown.extend((name, values.shape[-1]) for name, values in layers.items())
+        widths.extend((name, values.shape[-1]) for name, values in layers.items())
 
     jax.eval_shape(look, variables, images)
-    if not shown:
+    if not widths:
         raise UserError(f"fine-pruning: this net shows no layers to prune; {OTHERS}")
-    layer, features = shown[-1]
+    layer, features = widths[-1]
     flat: dict[Any, Any] = flax.traverse_util.flatten_dict(dict(variables["params"]))
     readers = {
         path: leaf.shape

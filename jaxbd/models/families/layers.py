@@ -136,13 +136,13 @@ class Layers:
         x = self.conv(conv, x, stride)
         return x if norm is None else self.norm(norm, x)
 
-    def pooled(self, x: Array) -> Array:
+    def pool(self, x: Array) -> Array:
         """Mean over positions, [B, H, W, C] -> [B, C], with a `Correction` for defences."""
         return Correction(name="features")(x.mean((1, 2)))
 
     def head(self, x: Array) -> Array:
         """Mean over positions, then the only unused linear layer, under any name."""
-        x = self.pooled(x)
+        x = self.pool(x)
         linear = [name for name, shape in self.shapes.items() if len(shape) == 2]
         left = [name for name in linear if name not in self.used]
         if len(left) != 1:

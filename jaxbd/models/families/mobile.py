@@ -162,7 +162,7 @@ def _last(net: Layers, x: Array, activate: Any) -> Array:
 def _head(net: Layers, x: Array) -> Array:
     left = [name for name, shape in net.shapes.items() if len(shape) == 4 and name not in net.used]
     if len(left) == 1:
-        return net.conv(left[0], net.pooled(x)[:, None, None])[:, 0, 0]
+        return net.conv(left[0], net.pool(x)[:, None, None])[:, 0, 0]
     return net.head(x)
 
 
