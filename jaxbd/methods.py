@@ -167,6 +167,7 @@ def names(kind: Kind) -> list[str]:
 
 def find(kind: Kind, name: str) -> Method:
     """The method of that kind and name. Raises: UserError when there is none."""
+    # imported here, so that the table alone does not import JAX
     from jaxbd.base import UserError
 
     for method in all_methods(kind):

@@ -111,6 +111,7 @@ def check_config(config: Any) -> None:
     assert kind.__dataclass_params__.frozen, f"{kind} must be frozen"
     assert all(field.kw_only for field in fields), f"{kind} must be keyword-only"
     hash(config)
+    # records store settings as JSON
     again = kind(**json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config, f"{kind} does not survive JSON: {again}"
     for field in fields:
@@ -177,6 +178,7 @@ def check_repair(repair: Repair, *, eagerly: bool = True) -> None:
             infos.append(info)
         extracted = repair.extract(state)
         _check_extracted(extracted, variables)
+        # both ends of the dial must give nets
         for value in [] if repair.dial is None else np.asarray(repair.dial)[[0, -1]]:
             _check_extracted(repair.extract(state, jnp.asarray(value)), variables)
         return state, (infos, extracted)
@@ -203,8 +205,10 @@ def check_steps(method: Stepping, *, eagerly: bool = True) -> None:
     )
     assert jax.tree.structure(after) == jax.tree.structure(state), "a step changed the state's tree"
     for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        # a weak type would change in the next step and force a second trace
         kinds = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in (before, now)]
         assert kinds[0] == kinds[1], f"a step changed a leaf of the state: {kinds}"
+        # drivers derive keys from the step, so that a resumed run replays them
         assert not jnp.issubdtype(before.dtype, jax.dtypes.prng_key), "a state holds a key"
     with jax.enable_x64(eagerly):
         _check_two_steps(method, variables, eagerly)

@@ -118,6 +118,7 @@ def places(
     row, column = config.row % rows, config.column % columns
     if config.copies == 1:
         return [(row, column)]
+    # mirrored positions have the same distance to the opposite edges
     down, across = [row, rows - 1 - row], [column, columns - 1 - column]
     if config.copies == 9:
         down, across = [*down, (rows - 1) // 2], [*across, (columns - 1) // 2]

@@ -66,6 +66,7 @@ def attack(
         """Qiao et al. 2019, eq. (1): stamps and relabels each row independently with probability
         r."""
         choose_key, stamp_key = jax.random.split(key)
+        # one draw per row decides both, so that no row is poisoned and a decoy at once
         drawn = jax.random.uniform(choose_key, batch.labels.shape)
         chosen = drawn < rate
         images = _where(chosen, stamp(stamp_key, trigger, batch.images), batch.images)

@@ -150,6 +150,7 @@ def search(net: Net, image_shape: tuple[int, int, int], classes: int, config: Co
     # Differs from paper: Adam on a squashed pattern, on training images; the paper takes denoised
     # steps of normalised gradients on a blank image.
     planted, rule = make(image_shape, classes, config), optax.adam(config.search_learning_rate)
+    # any key will do: the place is fixed
     place = planted.init(jax.random.key(0)).place
     outputs_of = net.outputs
 

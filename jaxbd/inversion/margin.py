@@ -95,6 +95,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
     def init(key: Key) -> State:
         image = jax.random.uniform(key, image_shape)
+        # scalars of the same type as the image, also in float64
         zero = jnp.zeros_like(image[0, 0, 0])
         return State(jnp.zeros((), jnp.int32), image, image, zero - jnp.inf, zero, zero + jnp.inf)
 
@@ -114,6 +115,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         value, gradient = jax.value_and_grad(of_image)(state.image, cell, victim)
         value = value.astype(state.margin.dtype)
         image = jnp.clip(state.image + config.learning_rate * gradient, 0, 1)
+        # `value` belongs to the image before this step
         better = value > state.best_margin
         size = jnp.maximum(jnp.abs(state.margin), jnp.finfo(value.dtype).tiny)
         change = jnp.where(state.step == 0, jnp.inf, jnp.abs(value - state.margin) / size)
@@ -186,6 +188,7 @@ def statistics(margins: ArrayLike, targets: ArrayLike, classes: int) -> np.ndarr
       targets: [N], the cells' classes.
     """
     values = np.asarray(margins, float)
+    # a margin that is not finite counts as -inf, so that it never wins
     found = np.full(classes, -np.inf)
     np.maximum.at(found, np.asarray(targets), np.where(np.isfinite(values), values, -np.inf))
     return np.where(np.isfinite(found), found, np.nan)

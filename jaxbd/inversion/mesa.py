@@ -261,6 +261,7 @@ def draw_places(key: Key, parts: Parts, state: State, count: int) -> tuple[Array
         index = jax.random.categorical(key, state.place_logits, shape=(count,))
         return jnp.stack([index // columns, index % columns], -1), index
     if config.place == "fixed":
+        # from the state, so that each cell of a sweep can have its own
         places = state.place
     else:
         drawn = 1 if config.place == "batch" else count
@@ -312,6 +313,7 @@ def generator_loss(
     noise, other = draw_noise(keys[0], config, count), draw_noise(keys[1], config, count)
     triggers, stats = generate(parts, params, state.generator["batch_stats"], noise)
     places, index = draw_places(keys[2], parts, state, count)
+    # only the victim sees the noise; the entropy bound uses the clean triggers
     jitter = config.trigger_noise * jax.random.normal(keys[3], triggers.shape)
     stamped = jax.vmap(image_ops.paste)(batch.images, triggers + jitter, places)
     logits, _ = parts.net.apply(variables, stamped, train=False)
@@ -352,9 +354,12 @@ def _step(
     params = optax.apply_updates(state.generator["params"], updates)
 
     noise, other = draw_noise(keys[4], config, count), draw_noise(keys[5], config, count)
+    # the critic trains on triggers of the updated generator
     triggers, stats = generate(parts, params, seen.stats, noise)
+    # Differs from released code: no gradient into the generator; there it is computed and discarded
     triggers = jax.lax.stop_gradient(triggers)
     _, marginal = score_pairs(parts, state.critic, noise, other, triggers)
+    # the moving average includes this batch, as scored before the update
     average = average_marginal(state.log_mean_exp, marginal, state.step, config.debias_rate)
     grad = jax.value_and_grad(critic_loss)
     critic_value, gradient = grad(state.critic, parts, noise, other, triggers, average)

@@ -230,6 +230,7 @@ def update_cost(state: State, works: Array, config: Config) -> dict[str, Array]:
     worked = jnp.where(works, state.worked + 1, 0)
     failed = jnp.where(works, 0, state.failed + 1)
     up, down = worked >= config.patience, failed >= config.patience
+    # a weight of 0 cannot grow by a factor: the first rise sets it
     raised = jnp.where(state.cost == 0, config.first_cost, state.cost * config.cost_multiplier)
     lowered = state.cost / config.cost_multiplier**COST_DOWN
     return dict(
@@ -252,6 +253,7 @@ def _step(
     # a plain mean in the first steps, so that the initial 0 has no weight
     old = jnp.minimum(config.memory, state.step / (state.step + 1)).astype(success.dtype)
     rate = old * state.rate + (1 - old) * success
+    # the running mean and the batch itself must both reach the threshold
     works = jnp.minimum(rate, success) >= config.attack_threshold
     norm = seen.mask.sum()
     better = works & (norm < state.best_norm)

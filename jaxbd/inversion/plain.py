@@ -96,6 +96,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
     def loss(colours: Array, state: State, batch: Batch, cell: Cell, victim: Variables):
         logits, _ = net.apply(victim, put_patch(batch.images, state.box, colours), train=False)
         aims = losses.aims(batch.labels, cell.target)
+        # maximises the margin, so that the patch works by far and not just barely
         wanted = jax.nn.one_hot(aims, logits.shape[-1], dtype=bool)
         others = jnp.where(wanted, -jnp.inf, logits).max(-1)
         margin = (jnp.where(wanted, logits, 0).sum(-1) - others).mean()
@@ -128,6 +129,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
 def _shares(side: int, first: Array, end: Array, grid: int) -> Array:
     """Bilinear weights [side, grid] of the grid's colours in each row (or column) of the image."""
+    # centre of each pixel, in cells of the grid
     place = (jnp.arange(side) - first + 0.5) / (end - first) * grid - 0.5
     place = jnp.clip(place, 0, grid - 1)
     return jnp.clip(1 - jnp.abs(place[:, None] - jnp.arange(grid)[None]), 0, 1)

@@ -84,6 +84,7 @@ def _family(spec: Spec) -> nn.Module:
     if not isinstance(layers, Mapping):
         raise UserError(f"architecture {spec.arch} needs the table of its layers")
     families.parse(layers)
+    # frozen, because modules must be hashable to be cached
     return families.Family(
         spec.classes, spec.arch, FrozenDict(layers), FrozenDict(form), jnp.dtype(spec.dtype)
     )
@@ -119,6 +120,7 @@ def from_flax(
     """
 
     def init(key: Key) -> Variables:
+        # drops what the modules sow during initialisation
         variables = flax_module.init(key, jnp.zeros((2, *image_shape)), train=False)
         return {
             "batch_stats": {},

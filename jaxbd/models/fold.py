@@ -62,6 +62,7 @@ def frozen(arch: str, variables: Variables) -> Variables:
         bias = (*kernel[:-1], "bias")
         if bias in flat:
             shift = shift + flat.pop(bias) * factor
+            # the bias moves into the shift; zeros keep the tree as the module expects it
             flat[bias] = np.zeros_like(shift)
         shifts["folded", *place, name, "shift"] = shift
     folded = flax.traverse_util.unflatten_dict({**flat, **shifts})

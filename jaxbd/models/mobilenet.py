@@ -20,7 +20,7 @@ class MobileNet(nn.Module):
 
     `width` is the number of channels of the stem; the last block has 32 times as many. As in
     kuangliu/pytorch-cifar.
-    # Differs from paper, where the net for ImageNet has a stem of stride 2.
+    # Differs from paper: the net for ImageNet has a stem of stride 2.
     """
 
     classes: int

@@ -95,14 +95,18 @@ class BatchNorm(nn.Module):
             mu, variance = mean.value, var.value
         else:
             axes, count = tuple(range(x.ndim - 1)), x.size // channels
+            # sums in float32 also for bfloat16
             x32 = x.astype(jnp.promote_types(jnp.float32, x.dtype))
             mu = x32.mean(axes)
+            # two passes, since E[x^2] - E[x]^2 cancels in float32
             variance = jnp.square(x32 - _along_channels(mu, x32)).mean(axes)
+            # initialisation must not move the running moments
             if not self.is_initializing():
                 keep = self.momentum
                 unbiased = variance * (count / max(count - 1, 1))
                 mean.value = keep * mean.value + (1 - keep) * mu
                 var.value = keep * var.value + (1 - keep) * unbiased
+        # folded into one factor and one shift per channel
         factor = jax.lax.rsqrt(variance + self.epsilon)
         shift = -mu * factor
         if self.affine:

@@ -110,6 +110,7 @@ def _nnx_net(made: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Net:
             _fill(state, variables.get(name, {}))
             for state, name in ((params, "params"), (stats, "batch_stats"))
         ]
+        # a new module every time: the user's own must not change under tracing
         model = nnx.merge(graph, *states, rest)
         model.train() if train else model.eval()
         logits = model(normalise(images, mean, std))

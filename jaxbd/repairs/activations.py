@@ -66,6 +66,7 @@ def union(one: dict[str, Range], other: dict[str, Range]) -> dict[str, Range]:
 def _merge(low: Array, high: Array, mean: Array, variance: Array, count: Array) -> Range:
     """The range over all chunks, from the statistics [chunks, C] and the number of values
     [chunks, 1] of each chunk."""
+    # law of total variance: variance within chunks plus variance between their means
     share = (count / count.sum()).astype(mean.dtype)
     between = jnp.square(mean - (share * mean).sum(0, keepdims=True))
     return Range(low.min(0), high.max(0), jnp.sqrt((share * (variance + between)).sum(0)))
@@ -131,6 +132,7 @@ def _groups(images: Array) -> list[tuple[Array, Array]]:
 def _each(measure: Callable[[Array, Array], Any], images: Array) -> Any:
     """`measure(number, chunk)` for every chunk of `images` as floats, stacked [chunks, …]."""
     parts = [
+        # map, not vmap: only one chunk is in memory at a time
         jax.lax.map(lambda each: measure(each[0], to_float(each[1])), group)
         for group in _groups(images)
     ]

@@ -65,7 +65,7 @@ class Config:
     by: Literal["threshold", "number"] = "threshold"
     most: float = 0.95
     points: int = 20
-    # Differs from released code, which shows the whole curve on test images and chooses nothing
+    # Differs from released code: it shows the whole curve on test images and chooses nothing
     max_drop: float = 0.03
     held_share: float = 0.2
     most_held: int = 500

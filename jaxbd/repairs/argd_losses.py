@@ -57,6 +57,7 @@ def start_embedding(key: Key, layers: int, dim: int) -> Embedding:
             draw(inputs, outputs), draw(outputs), jnp.ones((outputs,)), jnp.zeros((outputs,))
         )
 
+    # Xavier initialisation
     place = lambda: jax.random.normal(next(keys), (layers, dim)) * (2 / (layers + dim)) ** 0.5
     queries, own_keys = (tuple(linear(1, dim) for _ in range(layers)) for _ in range(2))
     return Embedding(queries, own_keys, linear(dim, layers * dim), place(), place())
@@ -81,6 +82,7 @@ def edge(one: Array, other: Array) -> Array:
     height, width = min(one.shape[1:], other.shape[1:])
     size = height, width
     difference = pool(one, size) - pool(other, size)
+    # the lower limit keeps the division finite if all maps are equal
     distance = jnp.maximum(jnp.square(difference).sum((1, 2)), LEAST_DISTANCE)
     return distance / distance.max()
 

@@ -29,6 +29,7 @@ def choose_layers(outputs: Mapping[str, Array]) -> list[Array]:
     for values in outputs.values():
         size = values.shape[1:-1]
         if values.ndim == 4 and size != (1, 1):
+            # removed first, so that the dictionary is in the order of the last layers
             last.pop(size, None)
             last[size] = values
     return list(last.values())

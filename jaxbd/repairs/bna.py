@@ -268,6 +268,7 @@ def average(state: State, config: Config) -> dict[str, Theta]:
     one."""
     if not config.average:
         return state.theta
+    # a running mean; up to the middle of the run count is 1, which copies theta
     count = jnp.maximum(state.step - config.num_steps // 2, 1)
     return jax.tree.map(
         lambda old, new: old + (new - old) / count.astype(new.dtype), state.mean, state.theta
@@ -279,6 +280,7 @@ def active_layers(net: Net, state: State, images: Array, config: Config) -> dict
     order = _layer_names(net, state.variables, images, config)
     if config.order == "joint":
         return {name: jnp.ones((), images.dtype) for name in order}
+    # equal shares of the steps, in order of execution
     turn = state.step * len(order) // config.num_steps
     return {name: (turn == number).astype(images.dtype) for number, name in enumerate(order)}
 

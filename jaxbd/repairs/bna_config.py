@@ -38,7 +38,7 @@ class Config:
         `adapt` converts it to `num_steps`.
     """
 
-    # Differs from paper, which uses total variation (eq. 3); this smoother form damages the target
+    # Differs from paper: it uses total variation (eq. 3); the smoother form here damages the target
     # class less
     divergence: Literal["tv", "js", "kl"] = "js"
     width: float = 0.1
@@ -54,7 +54,7 @@ class Config:
     # images as triggered
     keep: float = 1.0
     learning_rate: float = 0.03
-    # Differs from paper, which returns the last parameters
+    # Differs from paper: it returns the last parameters
     average: bool = True
     num_steps: int = 200
     epochs: int | None = None

@@ -66,7 +66,7 @@ def names(net: Net, variables: Variables, images: Array, *, batchnorm_only: bool
 def start(clean: Range, upper: float | None) -> Theta:
     """Initial parameters that change nothing on clean images, with bounds at the extremes of their
     activations. With `upper`, omega starts there without a lower bound, as released."""
-    # Differs from paper, which does not state the initial values
+    # Differs from paper: it does not state the initial values
     zero = jnp.zeros_like(clean.low)
     if upper is None:
         return Theta(zero, zero, clean.low, clean.high)

@@ -56,8 +56,7 @@ class Config:
 
     max_drop: float = 0.02
     first_reach: float = 4.0
-    # Differs from paper, which has 1e-3 in units of the activations; relative steps suit every
-    # layer
+    # Differs from paper: it has 1e-3 in units of the activations; relative steps suit every layer
     learning_rate: float = 0.02
     b1: float = 0.5
     b2: float = 0.9
@@ -184,6 +183,7 @@ def make(problem: Problem, config: Config) -> Repair:
         drawn = Batch(to_float(state.train.images[rows]), state.train.labels[rows])
         grad = jax.value_and_grad(loss, has_aux=True)
         (_, entropy), gradient = grad(state.reach, state, net, drawn)
+        # judges the bounds before the update, which `best` may store
         accuracy = choose.measure_accuracy(net, bound(state, state.reach), state.held)
         size = mean_bound(state.reach)
         is_good = accuracy >= state.least_accuracy
@@ -219,8 +219,7 @@ def loss(reach: Bounds, state: State, net: Net, batch: Batch) -> tuple[Array, Ar
 def mean_bound(reach: Bounds) -> Array:
     """Mean over layers of each layer's mean bound; [], in standard deviations.
 
-    # Differs from paper, which measures bounds in units of the activations and weights layers by
-    size.
+    # Differs from paper: it measures bounds in units of the activations and weights layers by size.
     """
     return jnp.stack([each.mean() for each in reach.values()]).mean()
 
@@ -262,6 +261,7 @@ def measure_moments(net: Net, variables: Variables, images: Array) -> dict[str, 
     found = {}
     for layer, (first, second) in jax.lax.map(of_chunk, chunks).items():
         mean = first.mean(0)
+        # rounding can make the difference slightly negative
         variance = jnp.maximum(second.mean(0) - jnp.square(mean), 0)
         found[layer] = Moments(mean, jnp.sqrt(variance) + LEAST_STD)
     if not found:

@@ -237,6 +237,7 @@ def descend(
 ) -> Learner:
     """Updates `learner` once at the learning rate `rate` []."""
     params = learner.variables["params"]
+    # the rules have no learning rate, so that the rate can be traced
     updates, opt = rule.update(gradient, learner.opt, params)
     params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
     return Learner({**learner.variables, "params": params}, opt)
@@ -248,6 +249,7 @@ def _average(state: State, share: float) -> State:
     if not share:
         return state
     before = jnp.ceil((1 - share) * state.strength.num_steps - ROUNDING)
+    # a running mean; before the last share the weight is 1, which copies the student
     weight = 1 / jnp.maximum(state.step + 1 - before, 1)
     mix = lambda mean, now: ((1 - weight) * mean + weight * now).astype(mean.dtype)
     return state._replace(averaged=jax.tree.map(mix, state.averaged, state.student.variables))

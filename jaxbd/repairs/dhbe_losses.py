@@ -120,6 +120,7 @@ def student_loss(
         return discrepancy, (after, discrepancy, jnp.zeros_like(discrepancy))
     # two passes, so that clean and triggered images are each normalised by their own moments
     triggered, after = answer(players, params, after, stamped)
+    # only the triggered answers are trained towards the clean ones, not the reverse
     regulariser = losses.mean_absolute_difference(triggered, jax.lax.stop_gradient(logits))
     total = discrepancy + state.strength.regularisation * regulariser
     return total, (after, discrepancy, regulariser)

@@ -141,6 +141,7 @@ def assemble(problem: Problem, config: Settings, distance: Distance, method: str
         return after, TeacherInfo(loss, accuracy)
 
     def begin(state: State) -> State:
+        # `opt` held the state of the teacher's optimiser
         return state._replace(opt=student_rule.init(state.student["params"]))
 
     def train_student(key: Key, state: State, batch: Batch) -> tuple[State, Info]:

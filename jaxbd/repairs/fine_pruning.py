@@ -174,6 +174,7 @@ def make(problem: Problem, config: Config) -> Repair:
             net, rule, state.variables, state.opt, batch
         )
         place = pruning.find_place(net, variables, batch.images[:1], problem.classes)
+        # after every update, because the gradient revives pruned weights
         variables = pruning.prune(variables, place, state.rank, state.ratio)
         pruned = pruning.is_pruned(state.rank, state.ratio).mean()
         after = state._replace(step=state.step + 1, variables=variables, opt=opt)

@@ -55,8 +55,8 @@ class Config:
     adaptive: bool = True
     label_smoothing: float = 0.1
     learning_rate: float = 0.01
-    # Differs from released code, which has "waves" because it advances a per-epoch schedule at
-    # every step
+    # Differs from released code: it has "waves", because it advances a per-epoch schedule at every
+    # step
     schedule: Literal["cosine", "waves"] = "cosine"
     wave_steps: int = 100
     momentum: float = 0.9

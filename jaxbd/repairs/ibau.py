@@ -56,14 +56,14 @@ class Config:
     rounds: int = 5
     inner_steps: int = 50
     inner_learning_rate: float = 10.0
-    # Differs from paper, where the inner problem uses the true labels
+    # Differs from paper: there the inner problem uses the true labels
     inner_labels: Literal["true", "predicted"] = "predicted"
     penalty: float = 1e-3
-    # Differs from paper, where the change is confined to a ball
+    # Differs from paper: there the change is confined to a ball
     bound: float = 0.0
     outer_steps: int = 50
     learning_rate: float = 1e-3
-    # Differs from paper, where every image carries the change
+    # Differs from paper: there every image carries the change
     stamp_share: float = 0.01
     fixed_points: int = 5
     fixed_point_rate: float = 0.1
@@ -175,6 +175,7 @@ def make(problem: Problem, config: Config) -> Repair:
         del dial
         return state.variables
 
+    # every round searches from zero change
     forget = lambda state: state._replace(delta=jnp.zeros_like(state.delta))
     phases = []
     for number in range(1, config.rounds + 1):

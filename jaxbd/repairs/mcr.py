@@ -56,7 +56,7 @@ class Config:
       most_held: maximum number of held-out images.
     """
 
-    # Differs from paper, where both ends are given: two nets with the backdoor
+    # Differs from paper: there both ends are given, two nets with the backdoor
     other: Literal["fine-tuned", "suspect"] = "fine-tuned"
     finetune_learning_rate: float = 0.01
     finetune_steps: int = 2000
@@ -66,7 +66,7 @@ class Config:
     num_steps: int = 2000
     batch_size: int = 128
     points: int = 11
-    # Differs from released code, which shows the whole curve on test images and chooses nothing
+    # Differs from released code: it shows the whole curve on test images and chooses nothing
     max_drop: float = 0.03
     held_share: float = 0.2
     most_held: int = 500
@@ -171,6 +171,7 @@ def make(problem: Problem, config: Config) -> Repair:
 
     half = lambda one, two: (one + two) / 2
     ends = lambda state: (state.variables["params"], state.other["params"])
+    # the bend starts half-way between both ends
     begin = lambda state: state._replace(bend=jax.tree.map(half, *ends(state)))
     rows = config.batch_size
     copy = Phase("fine-tune", fine_tune, config.finetune_steps, Info, draws=None, rows=rows)

@@ -213,6 +213,7 @@ def _config(folder: pathlib.Path) -> dict[str, Any] | None:
     Raises: UserError when it is not a checkpoint folder.
     """
     try:
+        # ignores temporary files of runs that were killed while writing config.json
         entries = [
             entry.name for entry in folder.iterdir() if not entry.match(f".{CONFIG}.*.writing")
         ]
@@ -238,6 +239,7 @@ def _is_of_run(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     found = _config(folder)
     if found is None:
         return False
+    # through JSON, so that tuples and arrays compare equal to what was stored
     difference = _difference(found.get("run"), json.loads(json.dumps(files.plain(config))))
     if difference:
         raise UserError(f"{folder} {OTHERS}: {difference}; {CHOOSE}")

@@ -84,6 +84,7 @@ def chunks(
     Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
     """
     over = devices.mesh("data") if rows and not devices.lies_on_several(state) else None
+    # an uneven batch cannot be shared: run it on one device
     if over is not None and rows and rows % over.size:
         over = None
     if over is not None:
@@ -92,6 +93,7 @@ def chunks(
     step, scanned = _programs(advance, chunk)
     for first in range(0, num_steps, chunk):
         size = min(chunk, num_steps - first)
+        # a shorter last chunk runs step by step, since scanning it would need another program
         if over_time == "scan" and size == chunk:
             state, infos = scanned(state, *args)
             infos = jax.tree.map(np.asarray, devices.fetch(infos))
@@ -99,9 +101,11 @@ def chunks(
             each = []
             for _ in range(size):
                 state, info = step(state, *args)
+                # stays on the device until the chunk ends, so that the host can dispatch ahead
                 each.append(info)
             infos = jax.tree.map(lambda *leaves: np.stack(leaves), *devices.fetch(each))
         check_finite(infos, first)
+        # the default argument binds the state of this chunk
         yield Chunk(first + size, lambda state=state: devices.home(state, over), infos)
 
 

@@ -199,12 +199,14 @@ class Run:
         fresh = checkpoint.Saved(state, None, 0)
         if self.checkpoints is None:
             return _Stage(name, fresh, None, "")
+        # numbered, because several stages may share a name
         self._stages += 1
         words = re.sub("[^a-z0-9]+", "-", name.lower())[:NAME].strip("-")
         where, config, _, warn = self.checkpoints
         folder = f"{self._stages}-{words}"
         saved = checkpoint.restore(where, config, state, info, warn, folder)
         step = str(saved.step if saved else 0).encode()
+        # processes that resume from different steps would wait for each other forever
         devices.check_same(
             "checkpoint", step, f"{where} must lie on a disk that all machines share"
         )
@@ -222,6 +224,7 @@ class Run:
         done = stage.saved.step + chunk.done
         # clocks differ between processes, but all must save together
         if signal is not None or devices.from_all(self._is_due(stage, done, num_steps)).any():
+            # in place, so that the next save does not join the same chunks again
             collected[:] = [loop.join_infos(collected)]
             stage.writer.write(checkpoint.Saved(chunk.get_state(), collected[0], done))
         if signal is not None:

@@ -109,6 +109,7 @@ def make_task(
     over_time = default_time() if over_time == "auto" else over_time
     over, on_host = devices.mesh(), over_time == "host"
     cells = jax.tree.map(np.asarray, cells)
+    # `limit` is an array, so that searches of any length share one program
     limit, *shared = devices.on_each(
         jax.tree.map(jnp.asarray, (jnp.int32(num_steps), key, variables, data)), over
     )

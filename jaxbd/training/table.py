@@ -134,6 +134,7 @@ def open_table(task: Task, width: int, waiting: np.ndarray, widest: int | None =
 
 def place_cells(task: Task, numbers: np.ndarray) -> tuple[Any, Cell]:
     """Puts the number and `Cell` of each slot's cell on the devices, for the programs."""
+    # a slot without a cell never advances, so it may read cell 0
     index = np.maximum(numbers, 0)
     cells = jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), task.cells)
     return devices.by_cell((jnp.asarray(index, jnp.int32), cells), task.over)

@@ -173,6 +173,7 @@ def _shufflenet2(net: Layers, x: Array) -> Array:
 
 
 def _half(net: Layers, name: str, x: Array) -> Array:
+    # half of the channels pass through unchanged
     still, y = jnp.split(x, 2, -1)
     y = nn.relu(net.unit(f"{name}.conv1", f"{name}.bn1", y))
     y = net.unit(f"{name}.conv2", f"{name}.bn2", y)
@@ -193,6 +194,7 @@ def _pnasnet(net: Layers, x: Array) -> Array:
     x = nn.relu(net.unit("conv1", "bn1", x))
     for stage in net.matching(r"layer\d+"):
         cells = net.children(stage)
+        # a stage without children is itself one cell that halves the image
         for name in cells or [stage]:
             x = _cell(net, name, x, 1 if cells else 2)
     return net.head(x)

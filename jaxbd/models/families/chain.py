@@ -161,6 +161,7 @@ def _small(net: Layers, found: Chain, rest: int) -> list[dict[str, Any]]:
             for pools in _likely_pools(len(convs)):
                 if _places(net, convs, side, padded, pools) == rest:
                     solutions.append({"pools": pools, "padded": padded, "side": side})
+        # sides are in order of likelihood: stop at the first that fits
         if solutions:
             break
     return solutions[:3]
@@ -190,12 +191,14 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
     found, activate = chain(net), ACTIVATIONS[form["activation"]]
     stride, window = form.get("stem_stride", 1), form.get("window", 2)
     for index, ((conv, norm), pool) in enumerate(zip(found.convs, form["pools"], strict=True)):
+        # only AlexNet has a stem stride, and its first convolution pads by 2
         padding = (None if stride == 1 or index else 2) if form["padded"] else 0
         x = net.conv(conv, x, stride if index == 0 else 1, padding)
         x = activate(x if norm is None else net.norm(norm, x))
         x = max_pool(x, window, 2) if pool == "1" else x
     rest = math.isqrt(net.size(found.linears[0][0])[1] // x.shape[-1])
     x = adaptive_avg_pool(x, rest)
+    # PyTorch flattens channels first
     x = Correction(name="features")(x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
     for index, (linear, norm) in enumerate(found.linears):
         x = net.linear(linear, x)

@@ -74,6 +74,7 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
     """Possible values of "pool" (max-pooling after the stem) and "stem_stride"."""
     style = naming(net)
     side = net.size(style.stem[0])[-1]
+    # the styles without a norm in the stem are those of CIFAR nets
     if style.stem[1] is None:
         return ({"stem_stride": 1, "pool": False},)
     if side == 7:

@@ -77,6 +77,7 @@ class Layers:
         shape = self.size(name)
         if len(shape) != 4 or x.shape[-1] % shape[1] or min(x.shape) < 1:
             raise Mismatch(f"{name} does not take {x.shape[-1]} channels")
+        # PyTorch stores I / groups, so the input tells the number of groups
         groups = x.shape[-1] // shape[1]
         if shape[0] % groups:
             raise Mismatch(f"{name} does not divide its channels into {groups} groups")
@@ -128,6 +129,7 @@ class Layers:
     def unused(self, name: str) -> None:
         """Declares a layer that the net has but never applies, so that its arrays exist."""
         shape = self.size(name)
+        # applying the layer once makes Flax create its arrays
         blank = jnp.zeros((1, 1, 1, shape[0] if len(shape) == 1 else shape[1]), jnp.float32)
         self.norm(name, blank) if len(shape) == 1 else self.conv(name, blank)
 

@@ -85,6 +85,7 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
         raise Mismatch(f"it has {count} stages of inverted residuals where seven are known")
     if stem[0] == "pre.0":
         return ({"strides": SEVEN["small"], "stem_stride": 1, "activation": "relu6"},)
+    # kuangliu's names
     if stem[0] == "conv1":
         if any(block(net, name).squeeze for name in blocks(net)[0]):
             return ({"strides": SEVEN["imagenet"], "stem_stride": 1, "activation": "swish"},)
