@@ -41,8 +41,7 @@ class Method:
       presets: for a repair, functions of the module (or of the pipeline, if that has a `Config`)
         that return settings; the first is the default. Without presets, only `Config()`.
       search: for a repair that needs a trigger, the scan method that searches for one by default.
-      guards: for a repair, whether it corrects each target separately, so that its result guards
-        itself.
+      guards: for a repair, whether it corrects each target separately and its result guards itself.
       plantable: for an attack, whether `jaxbd attack` can plant it.
       load: imports the module; None to import `path`.
     """

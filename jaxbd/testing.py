@@ -163,7 +163,7 @@ def check_repair(repair: Repair, *, eagerly: bool = True) -> None:
     """Checks a repair made for `problem()`: runs every phase in order and checks the extracted
     net."""
     names = [phase.name for phase in repair.phases]
-    assert names and len({*names}) == len(names), "phases need names of their own"
+    assert names and len({*names}) == len(names), "phases need distinct names"
     assert repair.needs <= {"clean", "trigger"}, f"unknown needs {repair.needs}"
 
     def init(key, variables):

@@ -64,6 +64,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     def init(key: Key) -> Trigger:
         place = jnp.array(place_of, jnp.int32)
         if config.place == "drawn":
+            # a key of its own, so that the pattern is the same for every kind of place
             place = image_ops.random_places(
                 jax.random.fold_in(key, 1), 1, image_shape, (side, side)
             )[0]

@@ -293,6 +293,7 @@ def make(
     def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
         moved, distance = move_generator(key, state, batch)
         first = state.step < config.first_steps
+        # computed in both stages; stage II drops the update of the generator
         state = jax.tree.map(lambda new, old: jnp.where(first, new, old), moved, state)
         # Differs from released code: the classifier trains against the generator of this step, not
         # of the last epoch.
@@ -304,6 +305,7 @@ def make(
         return state, Info(*seen, jnp.zeros_like(seen[0]))
 
     def extract(state: State) -> tuple[Variables, Trigger]:
+        # the epsilon of the last step that was made
         return state.variables, trigger_of(jnp.maximum(state.step - 1, 0), state.generator)
 
     return Trainer(init, step, second, extract)

@@ -51,6 +51,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     relabel = poison.relabelling("sinusoid", classes, config.target, config.all_to_all)
     width = image_shape[1]
     waves = config.frequency / width if config.period is None else 1 / config.period
+    # on the host, so that a wave that rounds to zero is refused at once
     steps = [round(config.size * math.sin(2 * math.pi * column * waves)) for column in range(width)]
     if not any(steps):
         raise UserError(

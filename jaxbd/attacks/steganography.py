@@ -78,6 +78,7 @@ def _spread_bits(text: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     """The bits of `text` in the order of `Config.text`: [H, W, C] of 0 and 1."""
     height, width, channels = image_shape
     bits = np.unpackbits(np.frombuffer(text.encode(), np.uint8), bitorder="little")
+    # np.resize repeats the bits until the image is full
     return (
         np.resize(bits, math.prod(image_shape)).reshape(channels, height, width).transpose(1, 2, 0)
     )

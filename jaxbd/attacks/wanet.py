@@ -59,6 +59,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     relabel = poison.relabelling("wanet", classes, config.target, config.all_to_all)
     height, width, _ = image_shape
     identity = image_ops.identity_grid(height, width)
+    # half a pixel: the grid spans 2 across the image
     unit = jnp.array([[[1 / width, 1 / height]]])
 
     def init(key: Key) -> Trigger:

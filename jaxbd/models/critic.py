@@ -22,6 +22,7 @@ class StatisticsNetwork(nn.Module):
     @nn.compact
     def __call__(self, noise: Array, triggers: Array) -> Array:
         flat = triggers.reshape(triggers.shape[0], -1)
+        # without bias: the second map has one for both
         x = nn.Dense(self.hidden, use_bias=False, kernel_init=TORCH_KERNEL)(noise)
         x = x + nn.Dense(self.hidden, kernel_init=TORCH_KERNEL)(flat)
         x = nn.leaky_relu(x, LEAK)

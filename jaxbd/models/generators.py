@@ -75,6 +75,7 @@ class ConvGenerator(nn.Module):
     @nn.compact
     def __call__(self, noise: Array, *, train: bool) -> Array:
         side = self.trigger_shape[0]
+        # leaves a start of 2 or 3
         doublings = side.bit_length() - 2
         start = side >> doublings
         x = nn.Dense(start * start * self.hidden)(noise).reshape(-1, start, start, self.hidden)

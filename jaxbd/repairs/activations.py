@@ -40,6 +40,7 @@ def ranges(outputs: Outputs, images: Array) -> dict[str, Range]:
             for layer, values in outputs(number, chunk).items()
         }
         return {
+            # the count as [1], so that it stacks like the others
             layer: (z.min(0), z.max(0), z.mean(0), z.var(0), jnp.array([len(z)]))
             for layer, z in flat.items()
         }

@@ -79,6 +79,7 @@ def nearest_middle(accuracies: Array, before: Array, max_drop: float) -> Array:
     """Index [] of the t nearest to the middle of the dial with an accuracy [points] within the
     budget; 0 if there is none. Of two equally near, takes the one towards the second end."""
     count = len(accuracies)
+    # farthest from the middle first, so that `best_within` returns the nearest
     order = sorted(range(count), key=lambda i: (-abs(2 * i - count + 1), i))
     ordered = jnp.array(order)
     return ordered[best_within(accuracies[ordered], before, max_drop)]

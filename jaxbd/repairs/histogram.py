@@ -44,6 +44,7 @@ def grid(low: Array, high: Array, width: float, bins: int) -> Grid:
     # Differs from paper: a channel that needs more than `bins` intervals gets `bins` wider ones.
     """
     wide = jnp.maximum((high - low) / bins, width).astype(low.dtype)
+    # the factor, so that a rounding error does not add an interval
     count = jnp.ceil((high - low) / wide * (1 - 1e-6)).astype(jnp.int32)
     return Grid(low, wide, jnp.clip(count, 1, bins))
 

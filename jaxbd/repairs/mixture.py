@@ -52,6 +52,7 @@ def entropy_weighted(models: ArrayTree, entropy: Array, slope: Array) -> Mixture
       slope: g'(g^-1(beta_i)) [N] > 0, slope of the map from density to ASR at each level; ones for
         a linear g.
     """
+    # softmax of logarithms, since exp(h) can overflow
     logits = entropy - jnp.log(slope)
     return Mixture(models, jax.nn.softmax(logits))
 

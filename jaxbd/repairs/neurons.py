@@ -29,6 +29,7 @@ def find_neurons(variables: Variables, classes: int) -> Neurons:
     ]
     kernels = {layer: params[*layer, KERNEL] for layer in layers if (*layer, KERNEL) in params}
     convolutions = [layer for layer, kernel in kernels.items() if kernel.ndim > 2]
+    # a linear layer with one output per class counts as the classifier
     linear = [
         layer
         for layer, kernel in kernels.items()
@@ -70,6 +71,7 @@ def prune(variables: Variables, masks: Neurons, value: Array, by: str) -> Variab
     leaves, tree = jax.tree.flatten(masks)
     flat = jnp.concatenate(leaves)
     if by == "number":
+        # argsort of argsort gives ranks
         ranks = jnp.argsort(jnp.argsort(flat))
         keep = ranks >= jnp.round(value * flat.size)
     else:

@@ -83,6 +83,7 @@ def rank_features(net: Net, variables: Variables, place: Place, images: Array) -
         return {place.layer: net.outputs(variables, chunk)[1][place.layer]}
 
     means = activations.means(last, images)[place.layer]
+    # argsort of argsort gives ranks
     return jnp.argsort(jnp.argsort(means)).astype(jnp.int32)
 
 

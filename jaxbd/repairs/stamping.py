@@ -56,6 +56,7 @@ def stamp_some(
     [B, H, W, C], and which of them are stamped [B] bool."""
     rate_key, stamp_key = jax.random.split(key)
     chosen = jax.random.bernoulli(rate_key, rate, images.shape[:1])
+    # stamps all images and selects, so that shapes stay static
     stamped = stamp(stamp_key, trigger_params, images)
     return jnp.where(chosen[:, None, None, None], stamped, images), chosen
 

@@ -33,10 +33,11 @@ def are_default() -> bool:
 
 
 def width(program: Any, arguments: tuple, split: tuple[int, ...], count: int) -> int:
-    """Cells per group: `START` times the largest power of two that `TRAFFIC` allows.
+    """Cells per group: `START` times the largest power of two that `TRAFFIC` allows, at most each
+    worker's share of the cells.
 
-    The width is 1 when each worker has at most `START` cells, so that a finished cell leaves no
-    idle slot. Compiles nothing.
+    The width is 1 if that share is at most `START`, so that a finished cell leaves no idle slot.
+    Compiles nothing.
 
     Args:
       program, arguments, split: as in `advance`.

@@ -78,8 +78,8 @@ def chunks(
 
     `state` is donated: the caller must not use it afterwards. `rows` is the size of the batches
     that `advance` marks with `images.spread_rows`. The devices in use share each batch, unless the
-    caller has placed `state` on several devices or `rows` is not a multiple of their number. The
-    returned state is on one device either way.
+    caller has placed `state` on several devices or `rows` is not a multiple of their number.
+    Sharing does not show outside: the caller's state and the returned state are on one device.
 
     Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
     """

@@ -23,8 +23,8 @@ from jaxbd.training.program import Clock, Seconds, Time
 LONGEST = 600.0
 """Seconds after which a checkpoint is written even if fewer than `every` steps were made."""
 SHORT = 60.0
-"""A stage that ends within this many seconds of the run's start is not saved; a resumed run repeats
-it."""
+"""The end of a stage is saved only from this many seconds after the run's start on; a resumed run
+repeats shorter stages."""
 NAME = 40
 """Maximum characters of a stage's name in its folder's name."""
 

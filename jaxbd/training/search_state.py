@@ -23,7 +23,7 @@ from jaxbd.training.table import (
 
 
 class SearchState(NamedTuple):
-    """Everything a search needs to resume, as NumPy arrays. Rows of waiting cells are blank.
+    """Everything a search needs to resume, as NumPy arrays. Rows of waiting cells do not count.
 
     Attributes:
       states: [N, …], of cells that are done or in a slot.

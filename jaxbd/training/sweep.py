@@ -137,6 +137,7 @@ def compile_step(
     variables: Variables,
 ) -> jax.stages.Compiled:
     """Compiles one step of all cells at once, to inspect its cost; computes nothing."""
+    # mode "host", so that the program is a single step
     task = over_slots.make_task(
         key, inversion, draw, data, cells, variables, num_steps=1, over_time="host"
     )

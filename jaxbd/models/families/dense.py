@@ -105,7 +105,7 @@ def _layer(net: Layers, name: str, x: Array) -> Array:
     convs = [key for key in inner if len(net.shapes[key]) == 4]
     norms = [key for key in inner if len(net.shapes[key]) == 1]
     if not convs or len(convs) != len(norms):
-        raise Mismatch(f"{name} is no layer of a dense block")
+        raise Mismatch(f"{name} is not a layer of a dense block")
     for norm, conv in zip(norms, convs, strict=True):
         x = net.conv(conv, nn.relu(net.norm(norm, x)))
     return x

@@ -56,7 +56,7 @@ def block(net: Layers, name: str) -> Inverted:
     convs = [key for key in main if len(net.shapes[key]) == 4 and key not in excite]
     norms = [key for key in main if len(net.shapes[key]) == 1]
     if len(convs) != len(norms) or len(convs) not in (2, 3):
-        raise Mismatch(f"{name} is no inverted residual block")
+        raise Mismatch(f"{name} is not an inverted residual block")
     pair = tuple(sorted(excite, key=natural))
     return Inverted(
         tuple(zip(sorted(convs, key=natural), sorted(norms, key=natural), strict=True)),

@@ -104,7 +104,7 @@ def block(net: Layers, name: str) -> Block:
     convs = tuple(key for key in inner.values() if len(net.shapes[key]) == 4)
     norms = tuple(key for key in inner.values() if len(net.shapes[key]) == 1)
     if len(convs) not in (2, 3) or len(norms) != len(convs):
-        raise Mismatch(f"{name} is no residual block")
+        raise Mismatch(f"{name} is not a residual block")
     return Block(convs, norms, shortcut, excited)
 
 
@@ -116,6 +116,7 @@ def is_preactivated(net: Layers) -> bool:
         found = block(net, name)
         channels = net.shapes[found.norms[0]][0]
         outputs, inputs = net.shapes[found.convs[0]][:2]
+        # a block votes only if its input and output widths differ
         before += channels == inputs and channels != outputs
         after += channels == outputs and channels != inputs
     return before > after
@@ -136,6 +137,7 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
     strides = "1" + "2" * (len(found) - 1)
     base = {"strides": strides, "stem_stride": 2 if side == 7 else 1, "pool": side == 7}
     choices: list[dict[str, Any]] = [base]
+    # the weights do not show whether pooling follows a 3x3 stem
     if side == 3 and len(found) == 4 and not preactivated and net.has("fc"):
         choices.append({**base, "pool": True})
         choices.append({**base, "pool": True, "stem_stride": 2})
