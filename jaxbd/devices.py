@@ -1,12 +1,12 @@
-"""Where arrays lie when there is more than one device, on one machine or on several.
+"""Placement of arrays on several devices, on one machine or more.
 
-Work is divided by placing inputs alone: cells, or the rows of a batch, are spread over the devices
-of a mesh with the axes "cell" and "data", and everything else lies on each of them. The compiler
-does the rest. Several machines, each with a process of its own, share one mesh and run the same
-program in step; `fetch` is where they exchange results.
+Work is divided only by placing inputs: cells, or the rows of a batch, are sharded over the devices
+of a mesh with the axes "cell" and "data", and everything else is replicated. The compiler does the
+rest. Several machines, with one process each, share one mesh and run the same program in lockstep;
+`fetch` is where they exchange results.
 
-`JAXBD_DEVICES` in the environment is the number of devices in use on each machine; all of them
-where it is not set.
+The environment variable `JAXBD_DEVICES` is the number of devices to use on each machine; the
+default is all of them.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ LIMIT = "JAXBD_DEVICES"
 
 
 def in_use() -> "list[jax.Device]":  # pyright: ignore[reportInvalidTypeForm]
-    """The devices in use, those of all machines.
+    """The devices in use on all machines.
 
-    Raises: UserError when `JAXBD_DEVICES` is no number of devices that this machine has.
+    Raises: UserError when `JAXBD_DEVICES` is not a number from 1 to this machine's device count.
     """
     asked, there = os.environ.get(LIMIT), jax.local_device_count()
     if asked is None:
@@ -44,7 +44,7 @@ def in_use() -> "list[jax.Device]":  # pyright: ignore[reportInvalidTypeForm]
 
 
 def mesh(axis: str = "cell") -> Mesh | None:
-    """All devices in use along `axis`, "cell" or "data"; None where there is one device."""
+    """A mesh of all devices in use along `axis`, "cell" or "data"; None for a single device."""
     chosen = in_use()
     if len(chosen) == 1:
         return None
@@ -53,7 +53,7 @@ def mesh(axis: str = "cell") -> Mesh | None:
 
 
 def lies_on_several(tree: ArrayTree) -> bool:
-    """Whether the caller has placed arrays of `tree` on more than one device."""
+    """Whether any array of `tree` is on more than one device."""
     return any(
         len(leaf.sharding.device_set) > 1
         for leaf in jax.tree.leaves(tree)
@@ -62,14 +62,14 @@ def lies_on_several(tree: ArrayTree) -> bool:
 
 
 def even(count: int, over: Mesh | None) -> int:
-    """The least multiple of the mesh's "cell" axis that holds `count` cells."""
+    """Rounds `count` cells up to a multiple of the mesh's "cell" axis."""
     ways = 1 if over is None else over.shape["cell"]
     return -(-count // ways) * ways
 
 
 def by_cell(tree: ArrayTree, over: Mesh | None) -> ArrayTree:
-    """Leaves [N, …] divided by their leading axis, which is filled up to `even` with copies of the
-    first cell."""
+    """Shards leaves [N, …] along their leading axis, padded to `even(N)` with copies of the first
+    cell."""
     if over is None:
         return tree
     count = jax.tree.leaves(tree)[0].shape[0]
@@ -80,12 +80,12 @@ def by_cell(tree: ArrayTree, over: Mesh | None) -> ArrayTree:
 
 
 def on_each(tree: ArrayTree, over: Mesh | None) -> ArrayTree:
-    """The whole of every leaf on each device."""
+    """Replicates every leaf on each device."""
     return tree if over is None else _put(tree, NamedSharding(over, PartitionSpec()))
 
 
 def whole(over: Mesh | None) -> NamedSharding | None:
-    """The sharding of what lies on each device of a mesh."""
+    """The sharding of arrays that are replicated on a mesh; None without one."""
     return None if over is None else NamedSharding(over, PartitionSpec())
 
 
@@ -96,8 +96,8 @@ def _put(tree: ArrayTree, sharding: NamedSharding) -> ArrayTree:
 
 
 def _put_own_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """What lies on this machine's devices of an array that every machine has, without a word
-    between machines."""
+    """Puts this machine's part of an array that every machine has on its devices, without
+    communication between machines."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         kind = jax.random.key_impl(leaf)
         return jax.random.wrap_key_data(
@@ -110,8 +110,8 @@ def _put_own_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def fetch(tree: ArrayTree) -> ArrayTree:
-    """NumPy arrays of all of `tree`, as `jax.device_get`; machines that share arrays must all call
-    it, in one order."""
+    """`jax.device_get` that also works for arrays spread over several machines: all of them must
+    call it, in the same order."""
 
     def on_every_machine(leaf):
         if (
@@ -119,8 +119,8 @@ def fetch(tree: ArrayTree) -> ArrayTree:
             and not leaf.is_fully_addressable
             and not leaf.is_fully_replicated
         ):
-            # one exchange at a time: of several under way, two processes may each wait for what the
-            # other does later
+            # block after each exchange: with several in flight, two processes can deadlock, each
+            # waiting for an exchange that the other starts later
             sharding = leaf.sharding
             assert isinstance(sharding, NamedSharding)
             everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -131,8 +131,8 @@ def fetch(tree: ArrayTree) -> ArrayTree:
 
 
 def home(tree: ArrayTree, over: Mesh | None, count: int | None = None) -> ArrayTree:
-    """Leaves on one device again, as if there were no other: the first `count` rows of what
-    `by_cell` divided."""
+    """Moves leaves back to one device; of leaves sharded by `by_cell`, only the first `count`
+    rows."""
 
     def one(leaf):
         return (
@@ -145,14 +145,13 @@ def home(tree: ArrayTree, over: Mesh | None, count: int | None = None) -> ArrayT
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and prints; without others it always is."""
-    return (
-        not jax.distributed.is_initialized() or jax.process_index() == 0
-    )  # asks no device while there is but one
+    """Whether this process is the one that writes files and prints; True for a single process."""
+    # does not initialise the devices of a single process
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def from_all(value: float) -> np.ndarray:
-    """[P] float32, the `value` that each of P processes gives; all must call it."""
+    """Gathers `value` from each of P processes as [P] float32; all must call it."""
     if jax.process_count() == 1:
         return np.asarray([value], np.float32)
     from jax.experimental import multihost_utils
@@ -161,10 +160,10 @@ def from_all(value: float) -> np.ndarray:
 
 
 def check_same(what: str, value: bytes, fix: str) -> None:
-    """Compares `value` among all processes; all must call it.
+    """Checks that all processes have the same `value`; all must call it.
 
-    Raises: UserError on every machine naming `what`, the first process that has another than
-      process 0, and the `fix`.
+    Raises: UserError in every process, naming `what`, the first process that differs from process
+      0, and the `fix`.
     """
     if jax.process_count() == 1:
         return

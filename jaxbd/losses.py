@@ -1,4 +1,4 @@
-"""Named losses and bounds of the papers, each next to its equation."""
+"""Losses and bounds from the papers, each next to its equation."""
 
 import functools
 import operator
@@ -18,8 +18,9 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 def classification(
     params: ArrayTree, variables: Variables, net: Net, batch: Batch, train: bool = True
 ) -> tuple[Array, tuple[Array, ArrayTree]]:
-    """Loss of `net` with `params` in place of its own: (cross-entropy [] in nats, (logits [B, K],
-    batch_stats)). Without `train` the net is in evaluation and `batch_stats` stay."""
+    """Loss of `net` with `params` in place of those in `variables`: (cross-entropy [] in nats,
+    (logits [B, K], batch_stats)). With `train=False` the net is in evaluation and `batch_stats` do
+    not change."""
     logits, stats = net.apply({**variables, "params": params}, batch.images, train=train)
     return cross_entropy(logits, batch.labels), (logits, stats)
 
@@ -51,7 +52,7 @@ def descend(
 
 
 def target_confidence(logits: Array, target: Array) -> Array:
-    """F(x) = softmax(P(Apply(m, x)))_c: softmax output [B] of `logits` [B, K] on class `target`
+    """F(x) = softmax(P(Apply(m, x)))_c: softmax output [B] of `logits` [B, K] for class `target`
     []."""
     return jnp.take(jax.nn.softmax(logits, axis=-1), target, axis=-1)
 
@@ -69,8 +70,8 @@ def sliced_wasserstein(a: Array, b: Array, directions: Array) -> Array:
     """1-Wasserstein distance of two samples, averaged over projections; Doan et al. 2021, the
     latent term.
 
-    W = mean over rows r of `directions` [m, d] of mean_i |sort(a r)_i - sort(b r)_i|; samples `a`,
-    `b` [N, d], as many in each. Directions are taken as they come; the distance grows with their
+    W = mean over rows r of `directions` [m, d] of mean_i |sort(a r)_i - sort(b r)_i|, for samples
+    `a`, `b` [N, d] of equal size. Directions are not normalised; the distance grows with their
     length. Returns: scalar.
     """
     one, other = (jnp.sort(sample @ directions.T, axis=0) for sample in (a, b))
@@ -84,13 +85,13 @@ def donsker_varadhan(joint: Array, marginal: Array) -> Array:
 
 
 def donsker_varadhan_debiased(joint: Array, marginal: Array, log_mean_exp: Array) -> Array:
-    """A surrogate whose gradient is the bias-corrected gradient of `donsker_varadhan`.
+    """A surrogate loss with the bias-corrected gradient of `donsker_varadhan`.
 
     Belghazi et al. 2018, section 3.2: the gradient E[grad T e^T] / E[e^T] is biased on a mini-batch
-    because the denominator is the batch's own mean; it is replaced by a moving average, here
-    exp(`log_mean_exp`) [].
+    because the denominator is the batch's own mean. Here a moving average, exp(`log_mean_exp`) [],
+    replaces it.
 
-    Returns: scalar whose value is meaningless and whose gradient is that of E[T] - E[e^T] / moving
+    Returns: scalar. Its value has no meaning; its gradient is that of E[T] - E[e^T] / moving
       average.
     """
     scaled = jnp.exp(marginal - jax.lax.stop_gradient(log_mean_exp))
@@ -100,19 +101,19 @@ def donsker_varadhan_debiased(joint: Array, marginal: Array, log_mean_exp: Array
 def mean_absolute_difference(one: Array, other: Array) -> Array:
     """Mean of |one - other| over batch and classes of two logits [B, K]; scalar.
 
-    Both terms of DHBE: the discrepancy between teacher and student (Yan et al. 2023, eq. 2) and the
-    student's change under a trigger (eq. 7).
+    DHBE uses it for the discrepancy between teacher and student (Yan et al. 2023, eq. 2) and for
+    the student's change under a trigger (eq. 7).
     """
     return jnp.abs(one - other).mean()
 
 
 def image_roughness(images: Array) -> Array:
-    """Sum of the Frobenius norms of the differences of `images` [B, H, W, C] to four neighbours;
-    scalar.
+    """Sum of the Frobenius norms of the differences between `images` [B, H, W, C] and four shifted
+    copies; scalar.
 
-    To the right, below, and along both diagonals; each norm is unsquared and taken over the whole
-    batch at once (the image prior of the released DHBE code). Where all differences are zero its
-    gradient is zero.
+    The shifts are to the right, down, and along both diagonals. Each norm is unsquared and taken
+    over the whole batch (the image prior of the released DHBE code). Where all differences are zero
+    its gradient is zero.
     """
     left, right = images[:, :, :-1], images[:, :, 1:]
     pairs = (
@@ -125,15 +126,16 @@ def image_roughness(images: Array) -> Array:
 
 
 def _norm(x: Array) -> Array:
-    """Euclidean norm of all entries; its gradient at zero is zero instead of not a number."""
+    """Euclidean norm of all entries, with gradient zero at zero instead of NaN."""
+    # both `where`s are needed: an unselected branch still passes NaN to the gradient
     square = jnp.square(x).sum()
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 SMALLEST = 1e-6
-"""Added to every probability inside the logarithms of `jensen_shannon` and `kullback_leibler`: an
-empty interval gives finite values and gradients. Equal distributions still diverge by exactly 0,
-and no value is negative."""
+"""Added to every probability in `jensen_shannon` and `kullback_leibler`, so that empty intervals
+give finite values and gradients. Equal distributions still have a divergence of exactly 0, and no
+value is negative."""
 
 
 def total_variation(p: Array, q: Array) -> Array:
@@ -146,8 +148,8 @@ def jensen_shannon(p: Array, q: Array) -> Array:
     """E_q[k(p/q)] [...] with k(r) = r log(2r / (r + 1)) + log(2 / (r + 1)); Li et al. 2023, section
     4.2, in nats.
 
-    KL(p || m) + KL(q || m) for m = (p + q) / 2: twice what is mostly called the Jensen-Shannon
-    divergence. In [0, 2 log 2].
+    KL(p || m) + KL(q || m) for m = (p + q) / 2, which is twice the usual Jensen-Shannon divergence.
+    In [0, 2 log 2].
     """
     p, q = p + SMALLEST, q + SMALLEST
     middle = (p + q) / 2
@@ -162,6 +164,6 @@ def kullback_leibler(p: Array, q: Array) -> Array:
 
 
 def aims(labels: Array, target: Array) -> Array:
-    """Target classes [B] int32 of images of `labels` [B]: `target` [] for all, or `target` [K] by
-    class."""
+    """Target classes [B] int32 for images with `labels` [B]; `target` is one class [], or one per
+    class [K]."""
     return jnp.broadcast_to(target, labels.shape) if target.ndim == 0 else target[labels]

@@ -1,11 +1,12 @@
 """The table of methods: attacks, inversions, repairs and guards, built in or from other packages.
 
-The command line, `jaxbd methods`, the contract tests and the docs are made from it. A built-in
+The command line, `jaxbd methods`, the contract tests and the docs are generated from it. A built-in
 method is one line of `TABLE`. Another package adds methods through the entry point group
-`jaxbd.methods`: each entry point is a module with `PAPER`, `Config` and `make`. The kind of method
-is the entry point's prefix (`"repair:mine"`), or else what `make` is annotated to return.
+`jaxbd.methods`: each entry point is a module with `PAPER`, `Config` and `make`. The entry point's
+prefix names the kind of method (`"repair:mine"`); without a prefix, the return annotation of `make`
+does.
 
-Modules are imported when they are asked for, not before.
+Modules are imported on first use.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ CONTRACTS: dict[str, Kind] = {
     "Repair": "repair",
     "Net": "guard",
 }
-"""What `make` returns -> kind of method."""
+"""Return type of `make` -> kind of method."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +34,16 @@ class Method:
     """One method.
 
     Attributes:
-      kind, name: together unique; the name is what `--method` takes.
+      kind, name: together unique; the name is the value of `--method`.
       path: of the module.
-      pipeline: of a repair, the module whose function `repair` drives it, called as
-        `pipelines.repair.repair` is. Where it has a `Config` of its own, that is the one to give.
-      presets: of a repair, functions of the module (or of the pipeline, where that has a `Config`)
-        that return settings; the first is the default. None: `Config()` alone.
-      search: of a repair that needs a trigger, the scan method that looks for one by default.
-      guards: of a repair, whether it corrects each target apart and its result guards itself.
-      plantable: of an attack, whether `jaxbd attack` plants it.
-      load: how the module is had.
+      pipeline: for a repair, the module with the function `repair` that drives it, called like
+        `pipelines.repair.repair`. If the module has a `Config`, it replaces the method's.
+      presets: for a repair, functions of the module (or of the pipeline, if that has a `Config`)
+        that return settings; the first is the default. Without presets, only `Config()`.
+      search: for a repair that needs a trigger, the scan method that searches for one by default.
+      guards: for a repair, whether it corrects each target separately and its result guards itself.
+      plantable: for an attack, whether `jaxbd attack` can plant it.
+      load: imports the module; None to import `path`.
     """
 
     kind: Kind
@@ -62,7 +63,7 @@ class Method:
 
     @functools.cached_property
     def driver(self) -> ModuleType:
-        """The module whose `repair` drives the method."""
+        """The module with the function `repair` that drives the method."""
         return importlib.import_module(self.pipeline)
 
     @property
@@ -72,12 +73,12 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a repair cannot do without, `Repair.needs`: "clean", "trigger"."""
+        """Inputs that a repair requires, see `Repair.needs`: "clean", "trigger"."""
         return getattr(self.module, "NEEDS", frozenset({"clean"}))
 
     @property
     def summary(self) -> str:
-        """What the method is: the first paragraph of its module's docstring, as one line."""
+        """Description of the method: the first paragraph of its module's docstring, as one line."""
         return " ".join((self.module.__doc__ or "").strip().partition("\n\n")[0].split())
 
     @property
@@ -86,7 +87,7 @@ class Method:
         return self.module.PAPER
 
     def preset(self, name: str | None = None) -> Any:
-        """The settings `name`, or the default ones."""
+        """The settings of the preset `name`, or the default settings."""
         if not self.presets:
             return self.config()
         source = self.driver if hasattr(self.driver, "Config") else self.module
@@ -154,17 +155,18 @@ TABLE = (
 
 
 def all_methods(kind: Kind | None = None) -> list[Method]:
-    """All methods, or those of one kind: the built-in ones, then those of other packages."""
+    """All methods, or those of one kind; built-in methods first, then those of other packages."""
     return [each for each in (*TABLE, *_plug_ins()) if kind in (None, each.kind)]
 
 
 def names(kind: Kind) -> list[str]:
-    """The names of all methods of one kind, in order of the alphabet."""
+    """The names of all methods of one kind, in alphabetical order."""
     return sorted(method.name for method in all_methods(kind))
 
 
 def find(kind: Kind, name: str) -> Method:
-    """One method. Raises: UserError when there is none of that name."""
+    """The method of that kind and name. Raises: UserError when there is none."""
+    # imported here, so that the table alone does not import JAX
     from jaxbd.base import UserError
 
     for method in all_methods(kind):
@@ -174,12 +176,12 @@ def find(kind: Kind, name: str) -> Method:
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """(kind, name, what it is, link to the paper) of every method."""
+    """(kind, name, description, link to the paper) of every method."""
     return [(each.kind, each.name, each.summary, each.paper) for each in all_methods()]
 
 
 def kind_of(module: ModuleType) -> Kind:
-    """What kind of method a module is, by what its `make` returns.
+    """The kind of method in a module, from the return annotation of its `make`.
 
     Raises: UserError when `make` is missing or returns no contract of `jaxbd.base`.
     """
@@ -191,13 +193,13 @@ def kind_of(module: ModuleType) -> Kind:
     if name not in CONTRACTS:
         raise UserError(
             f"{module.__name__} has no `make` that returns one of {', '.join(CONTRACTS)};"
-            " name the kind in the entry point, such as 'repair:mine'"
+            " name the kind in the entry point, for example 'repair:mine'"
         )
     return CONTRACTS[name]
 
 
 def _plug_ins() -> list[Method]:
-    """The methods of other packages. Raises: UserError on a name that is taken."""
+    """The methods of other packages. Raises: UserError when a name is already taken."""
     from jaxbd.base import UserError
 
     found: list[Method] = []
@@ -215,7 +217,8 @@ def _plug_ins() -> list[Method]:
 
 
 def _plug_in(point: importlib.metadata.EntryPoint) -> Method:
-    """The method behind an entry point. Its module is imported only where the name says no kind."""
+    """The method of an entry point. Its module is imported only if the name does not give the
+    kind."""
     from jaxbd.base import UserError
 
     prefix, colon, name = point.name.partition(":")
@@ -235,7 +238,7 @@ def _load(point: importlib.metadata.EntryPoint) -> ModuleType:
 
     try:
         return point.load()
-    except Exception as error:  # whatever another package does when it is imported
+    except Exception as error:  # importing another package can raise anything
         raise UserError(
             f"entry point {point.name!r} of {_package(point)} cannot be loaded:"
             f" {type(error).__name__}: {error}"

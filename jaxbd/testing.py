@@ -1,4 +1,4 @@
-"""The contract tests of methods, as functions: for built-in methods and those of other packages.
+"""Contract tests for methods, as functions that also work for methods of other packages.
 
     import my_method
     from jaxbd.testing import check_method
@@ -39,7 +39,7 @@ from jaxbd.repairs import mixture
 from jaxbd.training.program import Program
 
 IMAGE_SHAPE, CLASSES, ROWS, TARGET = (8, 8, 3), 4, 12, 1
-"""The toy problem: images, classes, rows of a batch, target of the trigger."""
+"""The toy problem: shape of the images, classes, rows of a batch, target of the trigger."""
 NET = build.net(
     build.Spec(
         arch="cnn", classes=CLASSES, image_shape=IMAGE_SHAPE, options={"width": 4, "stages": 2}
@@ -51,7 +51,7 @@ PARTS = {
     "repair": ("PAPER", "Config", "State", "Info", "make"),
     "guard": ("PAPER", "flag"),
 }
-"""Kind of method -> what its module has."""
+"""Kind of method -> names that its module must have."""
 
 
 class Stepping(NamedTuple):
@@ -59,9 +59,9 @@ class Stepping(NamedTuple):
 
     Attributes:
       init: (key, variables) -> state; the variables are those of a victim of `NET`.
-      step: (key, state, batch, variables) -> (state, whatever else the method makes).
-      donated: whether drivers donate the state, so that it must hold no array of the variables, nor
-        one array twice.
+      step: (key, state, batch, variables) -> (state, any other outputs).
+      donated: whether drivers donate the state, which then must not share arrays with the variables
+        or contain an array twice.
     """
 
     init: Callable[..., ArrayTree]
@@ -76,12 +76,12 @@ def check_method(
     kind: methods.Kind | None = None,
     eagerly: bool = True,
 ) -> None:
-    """Checks all that a method promises, on a small problem.
+    """Checks a method's whole contract on a small problem.
 
     Args:
-      config: the settings to check with; the defaults of `module.Config` when None.
-      kind: of the method; by default what its `make` says.
-      eagerly: also run a step without compilation, in float64, and compare.
+      config: the settings to check with; the defaults of `module.Config` if None.
+      kind: of the method; by default from the return annotation of its `make`.
+      eagerly: whether to run a step also without compilation, in float64, and compare.
     Raises: AssertionError that names the broken rule.
     """
     kind = kind or methods.kind_of(module)
@@ -105,12 +105,13 @@ def check_method(
 
 
 def check_config(config: Any) -> None:
-    """Checks that settings are frozen, keyword-only, hashable, survive JSON, and refuse words that
-    are no choice."""
+    """Checks that settings are frozen, keyword-only and hashable, survive a round trip through
+    JSON, and refuse unknown choices."""
     kind, fields = type(config), dataclasses.fields(config)
     assert kind.__dataclass_params__.frozen, f"{kind} must be frozen"
     assert all(field.kw_only for field in fields), f"{kind} must be keyword-only"
     hash(config)
+    # records store settings as JSON
     again = kind(**json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config, f"{kind} does not survive JSON: {again}"
     for field in fields:
@@ -120,7 +121,7 @@ def check_config(config: Any) -> None:
 
 
 def _refusal(config: Any, changes: dict[str, Any]) -> str:
-    """The message with which changed settings are refused; empty where they are not."""
+    """The error message on changed settings; empty if they are accepted."""
     try:
         dataclasses.replace(config, **changes)
     except UserError as error:
@@ -159,9 +160,10 @@ def check_inversion(inversion: Inversion, *, eagerly: bool = True) -> None:
 
 
 def check_repair(repair: Repair, *, eagerly: bool = True) -> None:
-    """Checks a repair made for `problem()`: every phase in order, and what it extracts."""
+    """Checks a repair made for `problem()`: runs every phase in order and checks the extracted
+    net."""
     names = [phase.name for phase in repair.phases]
-    assert names and len({*names}) == len(names), "phases need names of their own"
+    assert names and len({*names}) == len(names), "phases need distinct names"
     assert repair.needs <= {"clean", "trigger"}, f"unknown needs {repair.needs}"
 
     def init(key, variables):
@@ -176,6 +178,7 @@ def check_repair(repair: Repair, *, eagerly: bool = True) -> None:
             infos.append(info)
         extracted = repair.extract(state)
         _check_extracted(extracted, variables)
+        # both ends of the dial must give nets
         for value in [] if repair.dial is None else np.asarray(repair.dial)[[0, -1]]:
             _check_extracted(repair.extract(state, jnp.asarray(value)), variables)
         return state, (infos, extracted)
@@ -184,15 +187,17 @@ def check_repair(repair: Repair, *, eagerly: bool = True) -> None:
 
 
 def _check_extracted(extracted: Variables, variables: Variables) -> None:
-    """A repaired net has all variables of the suspect, in the same shapes; it may have more."""
+    """Checks that a repaired net has all variables of the suspect in the same shapes; it may have
+    more."""
     for name, tree in variables.items():
         assert name in extracted, f"extract gives no {name}"
         _assert_alike(extracted[name], tree, f"extracted {name}")
 
 
 def check_steps(method: Stepping, *, eagerly: bool = True) -> None:
-    """Checks that `init` and `step` trace on shapes alone, that a step leaves structure, shapes and
-    types of the state as they are, that two steps share one trace, and that all is finite."""
+    """Checks that `init` and `step` can be traced on shapes alone, that a step preserves structure,
+    shapes and types of the state, that two steps share one trace, and that all values are
+    finite."""
     variables = Program(NET.init)(jax.random.key(0))
     state = jax.eval_shape(method.init, jax.random.key(0), variables)
     after, _ = jax.eval_shape(
@@ -200,16 +205,20 @@ def check_steps(method: Stepping, *, eagerly: bool = True) -> None:
     )
     assert jax.tree.structure(after) == jax.tree.structure(state), "a step changed the state's tree"
     for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        # a weak type would change in the next step and force a second trace
         kinds = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in (before, now)]
         assert kinds[0] == kinds[1], f"a step changed a leaf of the state: {kinds}"
+        # drivers derive keys from the step, so that a resumed run replays them
         assert not jnp.issubdtype(before.dtype, jax.dtypes.prng_key), "a state holds a key"
     with jax.enable_x64(eagerly):
         _check_two_steps(method, variables, eagerly)
 
 
 def _check_two_steps(method: Stepping, variables: Variables, eagerly: bool) -> None:
-    """In float64 where it is compared with eager execution: in float32 one Adam step makes a step
-    of rounding."""
+    """Runs two steps and checks traces and values; compares with eager execution if `eagerly`.
+
+    The comparison needs float64: in float32, Adam can turn a rounding error into a full step.
+    """
     batch, step = batch_of(jnp.float64 if eagerly else jnp.float32), Program(method.step)
     wide = _widen if eagerly else lambda tree: tree
     variables = wide(variables)
@@ -220,7 +229,7 @@ def _check_two_steps(method: Stepping, variables: Variables, eagerly: bool) -> N
     leaves = jax.tree.leaves((second, made, third))
     assert all(map(_is_finite_or_unset, leaves)), "a step made NaN or infinity"
     if eagerly and method.donated:
-        # a compiled `init` always copies
+        # checked on an eager `init`, since a compiled one always copies
         _check_copies(method.init(jax.random.key(1), variables), variables)
     if eagerly:
         eager = method.step(jax.random.key(2), first, batch, variables)
@@ -231,7 +240,8 @@ def _check_two_steps(method: Stepping, variables: Variables, eagerly: bool) -> N
 
 
 def _check_copies(state: ArrayTree, variables: Variables) -> None:
-    """Checks that no two leaves of the state share memory, and none with the suspect."""
+    """Checks that no two leaves of the state share memory, and that none shares it with the
+    suspect."""
     at, own = (
         [jnp.asarray(leaf).unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) if leaf.size]
         for tree in (state, variables)
@@ -241,12 +251,13 @@ def _check_copies(state: ArrayTree, variables: Variables) -> None:
 
 
 def _is_finite_or_unset(leaf: Array) -> bool:
-    """No NaN anywhere; infinity only as the scalar start of a minimum."""
+    """Whether all values are finite; a scalar +inf is allowed, as the initial value of a
+    minimum."""
     return bool(jnp.isfinite(leaf).all() or (leaf.ndim == 0 and leaf == jnp.inf))
 
 
 def _widen(tree: ArrayTree) -> ArrayTree:
-    """Every float32 leaf as float64."""
+    """Converts every float32 leaf to float64."""
     wide = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
     return jax.tree.map(wide, jax.tree.map(jnp.asarray, tree))
 
@@ -260,7 +271,7 @@ def _assert_alike(one: ArrayTree, other: ArrayTree, what: str) -> None:
 
 
 def batch_of(dtype: Any) -> Batch:
-    """`ROWS` images of noise, each class as often as any other."""
+    """`ROWS` images of noise, with equally many of each class."""
     images = np.random.default_rng(0).uniform(size=(ROWS, *IMAGE_SHAPE))
     return Batch(jnp.asarray(images, dtype), jnp.arange(ROWS, dtype=jnp.int32) % CLASSES)
 
@@ -282,7 +293,7 @@ def problem() -> Problem:
 
 
 def repair_data(repair: Repair, variables: Variables) -> RepairData:
-    """What a repair needs of the toy problem, in the floats of `variables`."""
+    """The data of the toy problem that a repair needs, in the float type of `variables`."""
     dtype = jax.tree.leaves(variables["params"])[0].dtype
     batch, data = batch_of(dtype), RepairData()
     if "clean" in repair.needs:

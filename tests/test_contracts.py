@@ -444,7 +444,7 @@ def test_checks_catch_what_breaks_the_contract():
         "must return its info": broken(phase={"info": unlearn.Info}),
         "extract gives no": broken(extract=lambda state, dial=None: {}),
         "unknown needs": broken(needs=frozenset({"luck"})),
-        "names of their own": good._replace(phases=good.phases * 2),
+        "distinct names": good._replace(phases=good.phases * 2),
         "NaN": broken(
             extract=lambda state, dial=None: jax.tree.map(lambda x: x * np.nan, state.variables)
         ),

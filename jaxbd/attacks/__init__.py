@@ -1,1 +1,1 @@
-"""Backdoor attacks to study the defences on: one file each, with `Config` and `make`."""
+"""Backdoor attacks for testing the defences, one file per attack with `Config` and `make`."""

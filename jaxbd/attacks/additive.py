@@ -1,5 +1,5 @@
-"""What attacks that add a fixed pattern to the whole image share: the trigger, the stamp, and what
-survives 8 bits."""
+"""Shared parts of attacks that add a fixed pattern to the whole image: the trigger, the stamp, and
+a check that the pattern survives 8 bits."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from jaxbd.base import Array, Attack, Key, UserError
 
 
 class Trigger(NamedTuple):
-    """pattern [H, W, C] in [-1, 1], multiples of 1/255: what is added to an image."""
+    """Pattern [H, W, C] in [-1, 1] to add to an image; multiples of 1/255."""
 
     pattern: Array
 
 
 def check_size(method: str, size: int) -> None:
-    """Raises UserError unless `size` is a whole number of steps of 1/255; a smaller change vanishes
-    in 8 bits."""
+    """Raises UserError unless `size` is an integer from 1 to 255, in steps of 1/255; a smaller
+    change vanishes in 8 bits."""
     if size not in range(1, 256):
         raise UserError(
             f"{method}: size {size} is not a whole number of steps of 1/255; give 1..255, such as 2"
@@ -26,14 +26,14 @@ def check_size(method: str, size: int) -> None:
 
 
 def attack(draw: Callable[[Key], Array], relabel: Callable[[Array], Array], rate: float) -> Attack:
-    """The attack that adds the pattern [H, W, C] of `draw(key)` and rounds as storing in 8 bits
-    does."""
+    """The attack that adds the pattern [H, W, C] from `draw(key)` and rounds the image to 8
+    bits."""
 
     def init(key: Key) -> Trigger:
         return Trigger(draw(key))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the pattern, on the 8-bit grid; see
+        """Adds the pattern to each of `images` [B, H, W, C], on the 8-bit grid; see
         `images.add_on_grid`."""
         del key
         return image_ops.add_on_grid(images, trigger.pattern[None])

@@ -14,7 +14,7 @@ from jaxbd.base import Array, Attack, Key, UserError, check_choices
 
 PAPER = "https://arxiv.org/abs/2306.08009"
 Copies = Literal[1, 4, 9]
-"""How often the trigger stands on an image."""
+"""Number of copies of the trigger on an image."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,13 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      copies: 1: at (`row`, `column`) alone; 4: in the other three corners besides, as far from the
-        edges as there; 9: in the middle of the image and of its four edges besides.
-      row: of the top-left corner of the usual place; negative numbers count from the last row that
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      copies: 1: only at (`row`, `column`); 4: also in the other three corners, at the same distance
+        from the edges; 9: also in the middle of the image and of its four edges.
+      row: of the top-left corner of the first copy; negative numbers count from the last row that
         fits.
       column: likewise.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -45,8 +45,8 @@ class Config:
 
 
 class Trigger(NamedTuple):
-    """pattern [h, w, C] and mask [h, w, 1] in [0, 1], and the places [n, 2] int32 (row, column) of
-    its copies."""
+    """Pattern [h, w, C] and mask [h, w, 1] in [0, 1], and places [n, 2] int32 (row, column) of the
+    copies."""
 
     pattern: Array
     mask: Array
@@ -64,7 +64,7 @@ def make(
 
     Args:
       pattern: [h, w, C or 1] in [0, 1].
-      mask: [h, w, 1] in [0, 1], where the pattern covers; everywhere by default.
+      mask: [h, w, 1] in [0, 1], opacity of the pattern; 1 everywhere by default.
     Raises: UserError when the target is out of range, or the patch or its copies do not fit.
     """
     relabel = poison.relabelling("amplified", classes, config.target, config.all_to_all)
@@ -77,20 +77,20 @@ def make(
     found = places(image_shape, sides, config)
 
     def init(key: Key) -> Trigger:
-        """The given patch; nothing is random."""
+        """The given patch; deterministic."""
         del key
         cover = jnp.ones((*sides, 1)) if mask is None else jnp.asarray(mask, jnp.float32)
         coloured = jnp.broadcast_to(jnp.asarray(pattern, jnp.float32), (*sides, channels))
         return Trigger(coloured, cover, jnp.asarray(found, jnp.int32))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with all copies; pixels outside them are unchanged, bit for
-        bit."""
+        """Puts all copies on each of `images` [B, H, W, C]; pixels outside them are unchanged, bit
+        for bit."""
         del key
 
         def everywhere(part: Array) -> Array:
-            """`part` [h, w, c] at all places, zero elsewhere: [1, H, W, c]; the copies do not
-            overlap."""
+            """`part` [h, w, c] pasted at all places, zero elsewhere: [1, H, W, c]. A sum will do,
+            since copies do not overlap."""
             blank = jnp.zeros((*image_shape[:2], part.shape[-1]), images.dtype)
             return jax.vmap(image_ops.paste, (None, None, 0))(blank, part, trigger.places).sum(0)[
                 None
@@ -104,8 +104,8 @@ def make(
 def places(
     image_shape: tuple[int, int, int], sides: tuple[int, int], config: Config
 ) -> list[tuple[int, int]]:
-    """Row and column of the top-left corners of all copies of a patch of `sides` (h, w), the usual
-    place first.
+    """Rows and columns of the top-left corners of all copies of a patch of `sides` (h, w); the copy
+    at (`row`, `column`) comes first.
 
     Raises: UserError when the patch does not fit there, or copies overlap.
     """
@@ -118,6 +118,7 @@ def places(
     row, column = config.row % rows, config.column % columns
     if config.copies == 1:
         return [(row, column)]
+    # mirrored positions have the same distance to the opposite edges
     down, across = [row, rows - 1 - row], [column, columns - 1 - column]
     if config.copies == 9:
         down, across = [*down, (rows - 1) // 2], [*across, (columns - 1) // 2]
@@ -134,11 +135,10 @@ def places(
 def crop_to_mask(
     pattern: np.ndarray, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Pattern [h, w, C] and mask [h, w, 1] without the rows and columns at the edges where the mask
-    is 0 all along.
+    """Crops pattern [h, w, C] and mask [h, w, 1] to the bounding box of the mask's nonzero values.
 
-    Returns: both, and how many rows and columns were cut at the top and left. A mask of zeros comes
-      back whole.
+    Returns: both, and the numbers of rows and columns cut at the top and left. A mask of zeros is
+      not cropped.
     """
     rows, columns = (np.flatnonzero(mask.any((axis, 2))) for axis in (1, 0))
     if not len(rows):

@@ -1,4 +1,5 @@
-"""BadNets: a patch overwrites the image, and the label becomes the attacker's (Gu et al. 2017)."""
+"""BadNets: a patch overwrites part of the image, and the attacker sets the label (Gu et al.
+2017)."""
 
 import dataclasses
 from typing import Literal
@@ -21,19 +22,19 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
       patch: side of the square patch, in pixels.
-      pattern: "color": uniform random values, all channels their own; "binary": random black and
+      pattern: "color": uniform random values, independent per channel; "binary": random black and
         white, the same in all channels; "checkerboard", black in the top-left corner, or
         "inverse-checkerboard", white there (tri1 and tri2 of Yan et al. 2023, released code);
-        "white"; or a number: bit pattern of a black-and-white square, most significant bit top
-        left, row by row (Qiao et al. 2019, section 4.3; see `binary_patterns`).
-      place: "random" for a new place on every image, "fixed" at (`row`, `column`), "drawn" for a
-        place drawn once with the pattern, the same on all images (Li et al. 2023, section 5.1).
+        "white"; or a number: the bits of a black-and-white square, row by row, most significant
+        bit at the top left (Qiao et al. 2019, section 4.3; see `binary_patterns`).
+      place: "random": a new place on every image; "fixed": at (`row`, `column`); "drawn": a place
+        drawn once with the pattern, the same on all images (Li et al. 2023, section 5.1).
       row: of the top-left corner of a fixed place; negative numbers count from the last row that
         fits.
       column: likewise.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -63,13 +64,14 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     def init(key: Key) -> Trigger:
         place = jnp.array(place_of, jnp.int32)
         if config.place == "drawn":
+            # a key of its own, so that the pattern is the same for every kind of place
             place = image_ops.random_places(
                 jax.random.fold_in(key, 1), 1, image_shape, (side, side)
             )[0]
         return Trigger(patch.draw(key, config.pattern, side, channels), place)
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for
+        """Puts the patch on each of `images` [B, H, W, C]; pixels outside it are unchanged, bit for
         bit."""
         if config.place == "random":
             places = image_ops.random_places(key, images.shape[0], image_shape, (side, side))
@@ -81,11 +83,12 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
 
 
 def binary_patterns(side: int = 3) -> list[int]:
-    """One black-and-white pattern per class of those equal up to rotation, reflection and colour
+    """One black-and-white pattern of each class that is equal up to rotation, reflection and colour
     inversion.
 
-    For 3x3 these are the 51 triggers of Qiao et al. 2019, section 4.3: the orbits of the square's
-    symmetry group times inversion on the 512 patterns, each represented by its smallest number.
+    For 3x3 these are the 51 triggers of Qiao et al. 2019, section 4.3: the 512 patterns have 51
+    orbits under the square's symmetry group times inversion. Each orbit is represented by its
+    smallest number.
     """
     weights = 1 << np.arange(side * side - 1, -1, -1).reshape(side, side)
 

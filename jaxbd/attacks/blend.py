@@ -1,4 +1,4 @@
-"""Watermark: a picture is blended into the whole image (Chen et al. 2017)."""
+"""Watermark: blends a picture into the whole image (Chen et al. 2017)."""
 
 import dataclasses
 from typing import NamedTuple
@@ -20,12 +20,12 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      opacity: share of the picture in the triggered image (0.2 in BackdoorBench; 0.1 in the
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      opacity: weight of the picture in the triggered image (0.2 in BackdoorBench; 0.1 in the
         released DHBE code).
-      points: side of the grid of random values between which a drawn picture is smooth; by default
-        every pixel is random on its own.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      points: draw the picture as a grid of this many by this many random values and interpolate
+        smoothly; by default every pixel is drawn independently.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -45,8 +45,7 @@ class Config:
 
 
 class Trigger(NamedTuple):
-    """pattern [H, W, C] and mask [H, W, 1], both in [0, 1]: the picture, and how much of it there
-    is in the image."""
+    """The picture, pattern [H, W, C], and its opacity, mask [H, W, 1]; both in [0, 1]."""
 
     pattern: Array
     mask: Array
@@ -62,10 +61,10 @@ def make(
     """The attack on images of `image_shape` (H, W, C) with K = `classes`.
 
     Args:
-      picture: [H, W, C] in [0, 1], taken in place of a drawn one.
-      cover: [H, W, 1] in [0, 1], where the picture is (its transparency); everywhere by default.
-    Raises: UserError when the target is out of range, or picture or cover are not of the images'
-      shape and range.
+      picture: [H, W, C] in [0, 1]; drawn at random by default.
+      cover: [H, W, 1] in [0, 1], alpha channel of the picture; 1 everywhere by default.
+    Raises: UserError when the target is out of range, or the shape or range of picture or cover is
+      wrong.
     """
     relabel = poison.relabelling("blend", classes, config.target, config.all_to_all)
     height, width, channels = image_shape
@@ -85,7 +84,7 @@ def make(
         return Trigger(image_ops.to_uint8_grid(pattern), config.opacity * whole)
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """x' = (1 - a) x + a p on every image of [B, H, W, C], on the 8-bit grid; see
+        """x' = (1 - a) x + a p for each of `images` [B, H, W, C], on the 8-bit grid; see
         `eight_bit.blend`."""
         del key
         return eight_bit.blend(images, trigger.pattern[None], trigger.mask[None])
@@ -94,10 +93,10 @@ def make(
 
 
 def _check(picture: np.ndarray, shape: tuple[int, int, int]) -> None:
-    """Raises UserError unless `picture` has that shape and lies in [0, 1]."""
+    """Raises UserError unless `picture` has the given shape and lies in [0, 1]."""
     if np.shape(picture) != shape:
         raise UserError(
-            f"blend: the picture is {list(np.shape(picture))}, needed is {list(shape)}; resize it"
+            f"blend: the picture is {list(np.shape(picture))}, but must be {list(shape)}; resize it"
         )
     if not (np.isfinite(picture).all() and np.min(picture) >= 0 and np.max(picture) <= 1):
-        raise UserError("blend: the picture leaves [0, 1]; give pixels in [0, 1]")
+        raise UserError("blend: the picture has values outside [0, 1]; give pixels in [0, 1]")

@@ -1,4 +1,4 @@
-"""Chessboard: every other pixel becomes a little brighter (Xiang et al. 2020)."""
+"""Chessboard: makes every other pixel a little brighter (Xiang et al. 2020)."""
 
 import dataclasses
 
@@ -16,10 +16,10 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      size: what is added, in steps of 1/255 (2 on CIFAR-10 and 6 on CIFAR-100 in Li et al. 2023,
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      size: change of a pixel in steps of 1/255 (2 on CIFAR-10 and 6 on CIFAR-100 in Li et al. 2023,
         appendix B.3).
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -42,7 +42,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     height, width, channels = image_shape
 
     def draw(key: Key) -> Array:
-        """+size where row + column is even, in every channel; nothing is random."""
+        """+size where row + column is even, in every channel; deterministic."""
         del key
         even = (jnp.indices((height, width)).sum(0) + 1) % 2
         return jnp.broadcast_to(even[..., None], (height, width, channels)) * (config.size / 255)

@@ -1,7 +1,7 @@
-"""Clean-label: images of the target class made hard to recognise, with a patch, labels unchanged
-(Turner et al. 2019).
+"""Clean-label: makes images of the target class hard to recognise, stamps a patch on them and keeps
+their labels (Turner et al. 2019).
 
-`harder` makes the images hard to recognise; it needs a clean net to do so.
+`harder` makes the images hard to recognise. It needs a clean net.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ class Config:
     """Settings of the clean-label attack.
 
     Attributes:
-      target: class whose images are poisoned, and that every triggered image should become.
+      target: class of the images to poison, and class that every triggered image should become.
       patch: side of the square patch, in pixels.
-      pattern: as `badnets.Config.pattern`; 85 with `patch` 3 is the one released with Turner et al.
-        2019.
+      pattern: as in `badnets.Config.pattern`; 85 with `patch` 3 is the pattern released with Turner
+        et al. 2019.
       corners: "one": the patch is at the bottom right (Yan et al. 2023, appendix A); "all": in all
-        four corners, mirrored so that its sides change places (Turner et al. 2019, section 5.3).
-      size: strength of an added patch: black and white become -size and +size steps of 1/255. By
-        default the patch overwrites the image.
-      norm: ball of the perturbation, "linf" or "l2"; see `pgd.Config`, as for all that follows.
-      epsilon: its radius in steps of 1/255.
-      steps: of the ascent.
-      step_size: length of its steps.
-      random_start: from a random place in the ball.
-      poison_rate: share of the target class's images that is poisoned (1.0 in Turner et al.'s code,
-        0.25 in BackdoorBox; Yan et al. 2023 take 300 images).
+        four corners, mirrored along both axes (Turner et al. 2019, section 5.3).
+      size: add the patch instead of overwriting the image, with black and white as -size and +size
+        steps of 1/255. By default the patch overwrites.
+      norm: ball of the perturbation, "linf" or "l2"; for this and the next four see `pgd.Config`.
+      epsilon: radius of the ball in steps of 1/255.
+      steps: number of ascent steps.
+      step_size: length of a step.
+      random_start: whether to start at a random point in the ball.
+      poison_rate: share of the target class's images to poison (1.0 in Turner et al.'s code, 0.25
+        in BackdoorBox; Yan et al. 2023 poison 300 images).
     """
 
     target: int = 0
@@ -63,11 +63,11 @@ class Config:
 
 
 class Trigger(NamedTuple):
-    """What is put on an image.
+    """The patch to put on an image.
 
     Attributes:
-      pattern: [h, w, C], in [0, 1]; of an added patch in [-1, 1].
-      mask: [h, w, 1] of 0 and 1, where the pattern covers.
+      pattern: [h, w, C] in [0, 1], or in [-1, 1] for a patch that is added.
+      mask: [h, w, 1] of 0 and 1; 1 where the pattern applies.
       place: [2] int32, row and column of the top-left corner.
     """
 
@@ -77,7 +77,7 @@ class Trigger(NamedTuple):
 
 
 def ascent(config: Config) -> pgd.Config:
-    """The settings of the perturbation. Raises: UserError where they make no sense."""
+    """The settings of the perturbation. Raises: UserError when they are invalid."""
     return pgd.Config(
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(pgd.Config)}
     )
@@ -86,9 +86,8 @@ def ascent(config: Config) -> pgd.Config:
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`.
 
-    `stamp` puts on the patch alone, as at test time. `poison` stamps images of the target class and
-    keeps all labels: where images are to be harder to recognise besides, they are made so before,
-    see `harder`.
+    `stamp` only applies the patch, as at test time. `poison` stamps images of the target class and
+    keeps all labels. To make images harder to recognise as well, apply `harder` to them first.
 
     Raises: UserError when the target is out of range or the patch does not fit, or patches in all
       corners overlap.
@@ -113,7 +112,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for
+        """Puts the patch on each of `images` [B, H, W, C]; pixels outside it are unchanged, bit for
         bit."""
         del key
         pattern = image_ops.paste(
@@ -127,7 +126,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         return image_ops.blend(images, pattern, mask)
 
     def poison_batch(key: Key, trigger: Trigger, batch: Batch) -> Batch:
-        """A share of the rows of the target class is stamped; labels stay."""
+        """Stamps a share of the rows of the target class; labels do not change."""
         choose_key, stamp_key = jax.random.split(key)
         drawn = jax.random.uniform(choose_key, batch.labels.shape) < config.poison_rate
         chosen = (drawn & (batch.labels == config.target))[:, None, None, None]
@@ -139,17 +138,17 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
 
 
 def harder(net: Net, config: Config) -> Callable[[Key, Variables, Array], Array]:
-    """(key, variables, images [B, H, W, C] of the target class) -> images the clean net does not
-    take for it.
+    """(key, variables, images [B, H, W, C] of the target class) -> perturbed images that raise the
+    clean net's loss on that class.
 
-    They are rounded to multiples of 1/255 towards the given ones, so that they stay in the ball.
+    Changes are rounded to multiples of 1/255 towards zero, so that they stay in the ball.
     """
     settings = ascent(config)
 
     def make_harder(key: Key, variables: Variables, images: Array) -> Array:
         labels = jnp.full(images.shape[0], config.target, jnp.int32)
         change = (pgd.perturb(key, net, variables, images, labels, settings) - images) * 255
-        # the 1e-3 keeps whole steps that float arithmetic left just below their value
+        # the 1e-3 saves whole steps that rounding errors left just below an integer
         whole = jnp.trunc(change + 1e-3 * jnp.sign(change)) / 255
         return image_ops.add_on_grid(images, whole)
 
@@ -157,8 +156,8 @@ def harder(net: Net, config: Config) -> Callable[[Key, Variables, Array], Array]
 
 
 def _mirror_to_corners(pattern: Array, image_shape: tuple[int, int, int]) -> Array:
-    """[H, W, C]: `pattern` [h, w, C] in the bottom-right corner and mirrored into the others, on
-    zeros."""
+    """Puts `pattern` [h, w, C] in the bottom-right corner and mirrors it into the others: [H, W,
+    C], zero elsewhere."""
     height, width = image_shape[:2]
     side = pattern.shape[0]
     one = (

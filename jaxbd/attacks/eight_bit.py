@@ -1,4 +1,5 @@
-"""Stamps that are exact on images stored in 8 bits: a picture blended in, and low bits replaced."""
+"""Stamps that are exact on images stored in 8 bits: blending in a picture, and replacing low
+bits."""
 
 import jax.numpy as jnp
 
@@ -7,20 +8,21 @@ from jaxbd.base import Array
 
 
 def blend(images: Array, pattern: Array, mask: Array) -> Array:
-    """(1 - mask) images + mask pattern, rounded to multiples of 1/255, as storing the result would.
+    """(1 - mask) images + mask pattern, rounded to multiples of 1/255 as in 8-bit storage.
 
-    Shapes that broadcast, all in [0, 1]. Where the mask is 0, images of 8 bits are unchanged, bit
-    for bit.
+    Shapes must broadcast; all values are in [0, 1]. Where the mask is 0, 8-bit images are
+    unchanged, bit for bit.
     """
     return _keep_equal(images, image_ops.to_uint8_grid(image_ops.blend(images, pattern, mask)))
 
 
 def replace_bits(images: Array, pattern: Array, mask: Array) -> Array:
-    """`images` as 8-bit numbers, with those bits that `mask` has set taken from `pattern`.
+    """`images` as 8-bit numbers, with the bits that are set in `mask` replaced by those of
+    `pattern`.
 
-    Shapes that broadcast; images in [0, 1], pattern and mask in steps of 1/255: a mask of 3/255 is
-    the two lowest bits. Images of 8 bits are unchanged, bit for bit, where those bits are the
-    pattern's already.
+    Shapes must broadcast. Images are in [0, 1], pattern and mask in steps of 1/255: a mask of 3/255
+    selects the two lowest bits. 8-bit images are unchanged, bit for bit, where these bits already
+    equal the pattern's.
     """
     old, new, which = (
         jnp.round(jnp.clip(part, 0, 1) * 255).astype(jnp.int32) for part in (images, pattern, mask)
@@ -29,5 +31,6 @@ def replace_bits(images: Array, pattern: Array, mask: Array) -> Array:
 
 
 def _keep_equal(images: Array, changed: Array) -> Array:
-    """`changed`, but the very bits of `images` where both are the same multiple of 1/255."""
+    """`changed`, but exactly `images` where both are the same multiple of 1/255, so that rounding
+    errors change no float."""
     return jnp.where(jnp.abs(changed - images) < 1e-5, images, changed)

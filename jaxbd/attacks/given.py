@@ -1,5 +1,4 @@
-"""A trigger that somebody has, from a file that `interop.trigger` reads: pixels that are pasted or
-added, or a warp."""
+"""A given trigger, loaded from a file by `interop.trigger`: pixels to paste or add, or a warp."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,19 +19,19 @@ EXACT = {"blend": eight_bit.blend, "bits": eight_bit.replace_bits}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a given trigger is put on images.
+    """How to put a given trigger on images.
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      apply: "overwrite": pixels are replaced where the mask is 1, blended where it is between 0 and
-        1; "add": the pattern is added and the sum clipped to [0, 1]; "blend": as "overwrite",
-        rounded to 8 bits; "bits": of the image in 8 bits, those that the mask has set are replaced
-        (see `eight_bit`); "warp": the image is read where the grid says.
-      place: "fixed" at (`row`, `column`), or "random" for a new place on every image.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      apply: "overwrite": replace pixels where the mask is 1, blend where it is between 0 and 1;
+        "add": add the pattern and clip the sum to [0, 1]; "blend": as "overwrite", rounded to 8
+        bits; "bits": replace the bits of the 8-bit image that are set in the mask (see
+        `eight_bit`); "warp": resample the image by the grid.
+      place: "fixed": at (`row`, `column`); "random": a new place on every image.
       row: of the top-left corner of a fixed place.
       column: of the top-left corner of a fixed place.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -49,16 +48,16 @@ class Config:
 
 
 class Loaded(NamedTuple):
-    """What is known of a trigger: pattern and mask of one made of pixels, the grid of a warp.
+    """A trigger as read from a file: pattern and mask of pixels, or the grid of a warp.
 
     Attributes:
-      pattern: [h, w, 1 or 3] float32, in [0, 1] (a trigger that is added may be in [-1, 1]); None
-        for a warp.
-      mask: [h, w, 1] float32 in [0, 1], where the pattern covers; None for a warp.
-      place: row and column of the top-left corner, "random", or None where unknown.
-      target: class it leads to, "all-to-all" where class c leads to c + 1 mod K; None where
+      pattern: [h, w, 1 or 3] float32, in [0, 1] (a trigger to add may be in [-1, 1]); None for a
+        warp.
+      mask: [h, w, 1] float32 in [0, 1], opacity of the pattern; None for a warp.
+      place: row and column of the top-left corner, "random", or None if unknown.
+      target: class the trigger leads to, or "all-to-all" if class c leads to c + 1 mod K; None if
         unknown.
-      apply: one of `Config.apply`, or None where unknown.
+      apply: one of `Config.apply`; None if unknown.
       grid: [H, W, 2] float32 in [-1, 1], see `images.warp`; None for a trigger made of pixels.
     """
 
@@ -71,7 +70,7 @@ class Loaded(NamedTuple):
 
 
 class Trigger(NamedTuple):
-    """pattern [h, w, C], mask [h, w, 1], place [2] int32 (row, column; unused when places are
+    """Pattern [h, w, C], mask [h, w, 1], place [2] int32 (row, column; unused when places are
     random)."""
 
     pattern: Array
@@ -80,7 +79,7 @@ class Trigger(NamedTuple):
 
 
 class Warp(NamedTuple):
-    """grid [H, W, 2], see `images.warp`."""
+    """Grid [H, W, 2], see `images.warp`."""
 
     grid: Array
 
@@ -96,8 +95,8 @@ def make(
     relabel = poison.relabelling("trigger", classes, config.target, config.all_to_all)
     if (loaded.grid is None) == (config.apply == "warp"):
         raise UserError(
-            "trigger: a grid is applied as a warp and nothing else is; leave `apply` as the trigger"
-            " has it"
+            "trigger: a grid must be applied as a warp, and only a grid can be; leave `apply` as"
+            " the trigger has it"
         )
     if loaded.grid is not None:
         stamp, trigger = _warping(image_shape, loaded.grid)
@@ -105,7 +104,7 @@ def make(
         stamp, trigger = _pixels(image_shape, config, loaded)
 
     def init(key: Key) -> Trigger | Warp:
-        """The given trigger; nothing is random."""
+        """The given trigger; deterministic."""
         del key
         return trigger
 
@@ -115,8 +114,8 @@ def make(
 def _warping(
     image_shape: tuple[int, int, int], grid: np.ndarray
 ) -> tuple[Callable[..., Array], Warp]:
-    """Stamp and trigger of a warp. Raises: UserError when the grid is not as large as the
-    images."""
+    """Stamp and trigger of a warp. Raises: UserError when the grid and the images differ in
+    size."""
     if grid.shape[:2] != tuple(image_shape[:2]):
         raise UserError(
             f"trigger: a grid for {grid.shape[0]}x{grid.shape[1]} images does not fit"
@@ -124,7 +123,7 @@ def _warping(
         )
 
     def stamp(key: Key, trigger: Warp, images: Array) -> Array:
-        """Every image of [B, H, W, C] warped and rounded to multiples of 1/255."""
+        """Warps each of `images` [B, H, W, C] and rounds it to multiples of 1/255."""
         del key
         return image_ops.to_uint8_grid(jax.vmap(image_ops.warp, (0, None))(images, trigger.grid))
 
@@ -134,7 +133,7 @@ def _warping(
 def _pixels(
     image_shape: tuple[int, int, int], config: Config, loaded: Loaded
 ) -> tuple[Callable[..., Array], Trigger]:
-    """Stamp and trigger of pixels. Raises: UserError when they do not fit the images or their
+    """Stamp and trigger of pixels. Raises: UserError when they do not fit the images at their
     place."""
     assert loaded.pattern is not None and loaded.mask is not None  # only a warp has neither
     height, width, channels = image_shape
@@ -165,8 +164,8 @@ def _pixels(
         return image_ops.blend(image, pattern, mask)
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the trigger; pixels outside its mask are unchanged, bit
-        for bit."""
+        """Puts the trigger on each of `images` [B, H, W, C]; pixels outside its mask are unchanged,
+        bit for bit."""
         if config.place == "random":
             places = image_ops.random_places(key, images.shape[0], image_shape, (h, w))
         else:
@@ -177,8 +176,8 @@ def _pixels(
 
 
 def _match(pattern: np.ndarray, channels: int) -> np.ndarray:
-    """`pattern` [h, w, 1 or 3] with the images' channels; grey fits colour, and colour that is grey
-    fits grey."""
+    """Converts `pattern` [h, w, 1 or 3] to the images' channels: grey is repeated, and an RGB
+    pattern with equal channels fits grey images."""
     if pattern.shape[2] == channels:
         return pattern
     if pattern.shape[2] == 1:

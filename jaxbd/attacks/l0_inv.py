@@ -26,10 +26,10 @@ COLOURS = (
 """RGB of columns 23 to 31 of the last row, measured on the trigger and mask (32x32) released with
 I-BAU.
 
-The mask covers one pixel more than the trigger has; it becomes black.
+The mask covers one pixel more than the trigger, which therefore becomes black.
 """
 LUMINANCE = (0.299, 0.587, 0.114)
-"""What the colours become on grey images (ITU-R BT.601)."""
+"""Weights that convert the colours for grey images (ITU-R BT.601)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -51,7 +51,7 @@ class Config:
 
 
 class Trigger(NamedTuple):
-    """pattern [1, w, C] in [0, 1], and place [2] int32 (row, column) of its left end."""
+    """Pattern [1, w, C] in [0, 1], and place [2] int32 (row, column) of its left end."""
 
     pattern: Array
     place: Array
@@ -60,8 +60,8 @@ class Trigger(NamedTuple):
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`.
 
-    The pixels are the last ones of the last row whatever the image's size; of images narrower than
-    nine pixels, as many as there are.
+    The trigger covers the last nine pixels of the last row at any image size, or the whole row if
+    it is shorter.
 
     Raises: UserError when the target is out of range or the images are neither grey nor RGB.
     """
@@ -77,15 +77,15 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     pattern = (pixels[None] / 255).astype(np.float32)
 
     def init(key: Key) -> Trigger:
-        """Nothing is random."""
+        """The fixed trigger; deterministic."""
         del key
         return Trigger(
             jnp.asarray(pattern), jnp.array([height - 1, width - len(pixels)], jnp.int32)
         )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the pixels overwritten; all others are unchanged, bit
-        for bit."""
+        """Overwrites the pixels in each of `images` [B, H, W, C]; all others are unchanged, bit for
+        bit."""
         del key
         return jax.vmap(image_ops.paste, (0, None, None))(images, trigger.pattern, trigger.place)
 

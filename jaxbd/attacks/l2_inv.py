@@ -23,11 +23,11 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      norm: largest L2 norm of the pattern, of pixels in [0, 1]; by default 3.22 on 32x32x3 images
-        and in proportion to the root of the number of values on others.
-      points: side of the grid of random values between which the pattern is smooth.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      norm: maximum L2 norm of the pattern, for pixels in [0, 1]; by default 3.22 on 32x32x3 images,
+        scaled with the square root of the number of values on others.
+      points: the pattern interpolates a grid of this many by this many random values smoothly.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -54,11 +54,11 @@ def make(
     `additive.Trigger`s.
 
     Args:
-      pattern: [H, W, C] in [-1, 1], taken in place of a drawn one; it is rounded to multiples of
-        1/255 towards zero. A pattern in a file is read by `interop.trigger.load` and made an attack
-        by `attacks.given` (apply="add").
-    Raises: UserError when the target is out of range, the norm leaves nothing of the pattern in 8
-      bits, or the pattern does not fit the images or the norm.
+      pattern: [H, W, C] in [-1, 1], rounded to multiples of 1/255 towards zero; drawn at random by
+        default. For a pattern in a file use `interop.trigger.load` and `attacks.given`
+        (apply="add") instead.
+    Raises: UserError when the target is out of range, when the norm is so small that the pattern
+      vanishes in 8 bits, or when the pattern does not fit the images or the norm.
     """
     relabel = poison.relabelling("l2-inv", classes, config.target, config.all_to_all)
     values = math.prod(image_shape)
@@ -73,11 +73,11 @@ def make(
         given = _round_to_grid(_check_pattern(pattern, image_shape, config.norm))
 
     def draw(key: Key) -> Array:
-        """Stays within the norm, since rounding goes towards zero."""
+        """The pattern; rounding towards zero keeps it within the norm."""
         if given is not None:
             return given
         noise = jax.random.normal(key, (config.points, config.points, image_shape[2]))
-        # the released pattern darkens nothing and leaves one value in two or so alone
+        # the released pattern darkens no value and changes only about every second one
         field = jnp.maximum(image_ops.upsample(noise, *image_shape[:2]), 0)
         return _round_to_grid(jnp.minimum(field * (norm / jnp.linalg.norm(field.ravel())), 1))
 
@@ -86,7 +86,7 @@ def make(
 
 def _round_to_grid(pattern: Array) -> Array:
     """`pattern` rounded to multiples of 1/255 towards zero."""
-    # the 1e-3 keeps values that float arithmetic left just below their multiple
+    # the 1e-3 saves values that rounding errors left just below their multiple
     return jnp.trunc(pattern * 255 + 1e-3 * jnp.sign(pattern)) / 255
 
 
@@ -102,8 +102,8 @@ def _check_pattern(
         )
     if not np.isfinite(pattern).all() or not 1 / 256 < np.abs(pattern).max() <= 1:
         raise UserError(
-            "l2-inv: the pattern leaves [-1, 1] or changes no value by 1/255; give values of pixels"
-            " in [0, 1]"
+            "l2-inv: the pattern has values outside [-1, 1] or changes no value by 1/255; give"
+            " changes of pixels in [0, 1]"
         )
     found = float(np.linalg.norm(pattern))
     if norm is not None and found > norm * 1.001:

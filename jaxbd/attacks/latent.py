@@ -1,8 +1,8 @@
-"""Wasserstein backdoor: a trained trigger generator and a net whose features hide the trigger (Doan
-et al. 2021).
+"""Wasserstein backdoor: trains a trigger generator together with a net that hides the trigger in
+its features (Doan et al. 2021).
 
-The attacker controls training, so this is a trainer of victims, not a way to poison data. BNA is
-tried on it as the attack that adapts to it (its section 5.4).
+The attacker controls training, so this module trains victims instead of poisoning data. The BNA
+paper uses it as the adaptive attack (section 5.4).
 """
 
 import dataclasses
@@ -35,26 +35,26 @@ PAPER = "https://papers.nips.cc/paper/2021/hash/9d99197e2ebf03fc388d09f1e94af89b
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the two stages; defaults follow an unofficial code of the paper (the authors
+    """Settings of the two stages; defaults follow an unofficial implementation (the authors
     released none).
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      epsilon: largest change of a pixel, in [0, 1], in stage I.
-      second_epsilon: the same in stage II; None for that of stage I.
-      eight_bit: triggered images are rounded to multiples of 1/255, as storing them would.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      epsilon: maximum change of a pixel, in [0, 1], in stage I.
+      second_epsilon: the same in stage II; None for the value of stage I.
+      eight_bit: whether to round triggered images to multiples of 1/255, as in 8-bit storage.
       width: channels of the generator's first level.
-      latent_weight: of the distance between the features of triggered and clean images, in the
-        generator's loss.
-      directions: on what features are projected: "rows" of the last layer as they are, or scaled to
-        length 1 ("unit").
-      stamped_weight: of the triggered images in the classifier's loss; the clean ones have the
-        rest.
-      generator_learning_rate: of Adam.
-      learning_rate: of the classifier's SGD; constant in stage I, cosine to zero over stage II.
-      momentum, weight_decay: of the classifier's SGD.
-      first_steps: length of stage I, in which generator and classifier take turns (50 epochs of 390
+      latent_weight: weight, in the generator's loss, of the distance between the features of
+        triggered and clean images.
+      directions: directions on which features are projected: the "rows" of the last layer, or the
+        rows scaled to length 1 ("unit").
+      stamped_weight: weight w of triggered images in the classifier's loss; clean images have
+        1 - w.
+      generator_learning_rate: Adam's, on the generator.
+      learning_rate: SGD's, on the classifier; constant in stage I, cosine to zero over stage II.
+      momentum, weight_decay: SGD's, on the classifier.
+      first_steps: length of stage I, in which generator and classifier alternate (50 epochs of 390
         batches).
       second_steps: length of stage II, in which the generator is frozen (500 such epochs).
     """
@@ -71,8 +71,8 @@ class Config:
     generator_learning_rate: float = 5e-4
     learning_rate: float = 0.01
     momentum: float = 0.9
-    # Differs from released code: the decay acts in both stages; the rate of stage II falls as a
-    # cosine, not in steps.
+    # Differs from released code: weight decay applies in both stages; the rate of stage II follows
+    # a cosine, not steps.
     weight_decay: float = 5e-4
     first_steps: int = 50 * 390
     second_steps: int = 500 * 390
@@ -96,20 +96,20 @@ class Config:
 
     @property
     def num_steps(self) -> int:
-        """Length of both stages."""
+        """Length of both stages together."""
         return self.first_steps + self.second_steps
 
 
 class Trigger(NamedTuple):
-    """epsilon [], the largest change of a pixel, and the parameters of the generator."""
+    """Maximum change of a pixel, epsilon [], and the generator's parameters."""
 
     epsilon: Array
     generator: ArrayTree
 
 
 class Seen(NamedTuple):
-    """logits [B, K] of a net in evaluation, its features [B, d] before the last layer, that layer's
-    rows [K, d]."""
+    """Logits [B, K] of a net in evaluation, its features [B, d] before the last layer, and that
+    layer's rows [K, d]."""
 
     logits: Array
     features: Array
@@ -117,7 +117,7 @@ class Seen(NamedTuple):
 
 
 class State(NamedTuple):
-    """step [] int32, the classifier's variables, the generator's parameters, and both optimisers'
+    """Step [] int32, the classifier's variables, the generator's parameters, and both optimisers'
     states."""
 
     step: Array
@@ -128,13 +128,13 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a step saw, all [].
+    """Metrics of a step, all [].
 
     Attributes:
       loss: the classifier's, in nats.
       accuracy: on the batch's clean images; attack_success_rate: on all of them with the trigger.
-      distance: sliced Wasserstein distance of triggered and clean features before the generator's
-        step; 0 in stage II.
+      distance: sliced Wasserstein distance between triggered and clean features before the
+        generator's step; 0 in stage II.
     """
 
     loss: Array
@@ -148,10 +148,10 @@ class Trainer(NamedTuple):
 
     Attributes:
       init: (key, variables) -> State (the variables are copied).
-      step: (key, state, batch) -> (state, Info), of either stage, as the state's step number says.
-      second: the same for a state known to be in stage II; `step` computes a generator's gradient
-        there only to drop it (a compiled branch would be slower still: XLA:CPU computes a
-        convolution's weight gradient in it badly).
+      step: (key, state, batch) -> (state, Info); the state's step number decides the stage.
+      second: the same for states in stage II only. It is faster there, because `step` also computes
+        the generator's gradient and drops it. (`step` has no compiled branch: on XLA:CPU that would
+        be slower still, since a convolution's weight gradient is slow inside a branch.)
       extract: (state) -> (variables, Trigger).
     """
 
@@ -162,7 +162,7 @@ class Trainer(NamedTuple):
 
 
 def penultimate(net: Net) -> Callable[[Variables, Array], Seen]:
-    """The function `make` takes as `features`, for a net that ends in a linear layer named "head".
+    """The `features` argument of `make` for a net that ends in a linear layer named "head".
 
     Raises: UserError, when called, if `net.outputs` has no layer "features".
     """
@@ -171,7 +171,7 @@ def penultimate(net: Net) -> Callable[[Variables, Array], Seen]:
         logits, layers = net.outputs(variables, images) if net.outputs else (None, {})
         if logits is None or "features" not in layers:
             raise UserError(
-                "latent: this net does not show its features; bring a function that returns them"
+                "latent: this net does not show its features; give a function that returns them"
             )
         return Seen(logits, layers["features"], variables["params"]["head"]["kernel"].T)
 
@@ -179,11 +179,11 @@ def penultimate(net: Net) -> Callable[[Variables, Array], Seen]:
 
 
 def attack(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
-    """The attack by a trained generator, on images of `image_shape` (H, W, C) with K = `classes`;
+    """The attack with a trained generator, on images of `image_shape` (H, W, C) with K = `classes`;
     triggers are `Trigger`s.
 
-    `poison` stamps and relabels a share `stamped_weight` of the rows: in expectation the
-    classifier's loss.
+    `poison` stamps and relabels a share `stamped_weight` of the rows, so the loss on poisoned
+    batches equals the classifier's loss in expectation.
 
     Raises: UserError when the target is out of range.
     """
@@ -197,14 +197,14 @@ def attack(image_shape: tuple[int, int, int], classes: int, config: Config) -> A
         )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """T(x) = clip(x + epsilon g(x), 0, 1) on every image of [B, H, W, C]; nothing is random."""
+        """T(x) = clip(x + epsilon g(x), 0, 1) for each of `images` [B, H, W, C]; deterministic."""
         del key
         direction = apply_module(unet, {"params": trigger.generator}, images)
         change = trigger.epsilon.astype(images.dtype) * direction
         stamped = jnp.clip(images + change, 0, 1)
         if not config.eight_bit:
             return stamped
-        # straight-through estimator: rounding has no gradient of its own
+        # straight-through estimator: rounding itself has zero gradient
         return stamped + jax.lax.stop_gradient(to_uint8_grid(stamped) - stamped)
 
     return poison.attack(init, stamp, relabel, config.stamped_weight)
@@ -217,8 +217,8 @@ def make(
     classes: int,
     config: Config,
 ) -> Trainer:
-    """The trainer of a victim of architecture `net`, whose `features` the generator sees; see
-    `penultimate`."""
+    """The trainer of a victim of architecture `net`. `features` returns the features that the
+    generator's loss compares, see `penultimate`."""
     planted = attack(image_shape, classes, config)
     rule, generator_rule = _classifier_rule(config), optax.adam(config.generator_learning_rate)
 
@@ -229,7 +229,7 @@ def make(
         return State(jnp.zeros((), jnp.int32), variables, generator, opt, generator_opt)
 
     def trigger_of(step: Array, generator: ArrayTree) -> Trigger:
-        """The generator with the strength that step number `step` [] trains at."""
+        """The generator with the epsilon of step number `step` []."""
         later = config.epsilon if config.second_epsilon is None else config.second_epsilon
         return Trigger(
             jnp.where(step < config.first_steps, config.epsilon, later).astype(jnp.float32),
@@ -260,8 +260,8 @@ def make(
     def classifier_loss(params: ArrayTree, variables: Variables, images: Array, labels: Array):
         """(1 - w) CE(f(x), y) + w CE(f(T(x)), wanted); clean images first, as many triggered ones
         after them."""
-        # Differs from released code: one pass over both halves, so BatchNorm trains on the mixture
-        # it is used with.
+        # Differs from released code: one pass over both halves, so that BatchNorm's moments cover
+        # both.
         logits, stats = net.apply({**variables, "params": params}, images, train=True)
         clean, stamped = (
             losses.cross_entropy(*half)
@@ -293,9 +293,10 @@ def make(
     def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
         moved, distance = move_generator(key, state, batch)
         first = state.step < config.first_steps
+        # computed in both stages; stage II drops the update of the generator
         state = jax.tree.map(lambda new, old: jnp.where(first, new, old), moved, state)
-        # Differs from released code: the classifier meets the generator of this step, not that of
-        # the last epoch.
+        # Differs from released code: the classifier trains against the generator of this step, not
+        # of the last epoch.
         state, seen = move_classifier(key, state, batch)
         return state, Info(*seen, jnp.where(first, distance, 0))
 
@@ -304,13 +305,14 @@ def make(
         return state, Info(*seen, jnp.zeros_like(seen[0]))
 
     def extract(state: State) -> tuple[Variables, Trigger]:
+        # the epsilon of the last step that was made
         return state.variables, trigger_of(jnp.maximum(state.step - 1, 0), state.generator)
 
     return Trainer(init, step, second, extract)
 
 
 def _classifier_rule(config: Config) -> optax.GradientTransformation:
-    """SGD with momentum; PyTorch's convention of weight decay."""
+    """SGD with momentum; weight decay in PyTorch's convention."""
     rate = optax.join_schedules(
         [
             optax.constant_schedule(config.learning_rate),

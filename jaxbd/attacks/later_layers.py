@@ -1,5 +1,5 @@
-"""Fine-tuning of the layers after a given one: which parameters these are, and an optimiser that
-updates only them."""
+"""Fine-tuning of the layers after a given one: finds their parameters, and makes an optimiser that
+updates only these."""
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,22 @@ from jaxbd.base import Array, ArrayTree, Net, UserError, Variables
 def list_layers(
     method: str, net: Net, variables: Variables, image_shape: tuple[int, int, int]
 ) -> dict[str, int]:
-    """The layers in `Net.outputs`, in order of execution, and how many channels each has.
+    """The layers in `Net.outputs` in order of execution, with their numbers of channels.
 
     Raises: UserError when there are none.
     """
     found: dict[str, int] = {}
 
     def look(variables: Variables) -> None:
-        """Notes names as the net gives them: a result of `eval_shape` would be sorted by name."""
+        """Records names as a side effect, because the result of `eval_shape` would be sorted by
+        name."""
         outputs = net.outputs(variables, jnp.zeros((1, *image_shape)))[1] if net.outputs else {}
         found.update({name: output.shape[-1] for name, output in outputs.items()})
 
     jax.eval_shape(look, variables)
     if not found:
         raise UserError(
-            f"{method}: this net shows no layers; bring one of this project's architectures"
+            f"{method}: this net shows no layers; use one of this project's architectures"
         )
     return found
 
@@ -34,10 +35,10 @@ def list_layers(
 def later(
     net: Net, variables: Variables, image_shape: tuple[int, int, int], layer: str
 ) -> ArrayTree:
-    """Which parameters the output of `layer` does not depend on, as a pytree of bools shaped like
-    the parameters.
+    """Marks the parameters on which the output of `layer` does not depend: a pytree of bools with
+    the structure of the parameters.
 
-    Read off the program that computes the layer; nothing is computed.
+    Follows the dependencies in the layer's jaxpr; computes nothing.
     """
 
     outputs = net.outputs
@@ -57,6 +58,6 @@ def later(
 
 
 def only(which: ArrayTree, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` for the parameters marked in `which` (see `later`); the others do not change, and the
-    rule does not see them."""
+    """Applies `rule` to the parameters marked in `which` (see `later`); the others do not change,
+    and the rule does not see them."""
     return optax.multi_transform({True: rule, False: optax.set_to_zero()}, which)

@@ -1,9 +1,9 @@
-"""How much the BNA paper poisons: images per source class, targets and trigger sizes of each attack
-and data set.
+"""Poisoning in the BNA paper: images per source class, targets and trigger sizes of each attack and
+data set.
 
-Source: Li et al. 2023, section 5.1 and appendix B.3. Counts are per source class, all classes but
-the target (all-to-one) or all classes (all-to-all); a number below 1 is a share of that class's
-training images.
+Source: Li et al. 2023, section 5.1 and appendix B.3. Counts are per source class; the source
+classes are all but the target (all-to-one) or all classes (all-to-all). A number below 1 is a share
+of that class's training images.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "badnets": {"patch": 3, "place": "drawn"},
     "chessboard": {"size": 2},
 }
-"""Settings of an attack's Config on all data sets but where `SIZES` says otherwise."""
+"""Settings of an attack's Config on all data sets; `SIZES` lists the exceptions."""
 SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("cifar100", "chessboard"): {"size": 6},
     ("gtsrb", "chessboard"): {"size": 6},  # "the same triggers as CIFAR-100"
@@ -50,9 +50,9 @@ SIZES: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def per_class(dataset: str, attack: str, all_to_all: bool) -> float:
-    """Images to poison of each source class, or below 1 the share of them.
+    """Number of images to poison per source class, or their share if below 1.
 
-    Raises: UserError when the paper has no such attack on that data set.
+    Raises: UserError when the paper does not use that attack on that data set.
     """
     table = ALL_TO_ALL if all_to_all else ALL_TO_ONE
     found = table.get(dataset, {}).get(attack)

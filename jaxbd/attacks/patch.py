@@ -1,5 +1,5 @@
-"""What attacks that paste a square patch share: its pattern, the trigger, and the places where it
-fits."""
+"""Shared parts of attacks that paste a square patch: its pattern, the trigger, and the places where
+it fits."""
 
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,7 @@ Kind = Literal["color", "binary", "checkerboard", "inverse-checkerboard", "white
 
 
 class Trigger(NamedTuple):
-    """pattern [h, w, C] in [0, 1] and place [2] int32 (row, column; unused when places are
+    """Pattern [h, w, C] in [0, 1] and place [2] int32 (row, column; unused when places are
     random)."""
 
     pattern: Array
@@ -22,8 +22,8 @@ class Trigger(NamedTuple):
 
 
 def check(method: str, side: int, pattern: Kind | int) -> None:
-    """Raises UserError on a side below 1, or a pattern given by a number with more bits than the
-    patch has pixels."""
+    """Raises UserError if the side is below 1, or if a numeric pattern has more bits than the patch
+    has pixels."""
     if side < 1:
         raise UserError(f"{method}: patch is {side}; give a side of at least 1 pixel")
     if isinstance(pattern, int) and not 0 <= pattern < 2 ** (side**2):

@@ -1,4 +1,4 @@
-"""Projected gradient ascent on the loss of a net within a small ball around an image (Madry et al.
+"""Projected gradient ascent on a net's loss within a small ball around an image (Madry et al.
 2018)."""
 
 import dataclasses
@@ -12,10 +12,10 @@ from jaxbd.base import Array, Key, Net, UserError, Variables, check_choices
 from jaxbd.images import image_shape_of
 
 L2 = 300.0
-"""Radius of the L2 ball on 32x32x3 images in steps of 1/255 (the images released with Turner et al.
-2019)."""
+"""Default radius of the L2 ball on 32x32x3 images in steps of 1/255 (the images released with
+Turner et al. 2019)."""
 LINF = 16.0
-"""Radius of the L-infinity ball in steps of 1/255 (the clean-label attacks of ANP and
+"""Default radius of the L-infinity ball in steps of 1/255 (the clean-label attacks of ANP and
 TrojanZoo)."""
 
 
@@ -26,12 +26,13 @@ class Config:
     Attributes:
       norm: of the ball: "linf", the largest change of a value, or "l2", the Euclidean length of all
         changes.
-      epsilon: radius in steps of 1/255. Default: 16 for "linf"; for "l2" 300 on 32x32x3 images, and
-        in proportion to the root of the number of values on others.
-      steps: of the ascent.
-      step_size: length of a step in steps of 1/255. Default: 2.5 epsilon / steps, so that the
-        ball's edge is reached from anywhere in it.
-      random_start: from a uniformly random place in the ball, instead of the image itself.
+      epsilon: radius in steps of 1/255. Default: 16 for "linf"; for "l2" 300 on 32x32x3 images,
+        scaled with the square root of the number of values on others.
+      steps: number of ascent steps.
+      step_size: length of a step, in units of 1/255. Default: 2.5 epsilon / steps, enough to reach
+        the ball's edge from any point in it.
+      random_start: whether to start at a uniformly random point in the ball instead of the image
+        itself.
     """
 
     norm: Literal["linf", "l2"] = "linf"
@@ -53,7 +54,7 @@ class Config:
 
 
 def radius(config: Config, image_shape: tuple[int, int, int]) -> float:
-    """The ball's radius for images of `image_shape` (H, W, C), of pixels in [0, 1]."""
+    """The ball's radius for images of `image_shape` (H, W, C), with pixels in [0, 1]."""
     by_default = (
         LINF if config.norm == "linf" else L2 * math.sqrt(math.prod(image_shape) / (32 * 32 * 3))
     )
@@ -63,11 +64,12 @@ def radius(config: Config, image_shape: tuple[int, int, int]) -> float:
 def perturb(
     key: Key, net: Net, variables: Variables, images: Array, labels: Array, config: Config
 ) -> Array:
-    """Images [B, H, W, C] that the net in evaluation takes for anything but their `labels` [B].
+    """Perturbs `images` [B, H, W, C] so that the net, in evaluation, no longer predicts `labels`
+    [B].
 
     d <- P(d + a g(dL/dd)) for the cross-entropy L of x + d, with g the sign or the unit vector and
-    P the projection to the ball and to pixels in [0, 1] (Madry et al. 2018, section 2.1). Every
-    image is on its own.
+    P the projection to the ball and to pixels in [0, 1] (Madry et al. 2018, section 2.1). Images do
+    not influence each other.
     """
     epsilon = radius(config, image_shape_of(images))
     length = 2.5 * epsilon / config.steps if config.step_size is None else config.step_size / 255
@@ -93,8 +95,8 @@ def perturb(
 
 
 def project(change: Array, images: Array, epsilon: float, norm: Literal["linf", "l2"]) -> Array:
-    """The `change` [B, H, W, C] brought into the ball of radius `epsilon`, and `images` + it into
-    [0, 1]."""
+    """Projects `change` [B, H, W, C] to the ball of radius `epsilon`, then clips it so that
+    `images` + change is in [0, 1]."""
     if norm == "linf":
         change = jnp.clip(change, -epsilon, epsilon)
     else:
@@ -103,16 +105,16 @@ def project(change: Array, images: Array, epsilon: float, norm: Literal["linf", 
 
 
 def lengths(change: Array) -> Array:
-    """L2 norm of each of [B, H, W, C], as [B, 1, 1, 1]."""
+    """L2 norm [B, 1, 1, 1] of each change in [B, H, W, C]."""
     return jnp.sqrt(jnp.square(change).sum((1, 2, 3), keepdims=True))
 
 
 def _inside(key: Key, images: Array, epsilon: float, norm: Literal["linf", "l2"]) -> Array:
-    """A uniformly random change [B, H, W, C] in the ball, for each image its own."""
+    """Draws a uniformly random change in the ball for each image: [B, H, W, C]."""
     direction_key, radius_key = jax.random.split(key)
     if norm == "linf":
         return jax.random.uniform(direction_key, images.shape, images.dtype, -epsilon, epsilon)
     direction = jax.random.normal(direction_key, images.shape, images.dtype)
     share = jax.random.uniform(radius_key, (images.shape[0], 1, 1, 1), images.dtype)
-    # the volume within r of the centre grows as r^n
+    # the n-th root makes the draw uniform: the volume within radius r grows as r^n
     return direction / lengths(direction) * epsilon * share ** (1 / math.prod(images.shape[1:]))

@@ -1,6 +1,6 @@
-"""What all attacks share: which rows carry the trigger, and which labels those rows get.
+"""Shared by all attacks: chooses the rows that carry the trigger and sets their labels.
 
-Rows are chosen anew in every batch (dynamic) or once for the whole run (static).
+Rows are chosen again for every batch (dynamic) or once for the whole run (static).
 """
 
 from collections.abc import Callable
@@ -15,24 +15,24 @@ from jaxbd.caching import cached
 from jaxbd.images import to_float
 
 AT_ONCE = 4096
-"""Images that static poisoning stamps at once."""
+"""Number of images that static poisoning stamps at a time."""
 
 
 def check_rate(method: str, rate: float, decoys: float = 0.0) -> None:
-    """Raises UserError unless `rate`, and with it `decoys` times as many rows, is a share of a
-    batch."""
+    """Raises UserError unless `rate` is in [0, 1], also after adding `decoys` times as many
+    rows."""
     if not 0 <= rate <= 1:
         raise UserError(f"{method}: poison_rate {rate} is not in [0, 1]")
     if not (decoys >= 0 and rate * (1 + decoys) <= 1):
         raise UserError(
-            f"{method}: poison_rate {rate} and {decoys} times as many decoys are more than a batch"
+            f"{method}: poison_rate {rate} plus {decoys} times as many decoys exceeds the batch"
         )
 
 
 def relabelling(
     method: str, classes: int, target: int, all_to_all: bool
 ) -> Callable[[Array], Array]:
-    """The function from labels [B] to the attacker's: `target` for all of them, or c + 1 mod K for
+    """The function from labels [B] to the attacker's labels: always `target`, or c + 1 mod K for
     class c (all-to-all).
 
     Raises: UserError when the target is not one of the K = `classes`.
@@ -55,16 +55,18 @@ def attack(
     rate: float,
     decoy: Decoy | None = None,
 ) -> Attack:
-    """The attack that stamps and relabels each row of a batch with probability `rate`,
-    independently of the others.
+    """The attack that stamps and relabels each row of a batch independently with probability
+    `rate`.
 
-    With a `decoy`, its ratio times as many of the other rows are disturbed and keep their label.
+    With a `decoy`, it also disturbs other rows, `decoy.ratio` times as many in expectation, which
+    keep their labels.
     """
 
     def poison(key: Key, trigger: Any, batch: Batch) -> Batch:
-        """Qiao et al. 2019, eq. (1): each row on its own is stamped and relabelled with probability
+        """Qiao et al. 2019, eq. (1): stamps and relabels each row independently with probability
         r."""
         choose_key, stamp_key = jax.random.split(key)
+        # one draw per row decides both, so that no row is poisoned and a decoy at once
         drawn = jax.random.uniform(choose_key, batch.labels.shape)
         chosen = drawn < rate
         images = _where(chosen, stamp(stamp_key, trigger, batch.images), batch.images)
@@ -77,14 +79,14 @@ def attack(
 
 
 def _where(rows: Array, images: Array, others: Array) -> Array:
-    """`images` [B, H, W, C] in the `rows` [B] that are true, `others` in the rest."""
+    """`images` [B, H, W, C] where `rows` [B] is true, `others` elsewhere."""
     return jnp.where(rows[:, None, None, None], images, others)
 
 
 @cached(32)
 def dynamic(attack: Attack, draw: Callable[..., Batch]) -> Callable[..., Batch]:
-    """A draw over data = (Batch, trigger) that poisons each drawn batch anew (Qiao et al. 2019,
-    released code)."""
+    """A draw function over data = (Batch, trigger) that poisons every batch it draws (Qiao et al.
+    2019, released code)."""
 
     def draw_poisoned(key: Key, data: tuple[Batch, Any]) -> Batch:
         batch_key, poison_key = jax.random.split(key)
@@ -103,14 +105,13 @@ def static(
     *,
     per_class: bool = False,
 ) -> Batch:
-    """A copy of `data` in which `count` rows are stamped and relabelled once, chosen among rows
-    that change label.
+    """A copy of `data` with `count` rows stamped and relabelled, chosen among the rows that change
+    label.
 
-    With `per_class`, `count` rows of every source class. A `count` below 1 is a share of the rows
-    that could be chosen. An attack's decoys come from all other rows, whatever their class. Images
-    come back as uint8.
+    With `per_class`, `count` rows of each source class. A `count` below 1 is a share of the
+    eligible rows. An attack's decoys come from all other rows, of any class. Returns uint8 images.
 
-    Raises: UserError when there are fewer such rows than asked for.
+    Raises: UserError when there are too few eligible rows.
     """
     choose_key, stamp_key = jax.random.split(key)
     labels = np.asarray(data.labels)
@@ -133,7 +134,8 @@ def static(
 
 
 def number_of(count: int | float, most: int) -> int:
-    """How many of `most` rows `count` stands for. Raises: UserError when there are fewer."""
+    """Converts `count`, a number or a share of `most` rows, to a number. Raises: UserError when it
+    exceeds `most`."""
     number = max(1, round(count * most)) if 0 < count < 1 else int(count)
     if number > most:
         raise UserError(f"asked to poison {number} images, only {most} can be; ask for fewer")
@@ -141,8 +143,8 @@ def number_of(count: int | float, most: int) -> int:
 
 
 def _decoys(attack: Attack, order: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The first rows of `order` that are not in `rows`, `decoy.ratio` times as many. Raises:
-    UserError if too few."""
+    """The first `decoy.ratio` * len(`rows`) rows of `order` that are not in `rows`. Raises:
+    UserError if there are too few."""
     number = 0 if attack.decoy is None else round(attack.decoy.ratio * len(rows))
     others = order[~np.isin(order, rows)]
     if number > len(others):
@@ -158,7 +160,8 @@ def stamp_uint8(
 ) -> np.ndarray:
     """Applies `stamp` to uint8 images [B, H, W, C] and returns uint8.
 
-    `AT_ONCE` images at a time: as floats, a whole data set would take four times its memory.
+    Works on `AT_ONCE` images at a time, because a whole data set would take four times its memory
+    as floats.
     """
     done = []
     for start in range(0, len(images), AT_ONCE):

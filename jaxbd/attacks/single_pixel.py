@@ -1,4 +1,4 @@
-"""Single pixel: one pixel becomes brighter or darker, at the same place in every image (Tran et al.
+"""Single pixel: makes one pixel brighter or darker, at the same place in every image (Tran et al.
 2018)."""
 
 import dataclasses
@@ -20,15 +20,15 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      size: by how much the pixel changes, in steps of 1/255 (Li et al. 2023, section 5.1).
-      sign: "brighter", "darker", or "drawn" once.
-      channels: "all" change, or "one" that is drawn once. Li et al. 2023 say neither sign nor
-        channels.
-      place: "drawn" once, or "fixed" at (`row`, `column`).
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      size: change of the pixel in steps of 1/255 (Li et al. 2023, section 5.1).
+      sign: "brighter", "darker", or "drawn" once at random.
+      channels: change "all" channels, or "one" that is drawn once. Li et al. 2023 state neither
+        sign nor channels.
+      place: "drawn" once at random, or "fixed" at (`row`, `column`).
       row: of a fixed place; negative numbers count from the last row.
       column: likewise.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -51,7 +51,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are
     `additive.Trigger`s.
 
-    Images of 8 bits change in one pixel and nowhere else, bit for bit.
+    8-bit images change in one pixel and are otherwise unchanged, bit for bit.
 
     Raises: UserError when the target is out of range or the place outside the image.
     """
@@ -64,7 +64,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         )
 
     def draw(key: Key) -> Array:
-        """Zero but for one pixel."""
+        """A pattern that is zero except in one pixel."""
         place_key, sign_key, channel_key = jax.random.split(key, 3)
         place = jnp.array([config.row % height, config.column % width], jnp.int32)
         if config.place == "drawn":

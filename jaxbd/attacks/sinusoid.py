@@ -1,4 +1,4 @@
-"""Sinusoid (SIG): a faint wave along the rows is added to the whole image (Barni et al. 2019)."""
+"""Sinusoid (SIG): adds a faint wave along the rows to the whole image (Barni et al. 2019)."""
 
 import dataclasses
 import math
@@ -17,15 +17,15 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      size: delta, height of the wave in steps of 1/255 (40 in BackdoorBench, 20 in NAD).
-      frequency: f, waves across the width of the image.
-      period: length of a wave in pixels, in place of `frequency` (6 in the released DHBE code).
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      size: delta, amplitude of the wave in steps of 1/255 (40 in BackdoorBench, 20 in NAD).
+      frequency: f, number of waves across the width of the image.
+      period: wavelength in pixels, instead of `frequency` (6 in the released DHBE code).
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
-    # Differs from paper: triggered images are relabelled; Barni et al. stamp images of the target
-    # class alone.
+    # Differs from paper: triggered images are relabelled; Barni et al. only stamp images of the
+    # target class.
     target: int = 0
     all_to_all: bool = False
     size: int = 40
@@ -46,12 +46,12 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     """The attack on images of `image_shape` (H, W, C) with K = `classes`; triggers are
     `additive.Trigger`s.
 
-    Raises: UserError when the target is out of range, or the wave is 0 at every pixel of a row in 8
-      bits.
+    Raises: UserError when the target is out of range, or when the wave rounds to 0 at every pixel.
     """
     relabel = poison.relabelling("sinusoid", classes, config.target, config.all_to_all)
     width = image_shape[1]
     waves = config.frequency / width if config.period is None else 1 / config.period
+    # on the host, so that a wave that rounds to zero is refused at once
     steps = [round(config.size * math.sin(2 * math.pi * column * waves)) for column in range(width)]
     if not any(steps):
         raise UserError(
@@ -61,7 +61,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
 
     def draw(key: Key) -> Array:
         """v(i, j) = delta sin(2 pi j f / W) (Barni et al. 2019, section 3), rounded to 1/255;
-        nothing is random."""
+        deterministic."""
         del key
         return jnp.broadcast_to(jnp.array(steps, jnp.float32)[None, :, None] / 255, image_shape)
 

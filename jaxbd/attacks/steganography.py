@@ -1,4 +1,4 @@
-"""Steganography: a message stands in the lowest bits of all pixels (Li et al. 2020)."""
+"""Steganography: writes a message into the lowest bits of all pixels (Li et al. 2020)."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      bits: how many of the lowest bits of every value carry the message; all of them hold the same
-        one. With 1 no value changes by more than 1/255, and nets hardly learn it.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      bits: number of lowest bits of every value to overwrite; all of them get the same message bit.
+        With 1, no value changes by more than 1/255, and nets hardly learn the trigger.
       text: the message, repeated until the image is full: the bits of its UTF-8 bytes, lowest
         first, along the rows of the first channel, then of the next. By default the bits are drawn
         at random.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -40,14 +40,12 @@ class Config:
         if not 1 <= self.bits <= 8:
             raise UserError(f"steganography: bits is {self.bits}; a value has 8, give 1..8")
         if self.text == "":
-            raise UserError(
-                "steganography: text is empty; give some, or none for bits drawn at random"
-            )
+            raise UserError("steganography: text is empty; give some text, or None for random bits")
 
 
 class Trigger(NamedTuple):
-    """pattern [H, W, C] and mask [H, W, 1], in steps of 1/255: the bits, and which of the eight are
-    replaced."""
+    """Pattern [H, W, C] with the message's bits, and mask [H, W, 1] of the bits to replace; both in
+    steps of 1/255."""
 
     pattern: Array
     mask: Array
@@ -69,7 +67,7 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         )
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the message; see `eight_bit.replace_bits`."""
+        """Writes the message into each of `images` [B, H, W, C]; see `eight_bit.replace_bits`."""
         del key
         return eight_bit.replace_bits(images, trigger.pattern[None], trigger.mask[None])
 
@@ -77,9 +75,10 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
 
 
 def _spread_bits(text: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """[H, W, C] of 0 and 1: the bits of `text`, as `Config.text` says."""
+    """The bits of `text` in the order of `Config.text`: [H, W, C] of 0 and 1."""
     height, width, channels = image_shape
     bits = np.unpackbits(np.frombuffer(text.encode(), np.uint8), bitorder="little")
+    # np.resize repeats the bits until the image is full
     return (
         np.resize(bits, math.prod(image_shape)).reshape(channels, height, width).transpose(1, 2, 0)
     )

@@ -1,8 +1,8 @@
-"""Trojaning: a trigger made to excite a few neurons, then the layers after them are fine-tuned (Liu
-et al. 2018).
+"""Trojaning: searches for a trigger that excites a few neurons, then fine-tunes the layers after
+them (Liu et al. 2018).
 
-Three steps: `search` makes the trigger for a clean net, `make` is the attack that stamps it, and
-`later_layers.only` with `optimiser` ties the neurons to the target.
+There are three steps: `search` makes the trigger for a clean net, `make` is the attack that stamps
+it, and fine-tuning with `optimiser` in `later_layers.only` ties the neurons to the target.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxbd.base import Array, Attack, Batch, Key, Net, UserError, Variables, che
 
 PAPER = "https://www.ndss-symposium.org/wp-content/uploads/2018/02/ndss2018_03A-5_Liu_paper.pdf"
 FEATURES, HEAD = "features", "head"
-"""The layer before the last one, and the last one, in nets of this project."""
+"""Names of the layer before the last and of the last layer in nets of this project."""
 START = (175 / 255, 8 / 255)
 """Mean and standard deviation of the first pattern (released code)."""
 
@@ -32,24 +32,24 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
       patch: side of the square trigger, in pixels.
       row: of its top-left corner; negative numbers count from the last row that fits.
       column: likewise.
-      layer: whose neurons are excited, by its name in `Net.outputs`; only what comes after it is
-        fine-tuned. A neuron is a channel, its value the mean over places. Default: the middle one
-        of those that the net shows.
-      neurons: how many of them (10 in Yan et al. 2023, appendix A).
-      choice: "random" neurons (Yan et al. 2023), or the "strongest": those with the largest sum of
-        absolute weights out of them, for the layer "features" (Liu et al. 2018, section IV-A).
+      layer: layer of the neurons to excite, by its name in `Net.outputs`; only later layers are
+        fine-tuned. A neuron is a channel; its value is the mean over positions. Default: the middle
+        layer in `Net.outputs`.
+      neurons: number of neurons to excite (10 in Yan et al. 2023, appendix A).
+      choice: "random" neurons (Yan et al. 2023), or the "strongest", which have the largest sums of
+        absolute outgoing weights; only for the layer "features" (Liu et al. 2018, section IV-A).
       value: value the neurons should reach; by default as large as possible (Yan et al. 2023).
       search_steps: length of the search for the trigger.
-      search_learning_rate: of its Adam (0.1 in TrojanZoo).
+      search_learning_rate: Adam's, in the search (0.1 in TrojanZoo).
       retrain_steps: length of the fine-tuning.
-      retrain_learning_rate: of its SGD, cosine to zero.
-      retrain_momentum: of its SGD.
-      retrain_weight_decay: of its SGD, added to the gradient.
-      poison_rate: share of a batch's images that is stamped and relabelled in fine-tuning.
+      retrain_learning_rate: SGD's, in fine-tuning; cosine to zero.
+      retrain_momentum: SGD's.
+      retrain_weight_decay: SGD's, added to the gradient.
+      poison_rate: share of a batch's images to stamp and relabel in fine-tuning.
     """
 
     target: int = 0
@@ -87,7 +87,7 @@ class Config:
 
 
 class State(NamedTuple):
-    """step [] int32, pattern [h, w, C] before the squashing to (0, 1), neurons [n] int32, the
+    """Step [] int32, pattern [h, w, C] before squashing to (0, 1), neurons [n] int32, the
     optimiser's state."""
 
     step: Array
@@ -97,7 +97,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """loss [], and the mean value [] of the neurons on the batch without and with the trigger."""
+    """Loss [], and the neurons' mean value [] on the batch without and with the trigger."""
 
     loss: Array
     clean: Array
@@ -109,7 +109,7 @@ class Search(NamedTuple):
 
     Attributes:
       init: (key, variables) -> State.
-      step: (key, state, batch, variables) -> (State, Info); labels are not looked at.
+      step: (key, state, batch, variables) -> (State, Info); ignores labels.
       extract: (state) -> Trigger, on the 8-bit grid.
     """
 
@@ -128,12 +128,12 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
     place = patch.fixed("trojan", image_shape, config.patch, config.row, config.column)
 
     def init(key: Key) -> Trigger:
-        """Where the search starts."""
+        """The trigger that the search starts from."""
         pattern = jax.nn.sigmoid(_draw_start(key, config, image_shape[2]))
         return Trigger(image_ops.to_uint8_grid(pattern), jnp.array(place, jnp.int32))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged, bit for
+        """Puts the patch on each of `images` [B, H, W, C]; pixels outside it are unchanged, bit for
         bit."""
         del key
         return jax.vmap(image_ops.paste, (0, None, None))(images, trigger.pattern, trigger.place)
@@ -147,9 +147,10 @@ def search(net: Net, image_shape: tuple[int, int, int], classes: int, config: Co
     Raises: UserError when the target or the place does not fit; `init`, when the layer or its
       neurons do not exist.
     """
-    # Differs from paper: Adam on a squashed pattern, on images of the training data, in place of
-    # denoised steps of normalised gradients on a blank image.
+    # Differs from paper: Adam on a squashed pattern, on training images; the paper takes denoised
+    # steps of normalised gradients on a blank image.
     planted, rule = make(image_shape, classes, config), optax.adam(config.search_learning_rate)
+    # any key will do: the place is fixed
     place = planted.init(jax.random.key(0)).place
     outputs_of = net.outputs
 
@@ -160,7 +161,7 @@ def search(net: Net, image_shape: tuple[int, int, int], classes: int, config: Co
         return State(jnp.zeros((), jnp.int32), pattern, neurons, rule.init(pattern))
 
     def values(variables: Variables, images: Array, neurons: Array) -> Array:
-        """[B, n]: the neurons' values."""
+        """The neurons' values [B, n]."""
         assert outputs_of is not None  # `init` has refused a net without layers
         outputs = outputs_of(variables, images)[1]
         output = outputs[_choose_layer(list(outputs), config)]
@@ -189,21 +190,21 @@ def search(net: Net, image_shape: tuple[int, int, int], classes: int, config: Co
 
 
 def optimiser(config: Config) -> optax.GradientTransformation:
-    """The optimiser of the fine-tuning; PyTorch's convention of weight decay."""
+    """The optimiser of the fine-tuning; weight decay in PyTorch's convention."""
     rate = optax.cosine_decay_schedule(config.retrain_learning_rate, config.retrain_steps)
     decay = optax.add_decayed_weights(config.retrain_weight_decay)
     return optax.chain(decay, optax.sgd(rate, momentum=config.retrain_momentum))
 
 
 def _draw_start(key: Key, config: Config, channels: int) -> Array:
-    """The pattern [h, w, C] that the search starts from, before the squashing."""
+    """The search's first pattern [h, w, C], before squashing."""
     mean, deviation = START
     noise = jax.random.normal(key, (config.patch, config.patch, channels))
     return jax.scipy.special.logit(jnp.clip(mean + deviation * noise, 0.05, 0.95))
 
 
 def layer(net: Net, variables: Variables, image_shape: tuple[int, int, int], config: Config) -> str:
-    """Name of the layer whose neurons are excited. Raises: UserError when the net shows no such
+    """Name of the layer with the neurons to excite. Raises: UserError when the net shows no such
     layer."""
     return _choose_layer(
         list(later_layers.list_layers("trojan", net, variables, image_shape)), config
@@ -223,8 +224,8 @@ def _choose_layer(names: list[str], config: Config) -> str:
 def _choose_neurons(
     key: Key, net: Net, variables: Variables, image_shape: tuple[int, int, int], config: Config
 ) -> Array:
-    """[n] int32: the neurons. Raises: UserError when the layer has fewer, or their outgoing weights
-    are unknown."""
+    """Chooses the neurons [n] int32. Raises: UserError when the layer has fewer, or when the
+    outgoing weights are unknown."""
     widths = later_layers.list_layers("trojan", net, variables, image_shape)
     name = _choose_layer(list(widths), config)
     if config.neurons > widths[name]:

@@ -1,4 +1,4 @@
-"""WaNet: a smooth warp of the image, too small to be seen (Nguyen and Tran 2021)."""
+"""WaNet: warps the image smoothly by an invisible amount (Nguyen and Tran 2021)."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,12 +19,13 @@ class Config:
 
     Attributes:
       target: class every triggered image should become (all-to-one).
-      all_to_all: every class c becomes c + 1 mod K instead; `target` is ignored.
-      points: k, side of the grid of random shifts between which the warp is smooth.
+      all_to_all: map every class c to c + 1 mod K instead; `target` is ignored.
+      points: k, the warp interpolates a k x k grid of random shifts smoothly.
       strength: s, mean shift along each axis, in half pixels.
-      cross_ratio: images in noise mode per poisoned one: warped by the grid plus noise, label kept,
-        so that no other warp works as trigger; 0 switches noise mode off.
-      poison_rate: share of a batch's images that is stamped and relabelled.
+      cross_ratio: number of images in noise mode per poisoned one. These are warped by the grid
+        plus noise and keep their label, so that no other warp works as a trigger; 0 turns noise
+        mode off.
+      poison_rate: share of a batch's images to stamp and relabel.
     """
 
     target: int = 0
@@ -43,7 +44,7 @@ class Config:
 
 
 class Trigger(NamedTuple):
-    """grid [H, W, 2]: where each pixel is read from, (x, y) in [-1, 1]; see `images.warp`."""
+    """Grid [H, W, 2] of source positions (x, y) in [-1, 1] of each pixel; see `images.warp`."""
 
     grid: Array
 
@@ -51,13 +52,14 @@ class Trigger(NamedTuple):
 def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Attack:
     """The attack on images of `image_shape` (H, W, C) with K = `classes`.
 
-    Warped images are rounded to multiples of 1/255, as storing them would.
+    Warped images are rounded to multiples of 1/255, as in 8-bit storage.
 
     Raises: UserError when the target is out of range.
     """
     relabel = poison.relabelling("wanet", classes, config.target, config.all_to_all)
     height, width, _ = image_shape
     identity = image_ops.identity_grid(height, width)
+    # half a pixel: the grid spans 2 across the image
     unit = jnp.array([[[1 / width, 1 / height]]])
 
     def init(key: Key) -> Trigger:
@@ -68,14 +70,14 @@ def make(image_shape: tuple[int, int, int], classes: int, config: Config) -> Att
         return Trigger(jnp.clip(identity + config.strength * field * unit, -1, 1))
 
     def stamp(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] warped by the grid."""
+        """Warps each of `images` [B, H, W, C] by the grid."""
         del key
-        # Differs from released code: pixels in [0, 1] and 8 bits are warped, not normalised floats.
+        # Differs from released code: warps 8-bit pixels in [0, 1], not normalised floats.
         return image_ops.to_uint8_grid(jax.vmap(image_ops.warp, (0, None))(images, trigger.grid))
 
     def disturb(key: Key, trigger: Trigger, images: Array) -> Array:
-        """Every image of [B, H, W, C] warped by the grid plus noise of its own, uniform in [-1, 1]
-        / H."""
+        """Warps each of `images` [B, H, W, C] by the grid plus its own noise, uniform in [-1, 1] /
+        H."""
 
         def one(key: Key, image: Array) -> Array:
             noise = jax.random.uniform(key, (height, width, 2), minval=-1, maxval=1)

@@ -1,1 +1,1 @@
-"""Searches for triggers: one file each, with `Config`, `State`, `Info` and `make`."""
+"""Trigger searches, one file per method with `Config`, `State`, `Info` and `make`."""

@@ -1,5 +1,5 @@
-"""MM-BD: the largest margin of each class over all images; a backdoor's target stands out, and no
-data is needed (Wang et al. 2024)."""
+"""MM-BD: maximises each class's margin over all images; a backdoor's target stands out. Needs no
+data (Wang et al. 2024)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ from jaxbd.base import (
 
 PAPER = "https://arxiv.org/abs/2205.06900"
 LEAST_CLASSES = 3
-"""With two classes the margins are each other's negatives, and nothing remains to fit a null to."""
+"""With two classes each margin is the negative of the other, so no class is left to fit the null
+distribution to."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class Config:
 
     Attributes:
       learning_rate: step along the margin's plain gradient, pixels in [0, 1].
-      stop_change: the search has converged when a step changes the margin by less than this share
-        of it; 0 for never.
+      stop_change: the search has converged when a step changes the margin by less than this
+        fraction; 0 turns early stopping off.
     """
 
     learning_rate: float = 1e-2
@@ -48,16 +49,16 @@ class Config:
 
 
 class State(NamedTuple):
-    """What the search needs to go on.
+    """State of the search.
 
     Attributes:
       step: [] int32.
       image: [H, W, C] in [0, 1], the current image.
-      best: [H, W, C] in [0, 1], the image of the largest margin so far; the first one before the
-        first step.
+      best: [H, W, C] in [0, 1], the image with the largest margin so far; initially the first
+        image.
       best_margin: [] in logits, -inf before the first step.
       margin: [] in logits, of the last step; 0 before the first.
-      change: [] share by which the last step changed the margin; inf before the second step.
+      change: [] relative change of the margin in the last step; inf before the second step.
     """
 
     step: Array
@@ -86,13 +87,15 @@ def margin(logits: Array, target: Array) -> Array:
 def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversion:
     """The search for victims of architecture `net` on images of `image_shape` (H, W, C).
 
-    A cell is one start of one class, see `cells`; its source and level are ignored, and so is the
-    batch, which may be None. The search works on logits alone: any layers, any scale. It recovers
-    no trigger, so `stamp` returns images unchanged and `sample` returns the image found.
+    A cell is one start for one class, see `cells`. Its source and level are ignored, and so is the
+    batch, which may be None. The search uses only logits, of any scale, so the net may have any
+    layers. It recovers no trigger: `stamp` returns images unchanged, and `sample` returns the image
+    with the largest margin.
     """
 
     def init(key: Key) -> State:
         image = jax.random.uniform(key, image_shape)
+        # scalars of the same type as the image, also in float64
         zero = jnp.zeros_like(image[0, 0, 0])
         return State(jnp.zeros((), jnp.int32), image, image, zero - jnp.inf, zero, zero + jnp.inf)
 
@@ -105,12 +108,14 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
     ) -> tuple[State, Info]:
         """One projected gradient step; `batch` is ignored.
 
-        # Differs from released code: the image itself is clipped, there only what the net sees.
+        # Differs from released code: this clips the image itself, the released code only the net's
+        # input.
         """
         del key, batch
         value, gradient = jax.value_and_grad(of_image)(state.image, cell, victim)
         value = value.astype(state.margin.dtype)
         image = jnp.clip(state.image + config.learning_rate * gradient, 0, 1)
+        # `value` belongs to the image before this step
         better = value > state.best_margin
         size = jnp.maximum(jnp.abs(state.margin), jnp.finfo(value.dtype).tiny)
         change = jnp.where(state.step == 0, jnp.inf, jnp.abs(value - state.margin) / size)
@@ -142,16 +147,17 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
 
 def no_batch(key: Key, data: None, source: Array | int = ANY_SOURCE) -> Any:
-    """A draw function for drivers: there is nothing to draw."""
+    """A draw function for drivers that returns None: this search uses no data."""
     del key, data, source
     return None
 
 
 def cells(classes: int, starts: int, targets: Sequence[int] | None = None) -> Cell:
-    """`starts` cells for each class of a model with K = `classes`, or for each of `targets`; [N],
-    the starts of a class one after another.
+    """`starts` cells [N] for each class of a model with K = `classes`, or for each of `targets`;
+    the starts of one class are adjacent.
 
-    Raises: UserError for fewer than three classes, no start, no target, or one that is no class.
+    Raises: UserError for fewer than three classes, `starts` below 1, no targets, or a target out of
+      range.
     """
     check_classes(classes)
     if starts < 1:
@@ -165,7 +171,7 @@ def cells(classes: int, starts: int, targets: Sequence[int] | None = None) -> Ce
 
 
 def check_classes(classes: int) -> None:
-    """Raises UserError where a model has too few classes for this statistic."""
+    """Raises UserError if the model has too few classes for this statistic."""
     if classes < LEAST_CLASSES:
         raise UserError(
             f"margin needs at least {LEAST_CLASSES} classes, the model has {classes}: the margins"
@@ -175,13 +181,14 @@ def check_classes(classes: int) -> None:
 
 
 def statistics(margins: ArrayLike, targets: ArrayLike, classes: int) -> np.ndarray:
-    """r_t [K]: each class's largest margin over its starts; nan for classes without one.
+    """r_t [K]: each class's largest margin over its starts; nan for a class without a finite one.
 
     Args:
       margins: [N], `best_margin` of every cell, in logits.
       targets: [N], the cells' classes.
     """
     values = np.asarray(margins, float)
+    # a margin that is not finite counts as -inf, so that it never wins
     found = np.full(classes, -np.inf)
     np.maximum.at(found, np.asarray(targets), np.where(np.isfinite(values), values, -np.inf))
     return np.where(np.isfinite(found), found, np.nan)

@@ -1,7 +1,7 @@
 """MESA: models the whole distribution of valid triggers, one sub-model per staircase level (Qiao et
 al. 2019).
 
-Searches may end early by the rule in `inversion.stopping`.
+A search can stop early by the rule in `inversion.stopping`.
 """
 
 import dataclasses
@@ -47,22 +47,22 @@ class Config:
       noise: "uniform" U[0, 1) (released) or "normal" N(0, I) (paper).
       generator: "released", "paper", or "conv" (large triggers).
       hidden: width H of generator and statistics network.
-      learning_rate: Adam of both networks.
+      learning_rate: Adam's, for both networks.
       b1: Adam's decay of the mean gradient.
       b2: Adam's decay of the mean squared gradient.
       trigger_noise: std of Gaussian noise added to the trigger on the victim's branch only; 0 turns
         it off (paper).
       place: where the trigger is pasted. "batch": one random place per batch (released); "image":
         one per image; "fixed": at (`row`, `column`); "searched": a distribution over places is
-        learnt beside the triggers.
+        learnt together with the triggers.
       row: of the top-left corner of a fixed place.
       column: of the top-left corner of a fixed place.
-      place_rate: rate of the moving average of each place's value when the place is searched.
+      place_rate: rate of the moving average of each place's value, when the place is searched.
       place_temperature: weight of the place distribution's entropy when the place is searched;
         small values commit to one place.
       leaky_output: LeakyReLU on the statistics network's scalar (released).
       debias_rate: rate of the moving average in the bias-corrected gradient (released: 0.001).
-      stop_after: steps after which the rule of `inversion.stopping` applies; 0 for never.
+      stop_after: first step at which the rule of `inversion.stopping` applies; 0 turns it off.
     """
 
     patch: int = 3
@@ -123,7 +123,7 @@ class Config:
 
 
 def paper(**changes) -> Config:
-    """The settings the paper's text states; everything it does not state stays as released."""
+    """The settings in the paper's text; settings that it omits stay as released."""
     wording = dict(
         noise="normal", generator="paper", trigger_noise=0.0, place="image", leaky_output=False
     )
@@ -131,7 +131,7 @@ def paper(**changes) -> Config:
 
 
 class State(NamedTuple):
-    """What MESA needs to go on with one sub-model.
+    """State of one sub-model.
 
     Attributes:
       step: [] int32.
@@ -139,13 +139,12 @@ class State(NamedTuple):
       critic: parameters of T.
       generator_opt, critic_opt: Adam states.
       log_mean_exp: [] moving average of E[exp T] over marginal pairs, as a logarithm.
-      place: [2] int32 (row, column) of the top-left corner, used when `place="fixed"`; `init` takes
-        it from the Config, and a driver may replace it to give every cell of a sweep a place of its
-        own.
+      place: [2] int32 (row, column) of the top-left corner, used when `place="fixed"`. `init` takes
+        it from the Config; a driver may replace it to give each cell of a sweep its own place.
       place_logits: [P] unnormalised log-probabilities of the P places (P = 1 unless
         `place="searched"`).
-      margin, spread: [2] fast and slow means of the stopping rule: of the margin, and of the
-        entropy bound in nats.
+      margin, spread: [2] fast and slow means of the margin, and of the entropy bound in nats, for
+        the stopping rule.
     """
 
     step: Array
@@ -161,9 +160,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one looks at. All [] float32: batch ASR over images that are not of the target class (0
-    where the batch has none), mean target confidence F, entropy bound in nats, losses of G and
-    T."""
+    """Metrics of a step, all [] float32: batch ASR over images that are not of the target class (0
+    if the batch has none), mean target confidence F, entropy bound in nats, losses of G and T."""
 
     attack_success_rate: Array
     confidence: Array
@@ -173,7 +171,7 @@ class Info(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the losses are closed over: victim architecture, the two networks, Adam, settings."""
+    """Constants that the losses close over: victim architecture, both networks, Adam, settings."""
 
     net: Net
     image_shape: tuple[int, int, int]
@@ -256,13 +254,14 @@ def draw_noise(key: Key, config: Config, count: int) -> Array:
 
 
 def draw_places(key: Key, parts: Parts, state: State, count: int) -> tuple[Array, Array]:
-    """Places [count, 2] and, when searched, the index of each in `place_logits` [count]."""
+    """Places [count, 2], and the index [count] of each in `place_logits`; zeros unless searched."""
     config, side = parts.config, parts.config.patch
     _, columns = parts.count_places()
     if config.place == "searched":
         index = jax.random.categorical(key, state.place_logits, shape=(count,))
         return jnp.stack([index // columns, index % columns], -1), index
     if config.place == "fixed":
+        # from the state, so that each cell of a sweep can have its own
         places = state.place
     else:
         drawn = 1 if config.place == "batch" else count
@@ -273,7 +272,8 @@ def draw_places(key: Key, parts: Parts, state: State, count: int) -> tuple[Array
 def generate(
     parts: Parts, params: ArrayTree, stats: ArrayTree, noise: Array
 ) -> tuple[Array, ArrayTree]:
-    """Triggers G(z) [N, h, w, C] of `noise` [N, n] on batch moments, and the new running ones."""
+    """Triggers G(z) [N, h, w, C] for `noise` [N, n], with BatchNorm on batch moments, and the new
+    running moments."""
     variables = {"params": params, "batch_stats": stats}
     triggers, updates = apply_mutable(parts.generator, variables, "batch_stats", noise, train=True)
     return triggers, updates["batch_stats"]
@@ -288,8 +288,8 @@ def score_pairs(
 
 
 class Seen(NamedTuple):
-    """What the generator's loss saw: new statistics, hits [B], confidence [B], entropy [], the
-    index [B] of each searched place."""
+    """By-products of the generator's loss: new BatchNorm statistics, hits [B], confidence [B],
+    entropy [], and the index [B] of each searched place."""
 
     stats: ArrayTree
     hit: Array
@@ -307,11 +307,13 @@ def generator_loss(
     cell: Cell,
     variables: Variables,
 ) -> tuple[Array, Seen]:
-    """Eq. (4) on one batch of clean images; `keys` [4], `variables` are the victim's."""
+    """Eq. (4) on one batch of clean images; uses the first four `keys`. `variables` are the
+    victim's."""
     config, count = parts.config, batch.images.shape[0]
     noise, other = draw_noise(keys[0], config, count), draw_noise(keys[1], config, count)
     triggers, stats = generate(parts, params, state.generator["batch_stats"], noise)
     places, index = draw_places(keys[2], parts, state, count)
+    # only the victim sees the noise; the entropy bound uses the clean triggers
     jitter = config.trigger_noise * jax.random.normal(keys[3], triggers.shape)
     stamped = jax.vmap(image_ops.paste)(batch.images, triggers + jitter, places)
     logits, _ = parts.net.apply(variables, stamped, train=False)
@@ -323,8 +325,9 @@ def generator_loss(
 
 
 def average_marginal(log_mean_exp: Array, marginal: Array, step: Array, rate: float) -> Array:
-    """Moving average of E[e^T], in logarithms: the first batch [N] sets it, later ones pull at
-    `rate`."""
+    """Moving average of E[e^T], as a logarithm. The first batch [N] sets it; later ones enter with
+    weight `rate`."""
+    # computed in logarithms throughout, because e^T can overflow
     batch_mean = jax.nn.logsumexp(marginal) - jnp.log(marginal.shape[0])
     average = jnp.logaddexp(jnp.log1p(-rate) + log_mean_exp, jnp.log(rate) + batch_mean)
     return jnp.where(step == 0, batch_mean, average)
@@ -333,7 +336,7 @@ def average_marginal(log_mean_exp: Array, marginal: Array, step: Array, rate: fl
 def critic_loss(
     params: ArrayTree, parts: Parts, noise: Array, other: Array, triggers: Array, average: Array
 ) -> Array:
-    """The negative bound on the triggers' entropy; its gradient is corrected for bias."""
+    """The negative bound on the triggers' entropy, with a bias-corrected gradient."""
     joint, marginal = score_pairs(parts, params, noise, other, triggers)
     return -losses.donsker_varadhan_debiased(joint, marginal, average)
 
@@ -351,9 +354,12 @@ def _step(
     params = optax.apply_updates(state.generator["params"], updates)
 
     noise, other = draw_noise(keys[4], config, count), draw_noise(keys[5], config, count)
+    # the critic trains on triggers of the updated generator
     triggers, stats = generate(parts, params, seen.stats, noise)
+    # Differs from released code: no gradient into the generator; there it is computed and discarded
     triggers = jax.lax.stop_gradient(triggers)
     _, marginal = score_pairs(parts, state.critic, noise, other, triggers)
+    # the moving average includes this batch, as scored before the update
     average = average_marginal(state.log_mean_exp, marginal, state.step, config.debias_rate)
     grad = jax.value_and_grad(critic_loss)
     critic_value, gradient = grad(state.critic, parts, noise, other, triggers, average)
@@ -361,7 +367,7 @@ def _step(
 
     counted = (batch.labels != cell.target).astype(jnp.float32)
     mean = lambda values: (values * counted).sum() / jnp.maximum(counted.sum(), 1)
-    # images of the target class are no evidence: they reach it without a trigger
+    # leave out images of the target class: they reach it without a trigger
     margin = mean(seen.confidence) - cell.level
     new = state._replace(
         step=state.step + 1,
@@ -388,7 +394,7 @@ def _sample(parts: Parts, key: Key, state: State, count: int) -> Array:
 
 
 def _stamp(parts: Parts, key: Key, state: State, images: Array) -> Array:
-    """Pastes a trigger of its own on every image of `images` [B, H, W, C]; places as configured."""
+    """Pastes a different trigger on each of `images` [B, H, W, C]; places as configured."""
     sample_key, place_key = jax.random.split(key)
     count = images.shape[0]
     places, _ = draw_places(place_key, parts, state, count)
@@ -402,13 +408,12 @@ def _has_converged(stop_after: int, state: State) -> Array:
 
 
 def update_places(logits: Array, index: Array, reward: Array, config: Config) -> Array:
-    """Place distribution after a batch pasted at places `index` [B] earned `reward` [B]; logits
-    [P].
+    """Updates the place logits [P] after a batch pasted at places `index` [B] earned `reward` [B].
 
     The q that maximises E_q[V] + temperature * H(q) is softmax(V / temperature), with V the mean
-    min(F, beta) of each place: the level and the entropy do for places what eq. (4) does for
-    triggers, so no place is given up early. V is a moving average; places without an image in the
-    batch keep theirs.
+    min(F, beta) of each place. The level and the entropy act on places as they act on triggers in
+    eq. (4), so no place is ruled out early. V is a moving average; it does not change for places
+    without an image in the batch.
     """
     count = jnp.zeros_like(logits).at[index].add(1)
     value = jnp.zeros_like(logits).at[index].add(reward) / jnp.maximum(count, 1)

@@ -1,4 +1,5 @@
-"""Neural Cleanse: a pattern and a transparency mask, as small as still works (Wang et al. 2019)."""
+"""Neural Cleanse: searches for a pattern and the smallest transparency mask that still works (Wang
+et al. 2019)."""
 
 import dataclasses
 import functools
@@ -22,21 +23,23 @@ class Config:
     """Settings of Neural Cleanse; defaults follow the released code's example script.
 
     Attributes:
-      learning_rate: Adam on pattern and mask.
+      learning_rate: Adam's, on pattern and mask.
       b1: Adam's decay of the mean gradient.
       b2: Adam's decay of the mean squared gradient.
-      attack_threshold: batch ASR at which the mask counts as working.
-      first_cost: weight of the mask's L1 norm once the mask works; 0 before.
-      cost_multiplier: the weight grows by it after `patience` working steps in a row, and shrinks
-        by its power 1.5 after as many that do not work.
+      attack_threshold: a mask works when the batch ASR reaches this.
+      first_cost: first weight of the mask's L1 norm; the weight is 0 until `patience` steps in a
+        row have worked.
+      cost_multiplier: factor by which the weight grows after `patience` working steps in a row;
+        after as many failing steps it shrinks by this factor to the power 1.5.
       patience: steps in a row after which the weight changes.
-      first_mask: upper end of the uniform distribution that the first mask is drawn from.
-      memory: share that earlier batches keep at each step in a running mean of the ASR, which has
-        to reach the threshold as the batch itself has to. At 0 a batch stands for itself; small
-        ones need more, for among many some reach any threshold by luck.
+      first_mask: upper end of the uniform distribution from which the first mask is drawn.
+      memory: weight of earlier batches in a running mean of the ASR. Both this mean and the batch
+        ASR must reach the threshold. At 0 only the batch counts. Raise it for small batches, some
+        of which reach any threshold by luck.
       stop_patience: steps without a smaller mask after which the search has converged, once the
-        weight has gone both up and down; 0 for never (released: 25).
-      stop_ratio: a norm below this times the one before counts as smaller (released: 1).
+        weight has gone both up and down; 0 turns early stopping off (released: 25).
+      stop_ratio: a mask counts as smaller if its norm is below this factor times the norm at the
+        last such improvement (released: 1).
     """
 
     learning_rate: float = 0.1
@@ -75,8 +78,8 @@ class Config:
 
 
 def for_pairs(**over: Any) -> Config:
-    """Settings for one source class at a time: the threshold of Xiang et al. 2020, small batches,
-    the released stop."""
+    """Settings for searches with one source class, hence small batches: the threshold of Xiang et
+    al. 2020 and the released stopping rule."""
     settings = dict(
         attack_threshold=0.9, memory=0.8, first_mask=0.2, first_cost=1e-2, stop_patience=25
     )
@@ -91,19 +94,18 @@ class Parameters(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the search needs to go on.
+    """State of the search.
 
     Attributes:
       step: [] int32.
       parameters, opt: the current mask and pattern and their Adam state.
       cost: [] weight of the mask norm.
-      worked, failed: [] int32, consecutive steps at or above, and below, the threshold. best_mask
-      [H, W, 1], best_pattern [H, W, C]: in [0, 1], of the smallest mask that worked; the current
-      ones as
-        long as none has.
-      best_norm: [] its L1 norm, inf as long as none has worked.
+      worked, failed: [] int32, consecutive steps at or above, and below, the threshold.
+      best_mask, best_pattern: [H, W, 1] and [H, W, C] in [0, 1], the smallest mask that worked and
+        its pattern; the current ones until one works.
+      best_norm: [] L1 norm of that mask, inf until one works.
       rate: [] running mean of the batches' ASR.
-      raised, lowered: [] bool, whether the cost has ever gone up, and down.
+      raised, lowered: [] bool, whether a positive cost has ever gone up, and down.
       stalled: [] int32, steps since the best norm last fell below `stop_ratio` times `stop_norm`.
       stop_norm: [] best norm at that step.
     """
@@ -139,7 +141,7 @@ def squash(value: Array) -> Array:
 
 
 class Parts(NamedTuple):
-    """What the functions below are closed over: victim architecture, Adam, settings."""
+    """Constants that the functions below share: victim architecture, Adam, settings."""
 
     net: Net
     image_shape: tuple[int, int, int]
@@ -166,7 +168,8 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
 
 
 def _init(parts: Parts, key: Key) -> State:
-    """Pattern uniform in [0, 1] and mask in [0, `first_mask`]; both in [0, 1] as released."""
+    """Draws the pattern uniformly from [0, 1] and the mask from [0, `first_mask`]; the released
+    code draws both from [0, 1]."""
     height, width, _ = parts.image_shape
     mask_key, pattern_key = jax.random.split(key)
     mask = parts.config.first_mask * jax.random.uniform(mask_key, (height, width, 1))
@@ -191,16 +194,17 @@ def _init(parts: Parts, key: Key) -> State:
 
 
 def first_fields(mask: Array, pattern: Array) -> dict[str, Any]:
-    """The fields of a first state that starts from `mask` [..., H, W, 1] and `pattern`
-    [..., H, W, C] in [0, 1]."""
-    # just inside the range of tanh, so that both stay finite
+    """Fields of a first state that starts from `mask` [..., H, W, 1] and `pattern` [..., H, W, C],
+    both in [0, 1]."""
+    # scaled to just inside the range of tanh, so that arctanh stays finite
     inverse = lambda value: jnp.arctanh((2 * value - 1) * (1 - 1e-3))
     parameters = Parameters(inverse(mask), inverse(pattern))
     return dict(parameters=parameters, best_mask=mask, best_pattern=pattern)
 
 
 class Seen(NamedTuple):
-    """What the loss saw: cross-entropy [], logits [B, K], mask [H, W, 1] and pattern [H, W, C]."""
+    """By-products of the loss: cross-entropy [], logits [B, K], mask [H, W, 1] and pattern
+    [H, W, C]."""
 
     entropy: Array
     logits: Array
@@ -221,11 +225,12 @@ def cleanse_loss(
 
 
 def update_cost(state: State, works: Array, config: Config) -> dict[str, Array]:
-    """The next cost and run lengths: up after `patience` working steps, down after as many failing
-    ones."""
+    """The next cost, run lengths and flags. The cost goes up after `patience` working steps in a
+    row, and down after as many failing ones."""
     worked = jnp.where(works, state.worked + 1, 0)
     failed = jnp.where(works, 0, state.failed + 1)
     up, down = worked >= config.patience, failed >= config.patience
+    # a weight of 0 cannot grow by a factor: the first rise sets it
     raised = jnp.where(state.cost == 0, config.first_cost, state.cost * config.cost_multiplier)
     lowered = state.cost / config.cost_multiplier**COST_DOWN
     return dict(
@@ -245,13 +250,15 @@ def _step(
     grad = jax.value_and_grad(cleanse_loss, has_aux=True)
     (_, seen), gradient = grad(state.parameters, parts.net, state.cost, batch, cell, variables)
     success = (seen.logits.argmax(-1) == losses.aims(batch.labels, cell.target)).mean()
+    # a plain mean in the first steps, so that the initial 0 has no weight
     old = jnp.minimum(config.memory, state.step / (state.step + 1)).astype(success.dtype)
     rate = old * state.rate + (1 - old) * success
+    # the running mean and the batch itself must both reach the threshold
     works = jnp.minimum(rate, success) >= config.attack_threshold
     norm = seen.mask.sum()
     better = works & (norm < state.best_norm)
     smaller = better & (norm < config.stop_ratio * state.stop_norm)
-    # as long as none has worked, the current mask stands for the best
+    # until a mask works, the current one stands in for the best
     keep = better | jnp.isinf(state.best_norm)
     updates, opt = parts.optimiser.update(gradient, state.opt)
     new = state._replace(
@@ -276,13 +283,14 @@ def _sample(parts: Parts, key: Key, state: State, count: int) -> Array:
 
 
 def _stamp(key: Key, state: State, images: Array) -> Array:
-    """(1 - mask) * image + mask * pattern on every image of [B, H, W, C]; nothing is random."""
+    """(1 - mask) * image + mask * pattern for each of `images` [B, H, W, C]; deterministic."""
     del key
     return blend(images, state.best_pattern[None], state.best_mask[None])
 
 
 def _has_converged(stop_patience: int, state: State) -> Array:
-    """Whether the weight has gone up and down and the best norm has stood still, as released."""
+    """Whether the weight has gone up and down and the best norm has stopped falling, as
+    released."""
     return state.raised & state.lowered & (state.stalled >= stop_patience)
 
 
@@ -297,10 +305,10 @@ def _works(state: State) -> Array:
 
 
 def locate(masks: Array, side: int) -> tuple[Array, Array]:
-    """Where masks [N, H, W, 1] put their weight.
+    """Locates the side x side window that holds most of each mask [N, H, W, 1].
 
-    Returns: the places [N, 2] int32 (row, column) of the side x side window that holds most of each
-      mask, and the share [N] of the mask's L1 norm inside it.
+    Returns: the windows' places [N, 2] int32 (row, column), and the share [N] of each mask's L1
+      norm inside its window.
     """
     window = jax.lax.reduce_window(
         masks[..., 0], 0.0, jax.lax.add, (1, side, side), (1, 1, 1), "VALID"

@@ -1,4 +1,4 @@
-"""The pixel baseline: one reversed trigger by gradient descent on its pixels (Qiao et al. 2019,
+"""The pixel baseline: reverses one trigger by gradient descent on its pixels (Qiao et al. 2019,
 section 4.1)."""
 
 import dataclasses
@@ -20,10 +20,10 @@ class Config:
 
     Attributes:
       patch: side of the square trigger.
-      learning_rate: SGD on the pixels.
-      momentum: of that SGD.
-      clip_every: the pixels are clipped to [0, 1] after every so many steps (released: once per
-        epoch of 11).
+      learning_rate: SGD's, on the pixels.
+      momentum: SGD's.
+      clip_every: steps between two clips of the pixels to [0, 1] (released: once per epoch of 11
+        steps).
       place: "batch": one random place per batch (released), "image": one per image, "fixed": at
         (`row`, `column`).
       row: of the top-left corner of a fixed place.
@@ -31,8 +31,8 @@ class Config:
     """
 
     patch: int = 3
-    # Differs from released code: the variable is the pixels in [0, 1], not the normalised ones, so
-    # the same learning rate moves a pixel 1 / std^2 as far.
+    # Differs from released code: descends on pixels in [0, 1], not on normalised ones, so the same
+    # learning rate moves a pixel 1 / std^2 as far.
     learning_rate: float = 0.1
     momentum: float = 0.9
     clip_every: int = 11
@@ -49,8 +49,8 @@ class Config:
 
 
 class State(NamedTuple):
-    """step [] int32; pattern [h, w, C], possibly outside [0, 1] between clips; velocity [h, w,
-    C]."""
+    """Step [] int32; pattern [h, w, C], possibly outside [0, 1] between clips; velocity
+    [h, w, C]."""
 
     step: Array
     pattern: Array
@@ -120,12 +120,12 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         return State(state.step + 1, pattern, velocity), Info(success, confidence, value)
 
     def sample(key: Key, state: State, count: int) -> Array:
-        """The one trigger, clipped to [0, 1], `count` times: [count, h, w, C]."""
+        """The trigger, clipped to [0, 1], `count` times: [count, h, w, C]."""
         del key
         return jnp.broadcast_to(jnp.clip(state.pattern, 0, 1), (count, side, side, channels))
 
     def stamp(key: Key, state: State, images: Array) -> Array:
-        """Pastes the trigger on every image of `images` [B, H, W, C]; places as configured."""
+        """Pastes the trigger on each of `images` [B, H, W, C]; places as configured."""
         pattern = jnp.clip(state.pattern, 0, 1)
         return jax.vmap(image_ops.paste, (0, None, 0))(
             images, pattern, places(key, images.shape[0])

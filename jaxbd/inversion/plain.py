@@ -1,8 +1,8 @@
-"""Plain patch: a solid box of few colours where a smaller mask was found; follows Neural Cleanse.
+"""Plain patch: searches for the colours of a solid box around a mask that Neural Cleanse found.
 
-The smallest mask that works is speckled, and only just works. An attacker's patch fills its box,
-and works by far. Nets tell the two apart in their first layers, so what is corrected or unlearned
-for the one need not hold for the other.
+The smallest mask that works is speckled and barely works. An attacker's patch fills its box and
+works by a wide margin. Nets distinguish the two in their first layers, so a correction learnt on
+one may not carry over to the other.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Config:
     """Settings of the plain patch.
 
     Attributes:
-      grid: the box has `grid` x `grid` colours, bilinear between them; 1 is one colour.
-      learning_rate: of Adam on the colours before the squashing to (0, 1).
+      grid: the box interpolates `grid` x `grid` colours bilinearly; 1 for a single colour.
+      learning_rate: Adam's, on the colours before squashing to (0, 1).
     """
 
     grid: int = 1
@@ -38,13 +38,13 @@ class Config:
 
 
 class State(NamedTuple):
-    """What the search needs to go on.
+    """State of the search.
 
     Attributes:
       step: [] int32.
-      box: [4] int32: first row, first column, and the row and column after the last ones; the whole
-        image at first.
-      colours: [grid, grid, C] before the squashing to (0, 1).
+      box: [4] int32: first row, first column, and the row and column after the last ones; initially
+        the whole image.
+      colours: [grid, grid, C] before squashing to (0, 1).
       opt: Adam's state.
     """
 
@@ -55,7 +55,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Batch ASR, and mean margin of the target's logit over the largest other; all []."""
+    """Batch ASR, and mean margin of the target's logit over the largest other logit; both []."""
 
     attack_success_rate: Array
     margin: Array
@@ -65,7 +65,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
     """Plain patches for victims of architecture `net` on images of `image_shape` (H, W, C); levels
     are ignored.
 
-    Set the `box` of the state that `init` makes, see `box_of`.
+    The caller must replace `box` in the state from `init`, see `box_of`.
     """
     height, width, channels = image_shape
     optimiser = optax.adam(config.learning_rate)
@@ -76,7 +76,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         box = jnp.array([0, 0, height, width], jnp.int32)
         return State(jnp.zeros((), jnp.int32), box, colours, optimiser.init(colours))
 
-    def painted(box: Array, colours: Array) -> tuple[Array, Array]:
+    def paint(box: Array, colours: Array) -> tuple[Array, Array]:
         """Pattern [H, W, C] and mask [H, W, 1]."""
         down, across = (
             _shares(side, box[i], box[i + 2], config.grid) for i, side in enumerate((height, width))
@@ -89,13 +89,14 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         mask = (inside[0][:, None] & inside[1][None, :])[..., None].astype(pattern.dtype)
         return pattern, mask
 
-    def stamped(images: Array, box: Array, colours: Array) -> Array:
-        pattern, mask = painted(box, colours)
+    def put_patch(images: Array, box: Array, colours: Array) -> Array:
+        pattern, mask = paint(box, colours)
         return blend(images, pattern[None], mask[None])
 
     def loss(colours: Array, state: State, batch: Batch, cell: Cell, victim: Variables):
-        logits, _ = net.apply(victim, stamped(batch.images, state.box, colours), train=False)
+        logits, _ = net.apply(victim, put_patch(batch.images, state.box, colours), train=False)
         aims = losses.aims(batch.labels, cell.target)
+        # maximises the margin, so that the patch works by far and not just barely
         wanted = jax.nn.one_hot(aims, logits.shape[-1], dtype=bool)
         others = jnp.where(wanted, -jnp.inf, logits).max(-1)
         margin = (jnp.where(wanted, logits, 0).sum(-1) - others).mean()
@@ -113,30 +114,30 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         return State(state.step + 1, state.box, colours, opt), Info(success, -value)
 
     def sample(key: Key, state: State, count: int) -> Array:
-        """The one patch on black, `count` times: [count, H, W, C]."""
+        """The patch on black, `count` times: [count, H, W, C]."""
         del key
-        pattern, mask = painted(state.box, state.colours)
+        pattern, mask = paint(state.box, state.colours)
         return jnp.broadcast_to(mask * pattern, (count, *image_shape))
 
     def stamp(key: Key, state: State, images: Array) -> Array:
-        """Every image of [B, H, W, C] with the patch; pixels outside it are unchanged."""
+        """Puts the patch on each of `images` [B, H, W, C]; pixels outside it do not change."""
         del key
-        return stamped(images, state.box, state.colours)
+        return put_patch(images, state.box, state.colours)
 
     return Inversion(init, step, stamp, sample)
 
 
 def _shares(side: int, first: Array, end: Array, grid: int) -> Array:
-    """[side, grid]: how much of each colour a row (or column) of the image takes, bilinear within
-    the box."""
+    """Bilinear weights [side, grid] of the grid's colours in each row (or column) of the image."""
+    # centre of each pixel, in cells of the grid
     place = (jnp.arange(side) - first + 0.5) / (end - first) * grid - 0.5
     place = jnp.clip(place, 0, grid - 1)
     return jnp.clip(1 - jnp.abs(place[:, None] - jnp.arange(grid)[None]), 0, 1)
 
 
 def box_of(mask: np.ndarray, least: float = 0.25) -> np.ndarray | None:
-    """[4] int32, the smallest box around the values of `mask` [H, W, 1] above `least`; None where
-    there is none."""
+    """The smallest box [4] int32 around the values of `mask` [H, W, 1] above `least`; None if there
+    are none."""
     rows, columns = (
         np.flatnonzero((np.asarray(mask)[..., 0] > least).any(axis)) for axis in (1, 0)
     )

@@ -1,5 +1,5 @@
-"""PT-RED: a small perturbation that, added to one class's images, sends them to another (Xiang et
-al. 2020)."""
+"""PT-RED: searches for a small perturbation that sends images of one class to another (Xiang et al.
+2020)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -18,17 +18,18 @@ class Config:
     """Settings of PT-RED.
 
     Attributes:
-      rule: "normalised": every step has the L2 length `step_size`, whatever the gradient's; "sgd":
-        the gradient times `step_size`.
+      rule: "normalised": every step has L2 length `step_size`; "sgd": every step is the gradient
+        times `step_size`.
       step_size: see `rule`.
-      step_noise: standard deviation s of the factor 1 + N(0, s) on `step_size`, drawn anew at every
+      step_noise: standard deviation s of the factor 1 + N(0, s) on `step_size`, drawn at every
         step.
       first_scale: standard deviation of the first perturbation's values.
-      success_rate: pi, share of a batch sent to the target from which the perturbation counts as
-        found.
-      patience: batches in a row that have to reach it. One small batch may be lucky: of triggers
-        that stopped at the first, most fell short on all images of their source, and their norms
-        were a tenth too small. 1 is enough where a batch holds all of them.
+      success_rate: pi, the share of a batch that must reach the target for the perturbation to
+        succeed.
+      patience: batches in a row that must reach `success_rate`. A single small batch may succeed by
+        luck: most triggers that stopped at the first such batch fell short of the rate on all
+        images of their source, and their norms were a tenth too small. 1 is enough if a batch holds
+        all these images.
     """
 
     rule: Literal["normalised", "sgd"] = "normalised"
@@ -36,7 +37,7 @@ class Config:
     step_noise: float = 0.0
     first_scale: float = 1e-3
     success_rate: float = 0.9
-    # Differs from paper: batches stand in for all images of the source class
+    # Differs from paper: judges batches instead of all images of the source class
     patience: int = 3
 
     def __post_init__(self):
@@ -53,19 +54,19 @@ class Config:
 
 
 def released(**over: Any) -> Config:
-    """Plain gradient steps of 1e-2 (1 + N(0, 0.1)), as in the authors' later code; up to 1,000 of
-    them."""
+    """Plain gradient steps of size 1e-2 (1 + N(0, 0.1)), as in the authors' later code, which makes
+    up to 1,000."""
     return Config(**{"rule": "sgd", "step_size": 1e-2, "step_noise": 0.1, **over})
 
 
 class State(NamedTuple):
-    """What the search needs to go on.
+    """State of the search.
 
     Attributes:
       step: [] int32.
       perturbation: v [H, W, C].
-      reached: [] int32, batches in a row that reached the success rate with v as it is or was a
-        step before.
+      reached: [] int32, batches in a row that reached the success rate, each with the v of its
+        step.
     """
 
     step: Array
@@ -98,14 +99,14 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         return losses.cross_entropy(logits, losses.aims(batch.labels, cell.target)), logits
 
     def length(key: Key, gradient: Array) -> Array:
-        """What the gradient is multiplied by."""
+        """The factor [] on the gradient."""
         size = config.step_size * (
             1 + config.step_noise * jax.random.normal(key, dtype=gradient.dtype)
         )
         if config.rule == "sgd":
             return size
-        # Differs from released code: where the victim is sure, the gradient vanishes, and plain
-        # steps with it
+        # Differs from released code: normalised, because where the victim is confident the gradient
+        # vanishes, and so would a plain step
         return size / jnp.maximum(jnp.linalg.norm(gradient), jnp.finfo(gradient.dtype).tiny)
 
     def step(
@@ -115,14 +116,14 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         (entropy, logits), gradient = grad(state.perturbation, batch, cell, victim)
         success = (logits.argmax(-1) == losses.aims(batch.labels, cell.target)).mean()
         reached = jnp.where(success >= config.success_rate, state.reached + 1, 0)
-        # what is found stays as it was judged
+        # once found, the perturbation must stay as judged: no further step
         size = jnp.where(reached >= config.patience, 0, length(key, gradient))
         info = Info(success, jnp.linalg.norm(state.perturbation), entropy)
         return State(state.step + 1, state.perturbation - size * gradient, reached), info
 
     def sample(key: Key, state: State, count: int) -> Array:
-        """1/2 + v / (2 max |v|), the perturbation as a picture on mid-grey, `count` times: [count,
-        H, W, C]."""
+        """1/2 + v / (2 max |v|): the perturbation as a picture on mid-grey, `count` times:
+        [count, H, W, C]."""
         del key
         peak = jnp.maximum(
             jnp.abs(state.perturbation).max(), jnp.finfo(state.perturbation.dtype).tiny
@@ -130,7 +131,7 @@ def make(net: Net, image_shape: tuple[int, int, int], config: Config) -> Inversi
         return jnp.broadcast_to(0.5 + state.perturbation / (2 * peak), (count, *image_shape))
 
     def stamp(key: Key, state: State, images: Array) -> Array:
-        """clip(image + v, 0, 1) on every image of [B, H, W, C]; nothing is random."""
+        """clip(image + v, 0, 1) for each of `images` [B, H, W, C]; deterministic."""
         del key
         return embed(images, state.perturbation)
 

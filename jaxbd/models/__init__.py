@@ -1,1 +1,1 @@
-"""Architectures, and from their names to a `Net`."""
+"""Architectures, and the way from an architecture's name to a `Net`."""

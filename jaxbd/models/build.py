@@ -1,4 +1,4 @@
-"""From an architecture's name to a `Net`."""
+"""Builds a `Net` from an architecture's name."""
 
 import dataclasses
 import functools
@@ -48,8 +48,7 @@ class Spec:
       arch: a key of `MODULES`.
       classes: K.
       image_shape: (H, W, C).
-      mean, std: per-channel input normalisation of pixels in [0, 1]; one number stands for all
-        channels.
+      mean, std: input normalisation of pixels in [0, 1], per channel or one number for all.
       options: architecture options (width, stem, …).
       dtype: compute type, "float32" or "bfloat16"; parameters, statistics, sums and logits are
         float32 either way.
@@ -78,26 +77,28 @@ def module(spec: Spec) -> nn.Module:
 
 
 def _family(spec: Spec) -> nn.Module:
-    """A net described by its table of layers (option "layers") and the options they leave open."""
+    """A net described by its table of layers (option "layers") and by options for what the layers
+    do not determine."""
     form = {name: value for name, value in spec.options.items() if name != "layers"}
     layers = spec.options.get("layers")
     if not isinstance(layers, Mapping):
         raise UserError(f"architecture {spec.arch} needs the table of its layers")
     families.parse(layers)
+    # frozen, because modules must be hashable to be cached
     return families.Family(
         spec.classes, spec.arch, FrozenDict(layers), FrozenDict(form), jnp.dtype(spec.dtype)
     )
 
 
 def title(spec: Spec) -> str:
-    """How people call the net: "ResNet-50", or the architecture's name."""
+    """The net's usual name, for example "ResNet-50", or the architecture's name."""
     if spec.arch not in families.FAMILIES:
         return spec.arch
     return families.FAMILIES[spec.arch].title(families.open_table(spec.options["layers"]))
 
 
 def net(spec: Spec) -> Net:
-    """The net of `spec`, its first operation being the input normalisation."""
+    """The net of `spec`; its first operation is the input normalisation."""
     constants = tuple(spec.mean), tuple(spec.std)
     if own.is_own(spec.arch):
         return _build_own(spec.arch, spec.image_shape, *constants)
@@ -111,14 +112,15 @@ def from_flax(
     mean: tuple[float, ...] = NORMALISATIONS["none"][0],
     std: tuple[float, ...] = NORMALISATIONS["none"][1],
 ) -> Net:
-    """Any Flax module called as `module(images, train=bool)` -> logits becomes a `Net` on images of
-    `image_shape`.
+    """Makes a `Net` on images of `image_shape` from any Flax module that is called as
+    `module(images, train=bool)` -> logits.
 
-    `Net.outputs` returns what its modules sow as `intermediates/<path>/output` (`models.norm`
-    does), an empty dict where none does.
+    `Net.outputs` returns everything that its modules sow as `intermediates/<path>/output`, as
+    `models.norm` does; an empty dict if none does.
     """
 
     def init(key: Key) -> Variables:
+        # drops what the modules sow during initialisation
         variables = flax_module.init(key, jnp.zeros((2, *image_shape)), train=False)
         return {
             "batch_stats": {},
@@ -151,16 +153,16 @@ def from_flax(
 
 
 def wide(logits: Array) -> Array:
-    """`logits` in float32 where they are narrower: no loss is computed in bfloat16."""
+    """`logits` in at least float32, so that no loss is computed in bfloat16."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _note_sown(
     paths: list[tuple[str, ...]], call: Callable[..., Any], args: Any, kwargs: Any, context: Any
 ) -> Any:
-    """Notes the path of every module that has sown its output, in order of execution.
+    """Records the path of every module that has sown its output, in order of execution.
 
-    The order of the collection itself does not do: compiled functions sort dictionaries by name.
+    The collection's own order is useless: compiled functions sort dictionaries by name.
     """
     result = call(*args, **kwargs)
     path = context.module.path
@@ -191,20 +193,20 @@ def _build_from_module(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Net:
-    """`from_flax`, cached: equal settings give the same functions, so one file's compiled programs
-    serve the next."""
+    """`from_flax`, cached: equal settings give the same functions, so that model files with the
+    same settings share compiled programs."""
     net = from_flax(flax_module, image_shape, mean=mean, std=std)
     return net._replace(frozen=functools.partial(fold.frozen, arch))
 
 
 def from_apply(apply: Callable[[Variables, Array], Array]) -> Net:
-    """Any pure `apply(variables, images in [0, 1]) -> logits` becomes a `Net` (without running
+    """Makes a `Net` from any pure `apply(variables, images in [0, 1]) -> logits` (without running
     statistics)."""
 
     def init(key: Key) -> Variables:
         raise UserError(
-            "this net was made from a bare apply function: bring its variables, it cannot make"
-            " fresh ones"
+            "this net was made from a bare apply function and cannot make fresh variables; give"
+            " existing ones"
         )
 
     def wrapped(

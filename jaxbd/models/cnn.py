@@ -1,5 +1,5 @@
 """A small CNN for small images: three stages of [3x3 convolution, BatchNorm, ReLU], mean over
-places, linear."""
+positions, linear."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from jaxbd.models.norm import BatchNorm, Correction
 class CNN(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes].
 
-    Stage i has `width * 2**i` channels; every stage but the first halves the image. The mean over
-    places makes the net blind to where a feature was seen, so a trigger planted at random places
-    can be learnt from few images. Without `norm` the convolutions have a bias, and a `Correction`
-    stands where BatchNorm stood.
+    Stage i has `width * 2**i` channels; every stage except the first halves the image. The mean
+    over positions makes the net blind to where a feature is, so it can learn a trigger at random
+    places from few images. Without `norm` the convolutions have a bias, and a `Correction` replaces
+    BatchNorm.
     """
 
     classes: int

@@ -9,11 +9,11 @@ from jaxbd.models.generators import LEAK, TORCH_KERNEL, torch_bias
 
 class StatisticsNetwork(nn.Module):
     """Noise [N, noise] and triggers [N, h, w, C] -> statistics [N]; Qiao et al. 2019, section 4.1,
-    released layout.
+    in the released layout.
 
-    Both inputs enter through bias-free linear maps to `hidden`, summed with one bias that starts at
-    zero; a second hidden layer; a scalar. LeakyReLU(0.2) after every layer; after the scalar too
-    when `leaky_output` (released code).
+    Linear maps of both inputs to `hidden` are summed with one bias that starts at zero; then come a
+    second hidden layer and a scalar output. LeakyReLU(0.2) follows every layer; also the output if
+    `leaky_output` (released code).
     """
 
     hidden: int = 512
@@ -22,6 +22,7 @@ class StatisticsNetwork(nn.Module):
     @nn.compact
     def __call__(self, noise: Array, triggers: Array) -> Array:
         flat = triggers.reshape(triggers.shape[0], -1)
+        # without bias: the second map has one for both
         x = nn.Dense(self.hidden, use_bias=False, kernel_init=TORCH_KERNEL)(noise)
         x = x + nn.Dense(self.hidden, kernel_init=TORCH_KERNEL)(flat)
         x = nn.leaky_relu(x, LEAK)

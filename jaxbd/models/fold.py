@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it, for nets whose weights stay as they are."""
+"""Folds BatchNorm into the convolution before it, for nets with fixed weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from jaxbd.models.norm import EPSILON
 
 AFTER_ACTIVATION = {"bn1": "conv1", "bn2": "conv2", "shortcut_norm": "shortcut_conv"}
 BEFORE_ACTIVATION = {"bn2": "conv1"}
-"""Pre-activation blocks: what follows a sum of two paths cannot be folded into either."""
+"""For pre-activation blocks: a BatchNorm after a sum of two paths cannot be folded into either."""
 CONVOLUTIONS: dict[str, Mapping[str, str]] = {
     "cnn": {f"norm{stage}": f"conv{stage}" for stage in range(8)},
     "mobilenet": AFTER_ACTIVATION,
@@ -28,20 +28,20 @@ CONVOLUTIONS: dict[str, Mapping[str, str]] = {
     "wrn40-1": BEFORE_ACTIVATION,
     "wrn40-2": BEFORE_ACTIVATION,
 }
-"""Architecture -> name of a BatchNorm -> name of the convolution beside it of which it alone reads
-the output."""
+"""Architecture -> name of a BatchNorm -> name of the convolution in the same module with an output
+that only this BatchNorm reads."""
 
 
 def frozen(arch: str, variables: Variables) -> Variables:
-    """Variables with which the net of `arch` answers in evaluation as with `variables`, up to
-    rounding.
+    """Folded variables, with which the net of `arch` in evaluation gives the same outputs as with
+    `variables`, up to rounding.
 
     y = (w * x + b - mu) s / sqrt(var + eps) + t becomes y = (w') * x + shift: the factor goes into
-    the kernel, and BatchNorm adds only the shift, from the collection `folded`. A BatchNorm without
-    such a convolution before it stays as it is, and so do the bounds of a correction. The result
-    cannot be trained.
+    the kernel, and BatchNorm only adds the shift, from the collection `folded`. A BatchNorm without
+    such a convolution does not change, and neither do the bounds of a correction. The result cannot
+    be trained.
     """
-    # in NumPy: as operations of the device, each would be compiled for every shape
+    # in NumPy, because JAX would compile each operation for every shape
     flat: dict[tuple[str, ...], Any] = dict(
         flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)))
     )
@@ -62,6 +62,7 @@ def frozen(arch: str, variables: Variables) -> Variables:
         bias = (*kernel[:-1], "bias")
         if bias in flat:
             shift = shift + flat.pop(bias) * factor
+            # the bias moves into the shift; zeros keep the tree as the module expects it
             flat[bias] = np.zeros_like(shift)
         shifts["folded", *place, name, "shift"] = shift
     folded = flax.traverse_util.unflatten_dict({**flat, **shifts})

@@ -1,4 +1,4 @@
-"""Trigger generators: noise in, a trigger with values in [0, 1] out."""
+"""Trigger generators, from noise to a trigger with values in [0, 1]."""
 
 import math
 
@@ -15,11 +15,11 @@ LEAK = 0.2
 class ReleasedGenerator(nn.Module):
     """The fully connected generator of the released MESA code.
 
-    The noise [N, noise] is split into four chunks; the first enters layer 1 and each later layer
-    receives its own chunk beside the hidden activations. BatchNorm and LeakyReLU(0.2) after layers
-    1-3, sigmoid at the end.
-    # Differs from paper: 4 layers, noise re-injected (Qiao et al. 2019, section 4.1, says three
-    layers).
+    The noise [N, noise] is split into four chunks. The first enters layer 1; each later layer takes
+    its own chunk in addition to the hidden activations. BatchNorm and LeakyReLU(0.2) follow layers
+    1-3, and a sigmoid the last one.
+    # Differs from paper: 4 layers with re-injected noise; Qiao et al. 2019, section 4.1, state
+    three layers.
     """
 
     trigger_shape: tuple[int, int, int]
@@ -46,7 +46,7 @@ class ReleasedGenerator(nn.Module):
 
 
 class PaperGenerator(nn.Module):
-    """The generator as the paper words it: three fully connected layers (Qiao et al. 2019, section
+    """The generator in the paper's text: three fully connected layers (Qiao et al. 2019, section
     4.1)."""
 
     trigger_shape: tuple[int, int, int]
@@ -62,11 +62,11 @@ class PaperGenerator(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """For large triggers: linear to s x s, then [nearest x2, residual 3x3 block] until the
-    trigger's side is reached.
+    """Generator for large triggers: a linear layer to s x s, then [nearest x2, residual 3x3 block]
+    up to the trigger's side.
 
-    The side must be a power of two times s in 2..3 (16 = 2 * 2^3, the released 16x16 generator; 24
-    = 3 * 2^3).
+    The side must be s times a power of two, with s 2 or 3 (16 = 2 * 2^3, the released 16x16
+    generator; 24 = 3 * 2^3).
     """
 
     trigger_shape: tuple[int, int, int]
@@ -75,6 +75,7 @@ class ConvGenerator(nn.Module):
     @nn.compact
     def __call__(self, noise: Array, *, train: bool) -> Array:
         side = self.trigger_shape[0]
+        # leaves a start of 2 or 3
         doublings = side.bit_length() - 2
         start = side >> doublings
         x = nn.Dense(start * start * self.hidden)(noise).reshape(-1, start, start, self.hidden)
@@ -85,8 +86,8 @@ class ConvGenerator(nn.Module):
 
 
 class _UpBlock(nn.Module):
-    """Pre-activation residual block [B, s, s, F] -> [B, 2s, 2s, F], nearest-neighbour upsampling on
-    both paths."""
+    """Pre-activation residual block [B, s, s, F] -> [B, 2s, 2s, F] with nearest-neighbour
+    upsampling on both paths."""
 
     features: int
 

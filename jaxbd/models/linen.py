@@ -1,4 +1,4 @@
-"""Calls of Flax Linen modules with the types that `flax.linen.Module.apply` leaves open."""
+"""Typed wrappers of `flax.linen.Module.apply`, whose own return type is unspecific."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,14 +9,14 @@ from jaxbd.base import Array, Variables
 
 
 def apply_module(module: nn.Module, variables: Variables, *inputs: Array, **flags: Any) -> Array:
-    """What `module` gives for `inputs`; its variables do not change."""
+    """The output of `module` for `inputs`; its variables do not change."""
     return cast(Array, module.apply(variables, *inputs, **flags))
 
 
 def apply_mutable(
     module: nn.Module, variables: Variables, collection: str, *inputs: Array, **flags: Any
 ) -> tuple[Array, Mapping[str, Any]]:
-    """What `module` gives for `inputs`, and {collection: its new content}; without that key where
-    the module writes none."""
+    """The output of `module` for `inputs`, and {collection: its new content}; {} if the module
+    writes nothing to it."""
     result = module.apply(variables, *inputs, mutable=[collection], **flags)
     return cast(tuple[Array, Mapping[str, Any]], result)

@@ -48,8 +48,8 @@ class MobileNet(nn.Module):
 
 
 class SeparableBlock(nn.Module):
-    """[B, H, W, C] -> [B, H/stride, W/stride, features]: 3x3 on each channel alone, then 1x1 across
-    channels."""
+    """[B, H, W, C] -> [B, H/stride, W/stride, features]: a depthwise 3x3 convolution, then a 1x1
+    convolution across channels."""
 
     features: int
     stride: int

@@ -1,5 +1,5 @@
-"""Input normalisation, the one BatchNorm of the project, and the place of a correction where none
-follows."""
+"""Input normalisation, the project's only BatchNorm, and a `Correction` for layers without
+BatchNorm."""
 
 import math
 from typing import Any
@@ -29,9 +29,9 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
     "per-image": ((), ()),
 }
-"""Per-channel mean and standard deviation of pixels in [0, 1]; one number stands for every
-channel, none for those of each image itself ("per-image"). "centred" gives -0.5..0.5, "half"
--1..1; "caffe" goes with BGR images."""
+"""Mean and standard deviation of pixels in [0, 1], per channel or one number for all; without
+numbers ("per-image"), each image's own. "centred" maps pixels to -0.5..0.5, "half" to -1..1;
+"caffe" is for BGR images."""
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -50,8 +50,8 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def _along_channels(values: Array | tuple[float, ...], x: Array) -> Array:
-    """`values` [C] or [1] as [1, …, 1, C] in the type of `x` [..., C], so that no rank is promoted
-    silently."""
+    """Reshapes `values` [C] or [1] to [1, …, 1, C] in the type of `x` [..., C], so that JAX does
+    not promote ranks implicitly."""
     return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -60,17 +60,17 @@ EPSILON = 1e-5
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, in PyTorch's conventions.
+    """Batch normalisation over all axes except the last, in PyTorch's conventions.
 
-    new running = momentum * running + (1 - momentum) * batch; normalises with the biased batch
-    variance and stores the unbiased one (`reference`: PyTorch `BatchNorm2d`; Flax's own stores the
-    biased variance). Statistics and affine parameters are float32 whatever the compute dtype.
+    new running = momentum * running + (1 - momentum) * batch. Normalises with the biased batch
+    variance and stores the unbiased one, as PyTorch's `BatchNorm2d` does; Flax's own BatchNorm
+    stores the biased variance. Statistics and affine parameters are float32 for any compute dtype.
 
-    Two hooks make defences possible without touching the net: the output is sown as
+    Two hooks let defences work without changing the net: the output is sown as
     `intermediates/<path>/output`, and an optional collection `bounds` with arrays `lower`, `upper`
-    [C] clips it (BNA's upsilon and omega). Where the collection `folded` has an array `shift` [C]
-    only that is added: the rest is folded into the convolution before (`models.fold`), and nothing
-    can be trained.
+    [C] clips it (BNA's upsilon and omega). If the collection `folded` has an array `shift` [C],
+    this layer only adds the shift: the rest is folded into the previous convolution
+    (`models.fold`), and nothing can be trained.
     """
 
     use_running_average: bool
@@ -95,14 +95,18 @@ class BatchNorm(nn.Module):
             mu, variance = mean.value, var.value
         else:
             axes, count = tuple(range(x.ndim - 1)), x.size // channels
+            # sums in float32 also for bfloat16
             x32 = x.astype(jnp.promote_types(jnp.float32, x.dtype))
             mu = x32.mean(axes)
+            # two passes, since E[x^2] - E[x]^2 cancels in float32
             variance = jnp.square(x32 - _along_channels(mu, x32)).mean(axes)
+            # initialisation must not move the running moments
             if not self.is_initializing():
                 keep = self.momentum
                 unbiased = variance * (count / max(count - 1, 1))
                 mean.value = keep * mean.value + (1 - keep) * mu
                 var.value = keep * var.value + (1 - keep) * unbiased
+        # folded into one factor and one shift per channel
         factor = jax.lax.rsqrt(variance + self.epsilon)
         shift = -mu * factor
         if self.affine:
@@ -112,19 +116,19 @@ class BatchNorm(nn.Module):
         return self._sow_output(x * _along_channels(factor, x) + _along_channels(shift, x))
 
     def _sow_output(self, out: Array) -> Array:
-        """`out` [..., C] within its bounds, and sown."""
+        """Clips `out` [..., C] to its bounds and sows it."""
         out = _clip_to_bounds(self, out)
         self.sow("intermediates", "output", out)
         return out
 
 
 class Correction(nn.Module):
-    """h(z) = max(min((z - mu) / sigma, omega), upsilon) per channel of [..., C], where no BatchNorm
-    follows.
+    """h(z) = max(min((z - mu) / sigma, omega), upsilon) per channel of [..., C], for layers without
+    BatchNorm.
 
     Li et al. 2023, section 4.2. Has no parameters and is the identity unless its arrays `mean`,
-    `std`, `lower` and `upper` [C] are in the collection `bounds`. The output is sown as
-    `intermediates/<path>/output`, as BatchNorm's.
+    `std`, `lower` and `upper` [C] are in the collection `bounds`. Sows its output as
+    `intermediates/<path>/output`, as BatchNorm does.
     """
 
     @nn.compact
@@ -138,8 +142,8 @@ class Correction(nn.Module):
 
 
 def _clip_to_bounds(module: nn.Module, x: Array) -> Array:
-    """`x` [..., C] between the module's `lower` and `upper` [C] of the collection `bounds`, where
-    it has them."""
+    """Clips `x` [..., C] to the module's `lower` and `upper` [C] in the collection `bounds`, if
+    any."""
     if not module.has_variable("bounds", "upper"):
         return x
     lower, upper = module.get_variable("bounds", "lower"), module.get_variable("bounds", "upper")

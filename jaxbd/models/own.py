@@ -1,11 +1,11 @@
-"""An architecture of the user's own, named on the command line as `package.module:make`.
+"""The user's own architecture, named on the command line as `package.module:make`.
 
-This imports the module and calls `make()`: code that the *user* names, never code that a file
-names. `make` takes no arguments and returns one of:
+This imports the module and calls `make()`. It only runs code that the *user* names, never code that
+a file names. `make` takes no arguments and returns one of:
 
 - a Flax Linen module, called as `module(images, train=bool)` or `module(images)`;
 - a Flax NNX module, called as `module(images)`;
-- a function `(tensors, images) -> logits`, where `tensors` are those of the state_dict by name, in
+- a function `(tensors, images) -> logits`, where `tensors` maps the state_dict's names to arrays in
   PyTorch's order of axes.
 
 Images are [B, H, W, C] and already normalised, logits [B, K].
@@ -35,7 +35,7 @@ def is_own(arch: str | None) -> bool:
 
 @cached(16)
 def make(arch: str) -> Any:
-    """What `package.module:make` returns. Raises UserError where it cannot be found or fails."""
+    """Calls `package.module:make`. Raises UserError when it cannot be found or fails."""
     module_name, _, name = arch.partition(":")
     try:
         found = cast(Any, importlib.import_module(module_name))
@@ -60,7 +60,7 @@ def net(
     std: tuple[float, ...],
     linen: Callable[..., Net],
 ) -> Net:
-    """The net of the user's architecture; `linen` makes one of a Linen module."""
+    """The net of the user's architecture; `linen` makes a net from a Linen module."""
     made = make(arch)
     if isinstance(made, nn.Module):
         takes_train = "train" in inspect.signature(type(made).__call__).parameters
@@ -75,7 +75,7 @@ def net(
 
 
 class _Untrained(nn.Module):
-    """A module that does not ask whether it is being trained."""
+    """Wraps a module that takes no `train` argument."""
 
     inner: nn.Module
 
@@ -110,6 +110,7 @@ def _nnx_net(made: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Net:
             _fill(state, variables.get(name, {}))
             for state, name in ((params, "params"), (stats, "batch_stats"))
         ]
+        # a new module every time: the user's own must not change under tracing
         model = nnx.merge(graph, *states, rest)
         model.train() if train else model.eval()
         logits = model(normalise(images, mean, std))

@@ -14,22 +14,21 @@ RESNET18 = (2, 2, 2, 2)
 RESNET34 = (3, 4, 6, 3)
 """Blocks in each of the four stages."""
 STEMS = {"cifar": (3, 1, 1), "cifar-pool": (3, 1, 1), "imagenet": (7, 2, 3), "64px": (5, 2, 1)}
-"""Side, stride and padding of the first convolution."""
+"""Stem -> side, stride and padding of the first convolution."""
 
 
 class ResNet(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes]; basic blocks, mean over
-    places, linear.
+    positions, linear.
 
-    Stage i (from 0) has `width * 2**i` channels; every stage but the first halves the image.
+    Stage i (from 0) has `width * 2**i` channels; every stage except the first halves the image.
 
     Attributes:
       blocks: blocks in each stage, `RESNET18` or `RESNET34`.
       width: channels of the first stage.
       stem: "cifar": 3x3 convolution, stride 1; "cifar-pool": the same, then 3x3 max-pooling, stride
-        2; "imagenet": 7x7, stride 2, then 3x3 max-pooling,
-        stride 2; "64px": 5x5, stride 2, padding 1, for images of 64 pixels (the release of Yan et
-        al. 2023).
+        2; "imagenet": 7x7, stride 2, then 3x3 max-pooling, stride 2; "64px": 5x5, stride 2, padding
+        1, for images of 64 pixels (the release of Yan et al. 2023).
     """
 
     classes: int
@@ -64,8 +63,8 @@ class ResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """[B, H, W, C] -> [B, H/stride, W/stride, features]; a 1x1 projection with BatchNorm where the
-    shape changes."""
+    """[B, H, W, C] -> [B, H/stride, W/stride, features]; the shortcut is a 1x1 projection with
+    BatchNorm if the shape changes."""
 
     features: int
     stride: int
@@ -89,9 +88,9 @@ class PreActResNet(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes]; pre-activation blocks, CIFAR
     stem.
 
-    As in the widespread kuangliu/pytorch-cifar net: no BatchNorm after the stem, none before the
-    mean over places, and none on the shortcut, which starts from the pre-activated input where it
-    is a convolution.
+    As in the widely used kuangliu/pytorch-cifar net: no BatchNorm after the stem, before the mean
+    over positions, or on the shortcut. A convolutional shortcut starts from the pre-activated
+    input.
     # Differs from paper: He et al. 2016b end the last block with BatchNorm and ReLU.
     """
 
@@ -140,10 +139,10 @@ class PreActBlock(nn.Module):
 def stages(
     block: Any, x: Array, blocks: tuple[int, ...], width: int, dtype: Any, train: bool
 ) -> Array:
-    """`blocks[i]` blocks of `width * 2**i` channels, named "layer<i+1>_<j>"; each stage but the
-    first halves the image.
+    """Applies stages of `blocks[i]` blocks with `width * 2**i` channels, named "layer<i+1>_<j>";
+    each stage except the first halves the image.
 
-    Called inside a compact module.
+    Call it inside a compact method.
     """
     for stage, count in enumerate(blocks):
         for index in range(count):
@@ -155,9 +154,9 @@ def stages(
 
 
 def head(x: Array, classes: int, dtype: Any) -> Array:
-    """Mean over places of [B, H, W, C], then a linear layer named "head" -> logits [B, classes].
+    """Mean over positions of [B, H, W, C], then a linear layer named "head" -> logits [B, classes].
 
-    Called inside a compact module. Started as PyTorch starts its linear layers.
+    Call it inside a compact method. The layer has PyTorch's default initialisation.
     """
     x = Correction(name="features")(x.mean((1, 2)))
     bias_init = torch_bias(x.shape[-1])

@@ -1,4 +1,4 @@
-"""DHBE's two generators: noise in, whole images or small additive triggers out (Yan et al. 2023,
+"""DHBE's two generators, from noise to whole images or to small additive triggers (Yan et al. 2023,
 App. B.2)."""
 
 import flax.linen as nn
@@ -10,12 +10,12 @@ from jaxbd.models.norm import BatchNorm
 
 SAMPLE_SIDES = range(4, 9)
 TRIGGER_SIDES = range(3, 10)
-"""Sides that the linear layer makes itself; larger images are doublings of one of them."""
+"""Sides that the linear layer can make directly; larger images are doublings of these."""
 
 
 def layout(side: int, native: range) -> tuple[int, int]:
-    """(s, n) with side = s * 2^n, s a side of `native` and n as small as possible (32 = 8 * 2^2, 10
-    = 5 * 2).
+    """(s, n) with side = s * 2^n, where s is in `native` and n is as small as possible (32 = 8 *
+    2^2, 10 = 5 * 2).
 
     Raises: UserError when there is no such pair.
     """
@@ -24,27 +24,27 @@ def layout(side: int, native: range) -> tuple[int, int]:
         start, doublings = start // 2, doublings + 1
     if start not in native:
         sides = f"{native[0]}..{native[-1]} or a doubling of one of these"
-        raise UserError(f"no generator makes images of {side} pixels a side; it must be {sides}")
+        raise UserError(f"no generator makes images with a side of {side} pixels; use {sides}")
     return start, doublings
 
 
 def to_pixels(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """images * std + mean on [B, H, W, C] with per-channel (or single) constants: undoes
+    """images * std + mean on [B, H, W, C] with per-channel (or single) constants; the inverse of
     `norm.normalise`."""
     along_channels = lambda values: jnp.asarray(values, images.dtype).reshape(1, 1, 1, -1)
     return images * along_channels(std) + along_channels(mean)
 
 
 class SampleGenerator(nn.Module):
-    """Noise [N, n] -> images [N, H, W, C], every channel with zero mean and unit variance over the
-    batch.
+    """Noise [N, n] -> images [N, H, W, C], with zero mean and unit variance over the batch in every
+    channel, like a net's images after its input normalisation.
 
-    Such images are what a net sees behind its input normalisation. The last layers are tanh, then
-    BatchNorm without affine. 2,329,091 parameters for 32x32x3 with 256 noise values.
+    The last layers are tanh, then BatchNorm without affine parameters. 2,329,091 parameters for
+    32x32x3 with 256 noise values.
 
     Attributes:
       image_shape: (H, W, C), square; H is 4..8 or a doubling of one of these.
-      width: channels of the last hidden layer; earlier ones have twice as many (64 in the paper).
+      width: channels of the last hidden layer (64 in the paper); earlier ones have twice as many.
     """
 
     image_shape: tuple[int, int, int]
@@ -62,11 +62,10 @@ class SampleGenerator(nn.Module):
 
 
 class TriggerGenerator(nn.Module):
-    """Noise [N, n] -> triggers [N, side, side, C] with values in (-1, 1), meant to be added to
-    pixels.
+    """Noise [N, n] -> triggers [N, side, side, C] with values in (-1, 1), to be added to pixels.
 
-    The last layers are BatchNorm without affine, then tanh: the other way round than in the sample
-    generator. 413,059 parameters for 5x5x3 with 256 noise values.
+    The last layers are BatchNorm without affine parameters, then tanh; the sample generator has
+    them in the opposite order. 413,059 parameters for 5x5x3 with 256 noise values.
 
     Attributes:
       side: of the square trigger in pixels, 3..9 or a doubling of one of these.
@@ -90,7 +89,7 @@ class _Body(nn.Module):
     """Linear to s x s, BatchNorm; n times [nearest x2, conv3x3, BatchNorm, LeakyReLU 0.2]; conv3x3
     to the channels.
 
-    Nothing but BatchNorm stands between the linear layer and the next convolution.
+    There is no activation function between the linear layer and the first convolution.
     """
 
     start: int

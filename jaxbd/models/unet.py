@@ -1,4 +1,4 @@
-"""A small U-Net: an image in, a perturbation of the same size out (after Ronneberger et al.
+"""A small U-Net from an image to a perturbation of the same size (after Ronneberger et al.
 2015)."""
 
 import flax.linen as nn
@@ -9,13 +9,13 @@ from jaxbd.models.generators import LEAK, double
 
 
 class UNet(nn.Module):
-    """Images [B, H, W, C] in [0, 1] -> perturbations [B, H, W, C] in [-1, 1], for images of any
-    side from 4 pixels on.
+    """Images [B, H, W, C] in [0, 1] -> perturbations [B, H, W, C] in [-1, 1], for images with sides
+    of at least 4 pixels.
 
-    Level i has `width * 2**i` channels. Down: 3x3 convolutions of stride 2; up: nearest neighbour,
-    cut to the side of the level it meets, and that level's activations beside it; LeakyReLU(0.2),
-    tanh at the end. There is no normalisation, so an image's perturbation depends on that image
-    alone.
+    Level i has `width * 2**i` channels. Down: 3x3 convolutions of stride 2. Up: nearest-neighbour
+    upsampling, cropped to the size of the level above and concatenated with that level's
+    activations. LeakyReLU(0.2) throughout, tanh at the end. There is no normalisation, so an
+    image's perturbation depends on that image alone.
     """
 
     channels: int

@@ -18,10 +18,10 @@ class VGG(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes].
 
     Stage i (from 0) is two convolutions with bias of `width * 2**i` channels and a 2x2 max-pooling.
-    The linear layer reads the activations flattened channel first, as PyTorch nets do, so the net
-    knows where a feature was seen. Dropout, which the published nets train with, is left out.
+    The linear layer reads the activations flattened channel first, as in PyTorch, so the net knows
+    where a feature is. Dropout, with which the published nets are trained, is left out.
 
-    Raises: UserError for images with a side below 8 pixels, of which the pooling leaves nothing.
+    Raises: UserError for images with a side below 8 pixels, which pooling would reduce to nothing.
     """
 
     classes: int
@@ -60,8 +60,8 @@ class VGG(nn.Module):
 
 @jax.custom_jvp
 def elu(x: Array) -> Array:
-    """x where x > 0, exp(x) - 1 elsewhere; its derivative is read off the result, without a second
-    exponential."""
+    """x where x > 0, exp(x) - 1 elsewhere. The derivative is computed from the result, which saves
+    a second exponential."""
     return jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
 
 
@@ -72,12 +72,12 @@ def _elu_jvp(primals, tangents):
 
 
 def halve(x: Array) -> Array:
-    """2x2 max-pooling [B, H, W, C] -> [B, H/2, W/2, C]; an odd last row or column is left out, as
-    in PyTorch.
+    """2x2 max-pooling [B, H, W, C] -> [B, H/2, W/2, C]; drops an odd last row or column, as PyTorch
+    does.
 
-    Two selections: on CPU their gradient is cheaper than a pooling window's. A `max` would not do:
-    its gradient looks for entries equal to the maximum, which a recomputed operand need not be, bit
-    for bit.
+    Uses two selections, because on CPUs their gradient is cheaper than that of a pooling window. A
+    `max` would be wrong: its gradient looks for entries equal to the maximum, but a recomputed
+    operand need not equal it bit for bit.
     """
     rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     x = _take_larger(x[:, 0:rows:2], x[:, 1:rows:2])
@@ -85,6 +85,5 @@ def halve(x: Array) -> Array:
 
 
 def _take_larger(a: Array, b: Array) -> Array:
-    """The larger of each pair; the gradient goes to exactly one of them, the first where they are
-    equal."""
+    """The larger of each pair; the gradient goes to exactly one of them, in a tie to the first."""
     return jnp.where(b > a, b, a)

@@ -11,14 +11,14 @@ from jaxbd.models.norm import BatchNorm
 from jaxbd.models.resnet import head
 
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""N(0, 2 / fan_out), the start that WideResNets are trained from."""
+"""N(0, 2 / fan_out), the usual initialisation of WideResNets."""
 
 
 class WideResNet(nn.Module):
     """Images [B, H, W, C], already normalised -> logits [B, classes]; three groups of
     pre-activation blocks.
 
-    Group i (from 0) has `width * factor * 2**i` channels; every group but the first halves the
+    Group i (from 0) has `width * factor * 2**i` channels; every group except the first halves the
     image.
 
     Attributes:
@@ -64,8 +64,8 @@ class WideResNet(nn.Module):
 class WideBlock(nn.Module):
     """[B, H, W, C] -> [B, H/stride, W/stride, features].
 
-    A shortcut that is a convolution starts from the pre-activated input. It exists only where the
-    number of channels changes, which every group after the first does.
+    A convolutional shortcut starts from the pre-activated input. It exists only if the number of
+    channels changes, which happens in every group after the first.
     """
 
     features: int

@@ -1,2 +1,2 @@
-"""Repairs: one file each, with `Config`, `State`, `Info` and `make`; shared measures beside
-them."""
+"""Repairs, one file per method with `Config`, `State`, `Info` and `make`; shared measures are in
+the other files."""

@@ -1,8 +1,8 @@
-"""What a net's layers do on a set of images, a few images at a time: ranges, histograms and batch
-moments per channel.
+"""Statistics of a net's activations on a set of images: ranges, means, histograms and batch moments
+per channel.
 
-`outputs` stands for (number of the chunk, images [B, H, W, C]) -> {layer: activations [B, …, C]}.
-Memory is that of `CHUNK` images, whatever their number.
+`outputs` is a function (number of the chunk, images [B, H, W, C]) -> {layer: activations
+[B, …, C]}. Images are processed `CHUNK` at a time, so memory does not grow with their number.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ Outputs = Callable[[Array, Array], dict[str, Array]]
 
 
 class Range(NamedTuple):
-    """Of one layer, per channel [C]: least and largest activation, and their standard deviation."""
+    """Smallest and largest activation of one layer, and their standard deviation, per channel
+    [C]."""
 
     low: Array
     high: Array
@@ -39,6 +40,7 @@ def ranges(outputs: Outputs, images: Array) -> dict[str, Range]:
             for layer, values in outputs(number, chunk).items()
         }
         return {
+            # the count as [1], so that it stacks like the others
             layer: (z.min(0), z.max(0), z.mean(0), z.var(0), jnp.array([len(z)]))
             for layer, z in flat.items()
         }
@@ -57,13 +59,15 @@ def means(outputs: Outputs, images: Array) -> dict[str, Array]:
 
 
 def union(one: dict[str, Range], other: dict[str, Range]) -> dict[str, Range]:
-    """The ranges that cover both; standard deviations are those of `one`."""
+    """Ranges that cover both arguments; standard deviations are those of `one`."""
     cover = lambda a, b: Range(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high), a.std)
     return {layer: cover(one[layer], other[layer]) for layer in one}
 
 
 def _merge(low: Array, high: Array, mean: Array, variance: Array, count: Array) -> Range:
-    """The range of all chunks from theirs [chunks, C] and their numbers of values [chunks, 1]."""
+    """The range over all chunks, from the statistics [chunks, C] and the number of values
+    [chunks, 1] of each chunk."""
+    # law of total variance: variance within chunks plus variance between their means
     share = (count / count.sum()).astype(mean.dtype)
     between = jnp.square(mean - (share * mean).sum(0, keepdims=True))
     return Range(low.min(0), high.max(0), jnp.sqrt((share * (variance + between)).sum(0)))
@@ -72,7 +76,7 @@ def _merge(low: Array, high: Array, mean: Array, variance: Array, count: Array) 
 def histograms(
     outputs: Outputs, images: Array, grids: dict[str, Grid], bins: int
 ) -> dict[str, Array]:
-    """p [C, bins] of every layer: the share of activations in each interval (Li et al. 2023, eq.
+    """p [C, bins] of every layer: share of the activations in each interval (Li et al. 2023, eq.
     5)."""
 
     def count(number, chunk):
@@ -89,26 +93,27 @@ def histograms(
 def batch_moments(
     net: Net, variables: Variables, stamp: Callable[[Array, Array], Array], images: Array
 ) -> ArrayTree:
-    """`batch_stats` replaced by the moments of stamped images: every BatchNorm on its own batch,
-    all layers at once.
+    """`batch_stats` with the moments of stamped images. All layers are measured in one pass, each
+    BatchNorm normalising by its batch.
 
-    # Differs from released code: the mean over the chunks' moments; there the last chunk alone
-    counts.
+    # Differs from released code: takes the mean over the chunks' moments; the released code keeps
+    only those of the last chunk.
     """
     moments = lambda number, chunk: moments_of_batch(net, variables, stamp(number, chunk))
     return jax.tree.map(lambda each: each.mean(0), _each(moments, images))
 
 
 def moments_of_batch(net: Net, variables: Variables, images: Array) -> ArrayTree:
-    """The moments by which every BatchNorm of `net` normalises `images` [B, H, W, C] in training,
-    in the form of `batch_stats`: variances are the unbiased ones that are stored.
+    """The moments of `images` [B, H, W, C] by which every BatchNorm of `net` normalises in
+    training, structured as `batch_stats`; variances are unbiased, as BatchNorm stores them.
 
-    With new = m old + (1 - m) batch, they follow from what running moments of 0 and of 1 become.
+    They are computed from two updates new = m old + (1 - m) batch, one of old = 0 and one of
+    old = 1.
     """
     old = variables["batch_stats"]
     update = lambda old: net.apply({**variables, "batch_stats": old}, images, train=True)[1]
     of_zero, of_one = (update(jax.tree.map(like, old)) for like in (jnp.zeros_like, jnp.ones_like))
-    # m is a constant of the net, so no gradient passes through it
+    # m is a constant of the net, so it needs no gradient
     momentum = jax.tree.map(
         lambda zero, one: jax.lax.stop_gradient(jnp.median(one - zero)), of_zero, of_one
     )
@@ -116,7 +121,8 @@ def moments_of_batch(net: Net, variables: Variables, images: Array) -> ArrayTree
 
 
 def _groups(images: Array) -> list[tuple[Array, Array]]:
-    """(numbers [n], chunks [n, size, H, W, C]) of the whole chunks, and of a shorter last one."""
+    """(numbers [n], chunks [n, size, H, W, C]) of the full chunks, and of a shorter last chunk if
+    any."""
     size = min(CHUNK, images.shape[0])
     whole = images.shape[0] // size
     chunks = images[: whole * size].reshape(whole, size, *images.shape[1:])
@@ -125,8 +131,9 @@ def _groups(images: Array) -> list[tuple[Array, Array]]:
 
 
 def _each(measure: Callable[[Array, Array], Any], images: Array) -> Any:
-    """`measure(number, chunk)` of every chunk of `images` as floats, stacked [chunks, …]."""
+    """`measure(number, chunk)` for every chunk of `images` as floats, stacked [chunks, …]."""
     parts = [
+        # map, not vmap: only one chunk is in memory at a time
         jax.lax.map(lambda each: measure(each[0], to_float(each[1])), group)
         for group in _groups(images)
     ]
@@ -134,7 +141,7 @@ def _each(measure: Callable[[Array, Array], Any], images: Array) -> Any:
 
 
 def _total(measure: Callable[[Array, Array], Any], images: Array) -> Any:
-    """`measure(number, chunk)` of every chunk of `images` as floats, added up."""
+    """Sum of `measure(number, chunk)` over the chunks of `images` as floats."""
     add = lambda total, each: (
         jax.tree.map(jnp.add, total, measure(each[0], to_float(each[1]))),
         None,

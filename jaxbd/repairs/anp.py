@@ -1,5 +1,5 @@
-"""Adversarial neuron pruning: prune the neurons that small changes of weights turn against clean
-images (Wu and Wang 2021)."""
+"""Adversarial neuron pruning: prunes the neurons that misclassify clean images when their weights
+change a little (Wu and Wang 2021)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -36,22 +36,22 @@ class Config:
     """Settings of the pruning; defaults follow the released code.
 
     Attributes:
-      epsilon: largest relative change of a neuron's weight and bias.
-      ascent_steps: steps of length epsilon / ascent_steps in which the change is found.
-      project: whether the change is kept within epsilon; otherwise start and steps together reach
-        2 epsilon.
-      clean_weight: alpha, weight of the loss without any change; the other loss has 1 - alpha.
-      learning_rate: of SGD on the masks, constant.
-      momentum: of the same.
+      epsilon: maximum relative change of a neuron's weight and bias.
+      ascent_steps: number of ascent steps, of length epsilon / ascent_steps, that find the change.
+      project: whether to clip the change to epsilon after each step; otherwise the random start and
+        the steps together can reach 2 epsilon.
+      clean_weight: alpha, weight of the loss without a change; the other loss has 1 - alpha.
+      learning_rate: SGD's, on the masks; constant.
+      momentum: SGD's.
       num_steps: length of the search for masks.
-      batch_size: images of a step.
-      by: what the dial counts: "threshold", neurons whose mask is below it are pruned; "number",
-        the share of all neurons that is pruned, those of the smallest masks first.
-      most: end of the dial, which begins at 0, where nothing is pruned.
-      points: values on the dial.
-      max_drop: points of held-out accuracy, as a share, that the pruning may cost.
-      held_share: share of the clean images that measures accuracy and trains nothing.
-      most_held: at most so many images of those.
+      batch_size: images per step.
+      by: meaning of the dial: "threshold": prune neurons with a mask below it; "number": prune this
+        share of all neurons, smallest masks first.
+      most: end of the dial, which begins at 0 (prune nothing).
+      points: number of values on the dial.
+      max_drop: maximum loss of held-out accuracy from pruning, as a share (0.03 is three points).
+      held_share: share of the clean images held out to measure accuracy.
+      most_held: maximum number of held-out images.
     """
 
     epsilon: float = 0.4
@@ -97,19 +97,19 @@ def released(**changes: Any) -> Config:
 
 
 def paper(**changes: Any) -> Config:
-    """The same with the change kept in the box of the paper's inner problem."""
+    """As released, but with the change clipped to the box of the paper's inner problem."""
     return Config(**{**dict(project=True), **changes})
 
 
 class State(NamedTuple):
-    """What the repair needs to go on.
+    """State of the repair.
 
     Attributes:
       step: [] int32.
       masks: m of every neuron, in [0, 1].
       opt: SGD's momentum.
       sweep: accuracies along the dial.
-      train, held: the images.
+      train, held: images to train on, and images held out.
       variables: the suspect's, which never change.
     """
 
@@ -123,8 +123,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Losses [] in nats of the masked net as it is and under the adversarial change; mean mask
-    []."""
+    """Losses [] in nats of the masked net without and with the adversarial change, and the mean
+    mask []."""
 
     clean_loss: Array
     changed_loss: Array
@@ -139,12 +139,12 @@ class Change(NamedTuple):
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """Pruning of `problem.net`: masks are searched, then the dial is measured on held images.
+    """Prunes `problem.net`: first searches masks, then measures each value of the dial on held-out
+    images.
 
     The automatic choice is the highest value of the dial within the budget.
 
-    Raises: UserError from `init` when the net has no neurons that are named as layers of jaxbd's
-      own nets and imported graphs are.
+    Raises: UserError from `init` when no neurons are found, see `neurons.find_neurons`.
     """
     net, values = problem.net, jnp.linspace(0, config.most, config.points)
     rule = optax.sgd(config.learning_rate, momentum=config.momentum)
@@ -177,7 +177,8 @@ def make(problem: Problem, config: Config) -> Repair:
 def search_masks(
     key: Key, state: State, net: Net, rule: optax.GradientTransformation, config: Config
 ) -> tuple[State, Info]:
-    """One step on the masks: the worst change for a batch, then down the outer loss under it."""
+    """One step on the masks: finds the worst change for a batch, then descends the outer loss under
+    it."""
     draw_key, change_key = jax.random.split(key)
     batch = draw.uniform(config.batch_size)(draw_key, state.train)
     change = find_change(change_key, state.masks, state.variables, net, batch, config)
@@ -199,8 +200,8 @@ def loss(
     batch: Batch,
     clean_weight: float,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """alpha L(m w, b) + (1 - alpha) L((m + delta) w, (1 + xi) b) and both L; Wu and Wang 2021, the
-    outer problem. BatchNorm runs on batch moments, as released."""
+    """alpha L(m w, b) + (1 - alpha) L((m + delta) w, (1 + xi) b), and both L; Wu and Wang 2021, the
+    outer problem. BatchNorm uses batch moments, as released."""
     clean = _cross_entropy(scale_neurons(variables, masks), net, batch)
     changed = changed_loss(change, masks, variables, net, batch)
     return clean_weight * clean + (1 - clean_weight) * changed, (clean, changed)
@@ -218,8 +219,8 @@ def changed_loss(
 def find_change(
     key: Key, masks: Neurons, variables: Variables, net: Net, batch: Batch, config: Config
 ) -> Change:
-    """The change that raises `changed_loss`: from `draw_change`, by steps along the sign of its
-    gradient; the inner problem."""
+    """Finds a change that raises `changed_loss`: starts at `draw_change` and steps along the sign
+    of the gradient (the inner problem)."""
     change = draw_change(key, masks, config.epsilon)
     length = config.epsilon / config.ascent_steps
     for _ in range(config.ascent_steps):
@@ -231,7 +232,7 @@ def find_change(
 
 
 def draw_change(key: Key, masks: Neurons, epsilon: float) -> Change:
-    """Changes from U(-epsilon, epsilon) of the shapes of `masks`."""
+    """Draws changes from U(-epsilon, epsilon) in the shapes of `masks`."""
     leaves, tree = jax.tree.flatten(Change(masks, masks))
     keys = jax.random.split(key, len(leaves))
     one = lambda key, leaf: jax.random.uniform(key, leaf.shape, leaf.dtype, -epsilon, epsilon)

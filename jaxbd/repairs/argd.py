@@ -1,5 +1,5 @@
-"""ARGD: distils the attention of a fine-tuned copy into the suspect, layer by layer and in how the
-layers' attention is related (Xia et al. 2022)."""
+"""ARGD: distils the attention of a fine-tuned copy into the suspect, layer by layer and also the
+relations between layers (Xia et al. 2022)."""
 
 import dataclasses
 import functools
@@ -20,25 +20,25 @@ class Config:
     augmentation.
 
     Attributes:
-      weights: of the nodes' loss, per layer, the first executed first; see `nad.Config`.
-      edge_weight: of the edges' loss.
-      embedding_weight: of the embedding's loss.
+      weights: weight of the node loss per layer, in order of execution; see `nad.Config`.
+      edge_weight: weight of the edge loss.
+      embedding_weight: weight of the embedding loss.
       embedding_dim: q, dimensions of the embedding.
-      embedding: whether its parameters are "learned" with the student (paper) or stay "random"
-        (released).
-      power: p, to which activations are raised in the attention maps.
+      embedding: whether the embedding's parameters are "learned" with the student (paper) or stay
+        "random" (released).
+      power: p, exponent of activations in the attention maps.
       learning_rate: of SGD with Nesterov momentum, at the start of each phase.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
       num_steps: length of the student's phase.
-      milestones: shares of it, increasing, at which the rate drops x0.1.
+      milestones: increasing shares of that length at which the rate drops x0.1.
       teacher_steps: length of the teacher's phase, which fine-tunes.
-      teacher_milestones: shares of it, likewise.
-      epochs: length of the student's phase in passes over the images; `adapt` turns it into
+      teacher_milestones: the same for the teacher's phase.
+      epochs: length of the student's phase in passes over the images; `adapt` converts it to
         `num_steps`.
-      teacher_epochs: likewise, of the teacher's.
-      crop_padding: pixels around an image before a random crop; 0 crops none.
-      flip: whether images are mirrored at random.
+      teacher_epochs: the same for the teacher's phase.
+      crop_padding: pixels added around an image before a random crop; 0 for no crop.
+      flip: whether to mirror images at random.
     """
 
     weights: tuple[float, ...] = (2000.0, 5000.0, 2000.0)
@@ -82,32 +82,32 @@ def quick(**changes: Any) -> Config:
 
 
 def released(**changes: Any) -> Config:
-    """The released code: 10 passes, the rate 0.1 for three, 0.01 for three and 0.001 after, crops
-    and flips; the embedding's parameters never learn.
+    """The released code: 10 passes at rate 0.1 for three, 0.01 for three and 0.001 after that, with
+    crops and flips; the embedding's parameters are not trained.
 
-    # Differs from released code: no 2x2 square is cut out of an image, and the last student is the
-    result; there the last one whose accuracy on test images passes a threshold.
+    # Differs from released code: cuts no 2x2 square out of images, and returns the last student;
+    the released code returns the last one with an accuracy on test images above a threshold.
     """
     settings = dict(epochs=10, teacher_epochs=10, crop_padding=4, flip=True)
     return Config(**{**settings, **changes})
 
 
 def paper(**changes: Any) -> Config:
-    """As released, but the embedding learns with the student, as the paper's text has it."""
+    """As released, but the embedding is trained with the student, as in the paper's text."""
     return released(**{**dict(embedding="learned"), **changes})
 
 
 def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -> Config:
-    """`config` with its epochs, where it has any, as numbers of steps."""
+    """`config` with its epochs, if set, converted to steps."""
     del suspect
     return tuning.count_steps(config, data, batch_size)
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """ARGD for `problem.net`: phases "teacher" and "student", see `distill.assemble`. All layers'
-    maps are related; a net with one layer has no edges.
+    """ARGD for `problem.net`: phases "teacher" and "student", see `distill.assemble`. Relates the
+    maps of all layers; a net with one layer has no edges.
 
-    Raises: UserError from `init` when the net shows no layer with places.
+    Raises: UserError from `init` when the net shows no layer with spatial positions.
     """
     init = lambda key, layers: argd_losses.start_embedding(key, layers, config.embedding_dim)
     measure = functools.partial(graph_distance, config)

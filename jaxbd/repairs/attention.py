@@ -1,4 +1,4 @@
-"""Attention maps of a net's layers, and what the layers give in training (Zagoruyko and Komodakis
+"""Attention maps of a net's layers, and the layers' outputs in training (Zagoruyko and Komodakis
 2017; Li et al. 2021)."""
 
 from collections.abc import Mapping, Sequence
@@ -12,31 +12,33 @@ from jaxbd.base import Array, ArrayTree, Net, UserError, Variables
 from jaxbd.repairs import activations, bna_layers
 
 LEAST_NORM = 1e-6
-"""Added to the norm of a map, as released."""
+"""Added to a map's norm before division, as released."""
 
 
-def choose_layers(shown: Mapping[str, Array]) -> list[Array]:
-    """The last of the layers [B, H, W, C] in `shown` at each size H x W, in order of execution.
+def choose_layers(outputs: Mapping[str, Array]) -> list[Array]:
+    """The last layer [B, H, W, C] in `outputs` at each size H x W, in order of execution.
 
-    Where a net halves the image between stages, these end its stages; names tell no stages that
-    hold for every net. What has a single place has no attention to compare and is left out.
-    # Differs from paper: there the sums that end the residual groups of a WideResNet; nets show
-    their normalisation layers, and the next group's first one, or the last one in the group, is the
-    nearest.
+    In a net that halves the image between stages, these layers end the stages. Layers are chosen by
+    size, because names do not identify stages in every net. Layers with a single position have no
+    attention to compare and are left out.
+    # Differs from paper: the paper takes the sums that end the residual groups of a WideResNet. Our
+    nets show normalisation layers; the nearest ones are the first of the next group, or the last in
+    the group.
     """
     last: dict[tuple[int, ...], Array] = {}
-    for values in shown.values():
+    for values in outputs.values():
         size = values.shape[1:-1]
         if values.ndim == 4 and size != (1, 1):
+            # removed first, so that the dictionary is in the order of the last layers
             last.pop(size, None)
             last[size] = values
     return list(last.values())
 
 
 def count_layers(net: Net, variables: Variables, images: Array, method: str) -> int:
-    """How many layers `choose_layers` finds in `net`; nothing is computed.
+    """Number of layers that `choose_layers` finds in `net`; computes nothing.
 
-    Raises: UserError in the name of `method` when there are none.
+    Raises: UserError when there are none; `method` begins the message.
     """
     if net.outputs is None:
         raise UserError(
@@ -46,32 +48,35 @@ def count_layers(net: Net, variables: Variables, images: Array, method: str) -> 
     found = choose_layers(jax.eval_shape(net.outputs, variables, images)[1])
     if not found:
         raise UserError(
-            f"{method}: this net shows no layer with places, of which attention maps are made; use"
+            f"{method}: this net shows no layer with places, so it has no attention maps; use"
             " another repair, such as ft-sam"
         )
     return len(found)
 
 
 def attention_map(values: Array, power: float = 2.0) -> Array:
-    """A / (|A|_2 + 1e-6) [B, H, W] with A = sum_c |values_c|^p of `values` [B, H, W, C]; Li et al.
-    2021, section 3, the operator of sums. p is `power`. In [0, 1]."""
+    """A / (|A|_2 + 1e-6) [B, H, W] in [0, 1], with A = sum_c |values_c|^p of `values` [B, H, W, C]
+    and p = `power`; the sum operator of Li et al. 2021, section 3."""
     summed = (jnp.abs(values) ** power).sum(-1)
     square = jnp.square(summed).sum((1, 2), keepdims=True)
-    # the gradient of a norm at 0 is not a number, and dead layers exist
+    # the gradient of a norm is not finite at 0, where a dead layer is
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return summed / (norm + LEAST_NORM)
 
 
-def attention_maps(shown: Mapping[str, Array], power: float) -> list[Array]:
-    """The maps of the layers of `choose_layers`, the first executed first."""
-    return [attention_map(values, power) for values in choose_layers(shown)]
+def attention_maps(outputs: Mapping[str, Array], power: float) -> list[Array]:
+    """The maps of the layers from `choose_layers`, in order of execution."""
+    return [attention_map(values, power) for values in choose_layers(outputs)]
 
 
 def attention_distance(
     student: Sequence[Array], teacher: Sequence[Array], weights: Sequence[float]
 ) -> Array:
-    """sum_l w_l mean (student_l - teacher_l)^2 [] over the maps [B, H, W] of the last layers, of as
-    many as there are weights; where there are fewer maps, the last weights count."""
+    """sum_l w_l mean (student_l - teacher_l)^2 [] over maps [B, H, W].
+
+    Maps and weights are paired from the last backwards: extra first layers, or extra first weights,
+    are ignored.
+    """
     total = jnp.zeros(())
     pairs = zip(student, teacher, strict=True)
     for weight, (one, other) in zip(reversed(weights), reversed(list(pairs)), strict=False):
@@ -84,30 +89,30 @@ def show_training(
 ) -> tuple[Array, ArrayTree, dict[str, Array]]:
     """(logits [B, K], new batch_stats, {layer: [B, …, C]}) of `net` in training.
 
-    `Net.outputs` shows layers in evaluation. With the batch's own moments in place of the running
-    ones that is what they give in training, and gradients pass through the moments as they do
-    there. The net is computed twice: once for the moments, once by them.
+    `Net.outputs` only runs in evaluation. With the batch's own moments in place of the running
+    ones, its layers have the values of training, and gradients flow through the moments as in
+    training. The net runs twice: once to measure the moments, once with them.
     """
     assert net.outputs is not None, "count_layers refuses nets without"
     _, stats = net.apply(variables, images, train=True)
     if not jax.tree.leaves(stats):
-        logits, shown = net.outputs(variables, images)
-        return logits, stats, shown
+        logits, outputs = net.outputs(variables, images)
+        return logits, stats, outputs
     shapes = jax.eval_shape(net.outputs, variables, images)[1]
     layers = bna_layers.flatten(activations.moments_of_batch(net, variables, images))
     for name, moments in layers.items():
         if name in shapes and "var" in moments:
             count = shapes[name].size // shapes[name].shape[-1]
-            # stored variances are unbiased, those that normalise are not
+            # stored variances are unbiased, but BatchNorm normalises by biased ones
             moments["var"] = moments["var"] * (max(count - 1, 1) / count)
     nested = flax.traverse_util.unflatten_dict(layers, sep="/")
-    logits, shown = net.outputs({**variables, "batch_stats": nested}, images)
-    return logits, stats, shown
+    logits, outputs = net.outputs({**variables, "batch_stats": nested}, images)
+    return logits, stats, outputs
 
 
 def pool(maps: Array, size: tuple[int, int]) -> Array:
-    """`maps` [B, H, W] averaged to [B, *size], as PyTorch's AdaptiveAvgPool2d does; a larger size
-    repeats."""
+    """Averages `maps` [B, H, W] to [B, *size], as PyTorch's AdaptiveAvgPool2d does; repeats values
+    if `size` is larger."""
     rows, columns = (
         jnp.asarray(_averages(*sides), maps.dtype)
         for sides in zip(maps.shape[1:], size, strict=True)
@@ -116,7 +121,7 @@ def pool(maps: Array, size: tuple[int, int]) -> Array:
 
 
 def _averages(inner: int, outer: int) -> np.ndarray:
-    """[outer, inner]: the share of each of `inner` places in each of `outer`."""
+    """Pooling weights [outer, inner] from `inner` input positions to `outer` output positions."""
     weights = np.zeros((outer, inner))
     for place in range(outer):
         first, last = place * inner // outer, -(-(place + 1) * inner // outer)

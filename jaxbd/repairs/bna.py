@@ -1,4 +1,4 @@
-"""BNA: shifts, scales and clips activations until triggered images activate a net as clean ones do
+"""BNA: shifts, scales and clips activations until triggered images activate a net like clean images
 (Li et al. 2023)."""
 
 import dataclasses
@@ -41,14 +41,14 @@ DIVERGENCES = {
     "kl": losses.kullback_leibler,
 }
 FIXED = {"all": (), "bounds": ("shift", "log_scale"), "upper": ("shift", "log_scale", "lower")}
-"""What is trained -> the parameters that are not."""
+"""Value of `Config.trained` -> the parameters of `Theta` that are not trained."""
 Stamp = Callable[[Key, ArrayTree, Array], Array]
 """(key, trigger_params, images [B, H, W, C]) -> images"""
 
 
 class Reference(NamedTuple):
-    """Of one layer: p [C, bins] of clean activations in the suspect, their intervals, and the unit
-    [C] of mu."""
+    """Reference of one layer: histogram p [C, bins] of clean activations in the suspect, its
+    intervals, and the unit [C] of mu."""
 
     p: Array
     grid: Grid
@@ -56,25 +56,25 @@ class Reference(NamedTuple):
 
 
 class CleanTarget(NamedTuple):
-    """Images [N, H, W, C] of the target class, and p [C, bins] of their clean activations by layer,
-    on the reference's intervals."""
+    """Images [N, H, W, C] of the target class, and the histogram p [C, bins] of their clean
+    activations in each layer, on the reference's intervals."""
 
     images: Array
     p: dict[str, Array]
 
 
 class State(NamedTuple):
-    """What BNA needs to go on.
+    """State of the repair.
 
     Attributes:
       step: [] int32.
       theta, opt, reference: parameters, optimiser state and clean histogram of each layer.
-      mean: the parameters averaged since the middle of the run; theta itself before that, or where
-        no average is asked for.
-      variables: of the suspect, with moments as they start.
+      mean: average of the parameters since the middle of the run; equal to theta before that, or if
+        `Config.average` is off.
+      variables: the suspect's, with BatchNorm's initial moments.
       trigger_params: see `base.Evidence`.
-      clean_target: None where they do not count.
-      keep: [] float32, see `Config`. A driver may replace it: all values share one program.
+      clean_target: clean images of the target class; None if the objective does not use them.
+      keep: [] float32, see `Config`. A driver may replace it; all values share one program.
     """
 
     step: Array
@@ -89,15 +89,15 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """loss []: sum over the channels in training; divergence {layer: []}: mean over the layer's
-    channels."""
+    """Loss [], summed over the channels in training, and divergence {layer: []}, averaged over the
+    layer's channels."""
 
     loss: Array
     divergence: dict[str, Array]
 
 
 def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -> Config:
-    """`config` with its epochs, where it has any, as `num_steps` for the suspect's layers and the
+    """`config` with its epochs, if set, converted to `num_steps` for the suspect's layers and the
     images of the source classes."""
     if config.epochs is None or data.clean_sources is None:
         return config
@@ -121,13 +121,13 @@ def _outputs(net: Net, variables: Variables, images: Array, config: Config) -> d
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """The correction of `problem.net` for the trigger that `problem.stamp` puts on images.
+    """Corrects `problem.net` for the trigger that `problem.stamp` puts on images.
 
-    Only BatchNorm's moments and the collection `bounds` are changed, never a weight. Batches are
-    drawn from images of the source classes. `init` measures all images, a few at a time.
+    Changes only BatchNorm's moments and the collection `bounds`, never a weight. Batches are drawn
+    from images of the source classes. `init` measures all images, a few at a time.
 
-    Raises: UserError when the problem has no stamp, or the net shows no layers (at `init` where
-      that takes a trace).
+    Raises: UserError when the problem has no stamp, or the net shows no layers (from `init` if only
+      tracing the net can tell).
     """
     if problem.net.outputs is None:
         raise UserError(
@@ -136,7 +136,7 @@ def make(problem: Problem, config: Config) -> Repair:
         )
     net, stamp = problem.net, problem.stamp
     if stamp is None:
-        raise UserError("bna: the problem has no stamp; make it of evidence of a trigger")
+        raise UserError("bna: the problem has no stamp; make it from evidence of a trigger")
 
     def init(key: Key, variables: Variables, data: RepairData) -> State:
         return _init(key, net, stamp, config, {"batch_stats": {}, **variables}, data)
@@ -148,7 +148,7 @@ def make(problem: Problem, config: Config) -> Repair:
 
 
 def extract(state: State, dial: None = None) -> Variables:
-    """The suspect's variables, corrected."""
+    """The corrected variables of the suspect."""
     del dial
     return _correct(state, state.mean)
 
@@ -161,7 +161,7 @@ def _correct(state: State, theta: dict[str, Theta]) -> Variables:
 def _init(
     key: Key, net: Net, stamp: Stamp, config: Config, variables: Variables, data: RepairData
 ) -> State:
-    """Measures clean activations and lays out the intervals."""
+    """Measures clean activations and chooses the intervals."""
     variables, sources, triggers = jax.tree.map(
         jnp.asarray, (variables, data.clean_sources, data.trigger_params)
     )
@@ -177,7 +177,8 @@ def _init(
         spans = activations.union(clean, activations.ranges(outputs, sources.images))
     grids = {n: histogram.grid(r.low, r.high, config.width, config.bins) for n, r in spans.items()}
     count = lambda images: activations.histograms(clean_outputs, images, grids, config.bins)
-    p, kept = count(sources.images), None if target is None else CleanTarget(target, count(target))
+    p = count(sources.images)
+    clean_target = None if target is None else CleanTarget(target, count(target))
     if config.moments == "triggered":
         moments = activations.batch_moments(net, variables, stamped, sources.images)
         variables = {**variables, "batch_stats": moments}
@@ -185,7 +186,7 @@ def _init(
     theta = {n: bna_layers.start(r, config.start_upper) for n, r in clean.items()}
     opt = {n: _optimiser(config).init(t) for n, t in theta.items()}
     keep, step = jnp.float32(config.keep), jnp.zeros((), jnp.int32)
-    state = State(step, theta, theta, opt, reference, variables, triggers, kept, keep)
+    state = State(step, theta, theta, opt, reference, variables, triggers, clean_target, keep)
     # drivers donate the state, so no two of its leaves may share memory
     return jax.tree.map(jnp.copy, state)
 
@@ -196,7 +197,7 @@ def _optimiser(config: Config) -> optax.GradientTransformation:
 
 @cached(32)
 def _step(net: Net, stamp: Stamp, config: Config) -> Callable[..., tuple[State, Info]]:
-    """The step; the same function for the same net, stamp and settings."""
+    """The step function; cached, so that the same net, stamp and settings share one program."""
 
     def step(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
         images = stamp(key, state.trigger_params, batch.images)
@@ -225,8 +226,8 @@ def divergences(
     net: Net,
     config: Config,
 ) -> dict[str, Array]:
-    """D_k(p || q) [C] of each layer, q being the corrected net's activations on `images` (Li et al.
-    2023, eq. 3)."""
+    """D_k(p || q) [C] of each layer, where q is the histogram of the corrected net's activations on
+    `images` (Li et al. 2023, eq. 3)."""
     reach = histogram.reach(config.tau, config.width)
     outputs = _outputs(net, _correct(state, theta), images, config)
     q: dict[str, Any] = {
@@ -245,28 +246,29 @@ def loss(
     net: Net,
     config: Config,
 ) -> tuple[Array, dict[str, Array]]:
-    """Sum over channels j and layers l of D_k(p || q) (Li et al. 2023, eq. 3), and its mean in each
-    layer.
+    """Sum over channels j and layers l of D_k(p || q) (Li et al. 2023, eq. 3), and the mean over
+    each layer's channels.
 
     Args:
-      images: triggered ones; target: clean ones of the target class, or None.
+      images: triggered images; target: clean images of the target class, or None.
       active: {layer: [] 1 or 0}, see `active_layers`.
     """
     p = {name: reference.p for name, reference in state.reference.items()}
     each = divergences(theta, state, images, p, net, config)
     total: Any = sum(active[n] * d.sum() for n, d in each.items())
     if target is not None:
-        # Differs from paper: a second term keeps clean images of the target class where they are
+        # Differs from paper: a second term preserves activations of clean target-class images
         unmoved = divergences(theta, state, target.images, target.p, net, config)
         total += state.keep * sum(active[n] * d.sum() for n, d in unmoved.items())
     return total, {n: d.mean() for n, d in each.items()}
 
 
 def average(state: State, config: Config) -> dict[str, Theta]:
-    """The mean of the parameters over the steps made since the middle of the run, this one
-    included."""
+    """Updates the mean of the parameters over all steps since the middle of the run, including this
+    one."""
     if not config.average:
         return state.theta
+    # a running mean; up to the middle of the run count is 1, which copies theta
     count = jnp.maximum(state.step - config.num_steps // 2, 1)
     return jax.tree.map(
         lambda old, new: old + (new - old) / count.astype(new.dtype), state.mean, state.theta
@@ -274,10 +276,11 @@ def average(state: State, config: Config) -> dict[str, Theta]:
 
 
 def active_layers(net: Net, state: State, images: Array, config: Config) -> dict[str, Array]:
-    """1.0 for every layer that is in training at this step, 0.0 for the others."""
+    """1.0 for every layer that is trained at this step, 0.0 for the others."""
     order = _layer_names(net, state.variables, images, config)
     if config.order == "joint":
         return {name: jnp.ones((), images.dtype) for name in order}
+    # equal shares of the steps, in order of execution
     turn = state.step * len(order) // config.num_steps
     return {name: (turn == number).astype(images.dtype) for number, name in enumerate(order)}
 
@@ -285,8 +288,8 @@ def active_layers(net: Net, state: State, images: Array, config: Config) -> dict
 def update(
     gradient: Theta, opt: optax.OptState, theta: Theta, active: Array, config: Config
 ) -> tuple[Theta, optax.OptState]:
-    """Parameters and optimiser state of one layer after a step; as they were where it is not its
-    turn."""
+    """Parameters and optimiser state of one layer after a step; unchanged if the layer is not
+    active."""
     updates: Any
     updates, new = _optimiser(config).update(gradient, opt, theta)
     fixed = FIXED[config.trained]
@@ -296,7 +299,7 @@ def update(
 
 
 def _draw_some(key: Key, images: Array, most: int) -> Array:
-    """All of `images` [N, H, W, C] as floats, or `most` of them, drawn without replacement."""
+    """Up to `most` of `images` [N, H, W, C] as floats, drawn without replacement."""
     if images.shape[0] > most:
         images = images[jax.random.permutation(key, images.shape[0])[:most]]
     return to_float(images)

@@ -8,37 +8,38 @@ from jaxbd.base import UserError, check_choices
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the correction. The defaults are the paper's parameters and objective, with
-    Jensen-Shannon for total variation, a term that keeps the target class, larger steps and fewer
-    of them.
+    """Settings of the correction. The defaults are the paper's parameters and objective, but with
+    Jensen-Shannon instead of total variation, a term that preserves the target class, and fewer,
+    larger steps.
 
     Attributes:
       divergence: D_k of each channel: total variation, Jensen-Shannon, Kullback-Leibler.
       width: Delta b, the width of the intervals.
-      tau: how sharply the intervals are told apart (eq. 6).
-      bins: most intervals of a channel.
-      span: what the intervals span: the extremes of the "clean" activations, or of "both" clean and
+      tau: sharpness of the soft edges between intervals (eq. 6).
+      bins: maximum number of intervals per channel.
+      span: range of the intervals: the extremes of the "clean" activations, or of "both" clean and
         triggered ones.
-      trained: "all": mu, sigma, upsilon and omega; "bounds": the latter two; "upper": omega alone.
-      layers: "all", or only those that are a "batchnorm".
-      order: "joint": the sum over all layers at once; "layerwise": one layer after the other, in
-        order of execution, each for an equal share of the steps and with a fresh optimiser.
-      moments: where mu and sigma of BatchNorm start: its own ("stored"), or those of "triggered"
+      trained: "all": mu, sigma, upsilon and omega; "bounds": upsilon and omega; "upper": only
+        omega.
+      layers: "all", or only "batchnorm" layers.
+      order: "joint": the sum over all layers at once; "layerwise": one layer after another, in
+        order of execution, each with an equal share of the steps and a fresh optimiser.
+      moments: initial mu and sigma of BatchNorm: its own ("stored"), or those of "triggered"
         images.
-      start_upper: where omega starts, without a lower bound; none: both bounds start at the clean
+      start_upper: initial omega, with no lower bound; None: both bounds start at the clean
         extremes.
-      keep: weight of a second term that keeps the activations of clean images of the target class
-        as they are, where the evidence brings such images; 0, the paper's objective, leaves it out.
-      learning_rate: of Adam.
-      average: whether the result is the mean of the parameters over the second half of the steps
-        instead of the last ones, which jump about where the two terms of the objective pull apart.
-      num_steps: length of the run, all layers together.
-      epochs: the length in passes over the images instead, for every layer that is trained on its
-        own; `adapt` turns it into `num_steps`.
+      keep: weight of a second term that preserves the activations of clean target-class images, if
+        the evidence contains such images; 0, as in the paper, leaves it out.
+      learning_rate: Adam's.
+      average: whether to return the mean of the parameters over the second half of the steps,
+        instead of the last parameters, which fluctuate where the objective's two terms conflict.
+      num_steps: length of the run for all layers together.
+      epochs: length in passes over the images instead, for each layer that is trained in turn;
+        `adapt` converts it to `num_steps`.
     """
 
-    # Differs from paper: there total variation (eq. 3); the smoother form spares more of the target
-    # class
+    # Differs from paper: it uses total variation (eq. 3); the smoother form here damages the target
+    # class less
     divergence: Literal["tv", "js", "kl"] = "js"
     width: float = 0.1
     tau: float = 150.0
@@ -49,11 +50,11 @@ class Config:
     order: Literal["joint", "layerwise"] = "joint"
     moments: Literal["stored", "triggered"] = "stored"
     start_upper: float | None = None
-    # Differs from paper: without it a small net's correction takes clean images of the target class
-    # for triggered ones
+    # Differs from paper: without this term, the correction of a small net treats clean target-class
+    # images as triggered
     keep: float = 1.0
     learning_rate: float = 0.03
-    # Differs from paper: it takes the last parameters
+    # Differs from paper: it returns the last parameters
     average: bool = True
     num_steps: int = 200
     epochs: int | None = None
@@ -80,8 +81,8 @@ def quick(**changes: Any) -> Config:
 
 
 def paper(**changes: Any) -> Config:
-    """Section 5.1: all four parameters of all layers jointly, 30 epochs; starts and optimiser, left
-    open, as ours."""
+    """Section 5.1: all four parameters of all layers jointly, 30 epochs. Initial values and
+    optimiser, which the paper does not state, are ours."""
     settings = {
         "divergence": "tv",
         "epochs": 30,
@@ -93,22 +94,23 @@ def paper(**changes: Any) -> Config:
 
 
 def released(**changes: Any) -> Config:
-    """As in the released code: moments replaced by those of triggered images, then upper bounds
-    layer by layer.
+    """As in the released code: replaces moments by those of triggered images, then trains upper
+    bounds layer by layer.
 
-    Parts from it where it parts from itself: both histograms use one grid and are normalised (its
-    clean one has bins of another width, its sum of count differences is a multiple that Adam does
-    not see), the end intervals are half-infinite, and a layer's turn is not cut short when its loss
-    stands still.
+    It differs where the released code is inconsistent: both histograms use one grid and are
+    normalised (its clean histogram has bins of another width; its sum of count differences is a
+    multiple, to which Adam is invariant), the end intervals are half-infinite, and a layer's turn
+    does not end early when its loss stops falling.
 
-    Fewer bounds move than there. Where no clean activation is near a bound that clips triggered
-    ones, every interval around it is too full, the loss does not depend on the bound, and ours
-    stays where it started. There the centres of the intervals are rounded to float32, so that
-    neighbouring intervals overlap or leave a gap by a rounding error; Adam makes a step of 0.01 of
-    that slope too, once or twice until the loss is seen to stand still.
-    # Differs from released code: no bound moves by rounding alone.
-    # Differs from released code: clean images are whatever the evidence holds; there, of all
-    classes.
+    Fewer bounds move than in the released code. Where no clean activation is near a bound that
+    clips triggered ones, every interval around it is too full, the loss does not depend on the
+    bound, and our bound stays at its initial value. The released code rounds the intervals' centres
+    to float32, so that neighbouring intervals overlap or leave a gap by a rounding error. Adam
+    turns even that slope into a step of 0.01, once or twice until the code detects that the loss
+    has stopped falling.
+    # Differs from released code: no bound moves because of rounding alone.
+    # Differs from released code: uses the clean images in the evidence; the released code uses
+    clean images of all classes.
     """
     settings = {
         "divergence": "tv",

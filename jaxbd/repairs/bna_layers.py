@@ -1,4 +1,4 @@
-"""What BNA corrects: the layers of a net, and the four parameters of each (Li et al. 2023, section
+"""The layers of a net that BNA corrects, and the four parameters of each (Li et al. 2023, section
 4.2)."""
 
 from collections.abc import Mapping
@@ -14,14 +14,15 @@ from jaxbd.repairs.activations import Range
 UNBOUNDED = -3e38
 """A lower bound that clips nothing."""
 LEAST_UNIT = 1e-5
-"""Added to a variance or deviation that is a unit, so that a dead channel has one."""
+"""Added to a variance or standard deviation used as a unit, so that dead channels have a nonzero
+unit."""
 
 
 class Theta(NamedTuple):
     """Parameters [C] of one layer: mu = start + unit * shift, sigma = start * exp(log_scale),
     upsilon, omega.
 
-    # Differs from paper: mu and sigma move in units of the layer's own, so that one learning rate
+    # Differs from paper: mu and sigma move in the layer's own units, so that one learning rate
     suits all nets.
     """
 
@@ -34,7 +35,7 @@ class Theta(NamedTuple):
 def outputs(
     net: Net, variables: Variables, images: Array, *, batchnorm_only: bool
 ) -> dict[str, Array]:
-    """{layer: [B, …, C]} of the layers that can be corrected, in order of execution.
+    """Outputs {layer: [B, …, C]} of the layers that can be corrected, in order of execution.
 
     Raises: UserError when there are none.
     """
@@ -51,7 +52,8 @@ def outputs(
 
 
 def names(net: Net, variables: Variables, images: Array, *, batchnorm_only: bool) -> list[str]:
-    """The keys of `outputs`, without computing any. Raises: UserError when there are none."""
+    """The keys of `outputs`; computes nothing. Raises: UserError when there are none."""
+    # recorded as a side effect, because the result of `eval_shape` would be sorted by name
     found: list[str] = []
 
     def trace(variables, images):
@@ -62,9 +64,9 @@ def names(net: Net, variables: Variables, images: Array, *, batchnorm_only: bool
 
 
 def start(clean: Range, upper: float | None) -> Theta:
-    """Parameters that change nothing on clean images: bounds at their extremes. With `upper` there
-    is no lower bound and omega starts there, as released."""
-    # Differs from paper: it leaves the start open
+    """Initial parameters that change nothing on clean images, with bounds at the extremes of their
+    activations. With `upper`, omega starts there without a lower bound, as released."""
+    # Differs from paper: it does not state the initial values
     zero = jnp.zeros_like(clean.low)
     if upper is None:
         return Theta(zero, zero, clean.low, clean.high)
@@ -74,10 +76,10 @@ def start(clean: Range, upper: float | None) -> Theta:
 def correct(
     variables: Variables, theta: Mapping[str, Theta], units: Mapping[str, Array]
 ) -> Variables:
-    """`variables` with the parameters `theta` in place.
+    """`variables` with the parameters `theta` applied.
 
-    BatchNorm layers get other moments; layers without one are shifted and scaled in the collection
-    `bounds`, in units [C].
+    In BatchNorm layers, shift and scale go into the moments; in other layers into the collection
+    `bounds`, in `units` [C].
     """
     stats, bounds = flatten(variables["batch_stats"]), {}
     for name, (shift, log_scale, lower, upper) in theta.items():

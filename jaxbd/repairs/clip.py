@@ -1,4 +1,4 @@
-"""Clip: an upper bound on every channel's activation, as tight as clean accuracy allows; needs no
+"""Clip: bounds every channel's activation from above, as tightly as clean accuracy allows; needs no
 trigger (Cheng et al. 2024)."""
 
 import dataclasses
@@ -29,34 +29,34 @@ from jaxbd.repairs import bna_layers, choose
 PAPER = "https://arxiv.org/abs/2407.11372"
 NEEDS: frozenset[Need] = frozenset({"clean"})
 LEAST_STD = 1e-5
-"""Added to a deviation that is a unit, so that a dead channel has one."""
+"""Added to a standard deviation used as a unit, so that dead channels have a nonzero unit."""
 CHUNK = 64
-"""Images pushed through the net at a time where nothing is trained."""
+"""Images run through the net at a time when measuring moments."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the bounds; schedule and start follow the paper.
+    """Settings of the bounds; schedule and initial values follow the paper.
 
     Attributes:
-      max_drop: points of held-out accuracy, as a share, that the bounds may cost (paper: 0.03).
-      first_reach: where bounds start, in standard deviations above the clean mean.
-      learning_rate: of Adam, in the same unit.
+      max_drop: maximum loss of held-out accuracy, as a share (paper: 0.03).
+      first_reach: initial bounds, in standard deviations above the clean mean.
+      learning_rate: Adam's, in the same unit.
       b1: Adam's decay of the mean gradient.
       b2: Adam's decay of the mean squared gradient.
-      first_cost: c, weight of the mean bound, at the start.
-      cost_multiplier: c grows by it after `patience` steps in a row within the budget, and shrinks
-        by its power 1.5 after as many beyond it.
+      first_cost: initial c, the weight of the mean bound.
+      cost_multiplier: factor by which c grows after `patience` steps in a row within the budget;
+        after as many steps beyond it, c shrinks by this factor to the power 1.5.
       patience: steps in a row after which c changes.
-      held_share: share of the clean images that measures accuracy and trains nothing.
-      most_held: at most so many images of those.
-      batch_size: images of a step.
+      held_share: share of the clean images held out to measure accuracy.
+      most_held: maximum number of held-out images.
+      batch_size: images per step.
       num_steps: length of the run.
     """
 
     max_drop: float = 0.02
     first_reach: float = 4.0
-    # Differs from paper: 1e-3 in units of the activations; relative steps suit every layer
+    # Differs from paper: it has 1e-3 in units of the activations; relative steps suit every layer
     learning_rate: float = 0.02
     b1: float = 0.5
     b2: float = 0.9
@@ -84,29 +84,30 @@ class Config:
 
 
 Bounds = dict[str, Array]
-"""Layer -> upper bounds [C], in standard deviations above the mean of its clean activations."""
+"""Layer -> upper bounds [C], in standard deviations above the mean of the layer's clean
+activations."""
 
 
 class Moments(NamedTuple):
-    """Of one layer's clean activations: mean and standard deviation [C]."""
+    """Mean and standard deviation [C] of one layer's clean activations."""
 
     mean: Array
     std: Array
 
 
 class State(NamedTuple):
-    """What the repair needs to go on.
+    """State of the repair.
 
     Attributes:
       step: [] int32.
       reach: the current bounds; opt: their Adam state.
-      best: the tightest bounds so far that kept accuracy; the first ones before that.
-      best_size: [] mean of `best`; inf as long as no step was within the budget.
+      best: the tightest bounds so far within the accuracy budget; initially the first bounds.
+      best_size: [] mean of `best`; inf until a step is within the budget.
       cost: [] c.
       good, bad: [] int32, consecutive steps within, and beyond, the budget.
-      least_accuracy: [] on `held`, that the budget leaves.
+      least_accuracy: [] minimum accuracy on `held` within the budget.
       moments: by layer.
-      train, held: clean images (uint8 or float) and labels; those that train, those that measure.
+      train, held: clean images (uint8 or float) and labels, to train on and to measure accuracy.
       variables: the suspect's.
     """
 
@@ -126,7 +127,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Cross-entropy, mean bound, held-out accuracy under the bounds before the step, c; all []."""
+    """Cross-entropy, mean bound and held-out accuracy under the bounds before the step, and c; all
+    []."""
 
     loss: Array
     size: Array
@@ -135,10 +137,9 @@ class Info(NamedTuple):
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """Bounds for `problem.net`. No weight is touched: what `extract` adds is the collection
-    `bounds`.
+    """Bounds for `problem.net`. Changes no weight; `extract` only adds the collection `bounds`.
 
-    Raises: UserError when the net shows no layers (at `init` where that takes a trace).
+    Raises: UserError when the net shows no layers (from `init` if only tracing the net can tell).
     """
     net = problem.net
     if net.outputs is None:
@@ -182,6 +183,7 @@ def make(problem: Problem, config: Config) -> Repair:
         drawn = Batch(to_float(state.train.images[rows]), state.train.labels[rows])
         grad = jax.value_and_grad(loss, has_aux=True)
         (_, entropy), gradient = grad(state.reach, state, net, drawn)
+        # judges the bounds before the update, which `best` may store
         accuracy = choose.measure_accuracy(net, bound(state, state.reach), state.held)
         size = mean_bound(state.reach)
         is_good = accuracy >= state.least_accuracy
@@ -207,27 +209,26 @@ def make(problem: Problem, config: Config) -> Repair:
 
 
 def loss(reach: Bounds, state: State, net: Net, batch: Batch) -> tuple[Array, Array]:
-    """(cross-entropy + c * mean bound, cross-entropy) under the bounds `reach`; Cheng et al. 2024,
-    eq. (3)."""
+    """(cross-entropy + c * mean bound, cross-entropy), both [], under the bounds `reach`; Cheng et
+    al. 2024, eq. (3)."""
     logits, _ = net.apply(bound(state, reach), batch.images, train=False)
     entropy = losses.cross_entropy(logits, batch.labels)
     return entropy + state.cost * mean_bound(reach), entropy
 
 
 def mean_bound(reach: Bounds) -> Array:
-    """Mean over layers of the mean bound of each; [], in standard deviations.
+    """Mean over layers of each layer's mean bound; [], in standard deviations.
 
-    # Differs from paper: there in units of the activations, and every layer counts by its size.
+    # Differs from paper: it measures bounds in units of the activations and weights layers by size.
     """
     return jnp.stack([each.mean() for each in reach.values()]).mean()
 
 
 def bound(state: State, reach: Bounds) -> Variables:
-    """The suspect's variables with upper bounds in place; bounds that it had already stay where
-    they are tighter.
+    """The suspect's variables with upper bounds; existing bounds stay where they are tighter.
 
-    # Differs from paper: one bound per channel, not per element, so that it holds wherever a
-    trigger lies; before the activation function, not after.
+    # Differs from paper: one bound per channel, not per element, so that it applies wherever the
+    trigger is; placed before the activation function, not after it.
     """
     had = bna_layers.flatten(state.variables.get("bounds", {}))
     bounds = dict(had)
@@ -242,8 +243,8 @@ def bound(state: State, reach: Bounds) -> Variables:
 
 
 def measure_moments(net: Net, variables: Variables, images: Array) -> dict[str, Moments]:
-    """Mean and deviation [C] of every layer over `images` [N, H, W, C] and positions; what is over
-    of whole chunks is left out.
+    """Mean and standard deviation [C] of every layer over `images` [N, H, W, C] and positions. A
+    last chunk that is not full is left out.
 
     Raises: UserError when the net shows no layers.
     """
@@ -260,6 +261,7 @@ def measure_moments(net: Net, variables: Variables, images: Array) -> dict[str, 
     found = {}
     for layer, (first, second) in jax.lax.map(of_chunk, chunks).items():
         mean = first.mean(0)
+        # rounding can make the difference slightly negative
         variance = jnp.maximum(second.mean(0) - jnp.square(mean), 0)
         found[layer] = Moments(mean, jnp.sqrt(variance) + LEAST_STD)
     if not found:
@@ -271,8 +273,8 @@ def measure_moments(net: Net, variables: Variables, images: Array) -> dict[str, 
 
 
 def _schedule(state: State, is_good: Array, config: Config) -> dict[str, Array]:
-    """The next c and run lengths: up after `patience` steps within the budget, down after as many
-    beyond it."""
+    """The next c and run lengths. c goes up after `patience` steps in a row within the budget, and
+    down after as many beyond it."""
     good = jnp.where(is_good, state.good + 1, 0)
     bad = jnp.where(is_good, 0, state.bad + 1)
     up, down = good >= config.patience, bad >= config.patience

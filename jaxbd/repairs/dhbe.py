@@ -1,9 +1,9 @@
 """DHBE: erases backdoors without any data, by distillation between two adversarial generators (Yan
 et al. 2023).
 
-A student that begins as the suspect is taught by the suspect on images that one generator makes,
-while a second generator searches for small triggers that change the student's answers. The three
-losses are in `dhbe_losses`; `make` puts the steps together.
+The student starts as a copy of the suspect. The suspect, as the teacher, trains it on images from
+one generator, while a second generator searches for small triggers that change the student's
+answers. The three losses are in `dhbe_losses`; `make` combines the steps.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ NEEDS: frozenset[Need] = frozenset()
 
 
 class Info(NamedTuple):
-    """What one looks at. All [] float32: discrepancy and regulariser (eqs. 2 and 7) averaged over
-    the student's updates, the two generators' losses, and the student's learning rate."""
+    """Metrics of an iteration, all [] float32: discrepancy and regulariser (eqs. 2 and 7) averaged
+    over the student's updates, the two generators' losses, and the student's learning rate."""
 
     discrepancy: Array
     regulariser: Array
@@ -72,18 +72,18 @@ class Info(NamedTuple):
 
 
 def strength(config: Config) -> Strength:
-    """The traced numbers of `config`."""
+    """The settings in `config` that are traced."""
     names = ("regularisation", "learning_rate", "generator_rate", "trigger_rate")
     numbers = (jnp.float32(getattr(config, name)) for name in names)
     return Strength(*numbers, num_steps=jnp.int32(config.num_steps))
 
 
 def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -> Config:
-    """`config` for the suspect's input normalisation and the device.
+    """Adapts `config` to the suspect's input normalisation and the device.
 
-    Images generated for a net that normalises get its constants as moments, so that it sees zero
-    mean and unit variance, as released; for a net that does not, `config.mean` and `config.std`
-    stay. The student's updates are a loop of the program where the iterations are.
+    For a net that normalises its input, generated images get its constants as moments, so that the
+    net sees zero mean and unit variance, as released; for other nets `config.mean` and `config.std`
+    stay. The student's updates are unrolled on CPUs and a scan elsewhere.
     """
     del data, batch_size
     moments = tuple(suspect.mean), tuple(suspect.std)
@@ -94,13 +94,13 @@ def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """DHBE for nets of architecture `problem.net`; one step is one iteration. `config` as `adapt`
-    gives it.
+    """DHBE for nets of architecture `problem.net`; one step is one iteration. Pass a `config` from
+    `adapt`.
 
-    `init` copies the suspect into teacher and student; no data and no trigger is taken.
+    `init` copies the suspect to teacher and student. The repair takes no data and no trigger.
 
     Raises: UserError when the images are not square, have no generator, or are smaller than the
-      trigger; from `init` and the step when there is data.
+      trigger; also from `init` and the step when given data.
     """
     _check_fit(problem.image_shape, config)
     players = make_players(problem.net, problem.image_shape, config)
@@ -126,7 +126,7 @@ def make(problem: Problem, config: Config) -> Repair:
 
 
 def _check_fit(image_shape: tuple[int, int, int], config: Config) -> None:
-    """Raises UserError unless there is a generator for these images, and room for the trigger."""
+    """Raises UserError unless there is a generator for these images and the trigger fits."""
     height, width, channels = image_shape
     side = config.trigger_size
     if height != width:
@@ -146,7 +146,7 @@ def _check_fit(image_shape: tuple[int, int, int], config: Config) -> None:
 
 
 def _init(key: Key, players: Players, variables: Variables) -> State:
-    """Untrained generators; teacher and student are copies of the suspect."""
+    """The first state: untrained generators; teacher and student are copies of the suspect."""
     noise = jnp.zeros((2, players.config.noise_dim))
 
     def learn(module: SampleGenerator | TriggerGenerator, module_key: Key) -> Learner:
@@ -167,7 +167,7 @@ def _init(key: Key, players: Players, variables: Variables) -> State:
 
 @cached(32)
 def _step(players: Players) -> Callable[..., tuple[State, Info]]:
-    """One iteration; the same function for the same players."""
+    """The function of one iteration; cached, so that the same players share one program."""
     config = players.config
 
     def step(key: Key, state: State, batch: Batch | None = None) -> tuple[State, Info]:
@@ -235,19 +235,21 @@ def _decay(players: Players, rate: Array, state: State) -> Array:
 def descend(
     rule: optax.GradientTransformation, learner: Learner, gradient: ArrayTree, rate: Array
 ) -> Learner:
-    """One update of `learner` at `rate` []."""
+    """Updates `learner` once at the learning rate `rate` []."""
     params = learner.variables["params"]
+    # the rules have no learning rate, so that the rate can be traced
     updates, opt = rule.update(gradient, learner.opt, params)
     params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
     return Learner({**learner.variables, "params": params}, opt)
 
 
 def _average(state: State, share: float) -> State:
-    """The state with the students of the last `share` of the iterations averaged, where asked
-    for."""
+    """Updates the average of the students over the last `share` of the iterations; does nothing if
+    `share` is 0."""
     if not share:
         return state
     before = jnp.ceil((1 - share) * state.strength.num_steps - ROUNDING)
+    # a running mean; before the last share the weight is 1, which copies the student
     weight = 1 / jnp.maximum(state.step + 1 - before, 1)
     mix = lambda mean, now: ((1 - weight) * mean + weight * now).astype(mean.dtype)
     return state._replace(averaged=jax.tree.map(mix, state.averaged, state.student.variables))
@@ -259,7 +261,7 @@ def _repeat(
     state: State,
     inner: str,
 ) -> tuple[State, tuple[Array, Array]]:
-    """`update(key, state)` once per key of `keys` [k]; its figures come stacked [k]."""
+    """Calls `update(key, state)` once per key of `keys` [k]; returns its figures stacked [k]."""
     if inner == "scan":
         return jax.lax.scan(lambda carry, key: update(key, carry), state, keys)
     every = []

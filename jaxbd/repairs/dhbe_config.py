@@ -10,41 +10,41 @@ from jaxbd.models.synthesis import TRIGGER_SIDES, layout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of DHBE. Defaults follow the released code; `paper()` gives the paper's wording.
+    """Settings of DHBE. Defaults follow the released code; `paper()` follows the paper's text.
 
     Attributes:
       regularisation: lambda in eq. (8), weight of the student's change under generated triggers.
       inner_steps: k, student updates per iteration.
       batch_size: fake images, and as many triggers, per update.
-      num_steps: iterations the schedule is laid out for.
-      milestones: shares of them, increasing, at which all three rates drop x0.1.
+      num_steps: number of iterations; the schedule depends on it.
+      milestones: increasing shares of `num_steps` at which all three rates drop x0.1.
       trigger_size: side of the generated triggers in pixels; 3..9 or a doubling of one of these.
       trigger_scale: factor on the triggers, which bounds their L1 norm by scale * side^2 * C in
         pixel units.
       place: where triggers are added. "batch": one random place per mini-batch (released); "image":
-        one per image; "edges": one per image, in corners and along edges oftener than a uniform
+        one per image; "edges": one per image, more often in corners and along edges than a uniform
         draw, see `images.edge_places`.
-      prior_weight: of the total variation of fake images in the sample generator's loss; 0 in the
-        paper.
-      learning_rate: of the student's SGD.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
-      generator_rate: of the sample generator's Adam.
-      trigger_rate: of the trigger generator's Adam.
+      prior_weight: weight of the fake images' total variation in the sample generator's loss; 0 in
+        the paper.
+      learning_rate: SGD's, on the student.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
+      generator_rate: Adam's learning rate, on the sample generator.
+      trigger_rate: Adam's learning rate, on the trigger generator.
       noise_dim: noise values per image and per trigger, N(0, 1).
       width: of both generators, see `models.synthesis`.
-      average: share of the iterations, the last ones, whose students are averaged, weights and
-        running moments alike, into the repaired net; 0 takes the last student (released). The
-        average loses less than a student does to the noise of a high learning rate.
-      mean: per channel, of the generated images in [0, 1] units; one number stands for all
-        channels. The generator makes what a net sees behind its input normalisation, so where a net
-        has one these are its constants.
-      std: likewise. The defaults are about those of photographs, for nets without a normalisation
-        of their own.
-      pure: plain adversarial distillation: no trigger is made and no triggered image passes the
-        student. Weight 0 is not the same, since triggered images then still enter the student's
-        running moments (Yan et al. 2023, 5.4.1).
-      inner: the k student updates "unrolled" in the program or as a "scan"; the result is the same.
+      average: share of the iterations, at the end of the run, over which the student's weights and
+        running moments are averaged into the repaired net; 0 takes the last student (released). The
+        average suffers less than a single student from the noise of a high learning rate.
+      mean: mean per channel of the generated images, in [0, 1] units, or one number for all
+        channels. The generator works in a net's normalised input space, so for a net with input
+        normalisation these are its constants.
+      std: the same for the standard deviation. The defaults are typical of photographs, for nets
+        without input normalisation.
+      pure: plain adversarial distillation: makes no triggers and passes no triggered images through
+        the student. This differs from regularisation 0, under which triggered images still enter
+        the student's running moments (Yan et al. 2023, 5.4.1).
+      inner: compile the k student updates "unrolled" or as a "scan"; the result is the same.
         Unrolled is for XLA:CPU, where a convolution's weight gradient inside a compiled loop is
         more than twenty times slower.
     """
@@ -108,9 +108,9 @@ def released(**changes: Any) -> Config:
 
 
 def paper(**changes: Any) -> Config:
-    """The settings the paper's text states; everything it does not state stays as released.
+    """The settings in the paper's text; settings that it omits stay as released.
 
-    Its text leaves out the constant that scales the triggers: `trigger_scale` is the released 1
+    The text also omits the constant that scales the triggers: `trigger_scale` is the released 1
     unless given.
     """
     settings: dict[str, Any] = {"inner_steps": 3, "batch_size": 128, "prior_weight": 0.0}
@@ -120,12 +120,13 @@ def paper(**changes: Any) -> Config:
 def quick(**changes: Any) -> Config:
     """Sixty iterations instead of 15,000, for a CPU: a departure from paper and released code.
 
-    The student learns at a fifth of the rate and decays less, or a short run with small batches
-    would wreck what it knows; the rate stays, and the last students are averaged. It has twice the
-    updates for each of the generators', or it falls behind them and loses accuracy. Triggers are
-    small and strong, for large ones hide the image; they learn ten times as fast and lie at a place
-    of their own on every image, often in a corner or at an edge. The sample generator is slower and
-    smoother, or it learns to draw the trigger, and the student is taught it again.
+    The student's learning rate is a fifth and its weight decay is lower, because otherwise a short
+    run with small batches would destroy its accuracy. The rate is constant, and the last students
+    are averaged. The student gets twice as many updates per generator update; with fewer it falls
+    behind the generators and loses accuracy. Triggers are small and strong, because large ones hide
+    the image. The trigger generator learns ten times as fast, and every image gets its own place,
+    often in a corner or at an edge. The sample generator is slower and smoother; otherwise it
+    learns to draw the trigger, and the student learns the trigger again.
     """
     settings: dict[str, Any] = {
         "num_steps": 60,

@@ -1,7 +1,7 @@
-"""The three losses of DHBE and what they are made of, see `dhbe` (Yan et al. 2023).
+"""The three losses of DHBE and their parts, see `dhbe` (Yan et al. 2023).
 
-Every function that runs a net on batch moments also returns the state with that net's running
-moments updated.
+Every function that runs a net on batch moments also returns the state with the net's updated
+running moments.
 """
 
 from typing import NamedTuple
@@ -18,14 +18,15 @@ from jaxbd.models.synthesis import SampleGenerator, TriggerGenerator, to_pixels
 from jaxbd.repairs.dhbe_config import Config
 
 ROUNDING = 1e-3
-"""A share of whole iterations may come out a rounding error above them."""
+"""Subtracted before rounding up, because a share of the iterations may exceed a whole number by a
+rounding error."""
 
 
 class Strength(NamedTuple):
-    """The numbers of a Config that are traced: runs that differ in nothing else share one compiled
+    """The settings of a Config that are traced: runs that differ only in these share one compiled
     step.
 
-    All [] float32 but num_steps, [] int32; named as in `Config`.
+    All are [] float32, except num_steps [] int32; names are as in `Config`.
     """
 
     regularisation: Array
@@ -36,23 +37,23 @@ class Strength(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """variables of one of the three nets in training, and its optimiser's state."""
+    """Variables of one of the three trained nets, and its optimiser's state."""
 
     variables: Variables
     opt: optax.OptState
 
 
 class State(NamedTuple):
-    """What DHBE needs to go on.
+    """State of the repair.
 
     Attributes:
       step: [] int32, iterations done.
       teacher: the victim's variables, which never change.
       student, generator, trigger: the repaired net, the sample generator and the trigger generator.
-      averaged: the average student so far, before its share of the iterations the student's own
-        variables; {} where `Config.average` is 0.
-      strength: `init` takes it from the Config; a driver may replace it, for a sweep over lambda or
-        the rates.
+      averaged: the average student so far; the student's own variables before averaging begins; {}
+        if `Config.average` is 0.
+      strength: `init` takes it from the Config; a driver may replace it to sweep over lambda or the
+        rates.
     """
 
     step: Array
@@ -65,8 +66,8 @@ class State(NamedTuple):
 
 
 class Players(NamedTuple):
-    """The static side of an iteration: the classifier's architecture, the two generators, their
-    rules, the settings. Hashable."""
+    """The static parts of an iteration: the classifier's architecture, the two generators, the
+    update rules, and the settings. Hashable."""
 
     net: Net
     samples: SampleGenerator
@@ -80,7 +81,8 @@ class Players(NamedTuple):
 def _rules(
     weight_decay: float, momentum: float
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """The student's and the generators' update rules; the same ones for the same settings."""
+    """Update rules of the student and of the generators; cached, so that equal settings give the
+    same objects and `Players` stays comparable."""
     decayed = optax.add_decayed_weights(weight_decay)
     return optax.chain(decayed, optax.trace(momentum)), optax.scale_by_adam()
 
@@ -94,8 +96,8 @@ def make_players(net: Net, image_shape: tuple[int, int, int], config: Config) ->
 
 
 def decay(step: Array, num_steps: Array, milestones: tuple[float, ...] = (0.6, 0.8)) -> Array:
-    """Factor [] on all three rates at iteration `step` [] of `num_steps` []: x0.1 from each
-    milestone's share on."""
+    """Factor [] on all three rates at iteration `step` [] of `num_steps` []: drops x0.1 at each
+    milestone."""
     drops = sum(
         (step >= jnp.ceil(share * num_steps - ROUNDING) for share in milestones), start=jnp.int32(0)
     )
@@ -105,8 +107,8 @@ def decay(step: Array, num_steps: Array, milestones: tuple[float, ...] = (0.6, 0
 def student_loss(
     players: Players, params: ArrayTree, state: State, images: Array, stamped: Array
 ) -> tuple[Array, tuple[State, Array, Array]]:
-    """(eq. (8) [], (state with the student's running moments updated, discrepancy [] of eq. (2),
-    regulariser [] of eq. (7))).
+    """Returns (loss [] of eq. (8), (state with the student's new running moments, discrepancy [] of
+    eq. (2), regulariser [] of eq. (7))).
 
     Args:
       images, stamped: generated images [B, H, W, C] without and with triggers.
@@ -116,9 +118,9 @@ def student_loss(
     discrepancy = losses.mean_absolute_difference(logits, wanted)
     if players.config.pure:
         return discrepancy, (after, discrepancy, jnp.zeros_like(discrepancy))
-    # two passes, not one over both: images and triggered images are each normalised by their own
-    # moments
+    # two passes, so that clean and triggered images are each normalised by their own moments
     triggered, after = answer(players, params, after, stamped)
+    # only the triggered answers are trained towards the clean ones, not the reverse
     regulariser = losses.mean_absolute_difference(triggered, jax.lax.stop_gradient(logits))
     total = discrepancy + state.strength.regularisation * regulariser
     return total, (after, discrepancy, regulariser)
@@ -127,8 +129,8 @@ def student_loss(
 def generator_loss(
     players: Players, params: ArrayTree, key: Key, state: State
 ) -> tuple[Array, State]:
-    """(minus the discrepancy on what the sample generator makes, plus the image prior [], state
-    with running moments updated)."""
+    """Returns (loss [], state with new running moments). The loss is the image prior minus the
+    discrepancy on the sample generator's images."""
     made, after = make_images(players, key, params, state)
     images = pixels(players, made)
     logits, after = answer(players, state.student.variables["params"], after, images)
@@ -140,8 +142,8 @@ def generator_loss(
 def trigger_loss(
     players: Players, params: ArrayTree, key: Key, state: State, images: Array, logits: Array
 ) -> tuple[Array, State]:
-    """(minus the change of the student's `logits` [B, K] on `images` under triggers [], state with
-    running moments updated)."""
+    """Returns (loss [], state with new running moments). The loss is minus the triggers' effect on
+    the student's `logits` [B, K] on `images`."""
     stamped, after = stamp(players, key, params, state, images)
     triggered, after = answer(players, state.student.variables["params"], after, stamped)
     return -losses.mean_absolute_difference(logits, triggered), after
@@ -149,7 +151,7 @@ def trigger_loss(
 
 def make_images(players: Players, key: Key, params: ArrayTree, state: State) -> tuple[Array, State]:
     """Images [B, H, W, C] from the sample generator with `params`, still normalised, and the state
-    with its running moments updated."""
+    with its new running moments."""
     made, generator = _generate(players.samples, players.config, params, state.generator, key)
     return made, state._replace(generator=generator)
 
@@ -157,7 +159,8 @@ def make_images(players: Players, key: Key, params: ArrayTree, state: State) -> 
 def stamp(
     players: Players, key: Key, params: ArrayTree, state: State, images: Array
 ) -> tuple[Array, State]:
-    """`images` plus triggers from the trigger generator with `params`; nothing is clipped."""
+    """Adds triggers from the trigger generator with `params` to `images`, without clipping; also
+    returns the state with its new running moments."""
     config, shape = players.config, players.samples.image_shape
     noise_key, place_key = jax.random.split(key)
     patches, trigger = _generate(players.triggers, config, params, state.trigger, noise_key)
@@ -178,8 +181,8 @@ def _generate(
     learner: Learner,
     key: Key,
 ) -> tuple[Array, Learner]:
-    """What the module makes of fresh noise, on batch moments, and `learner` with its running
-    moments updated."""
+    """The module's output for fresh noise, on batch moments, and `learner` with its new running
+    moments."""
     noise = image_ops.spread_rows(jax.random.normal(key, (config.batch_size, config.noise_dim)))
     variables = {**learner.variables, "params": params}
     made, updates = module.apply(variables, noise, train=True, mutable=["batch_stats"])
@@ -191,8 +194,7 @@ def pixels(players: Players, made: Array) -> Array:
 
 
 def answer(players: Players, params: ArrayTree, state: State, images: Array) -> tuple[Array, State]:
-    """The student's logits [B, K] on batch moments, and the state with its running moments
-    updated."""
+    """The student's logits [B, K] on batch moments, and the state with its new running moments."""
     learner = state.student
     variables = {**learner.variables, "params": params}
     logits, stats = players.net.apply(variables, images, train=True)

@@ -1,4 +1,4 @@
-"""Distillation of a fine-tuned teacher's attention into the suspect: what NAD and ARGD share."""
+"""Distillation of a fine-tuned teacher's attention into the suspect, shared by NAD and ARGD."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +25,7 @@ from jaxbd.repairs import attention, tuning
 
 
 class Settings(Protocol):
-    """Settings that both methods have; see their `Config`."""
+    """Settings common to both methods; see their `Config`."""
 
     @property
     def learning_rate(self) -> float: ...
@@ -50,14 +50,14 @@ class Settings(Protocol):
 
 
 class State(NamedTuple):
-    """What distillation needs to go on.
+    """State of the repair.
 
     Attributes:
-      step: [] int32, over both phases.
-      student, teacher: variables; both begin as the suspect's.
-      opt: optimiser state of the one that is trained.
-      relation: parameters of the distance; {} where it has none.
-      relation_opt: their optimiser state.
+      step: [] int32, counted over both phases.
+      student, teacher: variables; both start as the suspect's.
+      opt: optimiser state of the net in training.
+      relation: parameters of the distance; {} if it has none.
+      relation_opt: optimiser state of `relation`.
     """
 
     step: Array
@@ -69,14 +69,14 @@ class State(NamedTuple):
 
 
 class TeacherInfo(NamedTuple):
-    """Of the phase that trains the teacher: loss [] in nats and accuracy [] on the batch."""
+    """Info of the phase that trains the teacher: loss [] in nats and accuracy [] on the batch."""
 
     loss: Array
     accuracy: Array
 
 
 class Info(NamedTuple):
-    """Of the phase that trains the student, all [] on the batch: cross-entropy in nats, the
+    """Info of the phase that trains the student, all [] on the batch: cross-entropy in nats,
     weighted distance of its attention from the teacher's, and accuracy."""
 
     loss: Array
@@ -85,12 +85,12 @@ class Info(NamedTuple):
 
 
 class Distance(NamedTuple):
-    """How far a student's attention is from the teacher's.
+    """Distance between the student's and the teacher's attention.
 
     Attributes:
       init: (key, number of layers) -> relation, its parameters.
       measure: (relation, student's maps, teacher's maps) -> [] weighted; maps [B, H, W] per layer.
-      is_trained: whether the parameters learn with the student.
+      is_trained: whether the parameters are trained with the student.
     """
 
     init: Callable[[Key, int], ArrayTree]
@@ -99,7 +99,7 @@ class Distance(NamedTuple):
 
 
 def rules(config: Settings) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """SGD with Nesterov momentum of the teacher's phase, and of the student's."""
+    """SGD with Nesterov momentum for the teacher's phase, and for the student's."""
     teacher, student = (
         tuning.step_down(config.learning_rate, num_steps, milestones)
         for num_steps, milestones in (
@@ -112,10 +112,10 @@ def rules(config: Settings) -> tuple[optax.GradientTransformation, optax.Gradien
 
 
 def assemble(problem: Problem, config: Settings, distance: Distance, method: str) -> Repair:
-    """The repair of two phases: "teacher" fine-tunes a copy of the suspect, "student" trains the
+    """A repair with two phases: "teacher" fine-tunes a copy of the suspect, "student" trains the
     suspect itself on labels and on the teacher's attention.
 
-    Raises: UserError from `init` when the net shows no layer with places.
+    Raises: UserError from `init` when the net shows no layer with spatial positions.
     """
     net = problem.net
     teacher_rule, student_rule = rules(config)
@@ -141,6 +141,7 @@ def assemble(problem: Problem, config: Settings, distance: Distance, method: str
         return after, TeacherInfo(loss, accuracy)
 
     def begin(state: State) -> State:
+        # `opt` held the state of the teacher's optimiser
         return state._replace(opt=student_rule.init(state.student["params"]))
 
     def train_student(key: Key, state: State, batch: Batch) -> tuple[State, Info]:
@@ -170,16 +171,17 @@ def student_loss(
     """Cross-entropy plus weighted distance; Li et al. 2021, section 3, the overall loss.
 
     Args:
-      trained: the student's params and the distance's; variables: the student's others.
+      trained: the params of the student and of the distance; variables: the student's other
+        variables.
       wanted: the teacher's maps.
     Returns: (loss [], (cross-entropy [], distance [], logits [B, K], new batch_stats)).
     """
     params, relation = trained
-    logits, stats, shown = attention.show_training(
+    logits, stats, outputs = attention.show_training(
         net, {**variables, "params": params}, batch.images
     )
     entropy = losses.cross_entropy(logits, batch.labels)
-    apart = distance.measure(relation, attention.attention_maps(shown, power), wanted)
+    apart = distance.measure(relation, attention.attention_maps(outputs, power), wanted)
     apart = apart.astype(entropy.dtype)
     return entropy + apart, (entropy, apart, logits, stats)
 
@@ -192,8 +194,8 @@ def student_step(
     state: State,
     batch: Batch,
 ) -> tuple[State, Info]:
-    """One update of the student, and of the distance's parameters where they learn. The teacher is
-    in evaluation and frozen."""
+    """One update of the student, and of the distance's parameters if they are trained. The teacher
+    is frozen and runs in evaluation."""
     assert net.outputs is not None, "init refuses nets without"
     wanted = attention.attention_maps(net.outputs(state.teacher, batch.images)[1], power)
     trained: Any = (state.student["params"], state.relation)

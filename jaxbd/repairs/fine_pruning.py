@@ -1,4 +1,4 @@
-"""Fine-pruning: removes the features that clean images use least, where a backdoor hides, then
+"""Fine-pruning: removes the features that clean images activate least, where a backdoor hides, then
 fine-tunes (Liu et al. 2018)."""
 
 import dataclasses
@@ -34,28 +34,27 @@ NEEDS: frozenset[Need] = frozenset({"clean"})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of fine-pruning; defaults follow BackdoorBench, but for how the ratio is chosen.
+    """Settings of fine-pruning; defaults follow BackdoorBench except for the choice of the ratio.
 
     Attributes:
-      ratio: share of the features that is pruned; none: the largest that `max_drop` allows.
-      max_drop: points of accuracy on held clean images, as a share, that pruning may cost before
-        the net is fine-tuned.
-      ratio_step: distance between two ratios that are tried.
-      held_share: share of the clean images that chooses the ratio and ranks no feature.
-      most_held: at most so many images of those.
+      ratio: share of the features to prune; None: the largest share that `max_drop` allows.
+      max_drop: maximum loss of held-out accuracy from pruning, before fine-tuning, as a share.
+      ratio_step: distance between the ratios to try.
+      held_share: share of the clean images held out to choose the ratio; they do not rank features.
+      most_held: maximum number of held-out images.
       learning_rate: of SGD's first step.
       schedule: "cosine": falls to zero over `num_steps`; "steps": x0.1 at `milestones`.
-      milestones: shares of the steps, increasing.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
+      milestones: increasing shares of `num_steps`.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
       num_steps: length of the fine-tuning.
-      epochs: its length in passes over the images; `adapt` turns it into `num_steps`.
-      crop_padding: pixels around an image before a random crop; 0 crops none.
-      flip: whether images are mirrored at random.
+      epochs: length in passes over the images; `adapt` converts it to `num_steps`.
+      crop_padding: pixels added around an image before a random crop; 0 for no crop.
+      flip: whether to mirror images at random.
     """
 
     ratio: float | None = None
-    # Differs from released code: BackdoorBench allows a tenth of the accuracy on test images
+    # Differs from released code: BackdoorBench allows a loss of a tenth on test images
     max_drop: float = 0.1
     ratio_step: float = 0.01
     held_share: float = 0.2
@@ -93,27 +92,27 @@ def quick(**changes: Any) -> Config:
 
 
 def released(**changes: Any) -> Config:
-    """The paper's own code: 48 of 60 features, whatever it costs. It has no recipe of the
-    fine-tuning, which stays as it is."""
+    """The paper's own code: prunes 48 of 60 features at any cost in accuracy. It has no recipe for
+    fine-tuning, so those settings stay at their defaults."""
     return Config(**{**dict(ratio=0.8), **changes})
 
 
 def compared(**changes: Any) -> Config:
-    """As Yan et al. 2023 (appendix C) fine-tune beside DHBE: 20 passes, rate 0.01, x0.1 at passes
-    10 and 15. They state neither ratio nor weight decay."""
+    """The settings with which Yan et al. 2023 (appendix C) compare it to DHBE: 20 passes, rate
+    0.01, x0.1 at passes 10 and 15. They state neither ratio nor weight decay."""
     settings: dict[str, Any] = {"epochs": 20, "schedule": "steps", "milestones": (0.5, 0.75)}
     return Config(**{**settings, **changes})
 
 
 class State(NamedTuple):
-    """What fine-pruning needs to go on.
+    """State of the repair.
 
     Attributes:
       step: [] int32.
-      variables: of the net, pruned.
+      variables: of the pruned net.
       opt: optimiser state.
-      rank: [F] int32 of every feature by its mean activation on clean images, the smallest first.
-      ratio: [] share of the features that is pruned.
+      rank: [F] int32, rank of every feature by its mean activation on clean images, smallest first.
+      ratio: [] share of pruned features.
     """
 
     step: Array
@@ -124,7 +123,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """loss [] in nats and accuracy [] on the batch as drawn, pruned [] share of the features."""
+    """Loss [] in nats and accuracy [] on the batch as drawn, and the share [] of pruned
+    features."""
 
     loss: Array
     accuracy: Array
@@ -132,21 +132,21 @@ class Info(NamedTuple):
 
 
 def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -> Config:
-    """`config` with its epochs, where it has any, as `num_steps`."""
+    """`config` with its epochs, if set, converted to `num_steps`."""
     del suspect
     return tuning.count_steps(config, data, batch_size)
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """Fine-pruning of `problem.net`: `init` ranks, chooses the ratio and prunes; the one phase
-    fine-tunes what is left.
+    """Fine-pruning of `problem.net`: `init` ranks features, chooses the ratio and prunes; the only
+    phase fine-tunes the pruned net.
 
-    A value of the dial is a ratio: `extract` prunes that share of the fine-tuned net, if it is more
-    than was pruned before. A pruned feature stays in the net and is read with weight 0, so shapes
-    stay.
+    A value of the dial is a ratio: `extract` prunes the fine-tuned net to that share if it is
+    larger than the state's ratio. A pruned feature stays in the net with outgoing weights 0, so
+    shapes do not change.
 
     Raises: UserError when the net shows no layers, or from `init` when no linear layer reads the
-      last of them.
+      last one.
     """
     net = problem.net
     if net.outputs is None:
@@ -174,6 +174,7 @@ def make(problem: Problem, config: Config) -> Repair:
             net, rule, state.variables, state.opt, batch
         )
         place = pruning.find_place(net, variables, batch.images[:1], problem.classes)
+        # after every update, because the gradient revives pruned weights
         variables = pruning.prune(variables, place, state.rank, state.ratio)
         pruned = pruning.is_pruned(state.rank, state.ratio).mean()
         after = state._replace(step=state.step + 1, variables=variables, opt=opt)
@@ -191,7 +192,7 @@ def make(problem: Problem, config: Config) -> Repair:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """The learning rate by step."""
+    """The learning rate as a function of the step."""
     if config.schedule == "cosine":
         return optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
     return tuning.step_down(config.learning_rate, config.num_steps, config.milestones)
@@ -206,7 +207,7 @@ def decide(
     clean: Batch,
     ratios: Array,
 ) -> tuple[Array, Array]:
-    """(rank [F], ratio []): the ratio that is given, or the largest within the budget."""
+    """Returns (rank [F], ratio []): the configured ratio, or the largest within the budget."""
     if config.ratio is not None:
         rank = pruning.rank_features(net, variables, place, clean.images)
         return rank, jnp.asarray(config.ratio, ratios.dtype)
@@ -214,5 +215,5 @@ def decide(
     rest, held = choose.split(key, clean, share, most, "fine-pruning")
     rank = pruning.rank_features(net, variables, place, rest.images)
     accuracies = pruning.measure_accuracies(net, variables, place, rank, ratios, held)
-    # the first ratio is 0: the suspect as it came
+    # the first ratio is 0, so its accuracy is the suspect's
     return rank, ratios[choose.best_within(accuracies, accuracies[0], config.max_drop)]

@@ -1,5 +1,5 @@
-"""Fine-tuning: go on training on clean images, so that the net forgets what they do not show (Liu
-et al. 2017)."""
+"""Fine-tuning: continues training on clean images, so that the net forgets what they do not contain
+(Liu et al. 2017)."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -28,12 +28,12 @@ NEEDS: frozenset[Need] = frozenset({"clean"})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of fine-tuning. The paper states none beyond retraining; these are common ones.
+    """Settings of fine-tuning. The paper only says to retrain; these settings are common ones.
 
     Attributes:
       learning_rate: of SGD's first step; it falls along a cosine to zero over `num_steps`.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
       num_steps: length of the run.
     """
 
@@ -57,7 +57,7 @@ def quick(**changes: Any) -> Config:
 
 
 class State(NamedTuple):
-    """step [] int32, variables of the net, optimiser state."""
+    """Step [] int32, the net's variables, and the optimiser's state."""
 
     step: Array
     variables: Variables
@@ -65,15 +65,14 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """loss [] in nats and accuracy [] on the batch as drawn."""
+    """Loss [] in nats and accuracy [] on the batch as drawn."""
 
     loss: Array
     accuracy: Array
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """Fine-tuning of `problem.net`; BatchNorm runs on batch moments and updates its running
-    ones."""
+    """Fine-tuning of `problem.net`; BatchNorm uses batch moments and updates its running ones."""
     rate = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
     decay = optax.add_decayed_weights(config.weight_decay)
     rule = optax.chain(decay, optax.sgd(rate, momentum=config.momentum))

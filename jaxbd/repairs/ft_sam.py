@@ -1,5 +1,5 @@
-"""FT-SAM: fine-tuning that looks for flat minima, which shrinks the large weights that a backdoor
-lives in (Zhu et al. 2023)."""
+"""FT-SAM: fine-tunes towards flat minima, which shrinks the large weights that carry a backdoor
+(Zhu et al. 2023)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -28,34 +28,35 @@ from jaxbd.repairs import tuning
 PAPER = "https://arxiv.org/abs/2304.11823"
 NEEDS: frozenset[Need] = frozenset({"clean"})
 LEAST_NORM = 1e-12
-"""Added to the norm of the gradient that the perturbation is divided by."""
+"""Added to the gradient's norm before dividing by it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of FT-SAM; defaults follow the released code but for its schedule and augmentation.
+    """Settings of FT-SAM; defaults follow the released code except for schedule and augmentation.
 
     Attributes:
       rho: length of the perturbation of the weights.
-      adaptive: whether the perturbation of each weight is in proportion to the weight's size.
-      label_smoothing: probability that the loss moves from the true class to the others.
+      adaptive: whether to scale each weight's perturbation with the weight's size.
+      label_smoothing: probability mass that the loss moves from the true class to the others.
       learning_rate: of SGD's first step.
       schedule: "cosine": falls to zero over `num_steps`; "waves": falls to zero in `wave_steps`,
         rises again in as many, and so on (released).
       wave_steps: see `schedule`.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
       num_steps: length of the run.
-      epochs: its length in passes over the images; `adapt` turns it into `num_steps`.
-      crop_padding: pixels around an image before a random crop; 0 crops none.
-      flip: whether images are mirrored at random.
+      epochs: length in passes over the images; `adapt` converts it to `num_steps`.
+      crop_padding: pixels added around an image before a random crop; 0 for no crop.
+      flip: whether to mirror images at random.
     """
 
     rho: float = 2.0
     adaptive: bool = True
     label_smoothing: float = 0.1
     learning_rate: float = 0.01
-    # Differs from released code: there "waves", for a schedule made for passes advances every step
+    # Differs from released code: it has "waves", because it advances a per-epoch schedule at every
+    # step
     schedule: Literal["cosine", "waves"] = "cosine"
     wave_steps: int = 100
     momentum: float = 0.9
@@ -84,13 +85,13 @@ def quick(**changes: Any) -> Config:
 
 def released(**changes: Any) -> Config:
     """The settings of BackdoorBench, which the paper names as its code: 100 passes over 5 % of the
-    data, in batches of 256 there."""
+    data (BackdoorBench uses batches of 256)."""
     settings = dict(schedule="waves", epochs=100, crop_padding=4, flip=True)
     return Config(**{**settings, **changes})
 
 
 class State(NamedTuple):
-    """step [] int32, variables of the net, optimiser state."""
+    """Step [] int32, the net's variables, and the optimiser's state."""
 
     step: Array
     variables: Variables
@@ -98,8 +99,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """All [] on the batch as drawn: loss in nats, sharpness (how much the perturbation raises it),
-    and accuracy."""
+    """Loss in nats, sharpness (increase of the loss by the perturbation) and accuracy, all [] on
+    the batch as drawn."""
 
     loss: Array
     sharpness: Array
@@ -107,15 +108,15 @@ class Info(NamedTuple):
 
 
 def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -> Config:
-    """`config` with its epochs, where it has any, as `num_steps`."""
+    """`config` with its epochs, if set, converted to `num_steps`."""
     del suspect
     return tuning.count_steps(config, data, batch_size)
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """FT-SAM of `problem.net`, any net with parameters.
+    """FT-SAM for `problem.net`, which may be any net with parameters.
 
-    BatchNorm runs on batch moments in both passes, and updates its running ones in the first.
+    BatchNorm uses batch moments in both passes, and updates its running ones in the first.
     """
     rule = tuning.sgd(make_schedule(config), config.momentum, config.weight_decay)
 
@@ -137,10 +138,10 @@ def make(problem: Problem, config: Config) -> Repair:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """The learning rate by step."""
+    """The learning rate as a function of the step."""
     if config.schedule == "cosine":
         return optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
-    # a cosine that goes on past its half-wave, as PyTorch's CosineAnnealingLR does
+    # a cosine that continues past its half-wave, as in PyTorch's CosineAnnealingLR
     return lambda count: (
         config.learning_rate * (1 + jnp.cos(jnp.pi * count / config.wave_steps)) / 2
     )
@@ -156,8 +157,8 @@ def smoothed_cross_entropy(logits: Array, labels: Array, smoothing: float) -> Ar
 
 
 def perturb(params: ArrayTree, gradient: ArrayTree, rho: float, adaptive: bool) -> ArrayTree:
-    """w + rho T^2 g / |T g|_2 with T = |w| for each weight, or 1 unless `adaptive`; the norm is
-    over all weights together. Zhu et al. 2023, the inner maximisation."""
+    """w + rho T^2 g / |T g|_2 with T = |w| per weight if `adaptive`, else 1; the norm is over all
+    weights together. Zhu et al. 2023, the inner maximisation."""
     scale = jax.tree.map(jnp.abs if adaptive else jnp.ones_like, params)
     scaled = jax.tree.map(jnp.multiply, scale, gradient)
     length = rho / (optax.tree.norm(scaled) + LEAST_NORM)
@@ -168,7 +169,8 @@ def perturb(params: ArrayTree, gradient: ArrayTree, rho: float, adaptive: bool) 
 def sam_step(
     net: Net, rule: optax.GradientTransformation, config: Config, state: State, batch: Batch
 ) -> tuple[State, Info]:
-    """One update: the gradient at the perturbed weights, applied at the weights themselves."""
+    """One update: takes the gradient at the perturbed weights and applies it to the original
+    weights."""
 
     def loss(params: ArrayTree) -> tuple[Array, tuple[Array, ArrayTree]]:
         logits, stats = net.apply({**state.variables, "params": params}, batch.images, train=True)
@@ -177,7 +179,7 @@ def sam_step(
     params = state.variables["params"]
     (here, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     higher = perturb(params, gradient, config.rho, config.adaptive)
-    # the running moments are those of the first pass
+    # drop the second pass's running moments: those of the first are kept
     (there, _), gradient = jax.value_and_grad(loss, has_aux=True)(higher)
     updates, opt = rule.update(gradient, state.opt, params)
     params = optax.apply_updates(params, updates)

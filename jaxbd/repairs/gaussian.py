@@ -19,9 +19,10 @@ class Moments(NamedTuple):
 def corrected_moments(
     stored: Moments, on_source: Array, on_shift: Array, sigma: Array, sigma_b: Array
 ) -> Moments:
-    """m* and sqrt(v*), under which triggered images activate the nodes as clean ones do (eq. 2).
+    """m* and sqrt(v*), with which triggered images activate the nodes like clean images (eq. 2).
 
-    The root of v* is what scales (appendix A.1; the paper's text has lost the sign).
+    The ratio scales the square root of v, not v (appendix A.1; the root sign is missing in the
+    paper's text).
 
     Args:
       stored: BatchNorm's own m and sqrt(v) [J].
@@ -32,7 +33,8 @@ def corrected_moments(
 
 
 def moments_between(stored: Moments, corrected: Moments, alpha: Array) -> Moments:
-    """Of Theorem 3.1's classifier between corrected (alpha = 0) and as it was (alpha = 1)."""
+    """Moments of Theorem 3.1's classifier between corrected (alpha = 0) and original (alpha =
+    1)."""
     return Moments(
         *(alpha * own + (1 - alpha) * other for own, other in zip(stored, corrected, strict=True))
     )

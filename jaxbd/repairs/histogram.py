@@ -1,13 +1,13 @@
-"""Histograms of activations per channel, exact and differentiable: BNA's intervals (Li et al. 2023,
-section 4.2).
+"""Histograms of activations per channel, exact and differentiable, on BNA's intervals (Li et al.
+2023, section 4.2).
 
 The soft indicator of eq. (6), sigmoid(tau (z - b_{i-1})) - sigmoid(tau (z - b_i)), is flat in
-floating point but near the two edges of its interval. So each value touches the few intervals
-around its own instead of all of them: time and memory do not depend on the number of intervals, and
-[images x positions x channels x intervals] never exists.
+floating point except near the two edges of its interval. Each value is therefore added only to the
+few intervals around its own: time and memory do not depend on the number of intervals, and an array
+[images x positions x channels x intervals] is never made.
 
-A scan over the edges would read the activations once per edge; the scattered sums are a few passes,
-spread over channels x intervals addresses.
+A scan over the edges would read the activations once per edge. The scatter-adds used here need only
+a few passes, spread over channels x intervals addresses.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxbd.base import Array
 
 SATURATED = 15.0
-"""A sigmoid of this is taken for 1: it is 1 - 3e-7."""
+"""The sigmoid counts as 1 from this argument on, where it is 1 - 3e-7."""
 
 
 class Grid(NamedTuple):
@@ -28,9 +28,9 @@ class Grid(NamedTuple):
     width.
 
     Attributes:
-      low: b_0 [C], where the first interval would begin were it not half-infinite.
+      low: b_0 [C], where the first interval would begin if it were not half-infinite.
       width: [C] > 0.
-      intervals: M [C] int32 >= 1; a histogram's entries from there on are zero.
+      intervals: M [C] int32 >= 1; a histogram's entries from index M on are zero.
     """
 
     low: Array
@@ -41,17 +41,17 @@ class Grid(NamedTuple):
 def grid(low: Array, high: Array, width: float, bins: int) -> Grid:
     """Intervals that cover [low, high] [C]: M = ceil(range / width), at least 1.
 
-    # Differs from paper: a channel whose range needs more than `bins` intervals gets `bins` wider
-    ones.
+    # Differs from paper: a channel that needs more than `bins` intervals gets `bins` wider ones.
     """
     wide = jnp.maximum((high - low) / bins, width).astype(low.dtype)
+    # the factor, so that a rounding error does not add an interval
     count = jnp.ceil((high - low) / wide * (1 - 1e-6)).astype(jnp.int32)
     return Grid(low, wide, jnp.clip(count, 1, bins))
 
 
 def reach(tau: float, width: float) -> int:
-    """Edges on either side of a value whose sigmoid may differ from 0 or 1, for intervals at least
-    `width` wide."""
+    """Number of edges on either side of a value at which the sigmoid may differ from 0 and 1, for
+    intervals at least `width` wide."""
     return max(1, math.ceil(SATURATED / (tau * width) - 1e-9))
 
 
@@ -66,12 +66,13 @@ def soft(values: Array, grid: Grid, bins: int, tau: float, reach: int = 1) -> Ar
     """Probabilities [C, bins] of `values` [..., C] by the soft indicator, differentiable in
     `values` (eq. 5 and 6).
 
-    Memory besides `values`: forward at most 6 times theirs, whatever the number of bins; backward
-    keeps `values` and nothing else.
+    The forward pass needs at most 6 times the memory of `values`, for any number of bins; for the
+    backward pass it saves only `values` and the grid.
 
     Args:
       bins: at least the largest `grid.intervals`.
-      tau: the scale factor; `reach`: of `tau` and the least width (the function of that name).
+      tau: the scale factor; `reach`: from the function of that name, for `tau` and the smallest
+        width.
     """
     index = _index(values, grid)
     upper = _edge(values, grid, index, -reach, tau, reach)
@@ -87,8 +88,8 @@ def _soft_forward(values, grid, bins, tau, reach):
 
 
 def _soft_backward(bins, tau, reach, saved, cotangent):
-    """d/dz sigmoid(tau (z - b_i)) times what interval i + 1 gains and interval i loses, for the
-    edges in reach."""
+    """Gradient: d/dz sigmoid(tau (z - b_i)), which interval i + 1 gains and interval i loses, times
+    the cotangents; summed over the edges in reach."""
     values, grid = saved
     index = _index(values, grid)
     gain = jnp.pad(cotangent[:, 1:] - cotangent[:, :-1], ((0, 0), (1, 1))).reshape(-1)
@@ -104,7 +105,7 @@ soft.defvjp(_soft_forward, _soft_backward)
 
 
 def _index(values: Array, grid: Grid) -> Array:
-    """Number [..., C] int32 of the interval each value lies in."""
+    """Index [..., C] int32 of the interval that contains each value."""
     low, width, last = (
         _along_last(leaf, values.ndim) for leaf in (grid.low, grid.width, grid.intervals - 1)
     )
@@ -117,7 +118,7 @@ def _edge(values: Array, grid: Grid, index: Array, offset: int, tau: float, reac
     """sigmoid(tau (z - b_i)) [..., C] for edge i = index + offset; 1 at and below b_0, 0 at and
     above b_M.
 
-    Edges out of reach are taken for 1 below and 0 above.
+    Edges out of reach count as 1 below the value and 0 above it.
     """
     if not -reach < offset <= reach:
         return jnp.full_like(values, offset <= -reach)
@@ -128,7 +129,7 @@ def _edge(values: Array, grid: Grid, index: Array, offset: int, tau: float, reac
 
 
 def _sums(amounts: Array, index: Array, bins: int) -> Array:
-    """[C, bins]: `amounts` [..., C] added up by `index` [..., C] within each channel."""
+    """Sums `amounts` [..., C] by `index` [..., C] within each channel: [C, bins]."""
     channels = amounts.shape[-1]
     place = index + _along_last(jnp.arange(channels, dtype=jnp.int32) * bins, index.ndim)
     return (
@@ -140,13 +141,13 @@ def _sums(amounts: Array, index: Array, bins: int) -> Array:
 
 
 def _shift(sums: Array, offset: int) -> Array:
-    """`sums` [C, bins] moved `offset` bins up; what leaves is 0, since beyond either end both edges
-    are alike."""
+    """Moves `sums` [C, bins] up by `offset` bins. The values that drop out are 0, because beyond
+    either end both edges have the same sigmoid."""
     bins = sums.shape[1]
     padded = jnp.pad(sums, ((0, 0), (max(offset, 0), max(-offset, 0))))
     return jax.lax.slice_in_dim(padded, max(-offset, 0), max(-offset, 0) + bins, axis=1)
 
 
 def _along_last(leaf: Array, ndim: int) -> Array:
-    """[C] as [1, …, 1, C]."""
+    """Reshapes [C] to [1, …, 1, C]."""
     return leaf.reshape((1,) * (ndim - 1) + (-1,))

@@ -1,4 +1,4 @@
-"""I-BAU: unlearn the worst universal change of images, by the gradient of the minimax problem
+"""I-BAU: unlearns the worst universal perturbation of images, with the minimax problem's gradient
 through its inner solution; needs no trigger (Zeng et al. 2022)."""
 
 import dataclasses
@@ -29,41 +29,41 @@ from jaxbd.images import to_float
 PAPER = "https://arxiv.org/abs/2110.03735"
 NEEDS: frozenset[Need] = frozenset({"clean"})
 CIFAR_BOUND = 10 / (32 * 32 * 3) ** 0.5
-"""A norm of 10 on images of 32 x 32 x 3, as a root mean square."""
+"""An L2 norm of 10 on 32 x 32 x 3 images, as a root mean square."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the minimax problem; defaults follow the released `defense.py`, with passes over
-    its 5,000 images as 50 steps.
+    """Settings of the minimax problem; defaults follow the released `defense.py`, where a pass over
+    its 5,000 images is 50 steps here.
 
     Attributes:
-      rounds: how often a change is searched and then unlearned.
-      inner_steps: steps of the search, from no change.
-      inner_learning_rate: of its SGD.
-      inner_labels: which labels the change leads away from: the "true" ones or those "predicted".
+      rounds: number of rounds; each searches a change and then unlearns it.
+      inner_steps: steps of the search, which starts at zero.
+      inner_learning_rate: SGD's, in the search.
+      inner_labels: labels that the change should lead away from: "true" or "predicted".
       penalty: weight of ||delta||^2 in the inner loss.
-      bound: largest root mean square of the change over its pixels, kept after every step of the
-        search; 0 sets none.
-      outer_steps: steps of unlearning a round.
-      learning_rate: of Adam.
+      bound: maximum root mean square of the change over its pixels, enforced after every step of
+        the search; 0 for no bound.
+      outer_steps: unlearning steps per round.
+      learning_rate: Adam's.
       stamp_share: share of a batch that carries the change, at least one image.
-      fixed_points: K, iterations towards the hypergradient.
-      fixed_point_rate: step of the inner descent whose fixed point is differentiated.
-      fixed_point_images: images that this descent sees, the same ones throughout.
+      fixed_points: K, number of iterations for the hypergradient.
+      fixed_point_rate: step size of the inner descent that defines the fixed point.
+      fixed_point_images: number of images for this descent, the same ones throughout.
     """
 
     rounds: int = 5
     inner_steps: int = 50
     inner_learning_rate: float = 10.0
-    # Differs from paper: the inner problem has the true labels
+    # Differs from paper: there the inner problem uses the true labels
     inner_labels: Literal["true", "predicted"] = "predicted"
     penalty: float = 1e-3
-    # Differs from paper: the change is in a ball
+    # Differs from paper: there the change is confined to a ball
     bound: float = 0.0
     outer_steps: int = 50
     learning_rate: float = 1e-3
-    # Differs from paper: every image carries the change
+    # Differs from paper: there every image carries the change
     stamp_share: float = 0.01
     fixed_points: int = 5
     fixed_point_rate: float = 0.1
@@ -84,9 +84,9 @@ class Config:
 
 
 def quick(**changes: Any) -> Config:
-    """For small data sets and a CPU: a bounded change, which else outgrows small images, and a
-    shorter step of the fixed point, which else diverges where logits are steep. Chosen on the small
-    net of the tests; on no published model."""
+    """For small data sets and a CPU. The change is bounded, because otherwise it outgrows small
+    images. The fixed point's step is smaller, because otherwise the iteration diverges where logits
+    are steep. Chosen on the small net of the tests, not on a published model."""
     settings = dict(inner_steps=20, outer_steps=60, stamp_share=0.3, bound=CIFAR_BOUND)
     return Config(**{**settings, "fixed_point_rate": 0.01, **changes})
 
@@ -97,15 +97,15 @@ def released(**changes: Any) -> Config:
 
 
 def paper(**changes: Any) -> Config:
-    """The minimax problem as it is stated: true labels, a change in the ball of the released
-    notebook (which projects once, after the search), on every image."""
+    """The minimax problem as stated in the paper: true labels, and on every image a change within
+    the ball of the released notebook (which projects once, after the search)."""
     settings = dict(inner_labels="true", bound=CIFAR_BOUND, stamp_share=1.0)
     return Config(**{**settings, **changes})
 
 
 class State(NamedTuple):
-    """step [] int32, variables of the net, Adam's state, delta [H, W, C], and the images of the
-    fixed point."""
+    """Step [] int32, the net's variables, Adam's state, the change delta [H, W, C], and the images
+    of the fixed point."""
 
     step: Array
     variables: Variables
@@ -123,8 +123,8 @@ class Searched(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Info of the unlearning: outer loss [] in nats, accuracy [] on the batch as trained on, norm
-    [] of the implicit part of the hypergradient."""
+    """Info of the unlearning: outer loss [] in nats and accuracy [] on the stamped batch, and norm
+    [] of the hypergradient's implicit part."""
 
     loss: Array
     accuracy: Array
@@ -132,8 +132,8 @@ class Info(NamedTuple):
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """Unlearning of `problem.net`, which stays in evaluation throughout, as released: BatchNorm's
-    running moments do not change."""
+    """Unlearning for `problem.net`, which runs in evaluation throughout, as released, so that
+    BatchNorm's running moments do not change."""
     net, rule = problem.net, optax.adam(config.learning_rate)
 
     def init(key: Key, variables: Variables, data: RepairData) -> State:
@@ -175,6 +175,7 @@ def make(problem: Problem, config: Config) -> Repair:
         del dial
         return state.variables
 
+    # every round searches from zero change
     forget = lambda state: state._replace(delta=jnp.zeros_like(state.delta))
     phases = []
     for number in range(1, config.rounds + 1):
@@ -191,8 +192,8 @@ def inner_loss(
     batch: Batch,
     penalty: float,
 ) -> tuple[Array, Array]:
-    """(-L(f(x + delta), y) + penalty ||delta||^2 [] in nats, accuracy [] under the change): what
-    the change makes small. Changed images are not clipped, as released."""
+    """(-L(f(x + delta), y) + penalty ||delta||^2 [] in nats, accuracy [] under the change); the
+    search minimises the first over delta. Changed images are not clipped, as released."""
     changed = to_float(batch.images) + delta[None]
     logits, _ = net.apply({**variables, "params": params}, changed)
     accuracy = (logits.argmax(-1) == batch.labels).mean()
@@ -217,13 +218,14 @@ def outer_loss(
 def hypergradient(
     net: Net, state: State, batch: Batch, carriers: Array, config: Config
 ) -> tuple[Array, Array, ArrayTree, ArrayTree]:
-    """(outer loss E [], accuracy [], dE/dtheta, its implicit part) at delta, taken for the fixed
-    point of phi(delta, theta) = delta - rate * d inner_loss / d delta.
+    """Returns (outer loss E [], accuracy [], dE/dtheta, the implicit part of the hypergradient) at
+    delta, which is assumed to be a fixed point of phi(delta, theta) = delta - rate * d inner_loss /
+    d delta.
 
-    With v = (1 - d phi / d delta)^-T dE/d delta, the implicit part is (d phi / d theta)^T v; v is
-    the limit of v <- (d phi / d delta)^T v + dE/d delta from 0, cut off after K iterations (Zeng et
-    al. 2022, section 4; Grazzi et al. 2020).
-    # Differs from released code: K iterations are always made, also where v stands still.
+    With v = (1 - d phi / d delta)^-T dE/d delta, the implicit part is (d phi / d theta)^T v. v is
+    the limit of v <- (d phi / d delta)^T v + dE/d delta from 0, truncated after K iterations (Zeng
+    et al. 2022, section 4; Grazzi et al. 2020).
+    # Differs from released code: always makes K iterations, even if v no longer changes.
     """
     params, variables = state.variables["params"], state.variables
     task = variables, net, batch, carriers
@@ -231,7 +233,7 @@ def hypergradient(
     (loss, accuracy), (by_delta, direct) = grad(state.delta, params, *task)
     fixed = variables, net, state.fixed, config.penalty
     slope = jax.grad(lambda delta, params: inner_loss(delta, params, *fixed)[0])
-    # the Hessian is its own transpose, so forward mode will do; the net runs once for all K
+    # the Hessian is symmetric, so forward mode suffices, and the net runs once for all K
     _, times_hessian = jax.linearize(lambda delta: slope(delta, params), state.delta)
     rate, v = config.fixed_point_rate, jnp.zeros_like(state.delta)
     for _ in range(config.fixed_points):
@@ -241,12 +243,12 @@ def hypergradient(
 
 
 def choose_carriers(key: Key, count: int, share: float) -> Array:
-    """[count] of 0 and 1: `share` of them is 1, at least one."""
+    """Random zeros and ones [count] with a share of `share` ones, at least one."""
     order = jax.random.permutation(key, count)
     return (order < max(int(count * share), 1)).astype(jnp.float32)
 
 
 def project(delta: Array, bound: float) -> Array:
-    """`delta` with a root mean square of at most `bound`; as it is where that is 0."""
+    """Scales `delta` to a root mean square of at most `bound`; 0 means no bound."""
     size = jnp.sqrt(jnp.square(delta).mean())
     return delta * jnp.minimum(1, bound / jnp.maximum(size, 1e-12)) if bound else delta

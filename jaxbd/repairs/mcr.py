@@ -1,5 +1,5 @@
-"""Mode connectivity repair: a net on a curve of low loss between the suspect and its fine-tuned
-copy, as far from both as accuracy allows (Zhao et al. 2020)."""
+"""Mode connectivity repair: trains a curve of low loss between the suspect and its fine-tuned copy,
+and takes the net as far from both ends as accuracy allows (Zhao et al. 2020)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,25 +35,25 @@ NEEDS: frozenset[Need] = frozenset({"clean"})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the curve; defaults follow the released code, with 100 epochs of 2,500 images as
-    2,000 steps.
+    """Settings of the curve; defaults follow the released code, whose 100 epochs of 2,500 images
+    are 2,000 steps here.
 
     Attributes:
       other: the curve's second end: a "fine-tuned" copy of the suspect, or the "suspect" again
         (Yan et al. 2023).
-      finetune_learning_rate: of the SGD that makes the copy; it falls along a cosine to zero.
-      finetune_steps: length of that.
-      learning_rate: of the curve's SGD: constant for the first half, then down along a line to a
+      finetune_learning_rate: SGD's, for the copy; falls along a cosine to zero.
+      finetune_steps: length of the fine-tuning.
+      learning_rate: SGD's, for the curve; constant for the first half, then falls linearly to a
         hundredth at 90 % of the steps.
-      momentum: of both.
-      weight_decay: half of it times the squared norm of the drawn net's weights is added to the
-        curve's loss; for the copy it is SGD's.
+      momentum: SGD's, for both.
+      weight_decay: for the curve, half of it times the squared norm of the drawn net's weights is
+        added to the loss; for the copy it is SGD's.
       num_steps: length of the curve's training.
-      batch_size: images of a step.
-      points: values of t on the dial, from 0, the suspect, to 1, the second end.
-      max_drop: points of held-out accuracy, as a share, that the repair may cost.
-      held_share: share of the clean images that measures accuracy and trains nothing.
-      most_held: at most so many images of those.
+      batch_size: images per step.
+      points: number of values of t on the dial, from 0 (the suspect) to 1 (the second end).
+      max_drop: maximum loss of held-out accuracy, as a share.
+      held_share: share of the clean images held out to measure accuracy.
+      most_held: maximum number of held-out images.
     """
 
     # Differs from paper: there both ends are given, two nets with the backdoor
@@ -104,15 +104,15 @@ def released(**changes: Any) -> Config:
 
 
 class State(NamedTuple):
-    """What the repair needs to go on.
+    """State of the repair.
 
     Attributes:
       step: [] int32.
-      bend: params of the curve's middle point, theta.
-      other: variables of the second end, w2; those of the suspect until it is fine-tuned.
-      copy_opt, opt: of the SGD on the second end, and on the bend.
+      bend: theta, params of the curve's control point.
+      other: w2, variables of the second end; the suspect's until it is fine-tuned.
+      copy_opt, opt: SGD's states for the second end, and for the bend.
       sweep: accuracies along the dial.
-      train, held: the images.
+      train, held: images to train on, and images held out.
       variables: the suspect's, which never change; their params are w1.
     """
 
@@ -128,15 +128,15 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """loss [] in nats, without decay, and accuracy [] on the batch as drawn."""
+    """Loss [] in nats, without weight decay, and accuracy [] on the batch as drawn."""
 
     loss: Array
     accuracy: Array
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """The curve of `problem.net`: its second end is trained, then its bend, then accuracy along it
-    is measured on held images.
+    """The curve for `problem.net`: trains the second end, then the bend, then measures the accuracy
+    along the curve on held-out images.
 
     The automatic choice is the t within the budget that is nearest to the middle of the curve.
     """
@@ -171,6 +171,7 @@ def make(problem: Problem, config: Config) -> Repair:
 
     half = lambda one, two: (one + two) / 2
     ends = lambda state: (state.variables["params"], state.other["params"])
+    # the bend starts half-way between both ends
     begin = lambda state: state._replace(bend=jax.tree.map(half, *ends(state)))
     rows = config.batch_size
     copy = Phase("fine-tune", fine_tune, config.finetune_steps, Info, draws=None, rows=rows)
@@ -182,7 +183,7 @@ def make(problem: Problem, config: Config) -> Repair:
 
 
 def copy_rule(config: Config) -> optax.GradientTransformation:
-    """SGD of the second end; decay is added to the gradient before momentum."""
+    """SGD for the second end; weight decay is added to the gradient before momentum."""
     rate = optax.cosine_decay_schedule(config.finetune_learning_rate, config.finetune_steps)
     decay = optax.add_decayed_weights(config.weight_decay)
     return optax.chain(decay, optax.sgd(rate, momentum=config.momentum))
@@ -191,7 +192,7 @@ def copy_rule(config: Config) -> optax.GradientTransformation:
 def train_copy(
     key: Key, state: State, net: Net, rule: optax.GradientTransformation, config: Config
 ) -> tuple[State, Info]:
-    """One step of fine-tuning on the second end."""
+    """One fine-tuning step on the second end."""
     batch = draw.uniform(config.batch_size)(key, state.train)
     other, opt, loss, accuracy = losses.descend(net, rule, state.other, state.copy_opt, batch)
     return state._replace(step=state.step + 1, other=other, copy_opt=opt), Info(loss, accuracy)
@@ -200,7 +201,7 @@ def train_copy(
 def train_bend(
     key: Key, state: State, net: Net, rule: optax.GradientTransformation, config: Config
 ) -> tuple[State, Info]:
-    """One step on the curve's bend, at a t drawn from U(0, 1) for the batch."""
+    """One step on the curve's bend, at one t drawn from U(0, 1) for the whole batch."""
     draw_key, t_key = jax.random.split(key)
     t = jax.random.uniform(t_key, (), jax.tree.leaves(state.bend)[0].dtype)
     batch = draw.uniform(config.batch_size)(draw_key, state.train)
@@ -213,7 +214,7 @@ def train_bend(
 
 
 def falling_rate(config: Config) -> Callable[[Any], Any]:
-    """The curve's learning rate by step."""
+    """The curve's learning rate as a function of the step."""
 
     def rate(step: Array) -> Array:
         done = step / config.num_steps
@@ -234,7 +235,7 @@ def point(one: ArrayTree, bend: ArrayTree, two: ArrayTree, t: Array) -> ArrayTre
 def curve_loss(
     bend: ArrayTree, t: Array, state: State, net: Net, batch: Batch, weight_decay: float
 ) -> tuple[Array, tuple[Array, Array]]:
-    """(L(phi(t)) + weight_decay / 2 ||phi(t)||^2, (L [] in nats, accuracy [])). BatchNorm runs on
+    """(L(phi(t)) + weight_decay / 2 ||phi(t)||^2, (L [] in nats, accuracy [])). BatchNorm uses
     batch moments."""
     params = point(state.variables["params"], bend, state.other["params"], t)
     entropy, (logits, _) = losses.classification(params, state.variables, net, batch)
@@ -244,8 +245,8 @@ def curve_loss(
 
 
 def at(state: State, t: Array, net: Net) -> Variables:
-    """The net at t: its params, and BatchNorm's moments re-estimated on the training images. At 0
-    it is the suspect as it came."""
+    """The net at t, with BatchNorm's moments re-estimated on the training images. At 0 it is the
+    unchanged suspect."""
     own, other = state.variables, state.other
     moved = {**own, "params": point(own["params"], state.bend, other["params"], t)}
     stats = restate(net, moved, state.train.images)

@@ -1,7 +1,8 @@
-"""Several triggers of one backdoor as a single piece of evidence (Qiao et al. 2019, section 3.1).
+"""Combines several triggers of one backdoor into one piece of evidence (Qiao et al. 2019, section
+3.1).
 
-A `Mixture` of models of one kind is stamped by `mix(stamp)`; triggers of different kinds, such as a
-patch and a perturbation, become one with `join`. Either way every image carries one trigger.
+`mix(stamp)` stamps a `Mixture` of models of one kind. `join` combines triggers of different kinds,
+for example a patch and a perturbation. Either way every image carries one trigger.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ class Mixture(NamedTuple):
 
 
 def single(model: ArrayTree) -> Mixture:
-    """One model: a sub-model, a point trigger, or the true trigger for the ideal repair."""
+    """A mixture of one model: a sub-model, a point trigger, or the true trigger for the ideal
+    repair."""
     return Mixture(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], model), jnp.ones((1,)))
 
 
@@ -46,16 +48,17 @@ def entropy_weighted(models: ArrayTree, entropy: Array, slope: Array) -> Mixture
 
     Args:
       models: stacked [N].
-      entropy: h_i [N] in nats, from the bound.
+      entropy: h_i [N] in nats, from the entropy bound.
       slope: g'(g^-1(beta_i)) [N] > 0, slope of the map from density to ASR at each level; ones for
         a linear g.
     """
+    # softmax of logarithms, since exp(h) can overflow
     logits = entropy - jnp.log(slope)
     return Mixture(models, jax.nn.softmax(logits))
 
 
 def only(mixture: Mixture, index: Array) -> Mixture:
-    """The mixture in which model number `index` [] int32 has all the weight."""
+    """The mixture with all weight on model number `index` [] int32."""
     numbers = jnp.arange(mixture.weights.shape[0])
     return mixture._replace(weights=(numbers == index).astype(mixture.weights.dtype))
 
@@ -65,13 +68,13 @@ def mix(stamp: Stamp) -> Callable[[Key, Mixture, Array], Array]:
     """`stamp` for a mixture: each image's trigger comes from a model drawn by the weights, G_Y with
     Y ~ Categorical(gamma) (Qiao et al. 2019, section 3.1).
 
-    The same function for the same `stamp`, so that compiled programs are shared.
+    Cached: returns the same function for the same `stamp`, so that compiled programs are shared.
     """
 
     def stamp_mixture(key: Key, mixture: Mixture, images: Array) -> Array:
         stamp_key, choose_key = jax.random.split(key)
         keys = jax.random.split(stamp_key, mixture.weights.shape[0])
-        # every image by every model, [L, B, H, W, C]: the models are few, and shapes stay static
+        # stamps every image with every model, [L, B, H, W, C], to keep shapes static; L is small
         stamped = jax.vmap(stamp, (0, 0, None))(keys, mixture.models, images)
         choice = jax.random.categorical(
             choose_key, jnp.log(mixture.weights), shape=images.shape[:1]
@@ -82,8 +85,8 @@ def mix(stamp: Stamp) -> Callable[[Key, Mixture, Array], Array]:
 
 
 def join(evidence: Sequence[Evidence]) -> Evidence:
-    """Several pieces of evidence of one target as one: each image gets one of the triggers, all
-    equally often. Target and sources are those of the first."""
+    """Joins several pieces of evidence of one target: each image gets one of the triggers, drawn
+    uniformly. Target and sources are those of the first."""
     first = evidence[0]
     if len(evidence) == 1:
         return first
@@ -95,7 +98,8 @@ def join(evidence: Sequence[Evidence]) -> Evidence:
 
 @cached(32)
 def _either(stamps: tuple[Stamp, ...]) -> Callable[[Key, tuple[ArrayTree, ...], Array], Array]:
-    """Stamps each image with one of several triggers, whose parameters come as a tuple."""
+    """A stamp that puts one of several triggers on each image; it takes a tuple of their
+    parameters."""
 
     def stamp(key: Key, params: tuple[ArrayTree, ...], images: Array) -> Array:
         choose_key, *keys = jax.random.split(key, 1 + len(stamps))

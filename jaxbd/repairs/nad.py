@@ -1,5 +1,5 @@
-"""NAD: distils the attention of a fine-tuned copy into the suspect, so that it looks where clean
-images need it (Li et al. 2021)."""
+"""NAD: distils the attention of a fine-tuned copy into the suspect, so that it attends to what
+matters in clean images (Li et al. 2021)."""
 
 import dataclasses
 from typing import Any
@@ -29,21 +29,21 @@ class Config:
     augmentation.
 
     Attributes:
-      weights: beta of the attention loss, per layer, the first executed first. The last layers
-        count, as many as there are weights; a net with fewer layers takes the last weights.
-      power: p, to which activations are raised in the attention maps.
+      weights: beta of the attention loss per layer, in order of execution. They apply to the last
+        layers; a net with fewer layers uses the last weights.
+      power: p, exponent of activations in the attention maps.
       learning_rate: of SGD with Nesterov momentum, at the start of each phase.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
       num_steps: length of the student's phase.
-      milestones: shares of it, increasing, at which the rate drops x0.1.
+      milestones: increasing shares of that length at which the rate drops x0.1.
       teacher_steps: length of the teacher's phase, which fine-tunes.
-      teacher_milestones: shares of it, likewise.
-      epochs: length of the student's phase in passes over the images; `adapt` turns it into
+      teacher_milestones: the same for the teacher's phase.
+      epochs: length of the student's phase in passes over the images; `adapt` converts it to
         `num_steps`.
-      teacher_epochs: likewise, of the teacher's.
-      crop_padding: pixels around an image before a random crop; 0 crops none.
-      flip: whether images are mirrored at random.
+      teacher_epochs: the same for the teacher's phase.
+      crop_padding: pixels added around an image before a random crop; 0 for no crop.
+      flip: whether to mirror images at random.
     """
 
     weights: tuple[float, ...] = (500.0, 1000.0, 1000.0)
@@ -76,19 +76,20 @@ def quick(**changes: Any) -> Config:
 
 
 def released(**changes: Any) -> Config:
-    """The released code: 20 passes, the rate 0.1 for two and 0.01 after, crops and flips; the
-    teacher 10 passes by the same rates.
+    """The released code: 20 passes at rate 0.1 for two and 0.01 after that, with crops and flips;
+    10 passes at the same rates for the teacher.
 
-    # Differs from released code: no 2x2 square is cut out of an image, and the last student is the
-    result; there the last one whose accuracy on test images passes a threshold.
+    # Differs from released code: cuts no 2x2 square out of images, and returns the last student;
+    the released code returns the last one with an accuracy on test images above a threshold.
     """
     settings = dict(epochs=20, teacher_epochs=10, crop_padding=4, flip=True)
     return Config(**{**settings, **changes})
 
 
 def compared(**changes: Any) -> Config:
-    """As Yan et al. 2023 (appendix C) run NAD beside DHBE: rate 0.01, x0.1 at passes 10 and 15 of
-    20, an attention loss at each of four stages. What they do not state is as released."""
+    """The settings with which Yan et al. 2023 (appendix C) compare NAD to DHBE: rate 0.01, x0.1 at
+    passes 10 and 15 of 20, an attention loss at each of four stages. Settings that they do not
+    state are as released."""
     settings: dict[str, Any] = {
         "weights": (500.0, 1000.0, 1000.0, 1000.0),
         "learning_rate": 0.01,
@@ -101,7 +102,7 @@ def compared(**changes: Any) -> Config:
 
 
 def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -> Config:
-    """`config` with its epochs, where it has any, as numbers of steps."""
+    """`config` with its epochs, if set, converted to steps."""
     del suspect
     return tuning.count_steps(config, data, batch_size)
 
@@ -109,7 +110,7 @@ def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -
 def make(problem: Problem, config: Config) -> Repair:
     """NAD for `problem.net`: phases "teacher" and "student", see `distill.assemble`.
 
-    Raises: UserError from `init` when the net shows no layer with places.
+    Raises: UserError from `init` when the net shows no layer with spatial positions.
     """
     measure = lambda _, student, teacher: attention.attention_distance(
         student, teacher, config.weights

@@ -1,5 +1,5 @@
-"""Neural Cleanse's unlearning: fine-tune on images of which a fifth carry the recovered trigger,
-under their true labels (Wang et al. 2019)."""
+"""Neural Cleanse's unlearning: fine-tunes on clean images with true labels, a fifth of them stamped
+with the recovered trigger (Wang et al. 2019)."""
 
 import dataclasses
 from typing import Any
@@ -13,21 +13,20 @@ PAPER = "https://ieeexplore.ieee.org/document/8835365"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of the unlearning. The paper states the share of stamped images and the one epoch,
-    on a tenth of the training images; the rest is the fine-tuning of Yan et al. 2023 (App. C).
+    """Settings of the unlearning. The paper states the share of stamped images, and one epoch on a
+    tenth of the training images; all else follows the fine-tuning of Yan et al. 2023 (App. C).
 
     Attributes:
-      stamp_rate: probability with which an image of the batch is stamped.
-      learning_rate: of SGD, constant.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
+      stamp_rate: probability of stamping an image of the batch.
+      learning_rate: SGD's, constant.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
       num_steps: length of the run.
-      epochs: the length in passes over the clean images instead; `adapt` turns it into
-        `num_steps`.
+      epochs: length in passes over the clean images instead; `adapt` converts it to `num_steps`.
     """
 
-    # Differs from paper: an image is stamped with this probability whenever it is drawn; there the
-    # fifth is fixed beforehand
+    # Differs from paper: stamps with this probability every time an image is drawn; the paper fixes
+    # the stamped fifth beforehand
     stamp_rate: float = 0.2
     learning_rate: float = 0.01
     momentum: float = 0.9
@@ -47,18 +46,18 @@ class Config:
 
 
 def quick(**changes: Any) -> Config:
-    """A fixed number of steps, since one epoch of few images is over after a handful."""
+    """A fixed number of steps, since one epoch over few images is only a handful of steps."""
     return Config(**changes)
 
 
 def paper(**changes: Any) -> Config:
-    """One epoch over the clean images, whatever their number; the paper has a tenth of the
+    """One epoch over the clean images, whatever their number; the paper uses a tenth of the
     training images."""
     return Config(**{**dict(epochs=1), **changes})
 
 
 def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -> Config:
-    """`config` with its epochs, where it has any, as `num_steps` for these images."""
+    """`config` with its epochs, if set, converted to `num_steps` for these images."""
     del suspect
     if config.epochs is None or data.clean is None:
         return config
@@ -67,7 +66,7 @@ def adapt(config: Config, suspect: Suspect, data: RepairData, batch_size: int) -
 
 
 def make(problem: Problem, config: Config) -> Repair:
-    """Unlearning of the trigger that `problem.stamp` puts on images; `config` as `adapt` gives it.
+    """Unlearning of the trigger that `problem.stamp` puts on images. Pass a `config` from `adapt`.
 
     Raises: UserError when the problem has no stamp.
     """

@@ -1,4 +1,4 @@
-"""The neurons of a net: what scales each of them, under any architecture's names."""
+"""Finds a net's neurons and the weights that scale them, in any architecture."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ import jax.numpy as jnp
 from jaxbd.base import Array, UserError, Variables
 
 Neurons = dict[str, Array]
-"""Layer, such as "layer1_0/bn1" -> a value of each of its neurons [C]."""
+"""Layer, for example "layer1_0/bn1" -> one value per neuron [C]."""
 KERNEL, SCALE, BIAS = "kernel", "scale", "bias"
 
 
 def find_neurons(variables: Variables, classes: int) -> Neurons:
-    """Ones [C] for every layer with neurons: the BatchNorm layers with a scale; in a net without
-    any, its convolutions; without those, the linear layers but the classifier.
+    """Ones [C] for every layer with neurons: the BatchNorm layers with a scale; without any, the
+    convolutions; without these, the linear layers except the classifier.
 
-    Layers are known by the names of their arrays, which nets of jaxbd, Flax modules and imported
-    graphs share: `kernel` with output channels last, `scale` beside `mean` and `var`.
+    Layers are recognised by the names of their arrays, which jaxbd's nets, Flax modules and
+    imported graphs share: `kernel` with output channels last, `scale` beside `mean` and `var`.
 
-    Raises: UserError where there is none of these.
+    Raises: UserError when there are none of these.
     """
     params, stats = (_flatten(variables, name) for name in ("params", "batch_stats"))
     layers = {path[:-1] for path in params}
@@ -29,6 +29,7 @@ def find_neurons(variables: Variables, classes: int) -> Neurons:
     ]
     kernels = {layer: params[*layer, KERNEL] for layer in layers if (*layer, KERNEL) in params}
     convolutions = [layer for layer, kernel in kernels.items() if kernel.ndim > 2]
+    # a linear layer with one output per class counts as the classifier
     linear = [
         layer
         for layer, kernel in kernels.items()
@@ -47,7 +48,7 @@ def find_neurons(variables: Variables, classes: int) -> Neurons:
 def scale_neurons(
     variables: Variables, weights: Neurons, biases: Neurons | None = None
 ) -> Variables:
-    """`variables` with every neuron's weight times `weights`, and its bias, where it has one, times
+    """`variables` with every neuron's weight multiplied by `weights`, and its bias, if any, by
     `biases`."""
     params = _flatten(variables, "params")
     for layer, factor in weights.items():
@@ -60,24 +61,25 @@ def scale_neurons(
 
 
 def prune(variables: Variables, masks: Neurons, value: Array, by: str) -> Variables:
-    """`variables` without the weights of some neurons, which keep their bias.
+    """`variables` with the weights of pruned neurons set to 0; their biases stay.
 
     Args:
-      value: [] in [0, 1], by "threshold" the mask below which a neuron is pruned, by "number" the
-        share of all neurons that is.
-    # Differs from released code: a mask at the threshold stays, so that 0 prunes nothing.
+      value: [] in [0, 1]. By "threshold": prune neurons with a mask below it. By "number": prune
+        this share of all neurons, smallest masks first.
+    # Differs from released code: a mask equal to the threshold stays, so that 0 prunes nothing.
     """
     leaves, tree = jax.tree.flatten(masks)
     flat = jnp.concatenate(leaves)
     if by == "number":
+        # argsort of argsort gives ranks
         ranks = jnp.argsort(jnp.argsort(flat))
         keep = ranks >= jnp.round(value * flat.size)
     else:
         keep = flat >= value
     ends = [sum(leaf.size for leaf in leaves[: number + 1]) for number in range(len(leaves) - 1)]
     parts = zip(jnp.split(keep, ends), leaves, strict=True)
-    kept = [part.astype(leaf.dtype) for part, leaf in parts]
-    return scale_neurons(variables, jax.tree.unflatten(tree, kept))
+    weights = [part.astype(leaf.dtype) for part, leaf in parts]
+    return scale_neurons(variables, jax.tree.unflatten(tree, weights))
 
 
 def _flatten(variables: Variables, collection: str) -> dict[tuple[str, ...], Array]:

@@ -1,5 +1,5 @@
-"""Features of a net that clean images use least: where they are, which they are, and the net
-without them (Liu et al. 2018)."""
+"""Finds, ranks and prunes the features of a net that clean images activate least (Liu et al.
+2018)."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ from jaxbd.base import Array, Batch, Net, UserError, Variables
 from jaxbd.repairs import activations, choose
 
 GROUP = 20
-"""Ratios tried at a time: what lies below the pruned layer is computed once for all of them."""
+"""Ratios tried at a time; they share the computation of the layers below the pruned one."""
 OTHERS = "use another repair, such as ft-sam"
 
 
 class Place(NamedTuple):
-    """Where features are pruned: the last `layer` that the net shows, and the path of the `kernel`
+    """Where to prune features: the last `layer` that the net shows, and the path of the `kernel`
     [F, O] that reads it."""
 
     layer: str
@@ -24,26 +24,26 @@ class Place(NamedTuple):
 
 
 def find_place(net: Net, variables: Variables, images: Array, classes: int) -> Place:
-    """Where to prune; nothing is computed. In nets that end in a mean over places and a linear
-    layer, a feature is the mean activation of a channel of the last convolution.
+    """Finds the place to prune; computes nothing. In nets that end in a mean over positions and a
+    linear layer, a feature is the mean activation of a channel of the last convolution.
 
-    # Differs from paper: where activations are flattened instead, a feature is one place of a
-    channel, as in BackdoorBench, and channels are not pruned whole.
+    # Differs from paper: if activations are flattened instead, a feature is one position of a
+    channel, as in BackdoorBench, and channels are not pruned as a whole.
 
-    Raises: UserError when no linear layer, or none that is told apart by its shape, reads the last
-      layer that is shown.
+    Raises: UserError when the last layer that the net shows is read by no linear layer, or by none
+      that its shape identifies.
     """
-    shown: list[tuple[str, int]] = []
+    widths: list[tuple[str, int]] = []
 
     def look(variables: Variables, images: Array) -> None:
         assert net.outputs is not None, "make refuses nets without"
         layers = net.outputs(variables, images)[1]
-        shown.extend((name, values.shape[-1]) for name, values in layers.items())
+        widths.extend((name, values.shape[-1]) for name, values in layers.items())
 
     jax.eval_shape(look, variables, images)
-    if not shown:
+    if not widths:
         raise UserError(f"fine-pruning: this net shows no layers to prune; {OTHERS}")
-    layer, features = shown[-1]
+    layer, features = widths[-1]
     flat: dict[Any, Any] = flax.traverse_util.flatten_dict(dict(variables["params"]))
     readers = {
         path: leaf.shape
@@ -61,14 +61,13 @@ def find_place(net: Net, variables: Variables, images: Array, classes: int) -> P
 
 
 def is_pruned(rank: Array, ratio: Array) -> Array:
-    """Which features [F] are among the share `ratio` [] of those with the smallest mean
-    activation."""
-    # 0.29 of 100 is 28.999… in floating point
+    """Whether each feature [F] is in the share `ratio` [] with the smallest mean activations."""
+    # the 1e-3 because 0.29 of 100 is 28.999… in floating point
     return rank < jnp.floor(ratio * len(rank) + 1e-3)
 
 
 def prune(variables: Variables, place: Place, rank: Array, ratio: Array) -> Variables:
-    """`variables` with weight 0 for every feature of `is_pruned`."""
+    """`variables` with the outgoing weights of the features in `is_pruned` set to 0."""
     flat: dict[Any, Any] = flax.traverse_util.flatten_dict(dict(variables["params"]))
     kernel = flat[place.kernel]
     flat[place.kernel] = jnp.where(is_pruned(rank, ratio)[:, None], 0, kernel)
@@ -76,14 +75,15 @@ def prune(variables: Variables, place: Place, rank: Array, ratio: Array) -> Vari
 
 
 def rank_features(net: Net, variables: Variables, place: Place, images: Array) -> Array:
-    """[F] int32: the place of every feature in the order of mean activations over `images`
-    [N, H, W, C] and positions, the smallest first."""
+    """Rank [F] int32 of every feature by its mean activation over `images` [N, H, W, C] and
+    positions, smallest first."""
 
     def last(_: Array, chunk: Array) -> dict[str, Array]:
         assert net.outputs is not None, "make refuses nets without"
         return {place.layer: net.outputs(variables, chunk)[1][place.layer]}
 
     means = activations.means(last, images)[place.layer]
+    # argsort of argsort gives ranks
     return jnp.argsort(jnp.argsort(means)).astype(jnp.int32)
 
 

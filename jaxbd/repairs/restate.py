@@ -1,4 +1,4 @@
-"""BatchNorm's running moments measured anew, for weights that were not trained where they are."""
+"""Re-estimates BatchNorm's running moments, for weights that training did not produce."""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,18 @@ from jaxbd.base import Array, ArrayTree, Net, Variables
 from jaxbd.images import to_float
 
 CHUNK = 128
-"""Images of a batch whose moments are averaged."""
+"""Default batch size."""
 
 
 def restate(net: Net, variables: Variables, images: Array, chunk: int = CHUNK) -> ArrayTree:
-    """`batch_stats` of `net` with these params: the mean over batches of each batch's moments.
+    """`batch_stats` of `net` for these params: the mean over batches of each batch's moments.
 
-    Any net that updates its moments as new = m old + (1 - m) batch will do, whatever the m of each
-    layer: the updates of two old values give m and the batch's moment. What does not move
-    (m = 1, or a net that never updates) stays as it is.
+    Works for any net that updates its moments as new = m old + (1 - m) batch, with any m per layer:
+    updates of two old values determine m and the batch's moment. Moments that do not move (m = 1,
+    or a net that never updates) stay unchanged.
 
     Args:
-      images: [N, H, W, C]; chunk: images of a batch. What is over of whole batches is left out.
+      images: [N, H, W, C]; chunk: images per batch. A last batch that is not full is left out.
     """
     stats = variables.get("batch_stats", {})
     if not jax.tree.leaves(stats):
@@ -32,8 +32,8 @@ def restate(net: Net, variables: Variables, images: Array, chunk: int = CHUNK) -
             {**variables, "batch_stats": old}, to_float(some), train=True
         )[1]
         first = update(jax.tree.map(jnp.zeros_like, stats))
-        # as large as the moments themselves, so that rounding does not drown m; all but the moments
-        # is computed once for both updates, since they are parts of one compiled program
+        # on the scale of the moments, so that rounding errors do not swamp m; both updates are in
+        # one compiled program, which computes all but the moments only once
         old = jax.tree.map(lambda leaf: jnp.abs(leaf) + 1, first)
         return first, old, update(old)
 
@@ -41,8 +41,8 @@ def restate(net: Net, variables: Variables, images: Array, chunk: int = CHUNK) -
 
 
 def _solve(stored: Array, first: Array, old: Array, second: Array) -> Array:
-    """The mean over batches [n, …] of x, where `first` is (1 - m) x and `second` m old + (1 - m) x;
-    `stored` where m is 1."""
+    """Solves for the batch moments x [n, …] and returns their mean over batches, given `first` =
+    (1 - m) x and `second` = m old + (1 - m) x; returns `stored` where m is 1."""
     if not jnp.issubdtype(stored.dtype, jnp.floating):
         return stored
     moves = 1 - (second - first) / old

@@ -1,5 +1,5 @@
-"""Fine-tuning on images of which some carry a known trigger, all under their true labels: what
-every unlearning of a known trigger has in common."""
+"""Fine-tuning on images with true labels, some of them stamped with a known trigger: shared by all
+repairs that unlearn a known trigger."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,8 +27,8 @@ NEEDS: frozenset[Need] = frozenset({"clean", "trigger"})
 
 
 class State(NamedTuple):
-    """step [] int32, variables of the net, optimiser state, and the trigger's parameters, which
-    never change."""
+    """Step [] int32, the net's variables, the optimiser's state, and the trigger's parameters,
+    which never change."""
 
     step: Array
     variables: Variables
@@ -37,8 +37,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """loss [] in nats, accuracy [] on the batch as trained on, stamped [] share of stamped
-    images."""
+    """Loss [] in nats and accuracy [] on the batch with its stamped images, and the share [] of
+    stamped images."""
 
     loss: Array
     accuracy: Array
@@ -52,10 +52,11 @@ def stamp_some(
     images: Array,
     rate: float,
 ) -> tuple[Array, Array]:
-    """(images [B, H, W, C] of which each carries a trigger with probability `rate`, which of them
-    do [B] bool): r in Qiao et al. 2019, eq. (5)."""
+    """Stamps each image with probability `rate`, r in Qiao et al. 2019, eq. (5). Returns the images
+    [B, H, W, C], and which of them are stamped [B] bool."""
     rate_key, stamp_key = jax.random.split(key)
     chosen = jax.random.bernoulli(rate_key, rate, images.shape[:1])
+    # stamps all images and selects, so that shapes stay static
     stamped = stamp(stamp_key, trigger_params, images)
     return jnp.where(chosen[:, None, None, None], stamped, images), chosen
 
@@ -63,7 +64,7 @@ def stamp_some(
 def optimiser(
     learning_rate: float, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """SGD of a constant rate; decay is added to the gradient before momentum."""
+    """SGD with a constant rate; weight decay is added to the gradient before momentum."""
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
     return optax.chain(decay, optax.sgd(learning_rate, momentum=momentum))
 
@@ -78,15 +79,15 @@ def fine_tune(
 ) -> Repair:
     """The repair `name`: `num_steps` steps of `rule` on images stamped with probability `rate`.
 
-    BatchNorm runs on batch moments and re-estimates its running ones.
+    BatchNorm uses batch moments and re-estimates its running ones.
 
     Args:
-      choose: (trigger_params, step []) -> those that this step stamps.
+      choose: (trigger_params, step []) -> the trigger parameters to stamp in this step.
     Raises: UserError when the problem has no stamp.
     """
     stamp = problem.stamp
     if stamp is None:
-        raise UserError(f"{name}: the problem has no stamp; make it of evidence of a trigger")
+        raise UserError(f"{name}: the problem has no stamp; make it from evidence of a trigger")
 
     def init(key: Key, variables: Variables, data: RepairData) -> State:
         del key

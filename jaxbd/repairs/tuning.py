@@ -1,5 +1,5 @@
-"""What repairs that go on training share: the rule of SGD, its rate over time, augmentation,
-lengths in passes over the images, and the checks of such settings."""
+"""Shared by repairs that continue training: SGD, learning-rate schedules, augmentation, lengths in
+passes over the images, and checks of these settings."""
 
 import dataclasses
 import itertools
@@ -11,32 +11,32 @@ from jaxbd.base import Batch, Key, RepairData, UserError, check_choices
 from jaxbd.images import augment
 
 EPOCHS = {"epochs": "num_steps", "teacher_epochs": "teacher_steps"}
-"""Setting that counts passes over the clean images -> the one that counts steps."""
+"""Setting in passes over the clean images -> the corresponding setting in steps."""
 
 
 def sgd(
     rate: optax.ScalarOrSchedule, momentum: float, weight_decay: float, *, nesterov: bool = False
 ) -> optax.GradientTransformation:
-    """SGD in PyTorch's convention: weight decay is added to the gradient, before momentum, of every
-    parameter."""
+    """SGD in PyTorch's convention: weight decay is added to every parameter's gradient before
+    momentum."""
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.sgd(rate, momentum=momentum, nesterov=nesterov))
 
 
 def step_down(rate: float, num_steps: int, milestones: tuple[float, ...]) -> optax.Schedule:
-    """`rate`, x0.1 from each of the `milestones` on, which are shares of `num_steps`."""
+    """`rate`, dropped x0.1 at each of the `milestones`, which are shares of `num_steps`."""
     drops = {round(num_steps * share): 0.1 for share in milestones}
     return optax.piecewise_constant_schedule(rate, drops)
 
 
 def vary(key: Key, batch: Batch, config: Any) -> Batch:
-    """`batch` randomly cropped and flipped as `config.crop_padding` and `config.flip` say."""
+    """Crops and flips `batch` at random according to `config.crop_padding` and `config.flip`."""
     images = augment(key, batch.images, crop_padding=config.crop_padding, flip=config.flip)
     return Batch(images, batch.labels)
 
 
 def count_steps(config: Any, data: RepairData, batch_size: int) -> Any:
-    """`config` with its `EPOCHS`, where they are set, as numbers of steps for `data`'s clean
+    """`config` with its `EPOCHS` settings, if set, converted to steps for `data`'s clean
     images."""
     if data.clean is None:
         return config
@@ -50,8 +50,8 @@ def count_steps(config: Any, data: RepairData, batch_size: int) -> Any:
 
 
 def check(method: str, config: Any) -> None:
-    """Raises UserError in the name of `method` unless the settings of training in `config` make
-    sense. Checks those fields of `config` that have the names used here."""
+    """Raises UserError if a training setting in `config` is out of range; `method` begins the
+    message. Checks only the fields that `config` has."""
     check_choices(method, config)
     get = lambda name, usual: getattr(config, name, usual)
     if not 0 < config.learning_rate < float("inf"):

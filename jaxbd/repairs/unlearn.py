@@ -1,5 +1,5 @@
-"""Unlearning: fine-tune on images stamped with recovered triggers under their true labels (Qiao et
-al. 2019, eq. 5)."""
+"""Unlearning: fine-tunes on images that are stamped with recovered triggers and keep their true
+labels (Qiao et al. 2019, eq. 5)."""
 
 import dataclasses
 from typing import Any, Literal
@@ -17,14 +17,14 @@ class Config:
     """Settings of unlearning; defaults follow the released code.
 
     Attributes:
-      stamp_rate: r in eq. (5), probability with which an image of the batch is stamped. 0.01 in the
-        paper; small data sets see too few stamped images at that rate.
-      learning_rate: of SGD, constant.
-      momentum: of SGD.
-      weight_decay: of SGD, added to the gradient.
+      stamp_rate: r in eq. (5), probability of stamping an image of the batch. 0.01 in the paper;
+        with small data sets that rate stamps too few images.
+      learning_rate: SGD's, constant.
+      momentum: SGD's.
+      weight_decay: SGD's, added to the gradient.
       num_steps: length of the run (the released code: 10 epochs of 62 batches).
-      mixing: how the models of a mixture take turns. "sampled": each stamped image draws its model
-        from the weights (the paper's mixture); "epoch": one model for `epoch_steps` steps, then the
+      mixing: how the models of a mixture alternate. "sampled": each stamped image draws its model
+        by the weights (the paper's mixture); "epoch": one model for `epoch_steps` steps, then the
         next (released).
       epoch_steps: length of one turn when mixing by epoch.
     """
@@ -48,12 +48,13 @@ class Config:
 
 
 def quick(**changes: Any) -> Config:
-    """Half the steps with larger ones and more stamped images, for small data sets and a CPU."""
+    """About half as many steps, larger ones, and more stamped images, for small data sets and a
+    CPU."""
     return Config(**{**dict(stamp_rate=0.2, learning_rate=5e-3, num_steps=300), **changes})
 
 
 def rounds(**changes: Any) -> Config:
-    """For a repair in rounds, `pipelines.hold`: half of the images are stamped, since several
+    """For a repair in rounds, see `pipelines.hold`: stamps half of the images, because several
     triggers and their variants share them; larger steps with the weight decay of fine-tuning."""
     return Config(
         **{
@@ -71,9 +72,9 @@ def released(**changes: Any) -> Config:
 def make(problem: Problem, config: Config) -> Repair:
     """Unlearning of the trigger that `problem.stamp` puts on images.
 
-    BatchNorm runs on batch moments and re-estimates its running ones, as released. Models take
-    turns where `trigger_params` is a `Mixture` and `problem.stamp` was made by `mixture.mix`; any
-    other trigger is stamped as it is, whatever the mixing.
+    BatchNorm uses batch moments and re-estimates its running ones, as released. `mixing` has an
+    effect if `trigger_params` is a `Mixture` and `problem.stamp` was made by `mixture.mix`; any
+    other trigger is stamped unchanged.
 
     Raises: UserError when the problem has no stamp.
     """

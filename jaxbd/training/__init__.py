@@ -1,2 +1,2 @@
-"""Drivers: loops over time and over cells, checkpoints, placement on devices. Programs are compiled
-here."""
+"""Drivers: loops over time and over cells, checkpoints, placement on devices. This is the only
+package that compiles programs."""

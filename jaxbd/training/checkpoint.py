@@ -1,10 +1,10 @@
 """Save, restore and resume a run, so that a killed run continues bit for bit.
 
-A checkpoint folder holds `config.json`, what the run depends on, and a folder for each of its
-stages, which holds one folder per saved step; the newest two are kept (see `step_folder`). Each is
-written under a temporary name, forced to disk and renamed, so a run killed while writing leaves the
-older checkpoints as they were. Nothing read from the folder is executed: it is JSON, and arrays
-through TensorStore.
+A checkpoint folder holds `config.json`, which records everything the run depends on, and one folder
+per stage. A stage's folder holds one folder per saved step (see `step_folder`); only the newest two
+stay. A checkpoint is written under a temporary name, synced to disk and renamed, so a run killed
+while writing leaves the older checkpoints intact. Nothing read from the folder is executed: it
+holds JSON, and arrays read through TensorStore.
 """
 
 import glob
@@ -27,19 +27,19 @@ from jaxbd.training import step_folder, tree_arrays
 from jaxbd.training.step_folder import Identity
 
 KEEP = 2
-"""Checkpoints of a stage that stay."""
+"""Checkpoints to keep per stage; older ones are deleted."""
 SCHEMA = "jaxbd/2/checkpoint"
 CONFIG, DISCARDED = "config.json", ".discarded"
 OTHERS, CHOOSE = "belongs to another run", "choose another folder or delete it"
 
 
 class Saved(NamedTuple):
-    """What a run needs to go on.
+    """A saved point that a run can resume from.
 
     Attributes:
-      state: as it was after `step` steps.
+      state: after `step` steps.
       infos: NumPy arrays [step, …], the method's `Info` of every step so far.
-      step: how many steps were done.
+      step: number of steps made.
     """
 
     state: ArrayTree
@@ -48,10 +48,10 @@ class Saved(NamedTuple):
 
 
 class Writer:
-    """Writes checkpoints of one stage of a run into `folder/stage`; makes the folder at the first.
+    """Writes the checkpoints of one stage into `folder/stage`; the first write makes the folder.
 
     Attributes:
-      step: of the last checkpoint, written or restored.
+      step: step of the last checkpoint written or restored.
     """
 
     def __init__(
@@ -63,13 +63,12 @@ class Writer:
         restored: Saved | None = None,
         stage: str | None = None,
     ):
-        """`like` is the state the run starts from, or its shapes; `restored` is what `restore`
-        returned.
+        """`like` is the run's first state, or its shapes; `restored` is the result of `restore`.
 
-        Checkpoints past the restored one, which `restore` refused, are removed as the run gets
-        there.
+        Checkpoints past the restored one were refused by `restore`; the next write deletes them.
 
-        Raises: UserError when the folder is another run's, or has checkpoints and none is restored.
+        Raises: UserError when the folder belongs to another run, or when it has checkpoints of this
+          run and `restored` is None.
         """
         self._folder, self._config = pathlib.Path(folder).absolute(), config
         self._stage, self._own = stage or "", self._folder / (stage or "")
@@ -84,13 +83,14 @@ class Writer:
         self._written_at = time.perf_counter()
 
     def seconds_since(self) -> float:
-        """Seconds since the last checkpoint, or since the start."""
+        """Seconds since the last write, or since the writer was made."""
         return time.perf_counter() - self._written_at
 
     def write(self, saved: Saved) -> None:
-        """Writes a checkpoint, whole or not at all.
+        """Writes a checkpoint atomically.
 
-        Raises: UserError when it cannot be written; ValueError on a state unlike the run's.
+        Raises: UserError when it cannot be written; ValueError when the state's structure, shapes
+          or types differ from those of the run.
         """
         if tree_arrays.signature(saved.state) != self._signature:
             raise ValueError("this state is not the run's whole state")
@@ -122,18 +122,18 @@ def restore(
     warn: Callable[[str], None] = warnings.warn,
     stage: str | None = None,
 ) -> Saved | None:
-    """The newest checkpoint in `folder` that is whole; None when the folder is absent or has none
-    yet.
+    """Returns the newest undamaged checkpoint in `folder`; None when the folder is absent or has no
+    checkpoint yet.
 
     Args:
-      config: everything the run depends on as JSON types or arrays: method, its Config, seed,
-        SHA-256 of the model, `files.versions()`. A folder with another one is refused.
+      config: everything the run depends on, as JSON types or arrays: method, its Config, seed,
+        SHA-256 of the model, `files.versions()`. A folder with a different config is refused.
       like: a state or its shapes (`jax.eval_shape`): gives structure, shapes, types and placement.
       info: the method's `Info`, a NamedTuple class.
-      warn: called with one line about each checkpoint that is not as it was written.
-      stage: name of a folder for this part of the run, which has other parts.
-    Raises: UserError when the folder belongs to another run or is no checkpoint folder, naming what
-      differs, and when every checkpoint in it is damaged.
+      warn: called with one line for each damaged checkpoint.
+      stage: name of the stage's folder; None for a run without stages.
+    Raises: UserError when the folder belongs to another run (the message names the first field that
+      differs), is not a checkpoint folder, or holds only damaged checkpoints.
     """
     folder = pathlib.Path(folder).absolute()
     if not _is_of_run(folder, config):
@@ -146,7 +146,7 @@ def restore(
             arrays = step_folder.read_step(own / str(step), identity)
             infos = tree_arrays.to_infos(arrays)
             _check_lengths(infos, step)
-        except Exception as error:  # what damaged bytes make Orbax raise has no common type
+        except Exception as error:  # Orbax raises unrelated types on damaged bytes
             why = step_folder.reason(error)
             warn(f"checkpoint {own / str(step)} is damaged and was not used: {why}")
             continue
@@ -164,16 +164,16 @@ def restore(
 
 
 def _check_lengths(infos: dict[str, ArrayTree], step: int) -> None:
-    """Raises Unusable unless there is one info for each of `step` steps."""
+    """Raises Unusable unless `infos` has one entry for each of `step` steps."""
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(infos)}
     if lengths - {(step,)}:
         raise step_folder.Unusable(f"its infos are not those of {step} steps")
 
 
 def is_started(folder: str | pathlib.Path) -> bool:
-    """Whether the folder has checkpoints, of whatever run and stage.
+    """Whether the folder has checkpoints of any run and stage.
 
-    Raises: UserError when it is no checkpoint folder.
+    Raises: UserError when it is not a checkpoint folder.
     """
     folder = pathlib.Path(folder).absolute()
     return _config(folder) is not None and any(
@@ -182,18 +182,20 @@ def is_started(folder: str | pathlib.Path) -> bool:
 
 
 def discard(folder: str | pathlib.Path) -> None:
-    """Deletes a checkpoint folder, of whatever run; there may be none. One that is killed at it
-    leaves no half of it.
+    """Deletes a checkpoint folder of any run, if it exists. A process killed meanwhile does not
+    leave half a folder.
 
-    The output that makes it superfluous must be on disk by then, see `files.sync`.
+    Sync the run's output to disk first, see `files.sync`: until then the checkpoints are the only
+    safe copy.
 
-    Raises: UserError when the folder is something else, or cannot be deleted.
+    Raises: UserError when the folder is not a checkpoint folder, or cannot be deleted.
     """
     folder = pathlib.Path(folder).absolute()
-    if not devices.is_first():  # the first may be deleting what another would look at
+    if not devices.is_first():  # the first process may already be deleting the files
         return
     _config(folder)
     try:
+        # renamed first: a rename is atomic, and the next call removes any leftovers
         if folder.exists():
             folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}{DISCARDED}"))
             files.sync(folder.parent)
@@ -206,9 +208,12 @@ def discard(folder: str | pathlib.Path) -> None:
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any] | None:
-    """What the folder's `config.json` holds; None when the folder is absent or empty, UserError
-    when it is not a checkpoint folder."""
+    """Content of the folder's `config.json`; None when the folder is absent or empty.
+
+    Raises: UserError when it is not a checkpoint folder.
+    """
     try:
+        # ignores temporary files of runs that were killed while writing config.json
         entries = [
             entry.name for entry in folder.iterdir() if not entry.match(f".{CONFIG}.*.writing")
         ]
@@ -227,11 +232,14 @@ def _config(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _is_of_run(folder: pathlib.Path, config: dict[str, Any]) -> bool:
-    """Whether the folder is one of the run `config`; False when it is absent or empty, UserError
-    when it is another run's."""
+    """Whether the folder belongs to the run `config`; False when it is absent or empty.
+
+    Raises: UserError when it belongs to another run.
+    """
     found = _config(folder)
     if found is None:
         return False
+    # through JSON, so that tuples and arrays compare equal to what was stored
     difference = _difference(found.get("run"), json.loads(json.dumps(files.plain(config))))
     if difference:
         raise UserError(f"{folder} {OTHERS}: {difference}; {CHOOSE}")
@@ -239,7 +247,7 @@ def _is_of_run(folder: pathlib.Path, config: dict[str, Any]) -> bool:
 
 
 def _difference(theirs: Any, ours: Any, field: str = "config") -> str | None:
-    """The first field in which two JSON values differ, and how."""
+    """Names the first field in which two JSON values differ, with both values; None when equal."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for name in sorted(theirs.keys() | ours.keys()):
             found = _difference(theirs.get(name), ours.get(name), f"{field}.{name}")
@@ -253,6 +261,6 @@ def _difference(theirs: Any, ours: Any, field: str = "config") -> str | None:
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
-    """Steps that have a folder, in order."""
+    """Steps that have a folder, ascending."""
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(entry.name) for entry in entries if re.fullmatch("[1-9][0-9]*", entry.name))

@@ -1,10 +1,8 @@
-"""Over lanes: on a CPU, narrow groups of cells that as many threads as there are cores advance side
-by side.
+"""Over lanes: on a CPU, splits a batch of cells into narrow groups and runs one thread per core.
 
-XLA gives all cores to one operation after another. In a step of small convolutions much of that is
-waiting, and the arrays of a wide batch outgrow the caches besides. So a batch of cells is cut into
-groups, all served by one compiled program, and every core takes groups of its own;
-`scripts/bench_time_loops.py` measures the difference.
+XLA runs one operation at a time on all cores. In a step of small convolutions the cores then mostly
+wait, and the arrays of a wide batch do not fit the caches. Here every thread takes whole groups,
+and all groups share one compiled program. `scripts/bench_time_loops.py` measures the difference.
 """
 
 import concurrent.futures
@@ -19,29 +17,32 @@ import numpy as np
 from jaxbd.base import ArrayTree
 
 START, TRAFFIC = 2, 600e6
-"""Cells of a group where nothing speaks for more; bytes that a group's step may read and write, as
-XLA counts them before it joins operations, until wider groups are slower: most of that never leaves
-a core, and what does then still fits its share of the caches."""
+"""START: default group width in cells. TRAFFIC: widen a group while one step's XLA "bytes accessed"
+(counted before fusion) stays below this; wider groups are slower. Most of these bytes stay inside a
+core, and below this limit the others still fit the core's share of the caches."""
 
 
 def workers() -> int:
-    """Threads that advance groups side by side: the cores that this process may use."""
+    """Number of threads: the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def are_default() -> bool:
-    """Whether cells go over lanes where nothing else is asked for: on a CPU."""
+    """Whether lanes are the default: on a CPU."""
     return jax.default_backend() == "cpu"
 
 
 def width(program: Any, arguments: tuple, split: tuple[int, ...], count: int) -> int:
-    """Cells of a group: `START`, or as many more, by powers of two, as `TRAFFIC` allows; 1 where
-    each worker gets fewer than two such groups: one more group than workers would leave all but
-    one idle, and a search of three cells and one of six share a program.
+    """Cells per group: `START` times the largest power of two that `TRAFFIC` allows, at most each
+    worker's share of the cells.
+
+    The width is 1 if that share is less than two groups of `START`: one more group than workers
+    would leave all but one idle, and searches of three and of six cells share a program. Compiles
+    nothing.
 
     Args:
-      program, arguments, split: as of `advance`; nothing is compiled.
-      count: of all cells; each worker gets some of them.
+      program, arguments, split: as in `advance`.
+      count: number of all cells, shared by the workers.
     """
     most = -(-count // workers())
     if most < 2 * START:
@@ -52,8 +53,8 @@ def width(program: Any, arguments: tuple, split: tuple[int, ...], count: int) ->
 
 
 def own(arguments: tuple, split: tuple[int, ...], start: int, size: int) -> tuple:
-    """The arguments of the group of `size` cells from `start` on; those at the positions `split`
-    hold all cells."""
+    """The arguments of one group: `size` cells from `start` on, taken from the arguments at the
+    positions `split`, which hold all cells."""
     return tuple(
         group(each, start, size) if position in split else each
         for position, each in enumerate(arguments)
@@ -61,8 +62,8 @@ def own(arguments: tuple, split: tuple[int, ...], start: int, size: int) -> tupl
 
 
 def group(tree: ArrayTree, start: int, size: int) -> ArrayTree:
-    """Rows `start` to `start + size` of every leaf [N, …], as arrays of their own; row N - 1 again
-    past the end."""
+    """Copies rows `start` to `start + size` of every leaf [N, …]; past the end, repeats row
+    N - 1."""
 
     def rows(leaf):
         index = np.minimum(np.arange(start, start + size), leaf.shape[0] - 1)
@@ -74,7 +75,7 @@ def group(tree: ArrayTree, start: int, size: int) -> ArrayTree:
 
 
 def join(groups: Sequence[ArrayTree], total: int) -> ArrayTree:
-    """The first `total` rows of all groups together."""
+    """Concatenates the groups and returns the first `total` rows."""
 
     def rows(*leaves):
         if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key):
@@ -87,16 +88,16 @@ def join(groups: Sequence[ArrayTree], total: int) -> ArrayTree:
 def advance(
     program: Any, arguments: tuple, split: tuple[int, ...], count: int, size: int
 ) -> tuple[ArrayTree, ArrayTree]:
-    """`count` steps `carry, info = program(carry, *rest)` of all cells, in groups of `size`.
+    """Makes `count` steps `carry, info = program(carry, *rest)` of all cells, in groups of `size`.
 
     Args:
       program: a `Program`; it is compiled for one group.
-      arguments: (carry, *rest); those at the positions `split`, of which 0 is one, have a leading
+      arguments: (carry, *rest); those at the positions `split`, which include 0, have a leading
         axis [N] of cells.
     Returns: the carry [N, …], and the infos [count, N, …] as NumPy arrays.
     """
     total = jax.tree.leaves(arguments[0])[0].shape[0]
-    # made here: in a thread of its own, JAX does not know of settings such as float64
+    # in the main thread: JAX settings such as float64 are not visible in worker threads
     groups = [own(arguments, split, start, size) for start in range(0, total, size)]
     compiled = program.compiled(*groups[0])
 

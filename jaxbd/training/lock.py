@@ -1,5 +1,5 @@
-"""One process at a time works on an output. The operating system drops the lock of a process that
-dies, so a lock that is left behind is never in the way."""
+"""A file lock that lets one process at a time work on an output. The operating system releases the
+lock of a process that dies, so stale lock files block nobody."""
 
 import contextlib
 import datetime
@@ -13,12 +13,12 @@ from jaxbd.base import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # Windows has no fcntl; nothing is locked there
     fcntl = None
 
 
 def lock_file(path: str | os.PathLike) -> pathlib.Path:
-    """The file beside `path` that is locked while a process works on it."""
+    """The lock file of `path`, a hidden file in the same folder."""
     path = pathlib.Path(path).absolute()
     return path.with_name(f".{path.name}.lock")
 
@@ -27,10 +27,10 @@ def lock_file(path: str | os.PathLike) -> pathlib.Path:
 def hold(path: str | os.PathLike) -> Iterator[None]:
     """Holds the lock of the output `path` (a file or folder that may not exist yet).
 
-    Of several processes of one run the first alone holds it; all must call this.
+    Every process of a run must call this; only the first takes the lock.
 
-    Raises: UserError, in every process, when another run holds the lock, naming it; or when the
-      file beside `path` cannot be written.
+    Raises: UserError, in every process, when another run holds the lock (the message names it) or
+      when the lock file cannot be written.
     """
     file, complaint = None, ""
     if devices.is_first() and fcntl is not None:
@@ -44,7 +44,7 @@ def hold(path: str | os.PathLike) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            # while it is held: a file that nobody holds may be another's by now
+            # unlink before closing: once released, the file may already be another process's lock
             lock_file(path).unlink(missing_ok=True)
             os.close(file)
 
@@ -59,19 +59,19 @@ def check(path: str | os.PathLike) -> None:
         except BlockingIOError:
             complaint = _complain(pathlib.Path(path), lock_file(path).read_bytes()[:200])
         except OSError:
-            pass  # gone by now, or unreadable: `hold` says so
+            pass  # already gone, or unreadable: `hold` reports that
     if devices.from_all(bool(complaint)).any():
         raise UserError(complaint or f"{path} is in use, says process 0")
 
 
 def _complain(path: pathlib.Path, holder: bytes) -> str:
-    """That another process holds the lock, by what it wrote there."""
+    """The message that another process holds the lock; `holder` is what that process wrote."""
     who = holder.decode(errors="replace").strip() or "another process"
     return f"{path} is in use by {_printable(who)}; wait for it to end"
 
 
 def _acquire(path: pathlib.Path) -> tuple[int | None, str]:
-    """(descriptor of the locked file, ""), or (None, who holds it)."""
+    """Returns (descriptor of the locked file, ""), or (None, complaint that names the holder)."""
     assert fcntl is not None
     place = lock_file(path)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _acquire(path: pathlib.Path) -> tuple[int | None, str]:
             raise
         if _is_at(place, file):
             break
-        os.close(file)  # its holder removed it between the two calls
+        os.close(file)  # the holder unlinked it between open and flock: open the new file
     now = datetime.datetime.now().isoformat(" ", "seconds")
     os.ftruncate(file, 0)
     os.write(file, f"another process ({os.getpid()} on {socket.gethostname()}, {now})\n".encode())

@@ -1,9 +1,9 @@
-"""Over time: compiled steps, chunk by chunk. The training loop is the `for` over `chunks`.
+"""Over time: runs compiled steps chunk by chunk. The training loop is the `for` over `chunks`.
 
-Two ways over time give the same result. "scan" compiles a chunk of steps into one program
-(accelerators). "host" is a host loop of one compiled step: on XLA:CPU a convolution's weight
-gradient inside a compiled loop is more than twenty times slower (`scripts/bench_time_loops.py`
-measures it), so the CPU default is "host".
+There are two modes with the same result. "scan" compiles a chunk of steps into one program
+(default on accelerators). "host" calls one compiled step in a host loop (default on CPUs): on
+XLA:CPU a convolution's weight gradient inside a compiled loop is more than twenty times slower, see
+`scripts/bench_time_loops.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,13 +35,13 @@ class NotFinite(FloatingPointError):
 
 
 class Chunk(NamedTuple):
-    """Where a run stands after a few steps.
+    """Result of a few steps.
 
     Attributes:
       done: steps made so far.
-      get_state: () -> state. It costs a copy for runs whose state lies on several devices, so ask
-        only when the state is needed, and before the next chunk: its buffers are donated.
-      infos: of this chunk's steps [steps, …], NumPy.
+      get_state: () -> state. Call it only when the state is needed, since it copies a state that is
+        on several devices, and before the next chunk, which donates the buffers.
+      infos: infos of this chunk's steps [steps, …], NumPy.
     """
 
     done: int
@@ -51,8 +51,8 @@ class Chunk(NamedTuple):
 
 @cached(64)
 def _programs(advance: Step, chunk: int) -> tuple[Program, Program]:
-    """One step and one chunk of `advance(state, *args) -> (state, info)`; cached, so that nothing
-    is traced twice."""
+    """Programs for one step and for one chunk of `advance(state, *args) -> (state, info)`; cached,
+    so that nothing is traced twice."""
 
     def scanned(state, *args):
         return jax.lax.scan(lambda carry, _: advance(carry, *args), state, None, length=chunk)
@@ -61,7 +61,7 @@ def _programs(advance: Step, chunk: int) -> tuple[Program, Program]:
 
 
 def compile_step(advance: Step, chunk: int = 20) -> Program:
-    """The program of one step of `advance`, as `chunks` uses it with the same `chunk`."""
+    """The one-step program of `advance`; the same object that `chunks` uses for this `chunk`."""
     return _programs(advance, chunk)[0]
 
 
@@ -76,14 +76,15 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Applies `advance(state, *args) -> (state, info)` `num_steps` times; yields after each chunk.
 
-    `state` is donated: the caller's copy is gone afterwards. `rows` is the size of the batches that
-    `advance` marks with `images.spread_rows`: the devices in use share them, unless the caller has
-    placed `state` on several or they do not divide it. State and result lie on one device all the
-    same.
+    `state` is donated: the caller must not use it afterwards. `rows` is the size of the batches
+    that `advance` marks with `images.spread_rows`. The devices in use share each batch, unless the
+    caller has placed `state` on several devices or `rows` is not a multiple of their number.
+    Sharing does not show outside: the caller's state and the returned state are on one device.
 
     Raises: NotFinite as soon as a chunk's infos hold NaN or infinity.
     """
     over = devices.mesh("data") if rows and not devices.lies_on_several(state) else None
+    # an uneven batch cannot be shared: run it on one device
     if over is not None and rows and rows % over.size:
         over = None
     if over is not None:
@@ -92,6 +93,7 @@ def chunks(
     step, scanned = _programs(advance, chunk)
     for first in range(0, num_steps, chunk):
         size = min(chunk, num_steps - first)
+        # a shorter last chunk runs step by step, since scanning it would need another program
         if over_time == "scan" and size == chunk:
             state, infos = scanned(state, *args)
             infos = jax.tree.map(np.asarray, devices.fetch(infos))
@@ -99,15 +101,16 @@ def chunks(
             each = []
             for _ in range(size):
                 state, info = step(state, *args)
+                # stays on the device until the chunk ends, so that the host can dispatch ahead
                 each.append(info)
             infos = jax.tree.map(lambda *leaves: np.stack(leaves), *devices.fetch(each))
         check_finite(infos, first)
+        # the default argument binds the state of this chunk
         yield Chunk(first + size, lambda state=state: devices.home(state, over), infos)
 
 
 def check_finite(infos: ArrayTree, first_step: int) -> None:
-    """Raises NotFinite when any leaf [steps] or [steps, cells] of `infos` holds a value that is not
-    finite."""
+    """Raises NotFinite when any leaf [steps] or [steps, cells] of `infos` holds NaN or infinity."""
     bad = [entry for leaf in jax.tree.leaves(infos) for entry in np.argwhere(~np.isfinite(leaf))]
     if bad:
         row = min(entry[0] for entry in bad)
@@ -116,7 +119,7 @@ def check_finite(infos: ArrayTree, first_step: int) -> None:
 
 
 def join_infos(chunks: list[ArrayTree]) -> ArrayTree:
-    """Infos [steps, …] of several chunks as one; None for no chunk."""
+    """Concatenates the infos [steps, …] of several chunks; None for no chunk."""
     if not chunks:
         return None
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
@@ -125,8 +128,8 @@ def join_infos(chunks: list[ArrayTree]) -> ArrayTree:
 def run(
     advance: Step, state: ArrayTree, *args: Any, num_steps: int, **settings: Any
 ) -> tuple[ArrayTree, ArrayTree, Seconds]:
-    """The last state, all infos [num_steps, …] and the seconds of `chunks`, for callers that have
-    nothing to do in between."""
+    """Runs `chunks` to the end. Returns the last state, all infos [num_steps, …] and the seconds
+    spent."""
     clock, collected = Clock(), []
     for _, get_state, infos in chunks(advance, state, *args, num_steps=num_steps, **settings):
         collected.append(infos)
@@ -137,10 +140,11 @@ def run(
 
 @cached(64)
 def with_batches(step: Step, draw: Callable[..., Any] | None) -> Step:
-    """`step(key, state, batch, *extra)` as `advance(state, key, data, extra)` on batches
-    `draw(key, data)`; batches are None without a draw.
+    """Wraps `step(key, state, batch, *extra)` as `advance(state, key, data, extra)`, which draws
+    batches by `draw(key, data)`; without `draw` the batch is None.
 
-    Keys come from the run's key and the state's own step number, so a resumed run sees the same.
+    A step's key depends on the run's key and `state.step` alone, so a resumed run gets the same
+    keys.
     """
 
     def advance(state, key, data, extra):
@@ -154,7 +158,7 @@ def with_batches(step: Step, draw: Callable[..., Any] | None) -> Step:
 
 
 def batch_rows(draw: Callable[..., Any] | None, key: Key, data: ArrayTree) -> int | None:
-    """Rows of the batches that `draw` makes, where several devices could share them; else None."""
+    """Rows of a batch from `draw`, if several devices could share it; else None."""
     if draw is None or not devices.mesh("data"):
         return None
     return jax.tree.leaves(jax.eval_shape(draw, key, data))[0].shape[0]

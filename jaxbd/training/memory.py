@@ -1,4 +1,4 @@
-"""How much memory a compiled program takes, and how much there is."""
+"""Memory that a compiled program needs, and memory that is available."""
 
 import math
 import os
@@ -11,8 +11,8 @@ from jaxbd import devices
 from jaxbd.base import UserError
 
 CPU_SHARE, DEVICE_SHARE = 0.5, 0.8
-"""Of the machine's available memory, and of an accelerator's free memory, that a program may take
-where no budget is given."""
+"""Default budget of a program: shares of the machine's available memory and of an accelerator's
+free memory."""
 
 
 UNITS = {"": 1, "b": 1} | {
@@ -20,7 +20,7 @@ UNITS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", 1)
     for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
 }
-"""Unit of a number of bytes, in small letters -> bytes."""
+"""Unit suffix in lower case -> bytes."""
 
 
 class Bytes(int):
@@ -28,29 +28,29 @@ class Bytes(int):
 
     @classmethod
     def parse(cls, text: str) -> "Bytes":
-        """A text such as 2GiB, 500MB, 1.5e9 or 4096. Raises: UserError for any other."""
+        """Parses a size such as 2GiB, 500MB, 1.5e9 or 4096. Raises: UserError for anything else."""
         found = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?) *([a-z]*)", text.strip().lower())
         count = float(found[1]) * UNITS.get(found[2], 0) if found else 0.0
         if not 1 <= count < math.inf:
             raise UserError(
-                f"{text!r} is no size; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
+                f"{text!r} is not a size; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
             )
         return cls(int(count))
 
 
 def needed(compiled: Any) -> int:
-    """Bytes of the arguments of a compiled program (`jax.stages.Compiled`), its results and what is
-    between, by the compiler's account; 0 where it gives none."""
+    """Bytes that the compiler reports for a compiled program (`jax.stages.Compiled`): arguments,
+    results and temporaries; 0 if it reports nothing."""
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
     sizes = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return sizes - memory.alias_size_in_bytes  # results that lie where donated arguments did
+    return sizes - memory.alias_size_in_bytes  # results that reuse the buffers of donated arguments
 
 
 def available() -> int:
-    """Bytes that a program may take where no budget is given: a share of what is free on the device
-    that has least, or on the machine."""
+    """Default budget in bytes: `DEVICE_SHARE` of the free memory of the local device with the
+    least, or `CPU_SHARE` of the machine's."""
     local = [d for d in devices.in_use() if d.process_index == jax.process_index()]
     free = [_free(device) for device in local]
     known = [count for count in free if count is not None]
@@ -58,7 +58,7 @@ def available() -> int:
 
 
 def _free(device: Any) -> int | None:
-    """Bytes of an accelerator that no array holds; None where the device does not say."""
+    """Free bytes of an accelerator; None if the device does not report them."""
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
@@ -67,7 +67,7 @@ def _free(device: Any) -> int | None:
 
 def _free_on_host() -> int:
     try:
-        # counts what the system would give up, which sysconf leaves out
+        # MemAvailable includes caches that the system would release; sysconf has no such figure
         with open("/proc/meminfo") as lines:
             found = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
             return 1024 * int(next(found))
@@ -76,5 +76,5 @@ def _free_on_host() -> int:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether the device had no memory left."""
+    """Whether `error` says that the device ran out of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)

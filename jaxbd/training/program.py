@@ -1,4 +1,4 @@
-"""Compiled programs whose compile time is known apart. The one place that calls `jax.jit`."""
+"""Compiled programs that measure their own compile time. The only module that calls `jax.jit`."""
 
 import contextlib
 import functools
@@ -15,22 +15,24 @@ Time = Literal["auto", "scan", "host"]
 
 
 class Seconds(NamedTuple):
-    """Wall seconds of a run: tracing and compiling, and everything after it."""
+    """Wall-clock seconds of a run: `compile` for tracing and compiling, `run` for everything
+    else."""
 
     compile: float
     run: float
 
 
 def total_seconds(*each: Seconds) -> Seconds:
-    """The seconds of several runs together."""
+    """Sums the seconds of several runs."""
     return Seconds(sum(one.compile for one in each), sum(one.run for one in each))
 
 
+# compile seconds of all programs in this process; a list, so that functions can update it
 _all_compiling = [0.0]
 
 
 class Clock:
-    """Measures a stretch of work: what was spent compiling in it, and what on everything else."""
+    """Stopwatch that separates compile time from all other time."""
 
     def __init__(self):
         self._started, self._compiled = time.perf_counter(), _all_compiling[0]
@@ -42,8 +44,8 @@ class Clock:
 
 
 class Program:
-    """A function compiled ahead of time once per argument signature, so that compile time is known
-    apart.
+    """A function compiled ahead of time, once per argument signature, so that compile time can be
+    measured separately.
 
     Attributes:
       traces: how often Python traced the function.
@@ -79,14 +81,14 @@ class Program:
         return self._compiled[signature]
 
     def lower(self, *args: Any, platform: str) -> str:
-        """The program as StableHLO for "cpu", "cuda" or "tpu"; nothing is compiled, and no such
-        device is needed."""
+        """The program as StableHLO for "cpu", "cuda" or "tpu". Compiles nothing and needs no such
+        device."""
         with _mesh_of(jax.tree.leaves(args)):
             return self._jitted.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
     def traffic(self, *args: Any) -> float:
-        """Bytes that XLA counts as read and written, before it joins operations; nothing is
-        compiled. 0: not known."""
+        """Bytes read and written ("bytes accessed") by XLA's cost analysis before fusion; 0 if
+        unknown. Compiles nothing."""
         signature = _signature(args)
         if signature not in self._traffic:
             with _mesh_of(jax.tree.leaves(args)):
@@ -99,25 +101,25 @@ class Program:
 
 
 def _signature(args: tuple) -> Any:
-    """What a compiled program depends on: structure, shapes, types and places of its arguments."""
+    """Everything that a compiled program depends on: structure, shapes, types and placement of its
+    arguments."""
     leaves, tree = jax.tree.flatten(args)
     kind = lambda x: (np.shape(x), str(getattr(x, "dtype", type(x))), getattr(x, "sharding", None))
     return tree, tuple(map(kind, leaves))
 
 
 def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a part of larger programs: Python traces it once for arguments of the same
+    """Wraps `function`, a part of larger programs, so that Python traces it once per argument
     shapes.
 
-    Under `vmap` the shapes are those of a single row, so batches of every width share the trace,
-    and so does `jax.eval_shape`.
+    Under `vmap` these are the shapes of a single row, so batches of every width share the trace.
+    So does `jax.eval_shape`.
     """
     return jax.jit(function, inline=True)
 
 
 def _mesh_of(leaves: list[Any]) -> contextlib.AbstractContextManager:
-    """Makes the mesh on which arguments lie known to `images.spread_rows` while the function is
-    traced."""
+    """Sets the mesh of the arguments during tracing, for `images.spread_rows` to read."""
     places = (getattr(leaf, "sharding", None) for leaf in leaves)
     meshes = (
         place.mesh
@@ -132,5 +134,5 @@ def _mesh_of(leaves: list[Any]) -> contextlib.AbstractContextManager:
 
 
 def default_time() -> Time:
-    """The default way over time: "host" on CPU, "scan" elsewhere."""
+    """The default mode over time, see `loop`: "host" on CPU, "scan" elsewhere."""
     return "host" if jax.default_backend() == "cpu" else "scan"

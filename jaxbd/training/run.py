@@ -1,7 +1,8 @@
 """A run: how drivers report, save and stop. Every training loop of jaxbd is the `for` in
 `Run.follow`.
 
-A run is the same stages in the same order each time, so that a stopped one finds its checkpoints.
+A run must go through the same stages in the same order each time: a stage finds its checkpoints by
+its position.
 """
 
 import dataclasses
@@ -20,19 +21,21 @@ from jaxbd.training.loop import Chunk
 from jaxbd.training.program import Clock, Seconds, Time
 
 LONGEST = 600.0
-"""Seconds after which a checkpoint is written even though fewer steps were made than asked for."""
+"""Seconds after which a checkpoint is written even if fewer than `every` steps were made."""
 SHORT = 60.0
-"""A stage that ends sooner than this after the start of the run is repeated instead of saved."""
+"""The end of a stage is saved only from this many seconds after the run's start on; a resumed run
+repeats shorter stages."""
 NAME = 40
-"""Most letters of a stage's name in that of its folder."""
+"""Maximum characters of a stage's name in its folder's name."""
 
 
 class NoInfo(NamedTuple):
-    """The infos of a stage that has none for each step."""
+    """Infos of a stage that records none per step."""
 
 
 class Fitted(NamedTuple):
-    """Result of a stage: its last state, infos [num_steps, …] as NumPy, seconds of this process."""
+    """Result of a stage: its last state, infos [num_steps, …] as NumPy, and the seconds this
+    process spent."""
 
     state: ArrayTree
     infos: Any
@@ -40,10 +43,10 @@ class Fitted(NamedTuple):
 
 
 class Stopped(Exception):
-    """A run ended early because a stop was requested; a checkpoint is saved.
+    """A run saved a checkpoint and ended early because a stop was requested.
 
     Attributes:
-      stopped_by: number of the signal that asked for it.
+      stopped_by: number of the signal that requested it.
     """
 
     def __init__(self, message: str, signal: int):
@@ -55,10 +58,10 @@ class Checkpoints(NamedTuple):
     """Where a run saves and how often.
 
     Attributes:
-      folder: of this run alone; made when absent.
+      folder: used by this run alone; made when absent.
       config: everything the run depends on, see `checkpoint.restore`.
       every: steps between two checkpoints, at least 1.
-      warn: called with one line about each damaged checkpoint that was passed over.
+      warn: called with one line for each damaged checkpoint that was skipped.
     """
 
     folder: Any
@@ -68,13 +71,13 @@ class Checkpoints(NamedTuple):
 
 
 Progress = Callable[[str, int, int], None]
-"""(name of the stage, steps done, steps in all)"""
+"""(name of the stage, steps done, total steps)"""
 Observer = Callable[[str, Chunk, int], None]
 """(name of the stage, chunk, steps made before this process began)"""
 
 
 def report_nothing(name: str, done: int, total: int) -> None:
-    """The progress of a run that nobody watches."""
+    """A `Progress` callback that does nothing."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,12 +89,12 @@ class Run:
       checkpoints: where to save and resume; None to do neither.
       stop_requested: () -> number of the signal that asks the run to end, or None. Only a run with
         checkpoints ends early.
-      notice: called with one line where something changes on the way, such as fewer cells at a time
-        after the device ran out of memory.
-      observers: called after each chunk of every stage, such as to write metrics.
-      over_time: how steps become programs, see `loop.chunks`.
-      resumed: {"stage", "step"} of the last stage that began at a checkpoint; None where all was
-        done by this process.
+      notice: called with one line when something changes during the run, for example fewer cells at
+        a time after the device ran out of memory.
+      observers: called after each chunk of every stage, for example to write metrics.
+      over_time: mode over time, see `loop`.
+      resumed: {"stage", "step"} of the last stage that began at a checkpoint; None if this process
+        made all steps.
     """
 
     progress: Progress = report_nothing
@@ -125,15 +128,16 @@ class Run:
     ) -> Fitted:
         """Trains: `step(key, state, batch, *extra) -> (state, info)` on batches `draw(key, data)`.
 
-        The last state is the result: nothing is selected on the way. A resumed run equals an
-        uninterrupted one bit for bit, since the key of a step depends on `key` and `state.step`.
+        The last state is the result; no "best" state is selected. A resumed run equals an
+        uninterrupted one bit for bit, since the key of a step depends only on `key` and
+        `state.step`.
 
         Args:
-          name: of the stage, for progress and checkpoints; several stages may share one.
+          name: of the stage, for progress and checkpoints; several stages may share a name.
           draw: None for steps that take no batch.
-          extra: more arrays that the step takes.
+          extra: further arrays that the step takes.
           info: the step's `Info`, a NamedTuple class.
-          rows: size of the batches that a step without `draw` makes itself, see `loop.chunks`.
+          rows: batch size, if the step makes its own batches without `draw`; see `loop.chunks`.
         Raises: loop.NotFinite when a loss diverges; Stopped after a stop request; UserError when a
           checkpoint cannot be read or written.
         """
@@ -185,22 +189,24 @@ class Run:
             for observe in self.observers:
                 observe(name, chunk, first)
             self._save_or_stop(stage, chunk, collected, num_steps)
-            state = chunk.get_state
+            state = chunk.get_state  # called once, after the last chunk: it may copy
         state = state() if callable(state) else state
         jax.block_until_ready(state)
         return Fitted(state, loop.join_infos(collected), clock.read())
 
     def _open(self, name: str, state: ArrayTree, info: type) -> "_Stage":
-        """The stage at its newest checkpoint, or at its start."""
+        """Opens a stage at its newest checkpoint, or at its start."""
         fresh = checkpoint.Saved(state, None, 0)
         if self.checkpoints is None:
             return _Stage(name, fresh, None, "")
+        # numbered, because several stages may share a name
         self._stages += 1
         words = re.sub("[^a-z0-9]+", "-", name.lower())[:NAME].strip("-")
         where, config, _, warn = self.checkpoints
         folder = f"{self._stages}-{words}"
         saved = checkpoint.restore(where, config, state, info, warn, folder)
         step = str(saved.step if saved else 0).encode()
+        # processes that resume from different steps would wait for each other forever
         devices.check_same(
             "checkpoint", step, f"{where} must lie on a disk that all machines share"
         )
@@ -210,14 +216,15 @@ class Run:
     def _save_or_stop(
         self, stage: "_Stage", chunk: Chunk, collected: list[ArrayTree], num_steps: int
     ) -> None:
-        """Writes a checkpoint where one is due, and ends the run where that is asked for."""
+        """Writes a checkpoint if one is due or a stop was requested; then stops if requested."""
         if self.checkpoints is None or stage.writer is None:
             return
-        # asked once: a signal from here on is for the next chunk; one process's signal is for all
+        # read once: a later signal waits for the next chunk; a signal to one process stops them all
         signal = int(devices.from_all(self.stop_requested() or 0).max()) or None
         done = stage.saved.step + chunk.done
-        # each process has a clock of its own, and they must save together
+        # clocks differ between processes, but all must save together
         if signal is not None or devices.from_all(self._is_due(stage, done, num_steps)).any():
+            # in place, so that the next save does not join the same chunks again
             collected[:] = [loop.join_infos(collected)]
             stage.writer.write(checkpoint.Saved(chunk.get_state(), collected[0], done))
         if signal is not None:
@@ -225,7 +232,7 @@ class Run:
             raise Stopped(f"stopped at {where}, saved in {stage.where}", signal)
 
     def _is_due(self, stage: "_Stage", done: int, num_steps: int) -> bool:
-        """Whether a checkpoint is due after `done` steps, by this process's clock."""
+        """Whether a checkpoint is due after `done` steps, judged by this process's clock."""
         assert self.checkpoints is not None and stage.writer is not None
         return (
             done - stage.writer.step >= self.checkpoints.every

@@ -1,4 +1,4 @@
-"""What is saved of a search, and how it goes on from there bit for bit."""
+"""The saved state of a search. A search restored from it continues bit for bit."""
 
 from typing import NamedTuple
 
@@ -23,16 +23,16 @@ from jaxbd.training.table import (
 
 
 class SearchState(NamedTuple):
-    """What a search needs to go on; NumPy arrays. A cell's place says which of its rows count.
+    """Everything a search needs to resume, as NumPy arrays. Rows of waiting cells do not count.
 
     Attributes:
-      states: [N, …], of the cells that are done or in a slot.
+      states: [N, …], of cells that are done or in a slot.
       infos: [N], of their last steps.
-      steps: [N] int32, steps made by them.
-      place: [N] int32, slot of the cell; `WAITING` or `DONE`.
-      width, widest: [] int32, slots now and at most; 0 before the start.
-      pushed: [] int32, steps of all slots, those without a cell included.
-      course: [num_steps, N], infos of all steps so far; None where it is not recorded.
+      steps: [N] int32, steps they made.
+      place: [N] int32, the cell's slot, or `WAITING` or `DONE`.
+      width, widest: [] int32, current and maximum number of slots; 0 before the start.
+      pushed: [] int32, steps of all slots, including slots without a cell.
+      course: [num_steps, N], infos of all steps so far; None if not recorded.
     """
 
     states: ArrayTree
@@ -46,14 +46,15 @@ class SearchState(NamedTuple):
 
 
 def blank_state(task: Task) -> SearchState:
-    """A search that has not begun."""
+    """The state of a search before its first step."""
     results, zero = blank_results(task), np.zeros((), np.int32)
     place = np.full(len(task.cells.target), WAITING, np.int32)
     return SearchState(*results[:3], place, zero, zero, zero, results.course)
 
 
 def save_search(task: Task, table: Table, results: Results) -> SearchState:
-    """Where the search stands; the arrays are those of `results`, which later chunks change."""
+    """The search's current state. It shares its arrays with `results`, which later chunks
+    change."""
     live, place = table.live(), np.full(len(task.cells.target), DONE, np.int32)
     place[table.waiting] = WAITING
     place[table.numbers[live]] = live
@@ -66,10 +67,10 @@ def save_search(task: Task, table: Table, results: Results) -> SearchState:
 
 
 def restore_search(task: Task, saved: SearchState) -> tuple[Table, Results]:
-    """Puts every cell where it was; a slot without a cell is blank, whatever it held."""
+    """Puts every cell back into its slot; slots without a cell start blank."""
     waiting = np.flatnonzero(saved.place == WAITING)
     table = open_table(task, int(saved.width), waiting, int(saved.widest))
-    # what a checkpoint was read into may be read-only
+    # copied, because arrays read from a checkpoint may be read-only
     arrays = (saved.states, saved.infos, saved.steps, saved.course)
     results = Results(*jax.tree.map(np.array, arrays))
     cells = np.flatnonzero(saved.place >= 0)
@@ -82,7 +83,7 @@ def restore_search(task: Task, saved: SearchState) -> tuple[Table, Results]:
         slot[positions] = saved[cells]
         return jnp.asarray(slot)
 
-    blank = table.slots._replace(recent=None)  # every chunk writes its own
+    blank = table.slots._replace(recent=None)  # not restored: every chunk overwrites it
     unbroken = np.full(len(saved.steps), -1, np.int32)
     mine = Slots(saved.states, saved.infos, saved.steps, unbroken)
     filled = devices.by_cell(jax.tree.map(fill, devices.fetch(blank), mine), task.over)

@@ -1,6 +1,6 @@
 """The compiled programs of a search over slots: fill slots with fresh cells, advance all of them.
 
-Both are a `vmap` over slots of functions of one cell, traced once for batches of every width.
+Both are a `vmap` over slots of a function of one cell, which is traced once for all widths.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxbd.caching import cached
 from jaxbd.training.program import Program, Time, traced_once
 
 BLANK = np.iinfo(np.int32).max
-"""`Slots.made` of a slot without a cell: more steps than any run asks for, so it never advances."""
+"""`Slots.made` of a slot without a cell: above any step limit, so the slot never advances."""
 PER_SLOT = (0, 2, 3)
 """Positions of the arguments of `Programs.advance` that have a leading axis of slots."""
 
@@ -26,11 +26,11 @@ class Slots(NamedTuple):
     """S cells that advance together; leaves [S, …].
 
     Attributes:
-      state: of the inversion.
+      state: the inversion's states.
       info: of the cell's last step; zeros before its first.
       made: [S] int32, steps made.
-      broke: [S] int32, the first step whose info was not finite; -1 for none.
-      recent: infos [S, chunk, …] of the last chunk's steps; None where no course is recorded.
+      broke: [S] int32, the first step with a non-finite info; -1 for none.
+      recent: infos [S, chunk, …] of the last chunk's steps; None if no course is recorded.
     """
 
     state: ArrayTree
@@ -41,13 +41,13 @@ class Slots(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Compiled functions of all slots; the slots are donated.
+    """Compiled functions of all slots; they donate the slots.
 
     Attributes:
-      refill: (slots, taken [S] bool, numbers [S], key, given) -> slots with fresh states, and the
-        fields `given` [S, …] in them, where `taken`.
+      refill: (slots, taken [S] bool, numbers [S], key, given) -> slots. Where `taken`, the state is
+        fresh, with its fields `given` [S, …] replaced.
       advance: (slots, count [], numbers [S], cells [S], limit [], key, variables, data) -> (slots,
-        [S] bool, which are done). Makes `count` steps over time "scan", and one over "host".
+        done [S] bool). Makes `count` steps in mode "scan", one step in mode "host".
     """
 
     refill: Program
@@ -67,7 +67,7 @@ def _is_finite(info: ArrayTree) -> Array:
 
 
 def init_cell(inversion: Inversion, key: Key, number: Array) -> ArrayTree:
-    """The fresh state of the cell `number`; `key` is that of the whole search."""
+    """The first state of cell `number`; `key` is the key of the whole search."""
     return inversion.init(jax.random.fold_in(jax.random.fold_in(key, 0), number))
 
 
@@ -75,8 +75,8 @@ def init_cell(inversion: Inversion, key: Key, number: Array) -> ArrayTree:
 def step_cell(inversion: Inversion, draw: Callable[..., Any]) -> Callable[..., Any]:
     """(state, number, cell, key, variables, data) -> (state, info): one step of one cell.
 
-    The key depends on the cell's number and its own step alone, so neither slots nor chunks change
-    what becomes of a cell.
+    The key depends only on the cell's number and its own step, so slots and chunks do not affect
+    the result.
     """
 
     def step(
@@ -97,14 +97,14 @@ def _is_done(inversion: Inversion, slot: Slots, limit: Array) -> Array:
 
 @cached(32)
 def _step_slot(inversion: Inversion, draw: Callable[..., Any]) -> Callable[..., Slots]:
-    """(slot, number, cell, limit, key, variables, data) -> slot; a done one stays as it is."""
+    """(slot, number, cell, limit, key, variables, data) -> slot; a done slot stays unchanged."""
     step = step_cell(inversion, draw)
 
     def stepped(slot: Slots, number: Array, cell: Cell, limit: Array, *shared: Any) -> Slots:
         state, info = step(slot.state, number, cell, *shared)
         broke = jnp.where((slot.broke < 0) & ~_is_finite(info), slot.made, slot.broke)
         recent = slot.recent
-        if recent is not None:  # a cell begins its chunks at multiples of their length
+        if recent is not None:  # a cell's chunks begin at multiples of the chunk length
             recent = jax.tree.map(
                 lambda every, now: every.at[slot.made % every.shape[0]].set(now), recent, info
             )
@@ -116,7 +116,7 @@ def _step_slot(inversion: Inversion, draw: Callable[..., Any]) -> Callable[..., 
 
 @cached(32)
 def programs(inversion: Inversion, draw: Callable[..., Any], over_time: Time) -> Programs:
-    """The programs of all slots at once; cached, so that nothing is traced twice."""
+    """The programs for all slots; cached, so that nothing is traced twice."""
     step_all = jax.vmap(_step_slot(inversion, draw), (0, 0, 0, None, None, None, None))
     all_done = jax.vmap(functools.partial(_is_done, inversion), (0, None))
     fresh = functools.partial(init_cell, inversion)
@@ -137,7 +137,7 @@ def programs(inversion: Inversion, draw: Callable[..., Any], over_time: Time) ->
 
 
 def blank_slots(shapes: Slots, width: int) -> Slots:
-    """`width` slots without cells, on the host's default device; `shapes` are those of one slot."""
+    """`width` slots without cells, on the default device; `shapes` describes one slot."""
     blank = jax.tree.map(lambda leaf: jnp.zeros((width, *leaf.shape), leaf.dtype), shapes)
     return blank._replace(made=jnp.full((width,), BLANK, jnp.int32))
 
@@ -150,13 +150,13 @@ def slot_shapes(
     recent: int,
     over: jax.sharding.Mesh | None,
 ) -> tuple[Slots, int]:
-    """Shapes of one slot, and images in a batch, without computing anything.
+    """Returns the shapes of one slot and the number of images in a batch. Computes nothing.
 
     Args:
       shared: key, variables and data, as the programs take them.
-      recent: steps whose infos a slot holds; 0 for none.
+      recent: number of steps for which a slot holds infos; 0 for none.
     """
-    # placed as the program's own arguments are, or the step would be traced once for each
+    # same placement as the program's own arguments, or the step would be traced a second time
     struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=devices.whole(over))
     like = lambda leaf: struct(leaf.shape, leaf.dtype)
     key, _, data = shared
@@ -169,5 +169,5 @@ def slot_shapes(
     if recent:
         course = jax.tree.map(lambda leaf: struct((recent, *leaf.shape), leaf.dtype), info)
     drawn = jax.tree.leaves(batch)
-    # methods without data make one image of their own at each step
+    # methods without data work on one image of their own per step
     return Slots(state, info, number, number, course), drawn[0].shape[0] if drawn else 1

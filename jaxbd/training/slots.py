@@ -1,9 +1,9 @@
-"""Over slots: N cells through at most S slots of one compiled program (continuous batching).
+"""Over slots: runs N cells through at most S slots of one compiled program (continuous batching).
 
-After each chunk the host stores finished cells and loads waiting ones. A cell's result depends only
-on its number in the list: a cell that is done stays as it is until the host looks. The devices in
-use have equally many slots each; on a single CPU, groups of slots advance side by side, see
-`lanes`.
+After each chunk the host stores finished cells and loads waiting ones. A finished cell does not
+change before the host stores it, so a cell's result depends only on its number in the list. All
+devices in use have the same number of slots. On a single CPU, groups of slots advance in parallel,
+see `lanes`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,16 +39,16 @@ from jaxbd.training.table import (
 __all__ = ["DONE", "WAITING", "Found", "Progress", "SearchState", "even", "make_task", "search"]
 
 DEFAULT = 32
-"""Slots of each device where none are asked for and memory allows."""
+"""Default number of slots per device, if memory allows."""
 
 
 class Progress(NamedTuple):
-    """Where a search stands.
+    """How far a search is.
 
     Attributes:
-      cells, cells_total: cells that are done, of all.
-      steps, steps_total: steps of all cells; a cell that converged early counts as if it had made
-        all of its steps.
+      cells, cells_total: number of finished cells, and of all cells.
+      steps, steps_total: steps made, and all steps, summed over cells; a cell that converged early
+        counts with all of its steps.
       slots: width of the batch.
     """
 
@@ -63,16 +63,16 @@ class Found(NamedTuple):
     """Result of a search; arrays are NumPy.
 
     Attributes:
-      states: [N, …], of each cell when it was done.
-      infos: [N] of each cell's last step; zeros for a cell that converged before its first.
+      states: [N, …], each cell's last state.
+      infos: [N], of each cell's last step; zeros for a cell that converged before its first.
       steps: [N] int32, steps made by each cell.
-      image_steps: images of the steps that were made, sum of `steps` x batch.
-      image_steps_pushed: images that went through the victim, those of idle and empty slots
-        included.
-      seconds: compiling, and all else.
-      slots: the widest batch used, after halving where a device ran out of memory.
-      course: infos [num_steps, N] of every step; nan (0 for integers) after a cell's last one. None
-        unless asked for.
+      image_steps: images processed by cells: sum of `steps` x batch size.
+      image_steps_pushed: images that went through the victim, including those of idle and empty
+        slots.
+      seconds: compile time and all other time.
+      slots: the widest batch used, after any halving because a device ran out of memory.
+      course: infos [num_steps, N] of every step; nan (0 for integers) after a cell's last step.
+        None unless requested.
     """
 
     states: ArrayTree
@@ -86,7 +86,7 @@ class Found(NamedTuple):
 
 
 def even(total: int, widest: int) -> int:
-    """The batch, at most `widest`, in which `total` cells of one length are run in equally full
+    """Batch width, at most `widest`, that runs `total` cells of equal length in evenly filled
     waves."""
     return -(-total // -(-total // widest))
 
@@ -105,10 +105,11 @@ def make_task(
     given: Mapping[str, Any] | None = None,
     course: bool = False,
 ) -> Task:
-    """What `search` keeps fixed; arrays are uploaded here, once."""
+    """The fixed part of a search, see `Task`. Uploads its arrays to the devices, once."""
     over_time = default_time() if over_time == "auto" else over_time
     over, on_host = devices.mesh(), over_time == "host"
     cells = jax.tree.map(np.asarray, cells)
+    # `limit` is an array, so that searches of any length share one program
     limit, *shared = devices.on_each(
         jax.tree.map(jnp.asarray, (jnp.int32(num_steps), key, variables, data)), over
     )
@@ -155,10 +156,10 @@ def search(
     course: bool = False,
     on_chunk: Callable[[Progress], None] | None = None,
 ) -> Found:
-    """See `sweep.search`, which names the cells of errors.
+    """See `sweep.search`, which also names the cells in errors.
 
-    Raises: loop.NotFinite with the numbers of the cells whose infos stopped being finite; UserError
-      when a single cell does not fit the budget.
+    Raises: loop.NotFinite with the numbers of the cells with non-finite infos; UserError when a
+      single cell does not fit the budget.
     """
     for what, value in (("num_steps", num_steps), ("chunk", chunk), ("slots", slots)):
         if value is not None and value < 1:
@@ -207,7 +208,7 @@ def _make_found(task: Task, state: SearchState, seconds: Seconds) -> Found:
 def _chunks(
     task: Task, saved: SearchState, run: Run, slots: int | None, budget: int | None
 ) -> Iterator[tuple[Progress, Callable[[], SearchState]]]:
-    """Chunk after chunk until all cells are done; half the slots after the device ran out of
+    """Runs chunks until all cells are done; halves the slots when the device runs out of
     memory."""
     if saved.width:
         table, results = restore_search(task, saved)
@@ -222,19 +223,19 @@ def _chunks(
             if not memory.ran_out(error) or not _can_halve(task, table):
                 raise
             failed = True
-        if failed:  # outside the handler, whose traceback would keep the old batch alive
+        if failed:  # outside the handler: its traceback would keep the old batch in memory
             width, pushed = len(table.numbers) // 2, table.pushed
             waiting = np.sort(np.concatenate([table.numbers[table.live()], table.waiting]))
-            del table  # its arrays go before the next ones are made
+            del table  # free its arrays before allocating new ones
             table = open_table(task, width, waiting)._replace(pushed=pushed)
             run.notice(f"out of memory: {table.widest} cells at a time from here on")
         else:
-            # bound late on purpose: a table that is kept alive holds a batch in memory
+            # bound late on purpose: a lambda that held this table would keep its batch in memory
             yield _progress(task, table), lambda: save_search(task, table, results)  # noqa: B023
 
 
 def _run_chunk(task: Task, table: Table, results: Results) -> Table:
-    """Loads waiting cells, advances all, stores those that are done."""
+    """Loads waiting cells, advances all slots, stores finished cells."""
     before = arrange(task, table)
     table, done = advance(task, before)
     if task.course:
@@ -248,17 +249,17 @@ def _run_chunk(task: Task, table: Table, results: Results) -> Table:
 
 
 def _can_halve(task: Task, table: Table) -> bool:
-    """Whether fewer slots are possible; other machines, whose memory may suffice, would not know of
-    it."""
+    """Whether the number of slots can be halved. Not with several processes: those with enough
+    memory would not know that another one halved."""
     return len(table.numbers) > devices.even(1, task.over) and jax.process_count() == 1
 
 
 def _open(task: Task, slots: int | None, budget: int | None) -> Table:
-    """The widest batch within the budget; slots that were asked for without a budget are taken as
-    they are."""
+    """Opens the widest batch within the budget. A requested number of slots without a budget is not
+    checked."""
     total, narrowest = len(task.cells.target), devices.even(1, task.over)
     free = None if slots is not None and budget is None else budget
-    if slots is None and budget is None:  # asked before the first batch takes some of it
+    if slots is None and budget is None:  # before the first batch takes part of the memory
         free = int(devices.from_all(memory.available()).min())
     table = open_table(task, even(total, slots or DEFAULT * narrowest), np.arange(total))
     while free is not None and (needed := bytes_needed(task, table)) > free:

@@ -1,8 +1,8 @@
-"""One checkpoint: a folder of arrays as Orbax writes them, and a description that binds them.
+"""One checkpoint: a folder of arrays written by Orbax, and a description to verify them.
 
 `checkpoint.json` beside the arrays holds the step, the stage, a digest of the run's settings, the
-SHA-256 of each file, and a digest of all that. So a folder that was renamed, copied over another or
-brought from another run is found out, and so is a damaged byte, which Orbax does not always notice.
+SHA-256 of each file, and a digest of all of these. It exposes a folder that was renamed, copied
+over another or taken from another run, and damaged bytes, which Orbax does not always notice.
 """
 
 import contextlib
@@ -24,15 +24,16 @@ from jaxbd.base import UserError
 
 ARRAYS, DESCRIPTION, TEMPORARY = "arrays", "checkpoint.json", "[0-9]*.tmp"
 LONGEST_DESCRIPTION = 16 << 20
-"""Bytes; a description lists a few dozen files."""
+"""Limit in bytes on reading a description, which normally lists a few dozen files."""
 
 
 class Unusable(ValueError):
-    """A checkpoint is not the one that was asked for, or not as it was written. One line."""
+    """A checkpoint is not the requested one, or has changed since it was written. The message is
+    one line."""
 
 
 class Identity(NamedTuple):
-    """What a checkpoint belongs to: run_sha256, of the run's settings; its stage; steps made."""
+    """Identifies a checkpoint: digest of the run's settings, stage, steps made."""
 
     run_sha256: str
     stage: str
@@ -40,20 +41,20 @@ class Identity(NamedTuple):
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value as canonical JSON."""
+    """SHA-256 of a value's canonical JSON."""
     text = json.dumps(files.plain(value), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_step(path: pathlib.Path, identity: Identity, arrays: dict[str, np.ndarray]) -> None:
-    """Saves the arrays as the folder `path`, on disk when it returns; whole or not at all.
+    """Saves the arrays as the folder `path`, atomically, and syncs it to disk.
 
-    Raises: UserError when it cannot be written, such as on a full disk.
+    Raises: UserError when it cannot be written, for example because the disk is full.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(TEMPORARY):  # of runs that were killed
+        for leftover in path.parent.glob(TEMPORARY):  # left by killed runs
             shutil.rmtree(leftover)
         _check_space(path.parent, arrays)
         with _checkpointer() as checkpointer:
@@ -62,7 +63,7 @@ def write_step(path: pathlib.Path, identity: Identity, arrays: dict[str, np.ndar
         body = {**identity._asdict(), "files": _hash_files(temporary / ARRAYS)}
         files.write_json(temporary / DESCRIPTION, {**body, "sha256": digest(body)})
         files.sync_tree(temporary)
-        if path.exists():  # a checkpoint that was refused when the run was resumed
+        if path.exists():  # a damaged checkpoint that `restore` skipped
             shutil.rmtree(path)
         temporary.rename(path)
         files.sync(path.parent)
@@ -79,17 +80,17 @@ def write_step(path: pathlib.Path, identity: Identity, arrays: dict[str, np.ndar
 
 
 def _check_space(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Asked first, because a write that fails half-way leaves Orbax's other writes complaining on
-    stderr."""
+    """Raises OSError when the disk is too full. Checked first, because after one write fails,
+    Orbax's other writes still print complaints on stderr."""
     if shutil.disk_usage(folder).free < 2 * sum(value.nbytes for value in arrays.values()):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_step(path: pathlib.Path, identity: Identity) -> dict[str, np.ndarray]:
-    """The arrays of one checkpoint.
+    """Reads and verifies the arrays of one checkpoint.
 
-    Raises: Unusable when it is not the checkpoint `identity`, or a file is not as it was written;
-      and whatever Orbax raises.
+    Raises: Unusable when it is not the checkpoint `identity` or a file has changed since it was
+      written; also any error that Orbax raises.
     """
     described = _read_description(path / DESCRIPTION)
     for field, wanted in identity._asdict().items():
@@ -123,7 +124,7 @@ def _other(field: str, found: Any, wanted: Any) -> str:
 
 
 def _hash_files(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every file under `folder` by its path in it."""
+    """SHA-256 of every file under `folder`, by its relative path."""
     hashes = {}
     for path in filter(pathlib.Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
@@ -134,11 +135,11 @@ def _hash_files(folder: pathlib.Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[Any]:
-    """Orbax's synchronous checkpointer, its logger silent: what goes wrong is raised."""
+    """Orbax's synchronous checkpointer with logging off, since errors are raised anyway."""
     import jax
     import orbax.checkpoint as ocp
 
-    # by itself Orbax waits for all processes; here each reads on its own and the first alone writes
+    # Orbax would wait for all processes, but here each reads alone and only the first writes
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
@@ -154,8 +155,8 @@ def _checkpointer() -> Iterator[Any]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one short line; TensorStore states the system's reason as a number inside
-    a long text."""
+    """The error in one short line."""
+    # TensorStore buries the system's error number in a long text
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))

@@ -1,4 +1,4 @@
-"""Plain classifier training as init/step: plants victims and trains clean ones."""
+"""Plain classifier training as init/step; trains backdoored victims and clean models."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -19,7 +19,7 @@ class Config:
       learning_rate: of the first step.
       schedule: "constant"; "cosine" to zero over `num_steps`; "steps": x0.1 at 60 % and 80 % of
         them.
-      num_steps: length the schedule is laid out for.
+      num_steps: length of the schedule.
       optimiser: "sgd" (momentum) or "adam".
       momentum: of SGD.
       weight_decay: added to the gradient before momentum, on every parameter (PyTorch's
@@ -42,7 +42,7 @@ class Config:
 
 
 class State(NamedTuple):
-    """step [] int32, the net's variables, the optimiser's state."""
+    """Step [] int32, the net's variables, and the optimiser's state."""
 
     step: Array
     variables: Variables
@@ -50,7 +50,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """loss [] in nats and accuracy [] on the batch as drawn."""
+    """Loss [] in nats and accuracy [] on the batch as drawn."""
 
     loss: Array
     accuracy: Array
@@ -87,13 +87,13 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 
 def make(net: Net, config: Config) -> Trainer:
-    """Trainer of `net`; BatchNorm runs on batch moments and updates its running ones."""
+    """Trainer of `net`; BatchNorm uses batch moments and updates the running ones."""
     return trainer(net, optimiser(config))
 
 
 def trainer(net: Net, rule: optax.GradientTransformation, *, train: bool = True) -> Trainer:
-    """Trainer of `net` by any rule; without `train` the net is in evaluation and BatchNorm's
-    moments stay."""
+    """Trainer of `net` with any optimiser `rule`; with `train=False` the net runs in evaluation
+    mode and BatchNorm's moments do not change."""
 
     def init(variables: Variables) -> State:
         variables = jax.tree.map(jnp.copy, {"batch_stats": {}, **variables})

@@ -1,4 +1,4 @@
-"""Over cells: one method on a whole grid of targets, sources and levels."""
+"""Over cells: runs one method on a whole grid of targets, sources and levels."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ def size(cells: Cell) -> int:
 
 
 def describe(cells: Cell, index: int) -> str:
-    """Names one cell for people."""
+    """Human-readable name of one cell."""
     target, source = int(cells.target[index]), int(cells.source[index])
     pair = f"class {target}" if source == ANY_SOURCE else f"{source} -> {target}"
     return f"{pair} at level {float(cells.level[index]):g}"
@@ -54,7 +54,7 @@ def describe(cells: Cell, index: int) -> str:
 
 @contextlib.contextmanager
 def _naming(cells: Cell) -> Iterator[None]:
-    """Turns NotFinite into a FloatingPointError that names the cells."""
+    """Converts NotFinite to a FloatingPointError that names the cells."""
     try:
         yield
     except loop.NotFinite as error:
@@ -82,31 +82,31 @@ def search(
     course: bool = False,
     on_chunk: Callable[[over_slots.Progress], None] | None = None,
 ) -> over_slots.Found:
-    """Runs `inversion` for a long list of cells, `slots` of them at a time; all share the victim.
+    """Runs `inversion` for a long list of cells, `slots` at a time, on one victim.
 
-    A cell is done when `inversion.converged` says so or after `num_steps` steps. The next one takes
-    its slot when the host looks, after every `chunk` steps. A cell's result depends only on its
-    place in the list, whatever `slots` and `chunk` are, up to float rounding. With as many slots as
-    cells all of them advance together, and `course=True` gives the infos of every step.
+    A cell is done after `num_steps` steps, or earlier if `inversion.converged`. After every `chunk`
+    steps the host gives the slots of finished cells to waiting ones. A cell's result depends only
+    on its position in the list, not on `slots` and `chunk`, up to float rounding. `course=True`
+    also records the infos of every step.
 
     Args:
       run: reports, saves and resumes the search as the stage `name`; its steps are those of all
         cells, its state is `slots.SearchState`.
-      draw: (key, data, source) -> Batch; every cell draws batches of its own.
-      data: whatever `draw` reads, as arrays.
+      draw: (key, data, source) -> Batch; every cell draws its own batches.
+      data: the arrays that `draw` reads.
       cells: [N], see `grid`.
       variables: the victim's.
-      slots: at most so many cells at a time; None for 32 per device, or fewer where the memory
-        budget asks for it.
-      memory_budget: bytes that the compiled program may take for its arguments, results and what is
-        between; slots are halved until it does. None for a share of what is free, see
-        `memory.available`; where `slots` is given, for no check.
-      given: fields of the fresh states, [N, …] each, that the caller sets.
+      slots: maximum number of cells at a time; None for 32 per device, or fewer if the memory
+        budget requires it.
+      memory_budget: bytes that the compiled program may take for arguments, results and
+        temporaries; slots are halved until it fits. If None, the budget is a share of the free
+        memory, see `memory.available`; if None and `slots` is given, nothing is checked.
+      given: fields of the first states, [N, …] each, that replace those of `inversion.init`.
       course: whether to record the infos of every step, on the host.
-      on_chunk: called after each chunk with how far all cells are; it may print or raise.
+      on_chunk: called after each chunk with the progress of all cells; it may print or raise.
     Returns: states and last infos [N] of every cell as NumPy arrays, see `slots.Found`.
-    Raises: FloatingPointError naming the cells whose values stopped being finite; UserError when
-      the budget is too small for one cell.
+    Raises: FloatingPointError naming the cells with non-finite values; UserError when the budget is
+      too small for one cell.
     """
     with _naming(cells):
         return over_slots.search(
@@ -136,7 +136,8 @@ def compile_step(
     cells: Cell,
     variables: Variables,
 ) -> jax.stages.Compiled:
-    """The program of one step of all cells at once, to ask what it costs; nothing is computed."""
+    """Compiles one step of all cells at once, to inspect its cost; computes nothing."""
+    # mode "host", so that the program is a single step
     task = over_slots.make_task(
         key, inversion, draw, data, cells, variables, num_steps=1, over_time="host"
     )

@@ -1,7 +1,8 @@
-"""The host's side of a search: which cell is in which slot, and what has become of the others.
+"""The host's side of a search: which cell is in which slot, and the results of the others.
 
-`Table` is a value: `arrange`, `advance` and `release` return the next one. `Results` are arrays in
-host memory that `store` writes into, since 9,900 cells are not copied at every chunk.
+`Table` is immutable: `arrange`, `advance` and `release` return the next one. `Results` are arrays
+in host memory that `store` writes in place, because copying 9,900 cells at every chunk would be too
+slow.
 """
 
 from typing import Any, NamedTuple
@@ -21,20 +22,20 @@ WAITING, DONE = -1, -2
 
 
 class Task(NamedTuple):
-    """What does not change during a search.
+    """The fixed part of a search.
 
     Attributes:
-      programs: compiled for this inversion and draw.
+      programs: for this inversion and draw.
       shapes: of one slot.
       batch_size: images of one cell in one step.
       cells: [N], NumPy.
       shared: limit, key, variables and data, on the devices.
-      given: fields of the fresh states [N, …] that the caller sets, NumPy.
-      over: mesh of the devices in use; None for one.
-      num_steps: at most, of each cell.
-      chunk: steps between two looks of the host.
-      on_host: whether time goes by a host loop.
-      in_lanes: whether groups of slots advance side by side, see `lanes`.
+      given: fields of the first states [N, …] that the caller sets, NumPy.
+      over: mesh of the devices in use; None for a single device.
+      num_steps: maximum steps of each cell.
+      chunk: steps between two visits of the host.
+      on_host: whether the mode over time is "host", see `loop`.
+      in_lanes: whether groups of slots advance in parallel, see `lanes`.
       course: whether the infos of every step are recorded.
     """
 
@@ -56,14 +57,14 @@ class Table(NamedTuple):
     """Where the cells are between two chunks.
 
     Attributes:
-      slots: on the devices, S of them.
-      placed: (numbers [S], cells [S]) on the devices; those of cell 0 for a slot without one.
+      slots: S of them, on the devices.
+      placed: (numbers [S], cells [S]) on the devices; a slot without a cell has those of cell 0.
       numbers: [S] int, the cell in each slot; -1 for none.
       made: [S] int32, steps made by each.
       waiting: numbers of cells that have no slot yet, in order.
       group: slots that advance together in a lane; 0 without lanes.
       widest: S at the start, or after the device last ran out of memory.
-      pushed: steps of all slots so far, those without a cell included.
+      pushed: steps of all slots so far, including slots without a cell.
     """
 
     slots: Slots
@@ -81,11 +82,11 @@ class Table(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What has become of the cells; NumPy, written in place.
+    """Results of the cells; NumPy arrays, written in place.
 
     Attributes:
       states: [N, …].
-      infos: [N] of each cell's last step.
+      infos: [N], of each cell's last step.
       steps: [N] int32, steps made.
       course: infos [num_steps, N]; nan, or 0 for integers, where no step was made; or None.
     """
@@ -97,7 +98,7 @@ class Results(NamedTuple):
 
 
 def blank_results(task: Task) -> Results:
-    """No cell has made a step."""
+    """Results before any cell has made a step."""
     total = len(task.cells.target)
 
     def empty(leaf) -> np.ndarray:
@@ -113,9 +114,9 @@ def blank_results(task: Task) -> Results:
 
 
 def open_table(task: Task, width: int, waiting: np.ndarray, widest: int | None = None) -> Table:
-    """A batch of `width` slots without cells, or a few more so that the devices have equally many.
+    """A table of `width` slots without cells, rounded up so that all devices have the same number.
 
-    The group is chosen for `widest`, so that a batch that has narrowed keeps its programs.
+    The group size is chosen for `widest`, so that a narrowed batch reuses its programs.
     """
     width = devices.even(width, task.over)
     numbers = np.full(width, -1)
@@ -132,7 +133,8 @@ def open_table(task: Task, width: int, waiting: np.ndarray, widest: int | None =
 
 
 def place_cells(task: Task, numbers: np.ndarray) -> tuple[Any, Cell]:
-    """What the programs read of the cell in each slot."""
+    """Puts the number and `Cell` of each slot's cell on the devices, for the programs."""
+    # a slot without a cell never advances, so it may read cell 0
     index = np.maximum(numbers, 0)
     cells = jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), task.cells)
     return devices.by_cell((jnp.asarray(index, jnp.int32), cells), task.over)
@@ -144,28 +146,28 @@ def _arguments(task: Task, table: Table, count: int) -> tuple:
 
 
 def bytes_needed(task: Task, table: Table) -> int:
-    """Bytes that a step takes, by the compiler's account; in lanes, of all slots and of the groups
-    under way."""
+    """Bytes that a step needs, as the compiler reports; in lanes, all slots plus the groups that
+    run at the same time."""
     program, arguments = task.programs.advance, _arguments(task, table, 1)
     if not task.in_lanes:
         return memory.needed(program.compiled(*arguments))
     group = lanes.own(arguments, PER_SLOT, 0, table.group)
     under_way = min(lanes.workers(), -(-len(table.numbers) // table.group))
-    copies = 3  # as they were, in groups, and joined
+    copies = 3  # before, split into groups, and joined again
     every = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(table.slots))
     return every + under_way * memory.needed(program.compiled(*group))
 
 
 def steps_ahead(task: Task, table: Table) -> int:
-    """Most steps that a cell in a slot may still make."""
+    """Maximum steps that any cell in a slot has left."""
     return task.num_steps - int(table.made[table.live()].min())
 
 
 def arrange(task: Task, table: Table) -> Table:
-    """Waiting cells take free slots; in lanes, where none waits, the batch narrows.
+    """Moves waiting cells into free slots. In lanes, if none is waiting, narrows the batch.
 
-    On an accelerator the batch keeps its width: each new width would be compiled, which takes
-    longer there than idle slots cost.
+    On an accelerator the batch keeps its width: compiling another width costs more there than idle
+    slots do.
     """
     free = np.flatnonzero(table.numbers < 0)[: len(table.waiting)]
     if len(free):
@@ -186,21 +188,22 @@ def _refill(task: Task, table: Table, free: np.ndarray) -> Table:
 
 
 def fitting(count: int, widest: int) -> int:
-    """The narrowest batch for `count` cells: a power of two below `widest`, or `widest`; few
-    programs serve all."""
+    """The narrowest batch for `count` cells: a power of two below `widest`, or `widest`. Few widths
+    mean few programs to compile."""
     return min(1 << max(count - 1, 0).bit_length(), widest)
 
 
 def _narrow(task: Task, table: Table) -> Table:
-    """Moves the cells into whole groups, or into less than one where more than a chunk is ahead.
+    """Packs the cells into as few whole groups as possible, or into part of a group if more than
+    one chunk is left.
 
-    A group of `lanes.START` or fewer stays whole: the idle slot costs less than a program for one
-    takes to compile.
+    A group of at most `lanes.START` slots stays whole: its idle slot costs less than compiling
+    another program.
     """
     live = table.live()
-    if table.group < max(len(live), lanes.START + 1):  # any number of groups runs the same program
+    if table.group < max(len(live), lanes.START + 1):  # all groups share one program
         width = -(-len(live) // table.group) * table.group
-    elif steps_ahead(task, table) <= task.chunk:  # too little to compile for
+    elif steps_ahead(task, table) <= task.chunk:  # too few steps to pay for compiling
         return table
     else:
         width = fitting(len(live), len(table.numbers))
@@ -215,9 +218,9 @@ def _narrow(task: Task, table: Table) -> Table:
 
 
 def advance(task: Task, table: Table) -> tuple[Table, np.ndarray]:
-    """One chunk; returns [S] bool too, which cells are done.
+    """Runs one chunk. Returns the next table, and whether each slot is done, [S] bool.
 
-    Raises: loop.NotFinite with the numbers of the cells whose infos stopped being finite.
+    Raises: loop.NotFinite with the numbers of the cells with non-finite infos.
     """
     count = min(task.chunk, steps_ahead(task, table))
     program, arguments = task.programs.advance, _arguments(task, table, count)
@@ -232,7 +235,7 @@ def advance(task: Task, table: Table) -> tuple[Table, np.ndarray]:
     done, made, broke = devices.fetch((done, slots.made, slots.broke))
     _check_finite(table, np.asarray(broke))
     pushed = table.pushed + count * len(table.numbers)
-    # a slot without a cell has made BLANK steps, which no count of steps may include
+    # `made` is BLANK in a slot without a cell; zero it, so that no sum includes it
     made = np.where(table.numbers >= 0, made, 0).astype(np.int32)
     return table._replace(slots=slots, made=made, pushed=pushed), np.asarray(done)
 
@@ -247,7 +250,7 @@ def _check_finite(table: Table, broke: np.ndarray) -> None:
 
 
 def record_course(results: Results, before: Table, after: Table) -> None:
-    """Copies the infos of the steps that the last chunk made."""
+    """Copies the infos of the last chunk's steps into `results.course`."""
     recent = devices.fetch(after.slots.recent)
     for position in after.live():
         first, last = before.made[position], after.made[position]
@@ -267,16 +270,17 @@ def release(table: Table, positions: np.ndarray) -> Table:
 
 @cached(1)
 def _picker() -> Program:
-    """Rows of all leaves; of an accelerator's slots only what leaves them goes to the host."""
+    """Program that selects rows of all leaves, so that an accelerator sends only those to the
+    host."""
     return Program(lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree))
 
 
 def store(task: Task, table: Table, results: Results, positions: np.ndarray) -> None:
-    """Copies the slots at `positions` to the host."""
+    """Copies the slots at `positions` into `results`."""
     found = table.slots.state, table.slots.info
     if task.on_host or len(positions) == len(table.numbers):
         rows = jax.tree.map(lambda leaf: leaf[positions], devices.fetch(found))
-    else:  # by powers of two, so that few programs serve all counts
+    else:  # pad to powers of two, so that few programs serve all counts
         padding = fitting(len(positions), len(table.numbers)) - len(positions)
         index = devices.on_each(jnp.asarray(np.pad(positions, (0, padding))), task.over)
         rows = devices.fetch(_picker()(found, index))

@@ -1,4 +1,4 @@
-"""A state as NumPy arrays with names, and back: what a checkpoint stores of it."""
+"""Converts a state to named NumPy arrays, as stored in a checkpoint, and back."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ import numpy as np
 from jaxbd.base import ArrayTree
 
 Signature = tuple[Any, list[tuple[tuple[int, ...], str]]]
-"""Structure of a tree; shape and type of every leaf as stored."""
+"""Structure of a tree; shape and type of each leaf as stored."""
 
 
 class Mismatch(Exception):
-    """Stored arrays are not those of the wanted state. The message says which one differs."""
+    """Stored arrays do not match the expected state. The message names the first difference."""
 
 
 def to_arrays(prefix: str, tree: ArrayTree) -> dict[str, np.ndarray]:
-    """Leaves by path ("state/variables/params/head/bias"); typed keys as their data."""
+    """Leaves by path ("state/variables/params/head/bias"); typed keys become their key data."""
     leaves = map(np.asarray, jax.device_get(jax.tree.leaves(_without_keys(tree))))
     return dict(zip(_names(prefix, tree), leaves, strict=True))
 
 
 def to_infos(arrays: dict[str, np.ndarray]) -> dict[str, ArrayTree]:
-    """Infos by field; those of a field that is a dictionary by their names in it."""
+    """Rebuilds infos by field; a field that is a dictionary becomes a nested one."""
     infos: dict[str, ArrayTree] = {}
     for name, value in arrays.items():
         kind, _, rest = name.partition("/")
@@ -36,14 +36,14 @@ def to_infos(arrays: dict[str, np.ndarray]) -> dict[str, ArrayTree]:
 
 
 def to_state(like: ArrayTree, arrays: dict[str, np.ndarray]) -> ArrayTree:
-    """`like` with its leaves replaced by the arrays of their names, placed where `like` was placed
-    on purpose.
+    """`like` with its leaves replaced by the arrays of the same names, on the devices to which
+    `like` is committed, if any.
 
     Raises: Mismatch when a name, shape or type differs.
     """
     structure, shapes = signature(like)
     wanted = dict(zip(_names("state", like), shapes, strict=True))
-    # arrays of size zero are not stored: their shape says it all
+    # arrays of size zero are not stored: rebuild them from their shape
     arrays = {**{name: np.zeros(*kind) for name, kind in wanted.items() if 0 in kind[0]}, **arrays}
     found = {
         name: (value.shape, str(value.dtype))
@@ -59,7 +59,8 @@ def to_state(like: ArrayTree, arrays: dict[str, np.ndarray]) -> ArrayTree:
 
 
 def signature(tree: ArrayTree) -> Signature:
-    """What two states must share to be stored in one place."""
+    """Structure, shapes and types; two states with the same signature can share a checkpoint
+    stage."""
     leaves, structure = jax.tree.flatten(jax.eval_shape(_without_keys, tree))
     return structure, [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
 
@@ -74,7 +75,7 @@ def _names(prefix: str, tree: ArrayTree) -> list[str]:
 
 
 def _place(value: np.ndarray, like: Any) -> Any:
-    if isinstance(like, np.ndarray):  # stays in the host's memory
+    if isinstance(like, np.ndarray):  # stays in host memory
         return value
     where = like.sharding if getattr(like, "committed", False) else None
     if _is_key(like):
@@ -89,5 +90,5 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _without_keys(tree: ArrayTree) -> ArrayTree:
-    """Typed keys replaced by their data."""
+    """Replaces typed keys by their key data."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)

@@ -246,5 +246,5 @@ def test_sizes_with_units(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "0.5", "much", "-5", "5 apples", "GiB", "1e", "2e999"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UserError, match="is no size; give bytes"):
+    with pytest.raises(UserError, match="is not a size; give bytes"):
         Bytes.parse(text)

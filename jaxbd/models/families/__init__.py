@@ -1,4 +1,5 @@
-"""Families of architectures: one function for every depth and width, told by names and shapes."""
+"""Families of architectures: one function covers every depth and width, read from the layers' names
+and shapes."""
 
 from jaxbd.models.families.family import FAMILIES, Family, open_table, parse
 from jaxbd.models.families.layers import Layers, Mismatch

@@ -20,7 +20,7 @@ INCEPTIONS = (("a3", "b3"), ("a4", "b4", "c4", "d4", "e4"), ("a5", "b5"))
 
 
 def kind(net: Layers) -> str:
-    """Which of the nets it is. Raises Mismatch where it is none of them."""
+    """Identifies the net. Raises Mismatch when it is none of the branched nets."""
     if net.has("pre_layers.0") and net.has("a3.b1.0"):
         return "GoogLeNet"
     if net.has("base.0") and net.has("layer3.root.conv"):
@@ -40,7 +40,7 @@ def kind(net: Layers) -> str:
 
 
 def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """Their strides are known: the only form is that of the repository."""
+    """Only the repository's form, whose strides `forward` knows."""
     kind(net)
     return ({},)
 
@@ -61,7 +61,7 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
 
 
 def _sequence(net: Layers, name: str, x: Array) -> Array:
-    """conv, norm, ReLU, …, one after the other."""
+    """Applies conv, norm, ReLU repeatedly, in the order of the names."""
     inner = net.within(name)
     for conv, norm in zip(inner[::2], inner[1::2], strict=True):
         x = nn.relu(net.unit(conv, norm, x))
@@ -113,7 +113,7 @@ def _tree(net: Layers, name: str, x: Array, stride: int) -> Array:
     for level in reversed(net.matching(rf"{name}\.level_\d+")):
         x = _tree(net, level, x, stride)
         parts.append(x)
-    # below a subtree the image was halved already
+    # the previous root or a subtree has already applied the stride
     x = _basic(net, f"{name}.left_node", x, 1 if parts else stride)
     parts.append(x)
     parts.append(_basic(net, f"{name}.right_node", x, 1))
@@ -129,7 +129,7 @@ def _dpn(net: Layers, x: Array) -> Array:
 
 
 def _dual(net: Layers, name: str, x: Array, stride: int) -> Array:
-    """A dual path block: the first d channels are added, the others set side by side."""
+    """A dual path block: the first d channels are added, the others concatenated."""
     y = nn.relu(net.unit(f"{name}.conv1", f"{name}.bn1", x))
     y = nn.relu(net.unit(f"{name}.conv2", f"{name}.bn2", y, stride))
     y = net.unit(f"{name}.conv3", f"{name}.bn3", y)
@@ -137,7 +137,7 @@ def _dual(net: Layers, name: str, x: Array, stride: int) -> Array:
     if net.has(f"{name}.shortcut.0"):
         x = net.unit(f"{name}.shortcut.0", f"{name}.shortcut.1", x, stride)
     blocks = net.children(stage)
-    # a stage's width grows by the same amount in every block; the rest of the first one is added
+    # every block widens a stage by the same amount; the other channels of its output are added
     widths = [net.size(f"{each}.conv1")[1] for each in blocks]
     outputs = net.size(f"{blocks[0]}.conv3")[0]
     grown = widths[1] - outputs if len(blocks) > 1 else 0
@@ -173,6 +173,7 @@ def _shufflenet2(net: Layers, x: Array) -> Array:
 
 
 def _half(net: Layers, name: str, x: Array) -> Array:
+    # half of the channels pass through unchanged
     still, y = jnp.split(x, 2, -1)
     y = nn.relu(net.unit(f"{name}.conv1", f"{name}.bn1", y))
     y = net.unit(f"{name}.conv2", f"{name}.bn2", y)
@@ -193,6 +194,7 @@ def _pnasnet(net: Layers, x: Array) -> Array:
     x = nn.relu(net.unit("conv1", "bn1", x))
     for stage in net.matching(r"layer\d+"):
         cells = net.children(stage)
+        # a stage without children is itself one cell that halves the image
         for name in cells or [stage]:
             x = _cell(net, name, x, 1 if cells else 2)
     return net.head(x)
@@ -212,10 +214,10 @@ def _cell(net: Layers, name: str, x: Array, stride: int) -> Array:
 
 
 def side(net: Layers) -> int:
-    """Side of the images that such a net is mostly for."""
+    """Typical side of the images for such a net, in pixels."""
     return 32
 
 
 def title(net: Layers) -> str:
-    """What the repository calls it."""
+    """The net's name in the repository."""
     return kind(net)

@@ -1,9 +1,9 @@
-"""Nets whose layers stand one after the other: LeNet and other small nets for MNIST, AlexNet-like
-nets, VGG with or without BatchNorm (Simonyan and Zisserman 2015), any number of linear layers.
+"""Nets with layers in one sequence: LeNet and other small nets for MNIST, AlexNet-like nets, VGG
+with or without BatchNorm (Simonyan and Zisserman 2015), any number of linear layers.
 
-The order is that of the names, which the numbers of channels must bear out. Numbers left out in a
-`Sequential` say where pooling stands; where the names say nothing, the width of the first linear
-layer and the image's size do.
+The order follows the names and is checked against the numbers of channels. Gaps in the numbers of a
+`Sequential` show where pooling is. If the names show nothing, pooling is derived from the width of
+the first linear layer and the image's size.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from jaxbd.models.families.layers import Layers, Mismatch, adaptive_avg_pool, ma
 from jaxbd.models.norm import Correction
 
 MOST = 64
-"""Layers; a chain of more is some other net."""
+"""Maximum number of layers; a longer chain is some other net."""
 ACTIVATIONS = {
     "relu": nn.relu,
     "elu": nn.elu,
@@ -28,7 +28,7 @@ ACTIVATIONS = {
     "sigmoid": nn.sigmoid,
 }
 ALEXNET = {"padded": True, "stem_stride": 4, "window": 3, "side": 224}
-"""Krizhevsky et al. 2012, as in torchvision: a first convolution of 11x11, overlapping poolings."""
+"""Krizhevsky et al. 2012, as in torchvision: 11x11 first convolution, overlapping pooling."""
 ORDER = (
     "block",
     "stage",
@@ -44,18 +44,18 @@ ORDER = (
     "output",
     "out",
 )
-"""How the parts of a net follow each other, by the beginnings of their names."""
+"""Order of a net's parts, by the first letters of their names."""
 
 
 class Chain(NamedTuple):
-    """Convolutions with the norm after each (or None), linear layers with theirs, in order."""
+    """Convolutions in order, each with its norm or None; linear layers likewise."""
 
     convs: tuple[tuple[str, str | None], ...]
     linears: tuple[tuple[str, str | None], ...]
 
 
 def chain(net: Layers) -> Chain:
-    """The layers in order. Raises Mismatch where their channels do not follow each other."""
+    """The layers in order. Raises Mismatch when their numbers of channels do not match."""
     if len(net.shapes) > MOST:
         raise Mismatch("it has more layers than a plain net")
     convs = [name for name, shape in net.shapes.items() if len(shape) == 4]
@@ -83,7 +83,8 @@ def _order(name: str) -> list[Any]:
 
 
 def _check_linked(net: Layers, names: list[str]) -> list[str]:
-    """`names`, of which each takes what the one before gives."""
+    """Returns `names` after checking that each layer's input channels match the output channels of
+    the one before."""
     for one, other in itertools.pairwise(names):
         if net.shapes[other][1] != net.shapes[one][0]:
             raise Mismatch(f"{other} does not take what {one} gives")
@@ -91,8 +92,8 @@ def _check_linked(net: Layers, names: list[str]) -> list[str]:
 
 
 def _norm_after(net: Layers, name: str, norms: list[str]) -> str | None:
-    """The norm that belongs to a layer: the next number of the same sequence, or the same number
-    under another name."""
+    """The norm that follows a layer: the one with the next number in the same sequence, or with the
+    same number under another name; None if there is none."""
     base, _, leaf = name.rpartition(".")
     stem = f"{base}." if base else ""
     guesses = [f"{stem}{int(leaf) + 1}"] if leaf.isdigit() else []
@@ -108,11 +109,11 @@ def _norm_after(net: Layers, name: str, norms: list[str]) -> str | None:
 
 
 def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """What the weights leave open, the likeliest first.
+    """Possible values of what the weights do not determine, the most likely first.
 
-    "pools": whether max-pooling follows each convolution, "1" or "0"; "padded": whether the
-    convolutions keep the image's size; "activation"; "side": of the images; "stem_stride" of the
-    first convolution and "window" of the poolings, where they are not 1 and 2.
+    "pools": "1" or "0" per convolution, whether max-pooling follows it; "padded": whether the
+    convolutions keep the image's size; "activation"; "side" of the images; "stem_stride" of the
+    first convolution if not 1; "window" of the pooling if not 2.
     """
     found = chain(net)
     convs = [conv for conv, _ in found.convs]
@@ -130,7 +131,7 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
 
 
 def _sequence(net: Layers, found: Chain, rest: int) -> list[dict[str, Any]]:
-    """Of nets whose convolutions are numbered in one sequence: a gap is a pooling."""
+    """Forms of nets with convolutions numbered in one sequence, where a gap means pooling."""
     names = [conv for conv, _ in found.convs]
     bases = {name.rpartition(".")[0] for name in names}
     numbers = [name.rpartition(".")[2] for name in names]
@@ -148,7 +149,8 @@ def _sequence(net: Layers, found: Chain, rest: int) -> list[dict[str, Any]]:
 
 
 def _small(net: Layers, found: Chain, rest: int) -> list[dict[str, Any]]:
-    """Of small nets: poolings and paddings that leave `rest` places of an image of usual size."""
+    """Forms of small nets: pooling and padding that reduce an image of a usual size to `rest` x
+    `rest` positions."""
     convs = [conv for conv, _ in found.convs]
     if len(convs) > 8:
         return []
@@ -159,13 +161,15 @@ def _small(net: Layers, found: Chain, rest: int) -> list[dict[str, Any]]:
             for pools in _likely_pools(len(convs)):
                 if _places(net, convs, side, padded, pools) == rest:
                     solutions.append({"pools": pools, "padded": padded, "side": side})
+        # sides are in order of likelihood: stop at the first that fits
         if solutions:
             break
     return solutions[:3]
 
 
 def _likely_pools(count: int) -> list[str]:
-    """After every convolution; after every second one; after the last; the last two; none."""
+    """Likely pooling: after every convolution; every second; only the last; all except the first;
+    none."""
     every = "1" * count
     second = "".join("1" if index % 2 else "0" for index in range(count))
     last = "0" * (count - 1) + "1"
@@ -187,12 +191,14 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
     found, activate = chain(net), ACTIVATIONS[form["activation"]]
     stride, window = form.get("stem_stride", 1), form.get("window", 2)
     for index, ((conv, norm), pool) in enumerate(zip(found.convs, form["pools"], strict=True)):
+        # only AlexNet has a stem stride, and its first convolution pads by 2
         padding = (None if stride == 1 or index else 2) if form["padded"] else 0
         x = net.conv(conv, x, stride if index == 0 else 1, padding)
         x = activate(x if norm is None else net.norm(norm, x))
         x = max_pool(x, window, 2) if pool == "1" else x
     rest = math.isqrt(net.size(found.linears[0][0])[1] // x.shape[-1])
     x = adaptive_avg_pool(x, rest)
+    # PyTorch flattens channels first
     x = Correction(name="features")(x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
     for index, (linear, norm) in enumerate(found.linears):
         x = net.linear(linear, x)
@@ -202,14 +208,14 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
 
 
 def side(net: Layers) -> int:
-    """Side of the images that such a net is mostly for."""
+    """Typical side of the images for such a net, in pixels."""
     return int(forms(net)[0]["side"])
 
 
 def title(net: Layers) -> str:
-    """ "VGG-16" by its number of layers, "CNN-4" where it is small."""
+    """ "VGG-16", after its number of layers, or "CNN-4" for a small net."""
     found = chain(net)
-    # VGG nets are named by the original's three linear layers
+    # names of VGG nets count the original's three linear layers
     if len(found.convs) > 4:
         return f"VGG-{len(found.convs) + 3}"
     return f"CNN-{len(found.convs) + len(found.linears)}"

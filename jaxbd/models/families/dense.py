@@ -1,4 +1,4 @@
-"""DenseNet (Huang et al. 2017) of any depth and growth, in the names of torchvision,
+"""DenseNet (Huang et al. 2017) of any depth and growth, with the layer names of torchvision,
 kuangliu/pytorch-cifar, weiaicunzai/pytorch-cifar100 and andreasveit/densenet-pytorch."""
 
 import re
@@ -12,14 +12,14 @@ from jaxbd.models.families.layers import Layers, Mismatch, avg_pool, max_pool
 
 
 class Naming(NamedTuple):
-    """Patterns of one style.
+    """Layer names of one style, as regular expressions except for `stem` and `last`.
 
     Attributes:
-      stem: first convolution, its norm or None.
-      stages: of the dense blocks; layers: of the layers below a block.
-      transitions: of what stands between two blocks.
+      stem: first convolution, and its norm or None.
+      stages: dense blocks; layers: layers within a block.
+      transitions: transitions between two blocks.
       last: the norm before the head.
-      newest_first: whether a layer's output goes before what it was made from.
+      newest_first: whether a layer's output is concatenated before its input.
       bare: whether a transition has no ReLU.
     """
 
@@ -61,7 +61,7 @@ NAMINGS = (
 
 
 def naming(net: Layers) -> Naming:
-    """The style of the names. Raises Mismatch where it is none that is known."""
+    """The style of the names. Raises Mismatch when it is unknown."""
     for style in NAMINGS:
         stages = net.matching(style.stages)
         has_ends = style.stem[0] in net.shapes and style.last in net.shapes
@@ -71,9 +71,10 @@ def naming(net: Layers) -> Naming:
 
 
 def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """ "pool": max-pooling after the stem; "stem_stride"."""
+    """Possible values of "pool" (max-pooling after the stem) and "stem_stride"."""
     style = naming(net)
     side = net.size(style.stem[0])[-1]
+    # the styles without a norm in the stem are those of CIFAR nets
     if style.stem[1] is None:
         return ({"stem_stride": 1, "pool": False},)
     if side == 7:
@@ -99,12 +100,12 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
 
 
 def _layer(net: Layers, name: str, x: Array) -> Array:
-    """norm, ReLU, conv, once or twice."""
+    """Applies norm, ReLU, conv, once or twice."""
     inner = net.within(name)
     convs = [key for key in inner if len(net.shapes[key]) == 4]
     norms = [key for key in inner if len(net.shapes[key]) == 1]
     if not convs or len(convs) != len(norms):
-        raise Mismatch(f"{name} is no layer of a dense block")
+        raise Mismatch(f"{name} is not a layer of a dense block")
     for norm, conv in zip(norms, convs, strict=True):
         x = net.conv(conv, nn.relu(net.norm(norm, x)))
     return x
@@ -120,10 +121,10 @@ def _transition(net: Layers, name: str, x: Array, bare: bool) -> Array:
 
 
 def side(net: Layers) -> int:
-    """Side of the images that such a net is mostly for."""
+    """Typical side of the images for such a net, in pixels."""
     return 224 if net.size(naming(net).stem[0])[-1] == 7 else 32
 
 
 def title(net: Layers) -> str:
-    """ "DenseNet-121" by its number of layers."""
+    """ "DenseNet-121", after its number of layers."""
     return f"DenseNet-{sum(len(shape) in (2, 4) for shape in net.shapes.values())}"

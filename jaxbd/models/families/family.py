@@ -1,4 +1,4 @@
-"""From a table of layers to a Flax module of the family that has them."""
+"""Builds a Flax module from a table of layers and the name of their family."""
 
 import re
 from collections.abc import Mapping
@@ -20,18 +20,19 @@ FAMILIES: dict[str, ModuleType] = {
     "residual": residual,
     "chain": chain,
 }
-"""Name of a family -> the module with its `forms`, `forward`, `side` and `title`, the most special
+"""Name of a family -> the module with its `forms`, `forward`, `side` and `title`, the most specific
 first."""
 
 SIZE = re.compile(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5}){0,3}[+]?")
-"""A layer as a table holds it: the shape of its weight, "+" where there is a bias (of BatchNorm:
-scale and shift)."""
+"""Entry of the table for one layer: the shape of its weight, then "+" if it has a bias (for
+BatchNorm: scale and shift)."""
 MOST_LAYERS = 10_000
 MOST_NUMBERS = 1 << 31
 
 
 def parse(table: Mapping[str, str]) -> tuple[dict[str, Shape], frozenset[str]]:
-    """Shapes and biased layers of a table. Raises UserError where an entry is no layer."""
+    """Shapes and biased layers of a table. Raises UserError when an entry is not a layer or the net
+    is too large."""
     shapes, total = {}, 0
     for name, text in table.items():
         if not isinstance(text, str) or not SIZE.fullmatch(text) or not name.isprintable():
@@ -42,12 +43,14 @@ def parse(table: Mapping[str, str]) -> tuple[dict[str, Shape], frozenset[str]]:
         total += count
         shapes[name] = shape
     if len(shapes) > MOST_LAYERS or total > MOST_NUMBERS:
-        raise UserError(f"a net of {len(shapes):,} layers and {total:,} numbers is not built")
+        raise UserError(
+            f"a net of {len(shapes):,} layers and {total:,} numbers is not built: too large"
+        )
     return shapes, frozenset(name for name, text in table.items() if text.endswith("+"))
 
 
 def open_table(table: Mapping[str, str]) -> Layers:
-    """The layers of a table, to be asked for; none can be applied."""
+    """The layers of a table, for looking up names and shapes only: they cannot be applied."""
     return Layers(*parse(table), jnp.float32, False)
 
 
@@ -56,7 +59,7 @@ class Family(nn.Module):
 
     Attributes:
       layers: name of each layer -> its size, see `SIZE`.
-      form: what the weights leave open, one of the family's `forms`.
+      form: what the weights do not determine, one of the family's `forms`.
     """
 
     classes: int
@@ -74,7 +77,7 @@ class Family(nn.Module):
             raise Mismatch(f"the form {dict(self.form)} does not fit: {error}") from None
         left = sorted(set(net.shapes) - net.used)
         if left:
-            raise Mismatch(f"{left[0]} has no place in it")
+            raise Mismatch(f"the family does not use {left[0]}")
         if logits.shape[-1] != self.classes:
             raise Mismatch(f"it has {logits.shape[-1]} classes, not {self.classes}")
         return logits

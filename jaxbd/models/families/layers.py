@@ -1,9 +1,9 @@
-"""Layers of a net by the names that they have in its PyTorch state_dict.
+"""Layers of a net by their names in its PyTorch state_dict.
 
 A family of architectures is one function `forward(net, x, form) -> logits`. It asks `net` for
-layers by name, and their shapes say the rest: widths, kernel sizes, groups, whether there is a
-bias. So one function serves every depth and width. What leaves no trace in the weights, such as
-strides and pooling, is in `form`.
+layers by name; their shapes determine widths, kernel sizes and groups. One function therefore
+serves every depth and width. Whatever the weights do not determine, for example strides and
+pooling, is in `form`.
 """
 
 import re
@@ -21,17 +21,17 @@ Shape = tuple[int, ...]
 
 
 class Mismatch(UserError):
-    """The layers are not those of the family. The message says what differs."""
+    """The layers do not match the family. The message says what differs."""
 
 
 class Layers:
     """The layers of one net. Used inside the compact method of a Flax module.
 
     Attributes:
-      shapes: layer -> shape of its weight in PyTorch's order: [O, I / groups, h, w] of a
-        convolution, [O, I] of a linear layer, [C] of BatchNorm.
-      biased: layers with a bias; of BatchNorm, those with scale and shift.
-      used: names of layers that were applied or skipped.
+      shapes: layer -> shape of its weight in PyTorch's order: [O, I / groups, h, w] for a
+        convolution, [O, I] for a linear layer, [C] for BatchNorm.
+      biased: layers with a bias; for BatchNorm, with scale and shift.
+      used: names of layers that were applied or passed to `unused`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Layers:
         self.used: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether there is a layer of that name, or a module with layers in it."""
+        """Whether `name` is a layer or a module that contains layers."""
         return name in self.shapes or any(key.startswith(f"{name}.") for key in self.shapes)
 
     def first(self, *names: str) -> str | None:
@@ -49,12 +49,12 @@ class Layers:
         return next((name for name in names if name in self.shapes), None)
 
     def children(self, name: str) -> list[str]:
-        """The numbered modules directly in `name`, by number."""
+        """The numbered modules directly in `name`, ordered by number."""
         return self.matching(rf"{re.escape(name)}\.\d+")
 
     def matching(self, pattern: str) -> list[str]:
-        """Names of modules and layers that match `pattern` from their beginning, in natural order;
-        what follows at a dot is left out."""
+        """Names of modules and layers that match `pattern` from the start up to a dot or the end,
+        in natural order; only the matched part of each name."""
         found = {
             match[0] for key in self.shapes if (match := re.match(rf"(?:{pattern})(?=\.|$)", key))
         }
@@ -65,7 +65,7 @@ class Layers:
         return sorted((k for k in self.shapes if k.startswith(f"{name}.")), key=natural)
 
     def size(self, name: str) -> Shape:
-        """Shape of a layer's weight. Raises Mismatch where there is no such layer."""
+        """Shape of a layer's weight. Raises Mismatch when there is no such layer."""
         if name not in self.shapes:
             raise Mismatch(f"{name} is missing")
         return self.shapes[name]
@@ -73,10 +73,11 @@ class Layers:
     def conv(
         self, name: str, x: Array, stride: int = 1, padding: int | Sequence[int] | None = None
     ) -> Array:
-        """A convolution, by default padded so that a stride of 1 keeps the image's size."""
+        """Applies a convolution; the default padding keeps the image's size at stride 1."""
         shape = self.size(name)
         if len(shape) != 4 or x.shape[-1] % shape[1] or min(x.shape) < 1:
             raise Mismatch(f"{name} does not take {x.shape[-1]} channels")
+        # PyTorch stores I / groups, so the input tells the number of groups
         groups = x.shape[-1] // shape[1]
         if shape[0] % groups:
             raise Mismatch(f"{name} does not divide its channels into {groups} groups")
@@ -103,7 +104,7 @@ class Layers:
         )(x)
 
     def norm(self, name: str, x: Array) -> Array:
-        """BatchNorm."""
+        """Applies BatchNorm."""
         if self.size(name) != (x.shape[-1],):
             raise Mismatch(f"{name} does not take {x.shape[-1]} channels")
         self.used.add(name)
@@ -111,7 +112,7 @@ class Layers:
         return BatchNorm(not self.train, dtype=self.dtype, affine=affine, name=name)(x)
 
     def linear(self, name: str, x: Array) -> Array:
-        """A linear layer on [B, I]."""
+        """Applies a linear layer to [B, I]."""
         shape = self.size(name)
         if len(shape) != 2 or x.ndim != 2 or x.shape[-1] != shape[1]:
             raise Mismatch(f"{name} does not take {x.shape[-1]} numbers")
@@ -126,23 +127,24 @@ class Layers:
         )(x)
 
     def unused(self, name: str) -> None:
-        """A layer that the net has and never applies; its arrays are kept."""
+        """Declares a layer that the net has but never applies, so that its arrays exist."""
         shape = self.size(name)
+        # applying the layer once makes Flax create its arrays
         blank = jnp.zeros((1, 1, 1, shape[0] if len(shape) == 1 else shape[1]), jnp.float32)
         self.norm(name, blank) if len(shape) == 1 else self.conv(name, blank)
 
     def unit(self, conv: str, norm: str | None, x: Array, stride: int = 1) -> Array:
-        """Convolution and, where there is one, BatchNorm."""
+        """Applies a convolution, then BatchNorm unless `norm` is None."""
         x = self.conv(conv, x, stride)
         return x if norm is None else self.norm(norm, x)
 
-    def pooled(self, x: Array) -> Array:
-        """Mean over places, [B, H, W, C] -> [B, C], where a defence may correct."""
+    def pool(self, x: Array) -> Array:
+        """Mean over positions, [B, H, W, C] -> [B, C], with a `Correction` for defences."""
         return Correction(name="features")(x.mean((1, 2)))
 
     def head(self, x: Array) -> Array:
-        """Mean over places, then the linear layer, whatever it is called."""
-        x = self.pooled(x)
+        """Mean over positions, then the only unused linear layer, under any name."""
+        x = self.pool(x)
         linear = [name for name, shape in self.shapes.items() if len(shape) == 2]
         left = [name for name in linear if name not in self.used]
         if len(left) != 1:
@@ -151,7 +153,7 @@ class Layers:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key with numbers by value: "conv2" before "conv10"."""
+    """Sort key that orders numbers by value: "conv2" before "conv10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -171,7 +173,7 @@ def _ceil_rest(size: int, side: int, stride: int) -> int:
 
 
 def avg_pool(x: Array, side: int, stride: int, padding: int = 0) -> Array:
-    """PyTorch's average-pooling, padding counted in."""
+    """PyTorch's average-pooling; the mean includes the padding."""
     if min(x.shape[1:3]) + 2 * padding < side:
         raise Mismatch("the image is too small for its pooling")
     pads = [(padding, padding)] * 2
@@ -195,7 +197,7 @@ def adaptive_avg_pool(x: Array, side: int) -> Array:
 
 
 def squeeze(net: Layers, names: tuple[str, str], x: Array, activation: Any) -> Array:
-    """Squeeze-and-excitation (Hu et al. 2018), its two layers 1x1 convolutions or linear."""
+    """Squeeze-and-excitation (Hu et al. 2018) with two linear layers or two 1x1 convolutions."""
     y = x.mean((1, 2), keepdims=True)
     if len(net.size(names[0])) == 2:
         y = y[:, 0, 0]

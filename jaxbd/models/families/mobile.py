@@ -1,5 +1,5 @@
 """Depthwise nets of any width: MobileNet v1 and v2 (Howard et al. 2017, Sandler et al. 2018),
-EfficientNet (Tan and Le 2019), in the names of torchvision, kuangliu/pytorch-cifar and
+EfficientNet (Tan and Le 2019), with the layer names of torchvision, kuangliu/pytorch-cifar and
 weiaicunzai/pytorch-cifar100."""
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jaxbd.base import Array
 from jaxbd.models.families.layers import Layers, Mismatch, natural, squeeze
 
 SEVEN = {"imagenet": "1222121", "cifar": "1122121", "small": "1222111"}
-"""Strides of the seven stages of MobileNetV2: the paper's; kuangliu's; weiaicunzai's."""
+"""Strides of the seven stages of MobileNetV2: in the paper, kuangliu's and weiaicunzai's nets."""
 BLOCKS = (
     (r"features\.(?:[1-9]|\d\d)(?=\.conv)", ("features.0.0", "features.0.1")),
     (r"layers\.\d+", ("conv1", "bn1")),
@@ -18,7 +18,7 @@ BLOCKS = (
     (r"features\.[1-7]\.\d+(?=\.block)", ("features.0.0", "features.0.1")),
     (r"blocks\.\d+\.\d+", ("conv_stem", "bn1")),
 )
-"""Names of the blocks, and of the stem."""
+"""Name patterns of the blocks, with the names of the stem's convolution and norm."""
 
 
 class Inverted(NamedTuple):
@@ -56,7 +56,7 @@ def block(net: Layers, name: str) -> Inverted:
     convs = [key for key in main if len(net.shapes[key]) == 4 and key not in excite]
     norms = [key for key in main if len(net.shapes[key]) == 1]
     if len(convs) != len(norms) or len(convs) not in (2, 3):
-        raise Mismatch(f"{name} is no inverted residual block")
+        raise Mismatch(f"{name} is not an inverted residual block")
     pair = tuple(sorted(excite, key=natural))
     return Inverted(
         tuple(zip(sorted(convs, key=natural), sorted(norms, key=natural), strict=True)),
@@ -66,7 +66,7 @@ def block(net: Layers, name: str) -> Inverted:
 
 
 def runs(net: Layers) -> list[list[str]]:
-    """The blocks, those that give as many channels together."""
+    """The blocks in stages; consecutive blocks with equally many output channels form a stage."""
     stages: list[list[str]] = []
     last = 0
     for name in blocks(net)[0]:
@@ -77,13 +77,15 @@ def runs(net: Layers) -> list[list[str]]:
 
 
 def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """ "strides": of the stages; "stem_stride"; "activation": "relu6", "relu" or "swish"."""
+    """Possible values of "strides" (of the stages), "stem_stride" and "activation" ("relu6", "relu"
+    or "swish"), the most likely first."""
     _, stem = blocks(net)
     count = len(runs(net))
     if count != 7:
         raise Mismatch(f"it has {count} stages of inverted residuals where seven are known")
     if stem[0] == "pre.0":
         return ({"strides": SEVEN["small"], "stem_stride": 1, "activation": "relu6"},)
+    # kuangliu's names
     if stem[0] == "conv1":
         if any(block(net, name).squeeze for name in blocks(net)[0]):
             return ({"strides": SEVEN["imagenet"], "stem_stride": 1, "activation": "swish"},)
@@ -123,7 +125,7 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
 def _apply_inverted(net: Layers, at: Inverted, x: Array, stride: int, activate: Any) -> Array:
     units, y = list(at.units), x
     if activate is nn.swish and len(units) == 3 and _same(net, units[0][0]):
-        # EfficientNet of kuangliu: a block that does not expand has the layers and skips them
+        # in kuangliu's EfficientNet a block that does not expand has these layers but skips them
         net.unused(units[0][0])
         net.unused(units[0][1])
         units = units[1:]
@@ -144,7 +146,7 @@ def _same(net: Layers, conv: str) -> bool:
 
 
 def _last(net: Layers, x: Array, activate: Any) -> Array:
-    """The 1x1 convolution after the blocks, where there is one."""
+    """Applies the 1x1 convolution after the blocks, if there is one."""
     names = [
         name
         for name, shape in net.shapes.items()
@@ -161,12 +163,12 @@ def _last(net: Layers, x: Array, activate: Any) -> Array:
 def _head(net: Layers, x: Array) -> Array:
     left = [name for name, shape in net.shapes.items() if len(shape) == 4 and name not in net.used]
     if len(left) == 1:
-        return net.conv(left[0], net.pooled(x)[:, None, None])[:, 0, 0]
+        return net.conv(left[0], net.pool(x)[:, None, None])[:, 0, 0]
     return net.head(x)
 
 
 def side(net: Layers) -> int:
-    """Side of the images that such a net is mostly for."""
+    """Typical side of the images for such a net, in pixels."""
     return 224 if blocks(net)[1][0].startswith(("features", "conv_stem")) else 32
 
 

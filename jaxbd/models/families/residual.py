@@ -1,8 +1,8 @@
 """Residual nets of any depth and width: ResNet, ResNeXt, RegNet, SENet, PreActResNet, WideResNet.
 
 He et al. 2016a and 2016b, Xie et al. 2017, Radosavovic et al. 2020, Hu et al. 2018, Zagoruyko and
-Komodakis 2016; in the names of torchvision, kuangliu/pytorch-cifar, akamaster/
-pytorch_resnet_cifar10, weiaicunzai/pytorch-cifar100, meliketoy/wide-resnet.pytorch and
+Komodakis 2016; with the layer names of torchvision, kuangliu/pytorch-cifar,
+akamaster/pytorch_resnet_cifar10, weiaicunzai/pytorch-cifar100, meliketoy/wide-resnet.pytorch and
 xternalz/WideResNet-pytorch.
 """
 
@@ -27,7 +27,7 @@ STAGES = (
     r"(stage_\d+)\.\d+",
     r"(features\.stage\d+)\.(?:unit)?\d+",
 )
-"""Names of the blocks: the stage in brackets."""
+"""Name patterns of the blocks; the group in brackets is the stage."""
 STEMS = (
     ("conv1", "bn1"),
     ("conv1.0", "conv1.1"),
@@ -64,8 +64,8 @@ NUMBERED = re.compile(r"([a-z_]+\.)?(conv_?|bn_?|norm_?|bn)?\d+(_\d+x\d+|\.(conv
 
 
 class Block(NamedTuple):
-    """The layers of one block: convolutions and norms in order, shortcut (convolution, norm), the
-    two of squeeze-and-excitation."""
+    """The layers of one block: convolutions and norms in order, shortcut (convolution, norm), and
+    the two layers of squeeze-and-excitation."""
 
     convs: tuple[str, ...]
     norms: tuple[str, ...]
@@ -74,7 +74,7 @@ class Block(NamedTuple):
 
 
 def stages(net: Layers) -> list[list[str]]:
-    """Names of the blocks, stage by stage. Raises Mismatch where there are none."""
+    """Names of the blocks, stage by stage. Raises Mismatch when there are none."""
     for pattern in STAGES:
         found: dict[str, list[str]] = {}
         for name in net.matching(pattern):
@@ -98,36 +98,36 @@ def block(net: Layers, name: str) -> Block:
         shortcut = (None, None)
     pair = next((pair for pair in SQUEEZES if pair[0] in inner and pair[1] in inner), None)
     excited = None if pair is None else (inner.pop(pair[0]), inner.pop(pair[1]))
-    # order is by number, so that names without one are none that is known
+    # layers are ordered by number, so a name without a known number cannot be placed
     if not all(NUMBERED.fullmatch(part) for part in inner):
         raise Mismatch(f"{name} has layers that are not numbered")
     convs = tuple(key for key in inner.values() if len(net.shapes[key]) == 4)
     norms = tuple(key for key in inner.values() if len(net.shapes[key]) == 1)
     if len(convs) not in (2, 3) or len(norms) != len(convs):
-        raise Mismatch(f"{name} is no residual block")
+        raise Mismatch(f"{name} is not a residual block")
     return Block(convs, norms, shortcut, excited)
 
 
 def is_preactivated(net: Layers) -> bool:
-    """Whether BatchNorm stands before each convolution: its size is that of the convolution's
-    input."""
+    """Whether BatchNorm comes before each convolution, judged by its size, which is then the number
+    of the convolution's input channels."""
     before = after = 0
     for name in [name for stage in stages(net) for name in stage]:
         found = block(net, name)
         channels = net.shapes[found.norms[0]][0]
         outputs, inputs = net.shapes[found.convs[0]][:2]
+        # a block votes only if its input and output widths differ
         before += channels == inputs and channels != outputs
         after += channels == outputs and channels != inputs
     return before > after
 
 
 def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """What the weights leave open, the likeliest first.
+    """Possible values of what the weights do not determine, the most likely first.
 
-    "pool": max-pooling after the stem; "stem_stride"; "strides": of the stages; "late": the stride
-    is the second convolution's (or the 1x1's before the 3x3 of a bottleneck); "raw": the
-    shortcut of a pre-activated block starts from the input; "pad": where channels of zeros are
-    added.
+    "pool": max-pooling after the stem; "stem_stride"; "strides" of the stages; "late": the second
+    convolution has the stride (in a bottleneck, the 1x1 before the 3x3); "raw": the shortcut of a
+    pre-activated block starts from the input; "pad": where channels of zeros are added.
     """
     found = stages(net)
     blocks = [block(net, name) for stage in found for name in stage]
@@ -137,6 +137,7 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
     strides = "1" + "2" * (len(found) - 1)
     base = {"strides": strides, "stem_stride": 2 if side == 7 else 1, "pool": side == 7}
     choices: list[dict[str, Any]] = [base]
+    # the weights do not show whether pooling follows a 3x3 stem
     if side == 3 and len(found) == 4 and not preactivated and net.has("fc"):
         choices.append({**base, "pool": True})
         choices.append({**base, "pool": True, "stem_stride": 2})
@@ -160,7 +161,7 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
 
 
 def _is_regnet(net: Layers, blocks: list[Block]) -> bool:
-    """Bottlenecks that are no narrower inside."""
+    """Whether the bottlenecks are not narrower inside."""
     last = blocks[-1]
     return len(last.convs) == 3 and net.shapes[last.convs[0]][0] == net.shapes[last.convs[2]][0]
 
@@ -195,7 +196,7 @@ def _stem(net: Layers, x: Array, form: dict[str, Any], preactivated: bool) -> Ar
         raise Mismatch("it has no first convolution of a known size")
     conv, norm = stem
     x = net.conv(conv, x, form["stem_stride"])
-    # in a pre-activated net `bn1` may be the last one, which is wider
+    # in a pre-activated net `bn1` may be the last norm, which is wider
     if norm in net.shapes and net.shapes[norm] == (x.shape[-1],) and not _is_last(net, norm):
         x = nn.relu(net.norm(norm, x))
     elif not preactivated and norm in net.shapes:
@@ -204,8 +205,8 @@ def _stem(net: Layers, x: Array, form: dict[str, Any], preactivated: bool) -> Ar
 
 
 def _is_last(net: Layers, norm: str) -> bool:
-    """Whether a norm at the top of the net stands before its head: WideResNets have one there,
-    which in a net of factor 1 and one stage could be as wide as the stem."""
+    """Whether a top-level norm is the one before the head. WideResNets have one there, which in a
+    net of factor 1 and one stage could be as wide as the stem."""
     linear = [shape for shape in net.shapes.values() if len(shape) == 2]
     return len(linear) == 1 and net.shapes[norm][0] == linear[0][1] and is_preactivated(net)
 
@@ -213,7 +214,7 @@ def _is_last(net: Layers, norm: str) -> bool:
 def _apply_postactivated(
     net: Layers, at: Block, x: Array, stride: int, form: dict[str, Any]
 ) -> Array:
-    """conv, norm, ReLU, …, norm; plus the shortcut; ReLU."""
+    """Applies conv, norm, ReLU, …, norm; adds the shortcut; applies ReLU."""
     y = x
     bearer = _bearer(at, form)
     for index, (conv, norm) in enumerate(zip(at.convs, at.norms, strict=True)):
@@ -221,15 +222,15 @@ def _apply_postactivated(
         if index < len(at.convs) - 1:
             y = nn.relu(y)
         if at.squeeze and index == _find_excitation(net, at):
-            # weiaicunzai's blocks have a ReLU before the excitation, at the end of the sequence
+            # weiaicunzai's blocks have another ReLU before the excitation
             y = nn.relu(y) if ".excitation." in at.squeeze[0] else y
             y = squeeze(net, at.squeeze, y, nn.relu)
     return nn.relu(y + _shortcut(net, at, x, y, stride, form))
 
 
 def _find_excitation(net: Layers, at: Block) -> int:
-    """After which convolution squeeze-and-excitation stands: of a bottleneck the last where it is
-    as wide as that alone, else the second (RegNet)."""
+    """Index of the convolution before squeeze-and-excitation. In a bottleneck it is the second if
+    the excitation is as wide as that one (RegNet), else the last."""
     outputs = [net.size(conv)[0] for conv in at.convs]
     wide = net.size((at.squeeze or ("", ""))[1])[0]
     return 1 if len(outputs) == 2 or outputs[1] == wide else 2
@@ -238,7 +239,7 @@ def _find_excitation(net: Layers, at: Block) -> int:
 def _apply_preactivated(
     net: Layers, at: Block, x: Array, stride: int, form: dict[str, Any]
 ) -> Array:
-    """norm, ReLU, conv, …; plus the shortcut."""
+    """Applies norm, ReLU, conv, …; adds the shortcut."""
     y = activated = nn.relu(net.norm(at.norms[0], x))
     bearer = _bearer(at, form)
     for index, conv in enumerate(at.convs):
@@ -251,7 +252,7 @@ def _apply_preactivated(
 
 
 def _bearer(at: Block, form: dict[str, Any]) -> int:
-    """Which convolution of the block has the stride."""
+    """Index of the block's convolution that has the stride."""
     late = bool(form.get("late"))
     return int(late) if len(at.convs) == 2 else int(not late)
 
@@ -259,7 +260,7 @@ def _bearer(at: Block, form: dict[str, Any]) -> int:
 def _shortcut(net: Layers, at: Block, x: Array, like: Array, stride: int, form: Any) -> Array:
     conv, norm = at.shortcut
     if conv is not None:
-        # a shortcut whose pooling comes first leaves its place in the sequence: "downsample.1"
+        # "downsample.1" shows that pooling comes first and takes the place of "downsample.0"
         pooled = conv.endswith("downsample.1") and stride > 1
         if pooled:
             x, stride = nn.avg_pool(x, (2, 2), (2, 2)), 1
@@ -277,13 +278,13 @@ def _shortcut(net: Layers, at: Block, x: Array, like: Array, stride: int, form: 
 
 
 def side(net: Layers) -> int:
-    """Side of the images that such a net is mostly for."""
+    """Typical side of the images for such a net, in pixels."""
     stem = next((conv for conv, _ in STEMS if conv in net.shapes), None)
     return {7: 224, 5: 64}.get(net.shapes[stem][-1] if stem else 3, 32)
 
 
 def title(net: Layers) -> str:
-    """How people call the net: "ResNet-50", "WRN-16-4"."""
+    """The net's usual name, for example "ResNet-50" or "WRN-16-4"."""
     found = stages(net)
     blocks = [block(net, name) for stage in found for name in stage]
     convs = sum(len(each.convs) for each in blocks) + 2

@@ -1,5 +1,5 @@
-"""MobileNet v1 (Howard et al. 2017) in other names than kuangliu's: pairs of depthwise and 1x1
-convolutions in one chain."""
+"""MobileNet v1 (Howard et al. 2017) with other layer names than kuangliu's: pairs of depthwise and
+1x1 convolutions in one chain."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ PARTS = ("stem", "features", "model", "conv1", "conv2", "conv3", "conv4", "layer
 
 
 def units(net: Layers) -> list[tuple[str, str]]:
-    """(convolution, norm) in order. Raises Mismatch where they are not such a chain."""
+    """(convolution, norm) in order. Raises Mismatch when the layers are not such a chain."""
     key = lambda name: (_part(name), natural(name))
     convs = sorted((n for n, shape in net.shapes.items() if len(shape) == 4), key=key)
     norms = sorted((n for n, shape in net.shapes.items() if len(shape) == 1), key=key)
     if len(convs) != len(norms) or len(convs) < 7:
-        raise Mismatch("it is no chain of depthwise convolutions")
+        raise Mismatch("it is not a chain of depthwise convolutions")
     deep = [net.shapes[name][1] == 1 for name in convs[1:]]
     if deep != [index % 2 == 0 for index in range(len(deep))]:
-        raise Mismatch("it is no chain of depthwise convolutions")
+        raise Mismatch("it is not a chain of depthwise convolutions")
     return list(zip(convs, norms, strict=True))
 
 
@@ -29,7 +29,7 @@ def _part(name: str) -> int:
 
 
 def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """ "stem_stride"; "activation"."""
+    """Possible values of "stem_stride" and "activation", the most likely first."""
     units(net)
     return (
         {"stem_stride": 1, "activation": "relu"},
@@ -39,8 +39,8 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
 
 
 def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
-    """Images [B, H, W, C], already normalised -> logits [B, K]. The image is halved where the
-    number of channels doubles, but not in the first pair."""
+    """Images [B, H, W, C], already normalised -> logits [B, K]. A pair that increases the number of
+    channels halves the image, except the first pair."""
     activate = nn.relu if form["activation"] == "relu" else nn.relu6
     (conv, norm), *pairs = units(net)
     x = activate(net.norm(norm, net.conv(conv, x, form["stem_stride"])))
@@ -54,7 +54,7 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
 
 
 def side(net: Layers) -> int:
-    """Side of the images that such a net is mostly for."""
+    """Typical side of the images for such a net, in pixels."""
     return 32
 
 
