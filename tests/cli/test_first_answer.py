@@ -1,7 +1,12 @@
 """`jaxbd scan` without data, `jaxbd calibrate`, and scans that are compared with clean models."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
 
+import kills
 import numpy as np
 import pytest
 
@@ -77,6 +82,30 @@ def test_a_calibration_grows_and_is_compared_with(model, tmp_path, capsys):
     # the same model scores as it did: of two models, itself counted in, both score as much
     assert compared["margin_excess"]["p_value"] == 1.0
     assert "Of 1 clean models of the calibration" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ten_kills(model, tmp_path):
+    """A calibration killed at any file event goes on with --add, to the same statistics."""
+    models = [str(model), str(plant(tmp_path / "second", "--no-attack", "--seed", "1"))]
+    command = ["calibrate", *models, *DATA, *SHORT, "--add", "--out"]
+    assert main([*command, str(tmp_path / "whole.json")]) == 0
+    out, rng, ends = tmp_path / "null.json", random.Random(0), []
+    for _ in range(10):
+        event = rng.randrange(1, 12)
+        call = f"""if True:
+            import sys, kills
+            from jaxbd.cli.main import main
+            kills.die_at_file({str(out)!r}, {event})
+            sys.exit(main({[*command, str(out)]!r}))"""
+        words, known = [sys.executable, "-c", call], kills.environment()
+        ends.append(subprocess.run(words, env=known, capture_output=True).returncode)
+        if ends[-1] == 0:  # it was done before its time came
+            out.unlink()
+    assert {*ends} <= {0, -signal.SIGKILL} and ends.count(-signal.SIGKILL) > 5
+    assert main([*command, str(out)]) == 0
+    assert read(out) == read(tmp_path / "whole.json")
+    assert not list(tmp_path.glob("*null.json?*")), "nothing half-written is left"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,11 @@ VERBS = {
         *prefixed(PAIRS, "search"),
     ],
 }
+COMPARED = ("ft-sam", "fine-pruning", "nad", "argd", "anp", "ibau", "mcr")
+"""Repairs that need clean images alone."""
+VERBS |= {
+    name: ["repair", "MODEL", "--method", name, *FEW, "--steps", "40"] for name in COMPARED
+} | {"nc-unlearn": [*VERBS["unlearn"][:3], "nc-unlearn", *VERBS["unlearn"][4:]]}
 """Verb or method -> its command, all but where it writes; MODEL stands for a victim."""
 LEAST_STAGES = {"clean-label": 3, "trojan": 3, "scan": 2, "pairs": 3, "unlearn": 3, "bna": 6}
 """How many stages a command has at least; 1 where nothing is said."""
@@ -523,7 +528,7 @@ def killed(case: Case, out: pathlib.Path, moments) -> int:
 
 
 @pytest.mark.slow
-@each("attack", "scan", "pairs", "finetune", "clip", "unlearn", "bna")
+@each(*(name for name in VERBS if name not in ("clean-label", "trojan")))
 def test_ten_kills(case, tmp_path):
     rng = random.Random(case.name)
     moments = [("file", rng.randrange(3, 250)) for _ in range(6)]
