@@ -198,7 +198,7 @@ def test_weights_in_parts_are_multiplied_out_as_pytorch_does(tmp_path):
         logits = model.net.apply(model.variables, images.permute(0, 2, 3, 1).numpy())[0]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
         note = load.save_model(tmp_path / "out.pth", model, model.variables)
-        assert "kept in parts" in note and "are written whole" in note
+        assert "stored in parts" in note and "are written whole" in note
         plain = twins.SmallCNN(5, 4).eval()
         plain.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
         with torch.no_grad():

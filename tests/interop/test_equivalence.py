@@ -116,7 +116,7 @@ KINDS = {
         "'torch.UntypedStorage'",
     ),
     "no values": (archive(pickled(tensor(FLOATS._replace(place="meta")))), "'meta', which is no"),
-    "no place": (archive(pickled(tensor(FLOATS._replace(place="")))), "'', which is no device"),
+    "no place": (archive(pickled(tensor(FLOATS._replace(place="")))), "'', which is not a device"),
     "a reference of a stream": (archive(pickled(tensor(parts=6))), "not one to a storage"),
     "a reference of an archive": (stream(pickled(tensor())), "not one to a storage"),
     "a reference before the value": (
@@ -146,16 +146,16 @@ KINDS = {
     "no version": (zip_file(members()[:-1]), "'version' is missing"),
     "a later version": (altered(2, data=b"11"), "'version' holds b'11'"),
     # bytes that lie otherwise than torch.save lays them
-    "a packed storage": (altered(1, packed=True, data=bytes(4096)), "is packed"),
-    "a packed pickle": (altered(0, packed=True), "is packed"),
-    "a storage said to be packed": (altered(1, listed={"method": 8}), "is packed"),
+    "a packed storage": (altered(1, packed=True, data=bytes(4096)), "is compressed"),
+    "a packed pickle": (altered(0, packed=True), "is compressed"),
+    "a storage said to be packed": (altered(1, listed={"method": 8}), "is compressed"),
     "packed in its own header": (altered(1, local={"method": 8}), "in two different ways"),
     "not aligned": (altered(1, step=2), "does not begin at a multiple of 64"),
     "aligned to less": (altered(1, step=2, extra=b"FB\1\0Z"), "does not begin at a multiple"),
     "an odd alignment": (archive(**{".storage_alignment": b"3"}), "aligned to 3 bytes"),
     "an alignment of nothing": (archive(**{".storage_alignment": b"0"}), "'.storage_alignment'"),
-    "a folder's attributes": (altered(1, listed={"attributes": 0x10}), "not said to be a plain"),
-    "a link's attributes": (altered(1, listed={"attributes": 0o120777 << 16}), "not said to be"),
+    "a folder's attributes": (altered(1, listed={"attributes": 0x10}), "not marked as a plain"),
+    "a link's attributes": (altered(1, listed={"attributes": 0o120777 << 16}), "not marked as"),
     "encrypted": (altered(1, listed={"flags": 0x809}, local={"flags": 0x809}), "encrypted"),
     "masked": (altered(1, listed={"flags": 0x2808}, local={"flags": 0x2808}), "encrypted"),
     "encrypted in its own header": (altered(1, local={"flags": 0x809}), "in two different ways"),
@@ -170,7 +170,7 @@ KINDS = {
     ),
     "items of a class": (
         pickled_items("torch", "Tensor_"),
-        r"fills .torch\.Tensor_., which is no object",
+        r"fills .torch\.Tensor_., which is not an instance",
     ),
     "another checksum": (altered(1, listed={"crc": 0}, stated="sizes"), "in two different ways"),
     "no descriptor": (altered(1, listed={"flags": 0x800}), "in two different ways"),
@@ -197,7 +197,7 @@ KINDS = {
             {"0": SEEN, "1": HIDDEN},
             **{".format_version": b"1"},
         ),
-        "where its place in line says",
+        "at the offset that its order implies",
     ),
     # arguments that PyTorch refuses
     "a gradient of integers": (
