@@ -110,7 +110,7 @@ def _array(name: str, data: bytes) -> np.ndarray:
             f"array {quote(name)} has a damaged header, or not as many bytes as its shape needs"
         ) from None
     if dtype.kind not in "fiub" or dtype.byteorder == ">":
-        raise Refusal(f"array {quote(name)} is of type {quote(str(dtype))}, which is not read")
+        raise Refusal(f"array {quote(name)} is of type {quote(str(dtype))}, which is not supported")
     rest = data[held.tell() :]
     if dtype.kind == "b" and np.frombuffer(rest, np.uint8).max(initial=0) > 1:
         raise Refusal(f"array {quote(name)} holds booleans that are neither 0 nor 1")

@@ -141,7 +141,7 @@ def _check_facts(
     for keys, (shape, kind, block) in zip(names, facts, strict=True):
         if kind not in known:
             raise Refusal(
-                f"array {quote('/'.join(keys))} is of type {quote(kind)}, which is not read"
+                f"array {quote('/'.join(keys))} is of type {quote(kind)}, which is not supported"
             )
         total += known[kind].itemsize * max(math.prod(shape), math.prod(block))
         if total > most:

@@ -76,7 +76,7 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
         raise Refusal(f"tensor {quote(name)} is not described by dtype, shape and data_offsets")
     shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
     if type(kind) is not str or kind not in DTYPES:
-        raise Refusal(f"tensor {quote(name)} is of type {quote(kind)}, which is not read")
+        raise Refusal(f"tensor {quote(name)} is of type {quote(kind)}, which is not supported")
     if not (_are_counts(shape) and _are_counts(offsets)) or len(shape) > 16 or len(offsets) != 2:
         raise Refusal(f"tensor {quote(name)} has a shape or offsets that make no sense")
     # count sizes of 0 as 1: NumPy cannot hold every empty shape either

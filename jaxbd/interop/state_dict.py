@@ -209,7 +209,9 @@ def _check_no_foreign(state: dict) -> None:
             or entry.name.startswith(("a tensor", "torch._utils._rebuild", "torch._tensor."))
         ):
             what = name if type(name) is str else entry.name
-            raise Refusal(f"{quote(what)} among the weights is {entry.name}, which is not read")
+            raise Refusal(
+                f"{quote(what)} among the weights is {entry.name}, which is not supported"
+            )
 
 
 _DROPPED = object()

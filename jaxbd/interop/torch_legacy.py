@@ -58,7 +58,7 @@ def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, Loader]
     if magic != MAGIC_NUMBER or protocol != PROTOCOL or type(system) is not dict:
         raise Refusal("it is not a stream that torch.save wrote")
     if system.get("little_endian") is not True:
-        raise Refusal("it was written in big-endian byte order, which is not read")
+        raise Refusal("it was written in big-endian byte order, which is not supported")
     if type(keys) is not list or any(type(key) is not str for key in keys):
         raise Refusal("its list of storages is damaged")
     if len(set(keys)) != len(keys) or set(keys) != set(storages):

@@ -252,7 +252,7 @@ def _facts(file: BinaryFile, members: dict[str, Member], root: str) -> dict[str,
     if not {"version", ".data/version"} & facts.keys():
         raise Refusal("its member 'version' is missing, without which PyTorch does not read it")
     if facts.get("byteorder") == b"big":
-        raise Refusal("it was written in big-endian byte order, which is not read")
+        raise Refusal("it was written in big-endian byte order, which is not supported")
     step = int(facts.get(".storage_alignment", ALIGNMENT))
     if step < 8 or step & (step - 1):
         raise Refusal(f"its storages are aligned to {step} bytes, not a power of two from 8 on")

@@ -271,7 +271,7 @@ class Machine:
             target._metadata = state["_metadata"]  # pyright: ignore[reportAttributeAccessIssue]
         elif type(target) is Symbol and isinstance(target.fact, np.dtype) and type(state) is tuple:
             if state not in _LITTLE_ENDIAN:
-                raise Refusal("a number is stored in a byte order that is not read")
+                raise Refusal("a number is stored in a byte order that is not supported")
         elif type(target) is NumpyArray and type(state) is tuple and len(state) == 5:
             self._fill(target, state)
         else:
@@ -308,7 +308,7 @@ class Machine:
             or not isinstance(kind.fact, np.dtype)
             or not kind.name.endswith("Storage")
         ):
-            raise Refusal("a storage has a type that is not read")
+            raise Refusal("a storage has a type that is not supported")
         if type(value[3]) is not str or not DEVICE.fullmatch(value[3]):
             raise Refusal(f"storage {quote(key)} is on {quote(value[3])}, which is not a device")
         storage = Storage(key, kind.fact, numel, value[3])
@@ -319,7 +319,7 @@ class Machine:
         """A storage of an unsupported type. It is registered so that a stream can skip it."""
         size = OPAQUE_STORAGES.get(kind.name.removeprefix("torch."), 0)
         if not size:
-            raise Refusal(f"a storage is of type {quote(kind.name)}, which is not read")
+            raise Refusal(f"a storage is of type {quote(kind.name)}, which is not supported")
         _, _, key, device, numel = value[:5]
         self._register(Storage(key, np.dtype(f"V{size}"), numel, str(device)[:64]))
         return Foreign(kind.name)

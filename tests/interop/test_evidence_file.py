@@ -164,7 +164,10 @@ def settings_text(**changes) -> np.ndarray:
         (dict(settings=settings_text(generator="os.system")), "generator is 'os.system'"),
         (dict(settings=np.asarray("{" * 500)), "settings is not valid JSON"),
         (dict(settings=np.asarray('{"patch": 3}')), "settings must be"),
-        ({"generator/extra": np.zeros(1, np.float32)}, "'generator/extra' is missing or unexpected"),
+        (
+            {"generator/extra": np.zeros(1, np.float32)},
+            "'generator/extra' is missing or unexpected",
+        ),
     ],
 )
 def test_a_damaged_distribution_is_one_line(tmp_path, arrays, words):

@@ -1,6 +1,6 @@
-"""A jaxpr as a graph of ONNX, given how each primitive becomes nodes.
+"""Converts a jaxpr to an ONNX graph, given a converter for each primitive.
 
-Images stay [B, C, H, W] inside, as ONNX wants them; a BatchNorm stays one node.
+Inside the graph activations are [B, C, H, W], as ONNX expects; a BatchNorm stays a single node.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,23 +16,27 @@ from jaxbd.limits import Refusal
 
 TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
-"""Parameters of an equation that hold a program of its own."""
+"""Parameters of an equation that hold an inner jaxpr."""
 
 batch_norm_p = Primitive("jaxbd_batch_norm")
 batch_norm_p.def_abstract_eval(lambda x, *others, epsilon: x)
 
 
 class Dynamic(NamedTuple):
-    """A value that depends on the image: its name, and whether the graph has its channels first,
-    unlike the net."""
+    """A value that depends on the image.
+
+    Attributes:
+      name: its name in the graph.
+      first: whether it is [B, C, H, W] in the graph while the net has [B, H, W, C].
+    """
 
     name: str
     first: bool = False
 
 
 class Known(NamedTuple):
-    """An array that does not; `origin` is the weight that it is, if it is one as it stands but for
-    axes of size 1."""
+    """An array that does not depend on the image. `origin` is the name of the weight that it equals
+    up to axes of size 1, or ""."""
 
     array: np.ndarray
     origin: str = ""
@@ -50,8 +54,8 @@ class Tracer(Builder):
         self._convert = convert
 
     def run(self, jaxpr: Any, consts: Any, given: list[Any]) -> list[Any]:
-        """The outputs of `jaxpr` for `given`. Raises Refusal naming a primitive that is not
-        known."""
+        """Converts `jaxpr` with the inputs `given`; returns its outputs. Raises Refusal naming a
+        primitive that is not known."""
         values = dict(zip(jaxpr.constvars, (Known(np.asarray(c)) for c in consts), strict=True))
         values |= dict(zip(jaxpr.invars, given, strict=True))
         read = lambda atom: (
@@ -72,6 +76,7 @@ class Tracer(Builder):
         return [read(atom) for atom in jaxpr.outvars]
 
     def _at_once(self, equation: Any, inputs: list[Known]) -> list[Known]:
+        """Computes an equation with known inputs."""
         with jax.ensure_compile_time_eval():
             made = equation.primitive.bind(
                 *(jnp.asarray(x.array) for x in inputs), **equation.params
@@ -93,7 +98,7 @@ class Tracer(Builder):
         axes: tuple[int, ...] | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> str:
-        """The name of a tensor that holds `value`, its axes turned or its form changed."""
+        """The name of a tensor that holds `value`, with its axes permuted or its shape changed."""
         array = value.array if axes is None else value.array.transpose(axes)
         array = np.ascontiguousarray(array if shape is None else array.reshape(shape))
         array = array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
@@ -108,7 +113,8 @@ class Tracer(Builder):
         return name
 
     def operands(self, *values: Any) -> tuple[list[str], bool]:
-        """(names, whether channels come first) of values that meet element by element."""
+        """(names, whether channels come first) of the operands of an elementwise operator, all
+        brought to the same order of axes."""
         first = any(isinstance(value, Dynamic) and value.first for value in values)
         names = []
         for value in values:
@@ -125,7 +131,7 @@ class Tracer(Builder):
         return names, first
 
     def last(self, value: Dynamic) -> str:
-        """The name of `value` with its axes in the net's own order."""
+        """The name of `value` with the net's own order of axes (channels last)."""
         return self.add("Transpose", [value.name], perm=TO_LAST) if value.first else value.name
 
     def to_first(self, value: Any) -> str:
