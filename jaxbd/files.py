@@ -102,6 +102,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         return
     path = path.resolve()  # replace the file that a link points to, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
+    # the process id keeps parallel runs from writing the same temporary file
     sibling = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         yield sibling

@@ -125,6 +125,7 @@ def clean_tree(value: Any) -> Any:
 
 def quote(text: object) -> str:
     """Text from a file, quoted for an error message: ASCII, at most 80 characters."""
+    # cut before escaping: the text may be megabytes long
     shown = ascii(text[:80]) if isinstance(text, str) else clean_text(_BRIEF.repr(text))
     return shown if len(shown) <= 80 else shown[:76] + "...'"
 
@@ -186,6 +187,7 @@ def opened(
     with os.fdopen(os.open(path, flags), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
+            # checked again: by now the path may name something else
             raise Refusal("it is not a regular file")
         most = limits.file_bytes if most is None else most
         if found.st_size == 0:
@@ -260,6 +262,7 @@ def walk(folder: pathlib.Path, limits: Limits) -> list[pathlib.Path]:
                 if count > limits.entries:
                     raise Refusal(f"the folder holds more than {limits.entries:,} files")
                 path = inside / entry.name
+                # links could lead outside the folder or in circles
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((path, depth + 1))
                 elif entry.is_file(follow_symlinks=False):
@@ -304,6 +307,7 @@ def parse_json(text: bytes, what: str, limits: Limits = Limits()) -> Any:
         )
         if b"\\u" in text:  # an escape can spell a lone surrogate, which UTF-8 cannot encode
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+    # deeply nested JSON exhausts the parser's stack
     except (ValueError, RecursionError):
         raise Refusal(f"{what} is not valid JSON") from None
     _check_depth(value, what, limits.depth)
@@ -334,6 +338,7 @@ def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
 
 
 def _finite(number: str, what: str) -> float:
+    # "1e999" is valid JSON, but becomes infinite
     value = float(number)
     if not math.isfinite(value):
         raise Refusal(f"{what} holds the number {quote(number)}, which is not finite")

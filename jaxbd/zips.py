@@ -20,6 +20,7 @@ def end_record(file: BinaryFile, file_size: int) -> tuple[int, int, int]:
     """
     if file_size < 22:
         raise Refusal("the zip archive is cut off")
+    # archive comments are refused, so the end record is in a fixed place
     end = file_size - 22
     signature, *disks, here, count, size, start, comment = struct.unpack(
         "<4s4H2IH", read_exactly(file, end, 22, "zip")

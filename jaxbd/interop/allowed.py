@@ -109,6 +109,7 @@ class Symbol:
 
 
 def is_count(value: Any) -> bool:
+    # not isinstance: True is an int too
     return type(value) is int and 0 <= value < 1 << 40
 
 

@@ -120,6 +120,7 @@ def _read_file(
     kind = _kind(file.read(512), size)
     if kind == "torch-zip":
         archive.check_no_program(file, size, limits)
+    # a zip that torch.save did not write: an .npz, or a model file inside a download
     if kind == "torch-zip" and (members := archive.foreign_members(file, size, limits)):
         if archive.is_npz(members):
             kind = "npz"
@@ -134,6 +135,7 @@ def _read_file(
         net = state_dict.find_named(tensors, limits, *wanted)
         return _of_arrays(path, kind, net, notes, sha256(file), size)
     value, load = (torch_zip if kind == "torch-zip" else torch_legacy).read(file, size, limits)
+    # storages are loaded only for the tensors that are needed
     found = state_dict.find(value, load, size, limits, *wanted)
     digest = sha256(file)
     return Container(
@@ -190,6 +192,7 @@ def _kind(head: bytes, size: int) -> Kind:
         return "torch-legacy"
     if safetensors_file.looks_like(head, size):
         return "safetensors"
+    # only after the formats above: PyTorch streams begin with b"\x80" too
     other_kinds = {
         b"\x89HDF": "an HDF5 (Keras) file; export its weights as safetensors",
         b"\x1f\x8b": "packed with gzip; unpack it first",
@@ -203,6 +206,7 @@ def _kind(head: bytes, size: int) -> Kind:
     for magic, what in other_kinds.items():
         if head.startswith(magic):
             raise Refusal(f"it is {what}")
+    # tar has its magic number inside the header
     if head[257:262] == b"ustar":
         raise Refusal("it is a tar archive; unpack it first, or save it again with a newer PyTorch")
     if (other := foreign.name_of(head)) is not None:

@@ -97,10 +97,12 @@ def draw(saved: Saved, image_shape: tuple[int, int, int], count: int = SAMPLES) 
     assert saved.models is not None and saved.settings is not None
     inversion = _make(_NO_NET, image_shape, saved.settings)
     weights = np.asarray(saved.models.weights, float)
+    # stratified by weight: sample i goes to the model at quantile (i + 0.5) / count
     numbers = np.searchsorted(np.cumsum(weights) / weights.sum(), (np.arange(count) + 0.5) / count)
     drawn = []
     for number in np.unique(numbers):
         one = jax.tree.map(lambda leaf, n=number: jnp.asarray(leaf[n]), saved.models.models)
+        # fixed keys, so that the same trigger gives the same file
         key = jax.random.key(int(number))
         drawn.append(np.asarray(inversion.sample(key, one, int((numbers == number).sum()))))
     return np.concatenate(drawn)
@@ -219,6 +221,7 @@ def _read_models(
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
         raise UserError(f"trigger {path}: weights must be at least 0 and finite, not all 0")
     inversion = _make(suspect.net, suspect.image_shape, settings)
+    # expected shapes from an abstract trace: nothing is computed
     state = jax.eval_shape(inversion.init, jax.random.key(0))
     wanted: dict[str, Any] = flax.traverse_util.flatten_dict(state.generator, sep="/")
     shapes = {f"generator/{name}": leaf.shape for name, leaf in wanted.items()}
@@ -264,6 +267,7 @@ def _read_settings(
         raise UserError(f"trigger {path}: noise, generator and place must be words")
     try:
         settings = mesa.Config(**content)
+        # a trial build raises UserError for settings that MESA refuses
         _make(_NO_NET, image_shape, settings)
     except UserError as error:
         raise UserError(f"trigger {path}: {error}") from None

@@ -111,6 +111,7 @@ def write(
 def _check_replaceable(path: pathlib.Path) -> None:
     if not path.exists():
         return
+    # replacing a folder deletes it, so it must not hold anyone else's files
     held = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
     if held and not (is_model(path) and held <= {WEIGHTS, CONFIG, GUARD}):
         others = ", ".join(sorted(held - {WEIGHTS, CONFIG, GUARD})[:3])
@@ -124,10 +125,12 @@ def _exchange(path: pathlib.Path, sibling: pathlib.Path, aside: pathlib.Path) ->
     if not path.exists():
         os.rename(sibling, path)
         return
+    # a folder that is not empty cannot be replaced in one step
     os.rename(path, aside)
     try:
         os.rename(sibling, path)
     except OSError:
+        # put the old folder back
         os.rename(aside, path)
         raise
     shutil.rmtree(aside)

@@ -111,6 +111,7 @@ def read(
         spec, weights, digest = folder.read_weights(path, config, limits)
         stated = _read_targets(config, spec.classes)
         tensors, found = _arrays(path / folder.GUARD, stated["targets"], limits)
+        # compared after reading, so that the hashes are those of the bytes in use
         if stated["sha256"] != {folder.WEIGHTS: digest, folder.GUARD: found.sha256}:
             raise Refusal(
                 f"{folder.WEIGHTS} and {folder.GUARD} are not the two that {folder.CONFIG} names"
@@ -187,6 +188,7 @@ def _read_correction(
         name: np.asarray(array) for name, array in weights.items() if name.startswith("params/")
     }
     try:
+        # with the suspect's parameters the arrays form a complete net
         fit.check({**params, **own}, spec)
     except Refusal as refusal:
         raise Refusal(f"{folder.GUARD}, target {target}: {refusal}") from None

@@ -50,6 +50,7 @@ def describe(
     }
     facts |= {"prefix": "", "bounds": None, "guard": None, "refused": None, "manifest": None}
     try:
+        # values that are not finite are counted below, not refused
         model = load.open_model(path, allow_nonfinite=True) if graph_model.is_graph(path) else None
         wanted = containers.Wanted(functools.partial(layouts.fits, arch=arch), key)
         found: Any = containers.read(path, wanted=wanted) if model is None else model.container
@@ -94,6 +95,7 @@ def _architecture(found: containers.Container, arch: str | None) -> dict[str, An
             for form in layout.forms[1:]
         ]
     facts["manifest"] = manifest.statement(pathlib.Path(found.path).name, digests)
+    # a folder holds its own bounds
     return facts if found.kind == "folder" else facts | _bounds(found, spec, variables)
 
 

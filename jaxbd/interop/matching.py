@@ -109,6 +109,7 @@ def match(
         rows = _measure_at(model, source, shape, hint)
         table = table._replace(rows=(*table.rows, *rows))
         found = max(rows, key=lambda row: row.accuracy, default=best)
+        # a smaller gain could be luck
         if found.accuracy > best.accuracy + 2 * table.error:
             best = found
     if best.size is not None and best.size != table.used.size:

@@ -40,6 +40,7 @@ def pieces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
         whole, keys, how = _weight_of(name, shapes)
         if whole not in found:
             found[whole] = Piece(keys, how)
+    # a list, because the loop removes entries from `found`
     for name in [name for name in found if name.rpartition(".")[2] == ANP[0]]:
         _add_neuron_mask(found, name)
     return found
@@ -94,12 +95,14 @@ def _normalise(name: str, length: np.ndarray, direction: np.ndarray) -> np.ndarr
     if length.ndim != direction.ndim or any(
         size not in (1, whole) for size, whole in zip(length.shape, direction.shape, strict=True)
     ):
+        # weight_norm with dim=None has one length for the whole weight
         if length.size != 1:
             raise Refusal(f"{quote(name)} has a length that does not fit its direction")
         length = length.reshape((1,) * direction.ndim)
     axes = tuple(axis for axis, size in enumerate(length.shape) if size == 1)
     wide = direction.astype(np.float64)
     norm = np.sqrt(np.square(wide).sum(axes, keepdims=True))
+    # a direction of 0 gives NaN, which is refused as not finite
     with np.errstate(divide="ignore", invalid="ignore"):
         whole = wide * (length.astype(np.float64) / norm)
     return whole.astype(direction.dtype)
@@ -116,6 +119,7 @@ def normalisation(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str] | No
         if leaf not in MEANS:
             continue
         other = base + STDS[MEANS.index(leaf)]
+        # a module with a weight is a layer: its mean and std are not the input's
         if shapes.get(other) == shape and _is_per_channel(shape) and f"{base}weight" not in shapes:
             return name, other
     return None

@@ -105,6 +105,7 @@ def measure(
     probe = Probe(model, data)
     rows = [] if given is None else [probe.measure("given", given, "rgb")]
     if not (only_given and rows and rows[0].accuracy >= least):
+        # candidates with the best moments first, the others only if none of these convinces
         near, far = probe.sort(list(candidates(model)))
         rows += [probe.measure(*candidate) for candidate in near]
         if not is_convincing(choose(rows, len(data.labels)), least):
@@ -154,9 +155,11 @@ def choose(rows: list[Row], count: int) -> Row:
     error = math.sqrt(best.accuracy * (1 - best.accuracy) / count)
     near = [row for row in rows if row.accuracy >= best.accuracy - 2 * error]
     distances = [row.distance for row in near if row.distance is not None]
+    # without moments for all candidates only accuracy can decide
     if len(distances) < len(near):
         return best
     limit = min(distances) + ALIKE
+    # `max` below keeps the first of equals, as `measure` promises
     alike = [row for row, far in zip(near, distances, strict=True) if far <= limit]
     return max(alike, key=lambda row: row.accuracy)
 

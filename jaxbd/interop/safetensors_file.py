@@ -109,6 +109,7 @@ def _check_tiling(spans: dict[str, tuple[int, int]], size: int) -> None:
 def _load(
     file: BinaryFile, start: int, name: str, entry: dict[str, Any], span: tuple[int, int]
 ) -> np.ndarray:
+    # a bytearray, so that the array over it is writeable
     data = bytearray(span[1] - span[0])
     file.seek(start + span[0])
     if file.readinto(data) != len(data):
@@ -128,7 +129,9 @@ def write(
     import safetensors.numpy
 
     dense = {
-        name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()
+        # ascontiguousarray turns a scalar into [1]; reshape undoes that
+        name: np.ascontiguousarray(tensor).reshape(tensor.shape)
+        for name, tensor in tensors.items()
     }
     with replacing(path) as sibling:
         try:

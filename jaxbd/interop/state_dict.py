@@ -95,6 +95,7 @@ def _make_found(
         name: pieces.put_together(name, piece, loaded)
         for name, piece in chosen.selection.names.items()
     }
+    # everything but the chosen tensors, so that a writer can put it back
     outer = walk.rest(value, chosen.path)
     ignored = [*walk.ignored, *(_path(chosen, key) for key in chosen.selection.ignored)]
     try:
@@ -149,6 +150,7 @@ class _Equal(NamedTuple):
         return all(
             np.array_equal(loaded[0][name], loaded[1][name], equal_nan=True)
             for name in loaded[0]
+            # counters of batches do not change what the net computes
             if not name.endswith("num_batches_tracked")
         )
 
@@ -259,6 +261,8 @@ class _Walk:
             self.visit()
             waiting += [
                 (part, (*path, name))
+                # reversed, because the stack is popped from its end: entries are visited in file
+                # order
                 for name, part in reversed(inner)
                 if isinstance(part, (dict, list, tuple))
             ]
@@ -358,6 +362,7 @@ def arrays(
     loaded = {}
     for name, tensor in tensors.items():
         if type(tensor) is NumpyArray:
+            # a copy, since arrays over the pickle's bytes are read-only
             loaded[name] = np.array(tensor.values)
             continue
         key, dtype = tensor.storage.key, tensor.storage.dtype

@@ -51,6 +51,7 @@ def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, Loader]
     for part in range(5):
         # PyTorch accepts references to storages only in the value
         machine = Machine(window, position, limits, reference=6 if part == 3 else 0)
+        # all five pickles share one limit on instructions
         machine.left = left
         values.append(machine.run())
         position, left, storages = machine.position, machine.left, storages or machine.storages

@@ -95,6 +95,7 @@ class _Pickler:
         if -(2**31) <= number < 2**31:
             self._add(pickle.BININT, struct.pack("<i", number))
         else:
+            # one bit more than the number's own, for the sign
             data = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
             self._add(pickle.LONG1, bytes([len(data)]), data)
 
@@ -145,6 +146,7 @@ class _Pickler:
     def _tensor(self, array: np.ndarray) -> None:
         """_rebuild_tensor_v2(storage, offset 0, shape, dense stride, requires_grad False, no
         hooks)."""
+        # ascontiguousarray turns a scalar into [1]; reshape undoes that
         array = np.ascontiguousarray(array).reshape(array.shape)
         self._global("torch._utils", "_rebuild_tensor_v2")
         self._add(pickle.MARK, pickle.MARK)

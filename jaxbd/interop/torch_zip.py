@@ -162,6 +162,7 @@ def _entry(table: bytes, position: int) -> tuple[_Entry, int]:
             f"member {quote(name)} is compressed, and PyTorch can read such a file in two different"
             " ways; save the weights again with torch.save"
         )
+    # a placeholder: the real figure would be in a zip64 field
     if 0xFFFFFFFF in (packed, header):
         raise Refusal(f"member {quote(name)} is larger than 4 GB")
     begin = position + 46 + name_size
@@ -188,6 +189,7 @@ def _locate(file: BinaryFile, entry: _Entry) -> tuple[Member, int]:
     head = read_exactly(file, entry.header, 30 + len(raw), "a member's header")
     fields = struct.unpack_from("<4s5H3I2H", head)
     stated = (entry.crc, entry.size, entry.size)
+    # with a descriptor, size and checksum may follow the data and be zero in the header
     later = entry.flags & HAS_DESCRIPTOR and fields[6:9] == (0, 0, 0)
     if fields[0] != MAGIC or fields[2:4] != (entry.flags, entry.method) or head[30:] != raw:
         raise twofold
@@ -279,6 +281,7 @@ def _check_calculated(loader: Loader, keys: list[str], step: int) -> None:
         name = f"{loader.root}/data/{key}"
         member = loader.members[name]
         if cursor is not None:
+            # local header of 30 bytes, the name, and a padding field of at least 4 bytes
             least = cursor + 30 + len(name.encode()) + 4
             if member.offset != least + -least % step:
                 raise Refusal(f"storage {quote(key)} is not at the offset that its order implies")

@@ -142,6 +142,8 @@ def _flat_arrays(variables: Variables, layout: Layout) -> dict[str, np.ndarray]:
 def _update(name: str, array: np.ndarray, original: np.ndarray, layout: Layout) -> np.ndarray:
     """`original` itself if `array` holds its float32 values, otherwise `array` converted to the
     original's order of axes and dtype."""
+    # compared in float32, the type of the variables, so that unchanged float16 or float64 tensors
+    # stay bit-identical
     if np.array_equal(_to_ours(np.asarray(original), layout), array, equal_nan=True):
         return original
     with np.errstate(over="ignore"):

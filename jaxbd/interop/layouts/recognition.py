@@ -76,6 +76,7 @@ def _own_layout(
     if image_shape is None:
         raise UserError(f"--arch {arch} is your own; give the images' size with --image-shape")
     height, width, channels = image_shape
+    # the number of classes is known only after the net has been traced
     spec = build.Spec(arch=arch, classes=1, image_shape=(height, width, channels))
     is_function = own.is_function(arch)
     layout = lay_out_function(spec, shapes) if is_function else lay_out(spec, "plain")

@@ -150,6 +150,7 @@ def meta_of(value: Any) -> Meta:
     number = value.get("dtype") if type(value) is dict else None
     if type(number) is not int or number not in TYPES:
         raise Refusal(f"a tensor is of element type {quote(number)}, which is not supported")
+    # 7 is torch.strided
     if value.get("layout") not in [None, 7]:
         raise Refusal("a tensor is sparse")
     shape = sizes(value, "sizes")

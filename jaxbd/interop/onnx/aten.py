@@ -188,6 +188,7 @@ class Converter(Builder):
         root = self._group.get(own.name, own.name)
         if base.rstrip("_") in VIEWS or in_place:
             self._group |= dict.fromkeys(outputs, root)
+        # known arrays are changed themselves, so their views stay valid
         if in_place and self.values[own.name] not in self.known:
             others = {name for name, group in self._group.items() if group == root} | {root}
             self._stale |= others - {own.name, *outputs}

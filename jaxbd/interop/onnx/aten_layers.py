@@ -66,6 +66,7 @@ def pooling(op: str) -> Handler:
         kernel = _each(a["kernel_size"], rank)
         attributes: dict[str, Any] = {
             "kernel_shape": tuple(kernel),
+            # an empty stride stands for the size of the window
             "strides": tuple(_each(a.get("stride") or kernel, rank)),
             "pads": tuple(_each(a.get("padding", 0), rank)) * 2,
             "ceil_mode": int(a.get("ceil_mode", False)),
@@ -132,6 +133,7 @@ def batch_norm(c: Converter, a: Arguments) -> list[str]:
         for given, fill, leaf in zip(affine, (1, 0), ("weight", "bias"), strict=True)
     )
     inputs = [c.value(a["input"]), scale, bias, mean, c.value(a["running_var"])]
+    # PyTorch's momentum weights the new moments, ONNX's the old ones
     keep = {"epsilon": float(a.get("eps", 1e-5)), "momentum": 1 - float(a.get("momentum", 0.1))}
     return [c.add("BatchNormalization", inputs, "", 1, **keep), "", ""]
 

@@ -58,6 +58,7 @@ class Builder:
         with only known inputs is computed instead."""
         outputs = tuple(self.name(wish or op.lower()) for _ in range(count))
         node = Node(op, outputs[0], tuple(inputs), outputs, attributes, OPSET)
+        # constants are folded as the graph is built
         if all(name in self.known for name in inputs if name):
             results = compute(node, [self.known[name] if name else None for name in inputs])
             for name, result in zip(outputs, results, strict=True):
@@ -73,6 +74,7 @@ class Builder:
     def store(self, name: str) -> None:
         """Stores the current state of a known value as a tensor of the graph."""
         if name not in self.tensors:
+            # a copy, because an in-place operator may still change the value
             self.tensors[name] = np.array(self.known[name])
             self.fixed.add(name)
         elif not np.array_equal(

@@ -64,6 +64,7 @@ def _frozen(pairs: dict[str, tuple[str, float]], variables: Variables) -> Variab
         flat[kernel] = flat[kernel] * factor.reshape((1,) * (flat[kernel].ndim - 1) + (-1,))
         if ("params", conv, "bias") in flat:
             shift = shift + flat["params", conv, "bias"] * factor
+            # the bias is part of the shift now
             flat["params", conv, "bias"] = np.zeros_like(shift)
         flat["folded", norm, "shift"] = shift
     return {"batch_stats": {}, **jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat))}

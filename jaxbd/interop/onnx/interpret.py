@@ -92,6 +92,7 @@ def _fresh(key: Key, own: Variables) -> Variables:
     rest = {"bias": 0.0, "mean": 0.0, "scale": 1.0, "var": 1.0}
     leaves = []
     for number, (path, leaf) in enumerate(flat[0]):
+        # (collection, layer, leaf); a parameter without a role has only two steps
         role = path[-1].key if len(path) == 3 else ""
         if role == "kernel":
             fan_in = max(int(np.prod(leaf.shape[:-1])), 1)
@@ -132,6 +133,7 @@ def _compute(
     at_value = {layer.value: layer for layer in layout.layers}
     x = images.transpose(0, 3, 1, 2) if program.channels_first else images
     known: dict[str, Value] = {
+        # a graph for integer images expects pixels of 0..255
         graph.image: x * 255 if graph.image_type.kind in "iu" else x,
         **_tensors(program, variables),
     }

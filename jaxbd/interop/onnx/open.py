@@ -210,6 +210,7 @@ def normalisation_inside(
     while len(nodes := after.get(value, [])) == 1:
         node = nodes[0]
         if node.op == "Transpose" and sorted(node.get("perm", ())) == [0, 1, 2, 3]:
+            # where the channels are after the transpose
             axis = node.get("perm").index(axis)
         elif node.op in ARITHMETIC:
             side = [name for name in node.inputs if name != value]

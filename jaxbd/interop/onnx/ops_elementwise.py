@@ -52,6 +52,7 @@ def div(node: Node, x: Value, y: Value) -> Value:
         return x / y
     if is_static(y) and (np.asarray(y) == 0).any():
         raise Refusal("an integer is divided by zero")
+    # // alone would round down
     quotient = xp.abs(x) // xp.abs(y) * xp.sign(x) * xp.sign(y)
     return quotient.astype(x.dtype)
 

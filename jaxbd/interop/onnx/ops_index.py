@@ -41,6 +41,7 @@ def slice_(node: Node, x: Value, *bounds: Value) -> Value:
 def gather(node: Node, x: Value, indices: Value) -> Value:
     axis = axis_of(node.get("axis", 0), x.ndim)
     if is_static(indices):
+        # checked here, because JAX does not raise for indices out of range
         outside = (indices < -x.shape[axis]) | (indices >= x.shape[axis])
         if outside.any():
             raise Refusal(f"a Gather of index {int(indices[outside][0])} among {x.shape[axis]}")
@@ -92,6 +93,7 @@ def one_hot(node: Node, indices: Value, depth: Value, values: Value) -> Value:
     axis = axis_of(node.get("axis", -1), indices.ndim + 1)
     check_size((*indices.shape, count), limit(indices))
     places = np.arange(count).reshape([-1 if i == axis else 1 for i in range(indices.ndim + 1)])
+    # the modulo lets negative indices count from the end
     xp, (found, places) = aligned(library(indices).expand_dims(indices % count, axis), places)
     return xp.where(found == places, values[1], values[0]).astype(values.dtype)
 

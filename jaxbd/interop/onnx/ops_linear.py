@@ -28,6 +28,7 @@ def gemm(node: Node, a: Value, b: Value, c: Value = None) -> Value:
 def matmul(node: Node, a: Value, b: Value) -> Value:
     if is_static(a, b):
         return a @ b
+    # static operands do not count, so that a float64 constant does not change the precision
     kind = jnp.result_type(*(value.dtype for value in (a, b) if not is_static(value)))
     return jnp.matmul(jnp.asarray(a, kind), jnp.asarray(b, kind))
 
@@ -50,6 +51,7 @@ def attention(node: Node, q: Value, k: Value, v: Value, mask: Value = None, *pas
             z.reshape(*z.shape[:2], n, -1).swapaxes(1, 2)
             for z, n in zip((q, k, v), heads, strict=True)
         )
+    # grouped-query attention: several query heads share a key and value head
     k, v = (jnp.repeat(z, q.shape[1] // z.shape[1], 1) for z in (k, v))
     scale = node.get("scale", q.shape[-1] ** -0.5)
     scores = (q @ k.swapaxes(-1, -2)) * scale
@@ -78,6 +80,7 @@ def batch_norm(
     if node.get("spatial", 1) != 1:
         raise Refusal("a BatchNormalization that is not spatial is not supported")
     factor = jax.lax.rsqrt(variance + node.get("epsilon", 1e-5))
+    # one multiplication and one addition per element
     factor, shift = factor * scale, bias - mean * factor * scale
     return x * along_channels(factor, x) + along_channels(shift, x)
 

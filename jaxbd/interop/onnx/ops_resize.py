@@ -100,6 +100,7 @@ def _matrix(mode: str, a: float, spots: np.ndarray, old: int) -> np.ndarray:
     for tap in taps:
         distance = np.abs(spots - base - tap)
         weight = 1 - distance if mode == "linear" else _cubic(distance, a)
+        # add.at, because several taps may be clipped to the same position
         np.add.at(
             matrix, (np.arange(len(spots)), np.clip(base + tap, 0, old - 1).astype(int)), weight
         )

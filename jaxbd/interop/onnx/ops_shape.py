@@ -69,6 +69,7 @@ def split(node: Node, x: Value, *more: Value) -> tuple[Value, ...]:
     if sizes is None:
         parts = len(node.outputs)
         size = -(-x.shape[axis] // parts)
+        # the last part may be smaller
         sizes = [min(size, x.shape[axis] - size * i) for i in range(parts)]
     if sum(sizes) != x.shape[axis] or min(sizes) < 0 or len(sizes) != len(node.outputs):
         raise Refusal(f"a Split of {x.shape[axis]} into {quote(tuple(sizes))}")

@@ -117,6 +117,7 @@ def average_pool(node: Node, x: Value) -> Value:
     if not any(map(any, _join(pads, extra))):
         return total / math.prod(kernel)
     counted = np.ones((1, 1, *x.shape[2:]), np.float32)
+    # stated padding counts as pixels here, padding from rounding up never does
     if node.get("count_include_pad", 0):
         counted, pads = np.pad(counted, pads, constant_values=1), [(0, 0)] * x.ndim
     # the number of pixels in each window is a constant: compute it now, not in the traced program

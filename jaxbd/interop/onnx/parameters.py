@@ -113,6 +113,7 @@ def lay_out(graph: Graph) -> Layout:
         taken.add(layer)
         for tensor, leaf, axes in parts:
             collection = "batch_stats" if leaf in ("mean", "var") else "params"
+            # a weight that layers share keeps the place of the first one
             slots.setdefault(tensor, Slot((collection, layer, leaf), axes))
         if node.op == BATCH_NORM:
             norms[node.outputs[0]] = layer
@@ -155,6 +156,7 @@ def _parts(
     if node.op == "Gemm" and has(1, (2,)):
         parts = [(node.inputs[1], "kernel", (1, 0) if node.get("transB", 0) else None)]
         return parts + ([(node.inputs[2], "bias", None)] if has(2, (1,)) else []), value
+    # a linear layer without Gemm: MatMul, perhaps with a transposed weight, then Add
     if node.op == "MatMul" and (has(1, (2,)) or turned.get(node.inputs[1]) in tensors):
         kernel = node.inputs[1]
         parts = [

@@ -111,12 +111,14 @@ def dot(t: Tracer, equation: Any, x: Any, y: Any) -> Dynamic:
             "a product over other axes than the last and the first has no counterpart here"
         )
     if len(equation.invars[0].aval.shape) == 2:
+        # stored [O, I], as PyTorch stores linear layers
         return Dynamic(t.add("Gemm", [x.name, t.weight(y, (1, 0))], transB=1))
     return Dynamic(t.add("MatMul", [t.last(x), t.weight(y)]))
 
 
 def batch_norm(t: Tracer, equation: Any, x: Dynamic, *others: Known) -> Dynamic:
     first = len(equation.invars[0].aval.shape) == 4
+    # constant parameters get a name too, so that they are stored as weights
     parts = [other if other.origin else other._replace(origin="norm") for other in others]
     names = [t.weight(part) for part in parts]
     source = t.to_first(x) if first else x.name
@@ -132,6 +134,7 @@ def select(t: Tracer, equation: Any, which: Any, *cases: Any) -> Dynamic:
 
 def clamp(t: Tracer, equation: Any, low: Any, x: Any, high: Any) -> Dynamic:
     (low, x, high), first = t.operands(low, x, high)
+    # not Clip, which takes only scalar bounds
     return Dynamic(t.add("Min", [t.add("Max", [x, low]), high]), first)
 
 
@@ -178,6 +181,7 @@ def window(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
 
 
 def expm1(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
+    # ONNX has no Expm1
     return Dynamic(t.add("Sub", [t.add("Exp", [x.name]), t.constant(1, np.float32)]), x.first)
 
 

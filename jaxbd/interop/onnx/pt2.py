@@ -66,6 +66,7 @@ def _inputs(
             field(field(value, "arg", dict), "name", str),
             field(value, keys[kind], str),
         )
+        # buffers that are not persistent are stored among the constants
         is_constant = kind == "tensor_constant" or (
             kind == "buffer" and name not in archive.tables["weights"]
         )
@@ -121,6 +122,7 @@ def _graph(
     moments = {
         value for node in nodes if node.op == "BatchNormalization" for value in node.inputs[3:5]
     }
+    # buffers other than running moments are settings, not weights
     fixed = frozenset(converter.fixed | (buffers - moments))
     meta = converter.metas.get(image)
     if meta is None or len(meta.shape) != 4:

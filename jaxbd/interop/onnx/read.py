@@ -220,6 +220,7 @@ def _graph(
     model: Any, nodes: tuple[Node, ...], tensors: dict[str, np.ndarray], limits: GraphLimits
 ) -> Graph:
     graph = model.graph
+    # before IR version 4 the stored tensors are listed among the inputs
     inputs = [value for value in graph.input if value.name not in tensors]
     if len(inputs) != 1:
         names = ", ".join(quote(value.name) for value in inputs[:3])

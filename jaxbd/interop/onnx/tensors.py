@@ -123,6 +123,7 @@ class Reader:
             data = file.read(size)
         self.sizes[path] = path.stat().st_size
         self.external += size
+        # many tensors may refer to the same bytes, so the total is compared with the files' sizes
         if self.external > self.limits.plain.unpacked(sum(self.sizes.values())):
             raise Refusal(f"its tensors are many times larger than its files; first {quote(name)}")
         if len(data) != size:
@@ -151,6 +152,7 @@ def _inside(folder: pathlib.Path, location: str) -> pathlib.Path:
     if (
         outside
         or "\0" in location
+        # realpath follows links, which may lead outside
         or not os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
     ):
         raise Refusal(f"it asks for data outside its folder, {quote(location)}")

@@ -66,6 +66,7 @@ class Tracer(Builder):
             inner = next((equation.params[key] for key in INNER if key in equation.params), None)
             if inner is not None:
                 results = self.run(inner.jaxpr, inner.consts, inputs)
+            # batch_norm_p cannot be computed, it has no implementation
             elif all(isinstance(x, Known) for x in inputs) and name != batch_norm_p.name:
                 results = self._at_once(equation, inputs)
             elif name in self._convert:
@@ -82,6 +83,7 @@ class Tracer(Builder):
                 *(jnp.asarray(x.array) for x in inputs), **equation.params
             )
         arrays = [np.asarray(x) for x in (made if equation.primitive.multiple_results else [made])]
+        # still the same weight if only axes of size 1 were added or removed
         origin = (
             inputs[0].origin
             if inputs and equation.primitive.name in ("reshape", "convert_element_type", "squeeze")
@@ -106,6 +108,7 @@ class Tracer(Builder):
             name = self.constant(array)
             self.store(name)
             return name
+        # a shared weight is stored once
         if value.origin in self.tensors and self.tensors[value.origin].shape == array.shape:
             return value.origin
         name = self.name(value.origin)
@@ -124,6 +127,7 @@ class Tracer(Builder):
                     if value.first == first
                     else self.add("Transpose", [value.name], perm=TO_FIRST)
                 )
+            # JAX broadcasts explicitly: constants of any other rank are scalars
             elif first and value.array.ndim == 4:
                 names.append(self.weight(value, TO_FIRST))
             else:

@@ -58,6 +58,7 @@ def aligned(*values: Value) -> tuple[Any, list[Value]]:
     Static floats take the type of the others, so that a float64 constant does not change the
     precision.
     """
+    # before anything of the broadcast size is allocated
     check_size(np.broadcast_shapes(*(np.shape(value) for value in values)), limit(*values))
     rank = max(np.ndim(value) for value in values)
     ranked = [

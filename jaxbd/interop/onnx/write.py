@@ -88,6 +88,7 @@ def with_variables(
             nodes.append(node)
             continue
         dtype = kinds.get(layer.name, common)
+        # the layer's own output is renamed, so that all its readers get the corrected one
         raw = f"{layer.value}.uncorrected"
         nodes.append(
             node._replace(outputs=tuple(raw if v == layer.value else v for v in node.outputs))
@@ -112,6 +113,7 @@ def _corrections(bounds: Mapping[str, Any]) -> list[tuple[str, str, np.ndarray]]
     if "mean" in bounds:
         steps += [("Sub", "mean", bounds["mean"]), ("Div", "std", bounds["std"])]
     if "upper" in bounds and np.any(np.asarray(bounds["lower"]) > -OPEN):
+        # Max and Min, because Clip takes only scalar bounds
         steps.append(("Max", "lower", bounds["lower"]))
     if "upper" in bounds and np.any(np.asarray(bounds["upper"]) < OPEN):
         steps.append(("Min", "upper", bounds["upper"]))

@@ -62,8 +62,10 @@ def combine(
 ) -> Parts:
     """The suspect's nodes, a copy of the corrected net for every target, and the nodes that choose
     between them."""
+    # the name of the logits goes to the chosen answer, so that nodes after it (a softmax) use that
     rename = lambda value: SUSPECT if value == graph.logits else value
     nodes = [node._replace(outputs=tuple(map(rename, node.outputs))) for node in suspect.nodes]
+    # the copies go right after the suspect's logits, before the nodes that read the chosen answer
     position = 1 + next(i for i, node in enumerate(nodes) if SUSPECT in node.outputs)
     tensors, chosen = dict(suspect.tensors), SUSPECT
     added = [make_node("ArgMax", (SUSPECT,), "guard.label", graph, axis=1, keepdims=1)]
