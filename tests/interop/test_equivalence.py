@@ -202,9 +202,9 @@ KINDS = {
     # arguments that PyTorch refuses
     "a gradient of integers": (
         archive(pickled(tensor(FLOATS._replace(kind="IntStorage"), more=b"\x88}"))),
-        "gradient",
+        "requires_grad",
     ),
-    "a gradient of 1": (archive(pickled(tensor(more=b"K\x01}"))), "gradient"),
+    "a gradient of 1": (archive(pickled(tensor(more=b"K\x01}"))), "requires_grad"),
     "hooks that are none": (archive(pickled(tensor(more=b"\x89N"))), "hooks or flags"),
     "negated": (archive(pickled(tensor(more=b"\x89}" + table((text("neg"), b"\x88"))))), "hooks"),
     "an endless frame": (archive(STATE[:2] + b"\x95" + b"\xff" * 8 + STATE[2:]), "cut off or"),
