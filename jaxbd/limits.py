@@ -126,8 +126,8 @@ def clean_tree(value: Any) -> Any:
 def quote(text: object) -> str:
     """Text from a file, quoted for an error message: ASCII, at most 80 characters."""
     # cut before escaping: the text may be megabytes long
-    shown = ascii(text[:80]) if isinstance(text, str) else clean_text(_BRIEF.repr(text))
-    return shown if len(shown) <= 80 else shown[:76] + "...'"
+    quoted = ascii(text[:80]) if isinstance(text, str) else clean_text(_BRIEF.repr(text))
+    return quoted if len(quoted) <= 80 else quoted[:76] + "...'"
 
 
 _BRIEF = reprlib.Repr()
@@ -299,9 +299,9 @@ def parse_json(text: bytes, what: str, limits: Limits = Limits()) -> Any:
     try:
         value = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=lambda pairs: _unique(pairs, what),
-            parse_constant=lambda name: _finite(name, what),
-            parse_float=lambda number: _finite(number, what),
+            object_pairs_hook=lambda pairs: _build_object(pairs, what),
+            parse_constant=lambda name: _parse_finite(name, what),
+            parse_float=lambda number: _parse_finite(number, what),
             # "-0" is a float in other parsers; int would lose its sign
             parse_int=lambda number: -0.0 if number == "-0" else int(number),
         )
@@ -328,7 +328,7 @@ def _check_depth(value: Any, what: str, most: int) -> None:
     raise Refusal(f"{what} is nested more than {most} deep")
 
 
-def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, value in pairs:
         if name in table:
@@ -337,7 +337,7 @@ def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     return table
 
 
-def _finite(number: str, what: str) -> float:
+def _parse_finite(number: str, what: str) -> float:
     # "1e999" is valid JSON, but becomes infinite
     value = float(number)
     if not math.isfinite(value):

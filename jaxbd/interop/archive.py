@@ -102,16 +102,16 @@ def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> byt
 
 
 def _array(name: str, data: bytes) -> np.ndarray:
-    held = io.BytesIO(data)
+    buffer = io.BytesIO(data)
     try:
-        shape, dtype, is_fortran, _ = npz_archive.read_header(held, len(data), name)
+        shape, dtype, is_fortran, _ = npz_archive.read_header(buffer, len(data), name)
     except (ValueError, EOFError):
         raise Refusal(
             f"array {quote(name)} has a damaged header, or not as many bytes as its shape needs"
         ) from None
     if dtype.kind not in "fiub" or dtype.byteorder == ">":
         raise Refusal(f"array {quote(name)} is of type {quote(str(dtype))}, which is not supported")
-    rest = data[held.tell() :]
+    rest = data[buffer.tell() :]
     if dtype.kind == "b" and np.frombuffer(rest, np.uint8).max(initial=0) > 1:
         raise Refusal(f"array {quote(name)} holds booleans that are neither 0 nor 1")
     # bytearray: frombuffer on bytes would give a read-only array
@@ -134,10 +134,10 @@ def only_model(
         and not member.filename.lower().startswith(PASSED_OVER)
     ]
     if len(models) != 1:
-        held = ", ".join(quote(member.filename) for member in (models or members)[:4])
+        names = ", ".join(quote(member.filename) for member in (models or members)[:4])
         raise Refusal(
             "it is a zip archive that torch.save did not write, and it does not hold one model file"
-            f" ({held}); unpack it and give the file"
+            f" ({names}); unpack it and give the file"
         )
     if models[0].file_size > limits.unpacked(size):
         raise Refusal("it unpacks to more than a file of this size can hold")

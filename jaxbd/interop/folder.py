@@ -112,9 +112,9 @@ def _check_replaceable(path: pathlib.Path) -> None:
     if not path.exists():
         return
     # replacing a folder deletes it, so it must not hold anyone else's files
-    held = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
-    if held and not (is_model(path) and held <= {WEIGHTS, CONFIG, GUARD}):
-        others = ", ".join(sorted(held - {WEIGHTS, CONFIG, GUARD})[:3])
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
+    if names and not (is_model(path) and names <= {WEIGHTS, CONFIG, GUARD}):
+        others = ", ".join(sorted(names - {WEIGHTS, CONFIG, GUARD})[:3])
         raise UserError(
             f"{path}: not overwritten, it holds {others or 'half a model'}; choose another folder"
         )

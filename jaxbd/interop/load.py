@@ -59,8 +59,8 @@ class Model(NamedTuple):
 
     def states_normalisation(self) -> bool:
         """Whether the file, or the folder around it, states the net's input normalisation."""
-        held = self.container
-        return held is None or bool(held.constants) or "mean" in held.config
+        container = self.container
+        return container is None or bool(container.constants) or "mean" in container.config
 
 
 def open_model(
@@ -145,9 +145,9 @@ def _open_graph(
         raise UserError(f"{path.name}: the file describes its own net; leave --arch out")
     graph = graph_model.open_graph(path, image_shape)
     spec = graph_model.spec_of(graph)
-    held = graph_model.container_of(graph, spec)
+    container = graph_model.container_of(graph, spec)
     if not allow_nonfinite:
-        _check_finite(path, held.tensors)
+        _check_finite(path, container.tensors)
     mean, std = (
         own if value is None else value
         for value, own in zip(given, (spec.mean, spec.std), strict=True)
@@ -155,7 +155,7 @@ def _open_graph(
     spec = _with_normalisation(path, spec, mean, std)
     net, variables = graph_model.to_net(graph, spec)
     digest, files = graph.sha256, graph.files
-    return Model(spec, net, variables, digest, str(path), held, None, files=files, graph=graph)
+    return Model(spec, net, variables, digest, str(path), container, None, files=files, graph=graph)
 
 
 def _with_normalisation(

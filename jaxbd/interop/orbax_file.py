@@ -97,8 +97,8 @@ def _read_arrays(
     questions, answers = process.stdin, process.stdout
     assert questions is not None and answers is not None
     try:
-        asked = {"specs": specs, "bytes": most, "seconds": seconds}
-        questions.write(json.dumps(asked).encode() + b"\n")
+        request = {"specs": specs, "bytes": most, "seconds": seconds}
+        questions.write(json.dumps(request).encode() + b"\n")
         questions.flush()
         facts = _answer(answers, names)
         kinds = _check_facts(names, facts, most)

@@ -47,13 +47,13 @@ def fail(error, index):
 
 
 def main():
-    asked = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.readline())
     with contextlib.suppress(OSError, ValueError):  # systems without these limits, e.g. macOS
-        limit(asked["bytes"], asked["seconds"])
+        limit(request["bytes"], request["seconds"])
     # no concurrency: each parallel read or copy would take memory of its own
     alone = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
     context, arrays = tensorstore.Context(alone), []
-    for index, spec in enumerate(asked["specs"]):
+    for index, spec in enumerate(request["specs"]):
         try:
             arrays.append(tensorstore.open(spec, open=True, read=True, context=context).result())
         except Exception as error:

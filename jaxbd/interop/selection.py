@@ -74,7 +74,7 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
             break
         names = _strip(whole, prefixes)
         # skip what is part of a net that was found already
-        if names is None or not names or any(set(names.values()) <= held for held in taken):
+        if names is None or not names or any(set(names.values()) <= earlier for earlier in taken):
             continue
         if fits({short: whole[full] for short, full in names.items()}, loose):
             chosen = {short: parts[full] for short, full in names.items()}

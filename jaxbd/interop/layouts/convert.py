@@ -163,8 +163,8 @@ def _natural(name: str) -> list[Any]:
 def few(names: list[str], most: int = 4) -> str:
     """The first few names and the number of further ones; long names are truncated, control
     characters escaped."""
-    shown = [name[:120].encode("unicode_escape").decode() for name in names[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+    first = [name[:120].encode("unicode_escape").decode() for name in names[:most]]
+    return ", ".join(first) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ def freezing(layout: Layout) -> Callable[[Variables], Variables] | None:
     """The function that folds a net's normalisations, see `Net.frozen`; None if there are none to
     fold."""
     pairs = _pairs(layout)
-    return functools.partial(_frozen, pairs) if pairs else None
+    return functools.partial(_fold, pairs) if pairs else None
 
 
 def _pairs(layout: Layout) -> dict[str, tuple[str, float]]:
@@ -49,7 +49,7 @@ def _pairs(layout: Layout) -> dict[str, tuple[str, float]]:
     return pairs
 
 
-def _frozen(pairs: dict[str, tuple[str, float]], variables: Variables) -> Variables:
+def _fold(pairs: dict[str, tuple[str, float]], variables: Variables) -> Variables:
     """Rewrites y = (w * x + b - mu) s / sqrt(var + eps) + t as y = w' * x + shift, with the shift
     in the collection `folded`."""
     flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(

@@ -94,7 +94,7 @@ def lay_out(graph: Graph) -> Layout:
     """Determines slots and layers of a tidied graph."""
     nodes = needed(graph, graph.logits)
     after, slots, taken = readers(nodes), {}, set()
-    constant = _beside_image(graph, after) | graph.fixed
+    constant = _find_image_constants(graph, after) | graph.fixed
     weights = {name: array for name, array in graph.tensors.items() if name not in constant}
     turned = {
         node.outputs[0]: node.inputs[0]
@@ -117,7 +117,7 @@ def lay_out(graph: Graph) -> Layout:
             slots.setdefault(tensor, Slot((collection, layer, leaf), axes))
         if node.op == BATCH_NORM:
             norms[node.outputs[0]] = layer
-        if _is_shown(node, value, answers, after):
+        if _is_returned(node, value, answers, after):
             last = node.op in ("Gemm", "MatMul", "LayerNormalization", "RMSNormalization")
             layers.append(Layer(layer, node, value, -1 if last else 1))
         elif value in answers and node.op in ("Gemm", "MatMul"):
@@ -202,7 +202,9 @@ def _same_values(logits: str, makers: Mapping[str, Node]) -> set[str]:
     return found
 
 
-def _is_shown(node: Node, value: str, answers: set[str], after: Mapping[str, list[Node]]) -> bool:
+def _is_returned(
+    node: Node, value: str, answers: set[str], after: Mapping[str, list[Node]]
+) -> bool:
     """Whether `Net.outputs` returns this layer. It omits the classifier itself, and layers that
     only a BatchNormalization reads, since that one is returned instead."""
     if value in answers:
@@ -224,7 +226,7 @@ def _is_weight(name: str, array: np.ndarray, after: Mapping[str, list[Node]]) ->
     return bool(roles) and all(i not in STATIC_INPUTS.get(op, ()) for op, i in roles)
 
 
-def _beside_image(graph: Graph, after: Mapping[str, list[Node]]) -> set[str]:
+def _find_image_constants(graph: Graph, after: Mapping[str, list[Node]]) -> set[str]:
     """Names of the tensors that normalise the image: settings, not weights."""
     found, value = set(), graph.image
     while len(nodes := after.get(value, [])) == 1 and nodes[0].op in (*ARITHMETIC, *PASSING):

@@ -34,7 +34,7 @@ def tidy(graph: Graph) -> Graph:
             tensors[node.outputs[0]] = tensors[node.inputs[0]]
             continue
         if node.op == BATCH_NORM:
-            inputs = [_own(name, used, tensors) for name in node.inputs[1:]]
+            inputs = [_claim(name, used, tensors) for name in node.inputs[1:]]
             node = node._replace(inputs=(node.inputs[0], *inputs))
         nodes.append(node)
     read = {value for node in nodes for value in node.inputs} | set(graph.outputs)
@@ -42,7 +42,7 @@ def tidy(graph: Graph) -> Graph:
     return graph._replace(nodes=tuple(nodes), tensors=needed)
 
 
-def _own(name: str, used: set[str], tensors: dict[str, np.ndarray]) -> str:
+def _claim(name: str, used: set[str], tensors: dict[str, np.ndarray]) -> str:
     """`name`, or the name of a new copy if another normalisation already uses the tensor."""
     if name in used and name in tensors:
         copy = unique(f"{name}_copy", tensors)

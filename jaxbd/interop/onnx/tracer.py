@@ -68,7 +68,7 @@ class Tracer(Builder):
                 results = self.run(inner.jaxpr, inner.consts, inputs)
             # batch_norm_p cannot be computed, it has no implementation
             elif all(isinstance(x, Known) for x in inputs) and name != batch_norm_p.name:
-                results = self._at_once(equation, inputs)
+                results = self._compute_known(equation, inputs)
             elif name in self._convert:
                 results = [self._convert[name](self, equation, *inputs)]
             else:
@@ -76,7 +76,7 @@ class Tracer(Builder):
             values |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _at_once(self, equation: Any, inputs: list[Known]) -> list[Known]:
+    def _compute_known(self, equation: Any, inputs: list[Known]) -> list[Known]:
         """Computes an equation with known inputs."""
         with jax.ensure_compile_time_eval():
             made = equation.primitive.bind(
