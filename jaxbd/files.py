@@ -1,4 +1,4 @@
-"""Run records: what was measured, on what, with which versions; written whole or not at all."""
+"""Run records (what was measured, on which device, with which versions) and atomic file writes."""
 
 import contextlib
 import errno
@@ -18,12 +18,12 @@ from jaxbd.base import UserError
 from jaxbd.limits import clean_text
 
 MOST_BYTES = 64 << 20
-"""Size of a record that is read back."""
+"""Largest record that is read back."""
 PACKAGES = ("jaxbd", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what results depend on."""
+    """Installed versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """The default device in words, with the number of cores where it is a CPU."""
+    """The default device in words; for a CPU, with its number of cores."""
     import jax
 
     kind = jax.devices()[0].device_kind
@@ -46,8 +46,8 @@ def device() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Arrays, NumPy scalars, tuples and NamedTuples as JSON types; NaN and infinities as None; text
-    without what a terminal would obey."""
+    """Converts arrays, NumPy scalars, tuples, NamedTuples and paths to JSON types. NaN and
+    infinities become None; strings go through `clean_text`."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
@@ -66,42 +66,43 @@ def plain(value: Any) -> Any:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk and survive a power failure."""
+    """Flushes a file, or a folder's list of names, to disk so that it survives a power failure."""
     try:
         opened = os.open(path, os.O_RDONLY)
     except OSError:
-        if path.is_dir():  # Windows opens no folders, and needs no sync of them
+        if path.is_dir():  # Windows cannot open folders, and does not need them synced
             return
         raise
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that sync no folders
+        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
             raise
     finally:
         os.close(opened)
 
 
 def sync_tree(folder: pathlib.Path) -> None:
-    """`sync` of every file and folder under `folder`, and of itself last."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder
+    """Calls `sync` on every file and folder under `folder`, then on `folder` itself."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder's contents before the folder
         sync(path)
     sync(folder)
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling of `path` that takes its place when the block ends, or vanishes
-    when it raises. When it returns, the file is on disk.
+    """Yields a temporary sibling of `path`. When the block ends, the sibling is synced to disk and
+    renamed to `path`; when the block raises, it is deleted.
 
-    Of several processes the first alone writes; to the others it yields a file that vanishes.
+    With several processes only the first writes; the others get a throwaway path.
     """
     if not devices.is_first():
         with tempfile.TemporaryDirectory() as folder:
             yield pathlib.Path(folder) / path.name
         return
-    path = path.resolve()  # a link stays, and the file that it names is replaced
+    path = path.resolve()  # replace the file that a link points to, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
+    # the process id keeps parallel runs from writing the same temporary file
     sibling = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         yield sibling
@@ -113,9 +114,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, whole or not at all; characters that UTF-8 cannot hold become "?".
+    """Writes a text file atomically; characters that UTF-8 cannot encode become "?".
 
-    Raises: UserError when the folder cannot be written.
+    Raises: UserError when the file cannot be written.
     """
     path = pathlib.Path(path)
     try:
@@ -128,14 +129,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as JSON, whole or not at all. Raises: UserError when the folder cannot be
-    written."""
+    """Writes `value` as JSON, atomically. Raises: UserError when the file cannot be written."""
     write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """A JSON file of at most 64 MB. Raises: UserError when it is missing or not JSON that all
-    readers understand alike."""
+    """Reads a JSON file of at most 64 MiB. Raises: UserError when it is missing, too large, or not
+    valid by `limits.parse_json`."""
     path = pathlib.Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")

@@ -1,9 +1,8 @@
-"""Limits shared by every reader of files, models and data alike, and the text and files that pass
-them.
+"""Limits shared by all readers of model and data files, and safe helpers for files and text.
 
-A reader opens files with `opened`, compares every size a file claims with `Limits` before it
-allocates, and raises `Refusal`. Text from a file reaches a terminal, JSON or HTML through
-`clean_text`.
+A reader opens files with `opened`, checks every size that a file claims against `Limits` before it
+allocates memory, and raises `Refusal`. Text from a file must pass through `clean_text` before it
+reaches a terminal, JSON or HTML.
 """
 
 import contextlib
@@ -28,32 +27,33 @@ BinaryFile = io.BufferedReader | io.BytesIO
 
 
 BYTES_PER_SECOND = 100 << 20
-"""What reading, unpacking and hashing get through on any machine, in a second of a processor."""
+"""Throughput, per second of CPU time, that reading, unpacking and hashing reach on any machine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a file may cost to read. Everything above is refused before memory is allocated for it.
+    """Upper bounds on what reading a file may cost. A file that claims more is refused before any
+    memory is allocated for it.
 
     Attributes:
       file_bytes: size of the whole file or folder.
-      tensors: tensors in one model file.
-      entries: members of an archive, files in a folder.
-      values: values of a pickle visited beside the tensors.
+      tensors: number of tensors in one model file.
+      entries: members of an archive, or files in a folder.
+      values: values visited in a pickle, not counting the tensors.
       depth: nesting of dictionaries, lists, tuples and JSON.
       pickle_bytes: size of the pickled description (never the weights).
       header_bytes: size of a JSON header or an archive's directory.
-      instructions: pickle instructions, and items moved by them.
-      integer_keys: dictionary entries keyed by a large number, which can be made to collide; more
-        are dropped.
+      instructions: pickle instructions, plus the items they move.
+      integer_keys: dictionary entries keyed by a large integer; such keys can be chosen to collide,
+        so further ones are dropped.
       expansion: unpacked bytes, or bytes of all tensors that share storage, per byte of the file.
-      free_bytes: unpacked bytes that are allowed whatever the file's size.
+      free_bytes: unpacked bytes allowed regardless of the file's size.
       image_bytes: size of one encoded image.
-      image_pixels: height times width of one image, compared before it is decoded.
-      images: images in one data set.
-      data_bytes: all images of a data set together, encoded or decoded.
-      seconds: processor time for one image, table or description, beyond what its size explains
-        (`deadline`).
+      image_pixels: height times width of one image, checked before it is decoded.
+      images: number of images in one data set.
+      data_bytes: total size of a data set's images, encoded or decoded.
+      seconds: CPU time for one image, table or description, on top of the time its size explains
+        (see `deadline`).
     """
 
     file_bytes: int = 4 << 30
@@ -74,32 +74,32 @@ class Limits:
     seconds: float = 1.5
 
     def unpacked(self, file_size: int) -> int:
-        """Bytes that a file of `file_size` bytes may become in memory."""
+        """How many bytes a file of `file_size` bytes may unpack to in memory."""
         return max(self.free_bytes, self.expansion * file_size)
 
     def deadline(self, what: str, size: int = 0) -> "Deadline":
-        """For work on `what` that also reads `size` bytes."""
+        """A `Deadline` for work on `what`, extended by the time it takes to read `size` bytes."""
         return Deadline(self.seconds + size / BYTES_PER_SECOND, what)
 
 
 class Refusal(Exception):
-    """A file is not what it should be. The message says why; the caller adds the file's name
-    (`refusing`)."""
+    """Raised when a file is not what it should be. The message says why; `refusing` adds the file's
+    name."""
 
 
 # text
 
 
 def clean_text(text: str, most: int | None = None, allow: str = "") -> str:
-    """Text from a file as it may be printed, or written to JSON or HTML.
+    """Text from a file, made safe to print or to write to JSON or HTML.
 
-    Whatever is not printable becomes an escape such as `\\x1b`: control characters of C0 and C1
-    (carriage returns and line ends among them), controls of the writing direction, invisible and
-    unassigned characters, halves of surrogate pairs. Spaces of every width stay.
+    Every character that is not printable becomes an escape like `\\x1b`: C0 and C1 control
+    characters (including carriage returns and newlines), bidirectional controls, invisible and
+    unassigned characters, and lone surrogates. Spaces of any width stay.
 
     Args:
-      most: longest text that is returned whole; of a longer one the end is cut off.
-      allow: control characters that stay, e.g. line ends of a text of several lines.
+      most: length limit in characters; longer text is truncated and ends in "…".
+      allow: control characters to leave as they are, e.g. newlines in a text of several lines.
     """
     if most is not None and len(text) > most:
         text = text[: max(most - 1, 0)] + "…"
@@ -113,7 +113,7 @@ def _is_harmless(character: str) -> bool:
 
 
 def clean_tree(value: Any) -> Any:
-    """A copy of JSON values in which every text, keys included, went through `clean_text`."""
+    """A copy of a JSON value with `clean_text` applied to every string, keys included."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, dict):
@@ -124,15 +124,16 @@ def clean_tree(value: Any) -> Any:
 
 
 def quote(text: object) -> str:
-    """Text from a file for an error message: ASCII, in quotes, at most 80 characters."""
-    shown = ascii(text[:80]) if isinstance(text, str) else clean_text(_BRIEF.repr(text))
-    return shown if len(shown) <= 80 else shown[:76] + "...'"
+    """Text from a file, quoted for an error message: ASCII, at most 80 characters."""
+    # cut before escaping: the text may be megabytes long
+    quoted = ascii(text[:80]) if isinstance(text, str) else clean_text(_BRIEF.repr(text))
+    return quoted if len(quoted) <= 80 else quoted[:76] + "...'"
 
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxtuple, _BRIEF.maxlist, _BRIEF.maxdict = 3, 8, 8, 8
 _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
-"""Shows a value of the file's own making in bounded time, however large or deep it is."""
+"""Formats a value from a file in bounded time, no matter how large or deep it is."""
 
 
 # files
@@ -140,7 +141,7 @@ _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
 
 @contextlib.contextmanager
 def refusing(path: pathlib.Path) -> Iterator[None]:
-    """Turns a `Refusal` into a UserError that names the file."""
+    """Turns a `Refusal` or an OSError into a UserError that names the file."""
     try:
         yield
     except Refusal as error:
@@ -151,14 +152,17 @@ def refusing(path: pathlib.Path) -> Iterator[None]:
 
 
 def check_regular(path: pathlib.Path) -> os.stat_result:
-    """Facts on a regular file. Raises Refusal for folders, pipes, devices and sockets, which may
-    never end, and UserError where there is nothing."""
+    """The `stat` of a regular file.
+
+    Raises: Refusal for folders, pipes, devices and sockets, because reading those may never end;
+      UserError when there is no such file.
+    """
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{clean_text(str(path))}: no such file or folder") from None
     except ValueError:  # a NUL in the name
-        raise UserError(f"{clean_text(str(path))}: not a name of a file") from None
+        raise UserError(f"{clean_text(str(path))}: not a valid file name") from None
     if not stat.S_ISREG(found.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         what = kinds.get(stat.S_IFMT(found.st_mode), "a device")
@@ -170,19 +174,20 @@ def check_regular(path: pathlib.Path) -> os.stat_result:
 def opened(
     path: pathlib.Path, limits: Limits, most: int | None = None
 ) -> Iterator[tuple[io.BufferedReader, int]]:
-    """A regular file, opened for reading, and its size in bytes.
+    """Opens a regular file for reading; yields the file and its size in bytes.
 
-    Pipes, devices and sockets are never waited for. A file that is larger than `most` (by default
-    `limits.file_bytes`), empty, or mostly hollow is refused before it is read.
+    Never blocks on pipes, devices or sockets. Refuses, before reading anything, a file that is
+    empty, larger than `most` bytes (default `limits.file_bytes`), or mostly holes.
 
     Raises: Refusal; UserError when there is no such file.
     """
     check_regular(path)
-    # no waiting, even where the file was replaced by a pipe since it was looked at
+    # O_NONBLOCK: opening must not block if the file was replaced by a pipe since the check above
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     with os.fdopen(os.open(path, flags), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
+            # checked again: by now the path may name something else
             raise Refusal("it is not a regular file")
         most = limits.file_bytes if most is None else most
         if found.st_size == 0:
@@ -194,21 +199,21 @@ def opened(
 
 
 def check_filled(file: BinaryIO, size: int, limits: Limits) -> None:
-    """Raises Refusal for a large file of which nearly nothing is stored: a few bytes on disk would
-    take gigabytes of memory."""
+    """Raises Refusal for a large sparse file: a few bytes on disk would take gigabytes of
+    memory."""
     if size <= limits.free_bytes or not hasattr(os, "SEEK_DATA"):
         return
     stored = _count_stored(file.fileno(), size, size // limits.expansion)
     file.seek(0)
     if stored * limits.expansion < size:
         raise Refusal(
-            f"it is hollow: of its {size:,} bytes {stored:,} are stored, the rest was never written"
+            f"it is hollow: only {stored:,} of its {size:,} bytes are stored, the rest was never"
+            " written"
         )
 
 
 def _count_stored(file: int, size: int, enough: int) -> int:
-    """Bytes of the file outside its holes, counted until they are `enough`, over 4,096 pieces at
-    most."""
+    """Bytes of the file outside its holes. Stops counting at `enough`, or after 4,096 pieces."""
     position = stored = 0
     for _ in range(4096):
         if position >= size or stored > enough:
@@ -223,14 +228,14 @@ def _count_stored(file: int, size: int, enough: int) -> int:
 
 
 def read_bounded(path: pathlib.Path, limits: Limits, most: int) -> bytes:
-    """A whole regular file of at most `most` bytes. Raises: as `opened`."""
+    """Reads a whole regular file of at most `most` bytes. Raises: as `opened`."""
     with opened(path, limits, most) as (file, size):
         return read_exactly(file, 0, size, "the file")
 
 
 def read_exactly(file: BinaryIO, offset: int, count: int, what: str) -> bytes:
-    """`count` bytes from `offset`; a file that ends before is refused, naming `what` was expected
-    there."""
+    """Reads `count` bytes from `offset`. Raises Refusal, naming `what` was expected there, when the
+    file ends early."""
     file.seek(offset)
     data = file.read(count)
     if len(data) != count:
@@ -239,10 +244,10 @@ def read_exactly(file: BinaryIO, offset: int, count: int, what: str) -> bytes:
 
 
 def walk(folder: pathlib.Path, limits: Limits) -> list[pathlib.Path]:
-    """Every regular file below `folder`, in order of their paths.
+    """Every regular file below `folder`, sorted by path.
 
-    Raises: Refusal for links, pipes, devices and sockets, by name, for more than `limits.entries`
-      entries, and for folders nested more than `limits.depth` deep.
+    Raises: Refusal for more than `limits.entries` entries, for folders nested more than
+      `limits.depth` deep, and for a link, pipe, device or socket, which the message names.
     """
     found, waiting, count = [], [(folder, 0)], 0
     deadline = limits.deadline("the folder")
@@ -257,6 +262,7 @@ def walk(folder: pathlib.Path, limits: Limits) -> list[pathlib.Path]:
                 if count > limits.entries:
                     raise Refusal(f"the folder holds more than {limits.entries:,} files")
                 path = inside / entry.name
+                # links could lead outside the folder or in circles
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((path, depth + 1))
                 elif entry.is_file(follow_symlinks=False):
@@ -264,12 +270,12 @@ def walk(folder: pathlib.Path, limits: Limits) -> list[pathlib.Path]:
                 else:
                     what = "a link" if entry.is_symlink() else "a pipe, device or socket"
                     name = quote(path.relative_to(folder).as_posix())
-                    raise Refusal(f"the folder holds {what}, {name}; give one of plain files")
+                    raise Refusal(f"the folder holds {what}, {name}; only plain files are read")
     return sorted(found)
 
 
 def sha256(file: BinaryIO) -> str:
-    """Hexadecimal SHA-256 of the whole file, read in pieces."""
+    """SHA-256 of the whole file in hexadecimal, read in pieces."""
     file.seek(0)
     digest = hashlib.sha256()
     while piece := file.read(1 << 20):
@@ -281,11 +287,11 @@ def sha256(file: BinaryIO) -> str:
 
 
 def parse_json(text: bytes, what: str, limits: Limits = Limits()) -> Any:
-    """JSON that every reader understands alike: UTF-8, no name twice, finite numbers, bounded
-    nesting.
+    """Parses JSON that all parsers read the same way: UTF-8, no duplicate names, finite numbers,
+    bounded nesting.
 
     Args:
-      what: how messages call the text, e.g. "config.json".
+      what: what error messages call the text, e.g. "config.json".
     Raises: Refusal.
     """
     if len(text) > limits.header_bytes:
@@ -293,13 +299,15 @@ def parse_json(text: bytes, what: str, limits: Limits = Limits()) -> Any:
     try:
         value = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=lambda pairs: _unique(pairs, what),
-            parse_constant=lambda name: _finite(name, what),
-            parse_float=lambda number: _finite(number, what),
+            object_pairs_hook=lambda pairs: _build_object(pairs, what),
+            parse_constant=lambda name: _parse_finite(name, what),
+            parse_float=lambda number: _parse_finite(number, what),
+            # "-0" is a float in other parsers; int would lose its sign
             parse_int=lambda number: -0.0 if number == "-0" else int(number),
         )
-        if b"\\u" in text:  # half a surrogate pair can be spelt, but is no text
+        if b"\\u" in text:  # an escape can spell a lone surrogate, which UTF-8 cannot encode
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+    # deeply nested JSON exhausts the parser's stack
     except (ValueError, RecursionError):
         raise Refusal(f"{what} is not valid JSON") from None
     _check_depth(value, what, limits.depth)
@@ -320,7 +328,7 @@ def _check_depth(value: Any, what: str, most: int) -> None:
     raise Refusal(f"{what} is nested more than {most} deep")
 
 
-def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, value in pairs:
         if name in table:
@@ -329,7 +337,8 @@ def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     return table
 
 
-def _finite(number: str, what: str) -> float:
+def _parse_finite(number: str, what: str) -> float:
+    # "1e999" is valid JSON, but becomes infinite
     value = float(number)
     if not math.isfinite(value):
         raise Refusal(f"{what} holds the number {quote(number)}, which is not finite")
@@ -340,10 +349,10 @@ def _finite(number: str, what: str) -> float:
 
 
 class Deadline:
-    """A time after which reading is given up: `deadline.check()` between pieces of work.
+    """A limit on the time that reading may take; call `check()` between pieces of work.
 
-    It is time of the processor that this thread used, so that a busy machine refuses nothing that
-    an idle one reads.
+    It counts this thread's CPU time, not wall-clock time: otherwise a busy machine would refuse
+    files that an idle one reads.
     """
 
     def __init__(self, seconds: float, what: str):
@@ -351,17 +360,17 @@ class Deadline:
         self._start = time.thread_time()
 
     def used(self) -> float:
-        """Seconds that this thread has worked since."""
+        """CPU seconds that this thread has used since the deadline was created."""
         return time.thread_time() - self._start
 
     def check(self) -> None:
-        """Raises Refusal once the time is over."""
+        """Raises Refusal once the time is up."""
         if self.used() > self.seconds:
             raise Refusal(f"{self.what} takes more than {self.seconds:.3g} seconds")
 
 
 class _Watched(io.RawIOBase):
-    """A file each of whose pieces is read before a deadline."""
+    """A file that checks a deadline before every read."""
 
     def __init__(self, file: BinaryIO, deadline: Deadline):
         self._file, self._deadline = file, deadline
@@ -383,6 +392,6 @@ class _Watched(io.RawIOBase):
 
 
 def watched(file: BinaryIO, deadline: Deadline) -> io.BufferedReader:
-    """`file` for a library that reads it in a loop of its own: once the time is over, the next read
+    """Wraps `file` for a library that reads it in its own loop: once the time is up, the next read
     raises Refusal."""
     return io.BufferedReader(_Watched(file, deadline))

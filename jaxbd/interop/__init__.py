@@ -1,1 +1,1 @@
-"""Model files of others, in and out. Nothing that is read is ever executed."""
+"""Reads and writes model files of other tools. Nothing from a file is ever executed."""

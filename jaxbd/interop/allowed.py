@@ -1,9 +1,9 @@
-"""The names a PyTorch file may use, and the inert values of ours that they become.
+"""The names that a pickle in a PyTorch file may use, and the inert values they become.
 
-Nothing here is the thing that the name says: `torch._utils._rebuild_tensor_v2` becomes a
-description of a tensor, a NumPy number becomes Python's, and any name that is not listed becomes a
-`Foreign` value, which is never called or looked into. Every builder checks its arguments, which the
-file chose.
+No name resolves to the real object. `torch._utils._rebuild_tensor_v2` becomes a description of a
+tensor, a NumPy scalar becomes a Python number, and a name that is not listed becomes a `Foreign`
+value, which is never called or inspected. Every builder checks its arguments, because the file
+chose them.
 """
 
 import collections
@@ -30,7 +30,7 @@ STORAGE_TYPES: dict[str, np.dtype] = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-"""Names in module `torch` -> element type."""
+"""Name of a storage class in module `torch` -> element type."""
 
 OPAQUE_STORAGES: dict[str, int] = {
     "ComplexDoubleStorage": 16,
@@ -41,18 +41,18 @@ OPAQUE_STORAGES: dict[str, int] = {
     "QUInt4x2Storage": 1,
     "QUInt8Storage": 1,
 }
-"""Storages of numbers that no weights are made of -> bytes of one element: stepped over."""
+"""Storage classes of types that weights do not have -> bytes per element. These are skipped."""
 
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu|mlu|musa|xla)(:[0-9]{1,3})?")
-"""Devices whose tensors lie in the file; those on "meta" have no values."""
+"""Devices whose tensors have their values in the file; tensors on "meta" have none."""
 NUMPY_SCALARS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 MAX_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of `numel` elements of `dtype` that lies in the file under `key`; `location` is the
-    device it was saved from."""
+    """`numel` elements of `dtype`, stored in the file under `key`; `location` is the device they
+    were saved from."""
 
     key: str
     dtype: np.dtype
@@ -63,8 +63,8 @@ class Storage:
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """A strided view of a storage; offset and stride count elements. Nothing is read yet, bounds
-    are checked."""
+    """A strided view of a storage; offset and stride are in elements. The bounds are checked, but
+    no data has been read."""
 
     storage: Storage
     offset: int
@@ -75,11 +75,11 @@ class Tensor:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """Stands for a value of a type that is not read: what it was made of is dropped.
+    """Placeholder for a value of an unsupported type; its contents are dropped.
 
     Attributes:
-      name: of the class or function that the file asked for, "argparse.Namespace".
-      is_name: whether it is that class or function, and not what a call of it made.
+      name: the class or function that the file asked for, e.g. "argparse.Namespace".
+      is_name: True for the class or function itself, False for the result of calling it.
     """
 
     name: str
@@ -89,17 +89,18 @@ class Foreign:
 @final
 @dataclasses.dataclass(slots=True, eq=False)
 class NumpyArray:
-    """A NumPy array of the file; `values` is None until the file has said what is in it."""
+    """A NumPy array in the file; `values` is None until a later instruction supplies them."""
 
     values: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Symbol:
-    """What an allowed name stands for: a builder of ours, or a plain fact.
+    """The meaning of an allowed name: one of our builders, or a constant.
 
     Attributes:
-      build: (machine, arguments) -> value; `unpickle.Machine` counts what the building costs.
+      build: (machine, arguments) -> value; the `unpickle.Machine` accounts for the cost.
+      fact: the constant, e.g. a dtype.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Symbol:
 
 
 def is_count(value: Any) -> bool:
+    # not isinstance: True is an int too
     return type(value) is int and 0 <= value < 1 << 40
 
 
@@ -122,7 +124,7 @@ def is_counts(value: Any) -> bool:
 def _check_bounds(
     storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
-    """No element of the view may lie outside the storage."""
+    """Raises Refusal if the view reaches outside its storage."""
     elements = 1
     for size in shape:
         elements *= max(size, 1)
@@ -136,12 +138,12 @@ def _check_bounds(
 
 
 def _rebuild_tensor(machine: Any, arguments: tuple) -> Tensor | Foreign:
-    """torch._utils._rebuild_tensor(storage, offset, size, stride); a tensor of opaque numbers is
-    foreign."""
+    """torch._utils._rebuild_tensor(storage, offset, size, stride). A tensor of an opaque type
+    becomes `Foreign`."""
     if len(arguments) == 4 and type(arguments[0]) is Foreign:
         return Foreign(f"a tensor of {arguments[0].name}")
     if len(arguments) != 4 or type(arguments[0]) is not Storage:
-        raise Refusal("a tensor is rebuilt from something else than a storage")
+        raise Refusal("a tensor is rebuilt from something other than a storage")
     storage, offset, shape, stride = arguments[:4]
     if not (
         is_count(offset) and is_counts(shape) and is_counts(stride) and len(shape) == len(stride)
@@ -157,11 +159,11 @@ def _rebuild_tensor_v2(machine: Any, arguments: tuple) -> Tensor | Foreign:
     """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[,
     metadata]).
 
-    A tensor with hooks, or with flags such as "negated", which change what the stored numbers mean,
-    is foreign: it may stand beside the weights, not among them.
+    Hooks, and flags like "negated", change what the stored numbers mean. A tensor that has them
+    becomes `Foreign`: it may appear beside the weights, but not among them.
     """
     if len(arguments) not in (6, 7):
-        raise Refusal("a tensor is rebuilt from something else than a storage")
+        raise Refusal("a tensor is rebuilt from something other than a storage")
     tensor = _rebuild_tensor(machine, arguments[:4])
     metadata = arguments[6] if len(arguments) == 7 else None
     if isinstance(tensor, Foreign):
@@ -176,7 +178,7 @@ def _rebuild_parameter(machine: Any, arguments: tuple) -> Tensor | Foreign:
     if len(arguments) == 3 and type(arguments[0]) is Foreign:
         return arguments[0]
     if len(arguments) != 3 or type(arguments[0]) is not Tensor or not _is_empty(arguments[2]):
-        raise Refusal("a parameter is rebuilt from something else than a tensor")
+        raise Refusal("a parameter is rebuilt from something other than a tensor")
     _check_gradient(arguments[0], arguments[1])
     return arguments[0]
 
@@ -186,9 +188,9 @@ def _is_empty(value: Any) -> bool:
 
 
 def _check_gradient(tensor: Tensor, wanted: Any) -> None:
-    """Numbers without a fraction have no gradient: PyTorch refuses a file that asks for one."""
+    """Integers and booleans have no gradient: PyTorch refuses a file that asks for one."""
     if type(wanted) is not bool or (wanted and tensor.storage.dtype.kind in "iub"):
-        raise Refusal("a tensor is said to need a gradient in a way that makes no sense")
+        raise Refusal("a tensor's requires_grad makes no sense")
 
 
 def _ordered_dict(machine: Any, arguments: tuple) -> collections.OrderedDict:
@@ -198,43 +200,45 @@ def _ordered_dict(machine: Any, arguments: tuple) -> collections.OrderedDict:
         return result
     pairs = arguments[0]
     if len(arguments) != 1 or type(pairs) is not list:
-        raise Refusal("an OrderedDict is made from something else than pairs")
+        raise Refusal("an OrderedDict is made from something other than pairs")
     machine.spend(len(pairs))
     if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
-        raise Refusal("an OrderedDict is made from something else than pairs")
+        raise Refusal("an OrderedDict is made from something other than pairs")
     machine.set_items(result, [item for pair in pairs for item in pair])
     return result
 
 
 def _torch_size(machine: Any, arguments: tuple) -> tuple[int, ...]:
     if len(arguments) != 1 or not is_counts(arguments[0]):
-        raise Refusal("a torch.Size is made from something else than counts")
+        raise Refusal("a torch.Size is made from something other than counts")
     return arguments[0]
 
 
 def _torch_device(machine: Any, arguments: tuple) -> Symbol:
-    """torch.device("cuda:0") or torch.device("cuda", 0); which one does not matter here."""
+    """torch.device("cuda:0") or torch.device("cuda", 0). The arguments are checked, the device is
+    not recorded."""
     name = arguments[0] if arguments and type(arguments[0]) is str else ""
     index = arguments[1:] == () or (":" not in name and is_count(arguments[1]))
     if len(arguments) > 2 or not index or not DEVICE.fullmatch(name):
-        raise Refusal("a torch.device is made from something else than the name of a device")
+        raise Refusal("a torch.device is made from something other than the name of a device")
     return Symbol("torch.device")
 
 
 def _numpy_dtype(machine: Any, arguments: tuple) -> Symbol | Foreign:
     if len(arguments) != 3 or type(arguments[0]) is not str:
-        raise Refusal("a NumPy type is made from something else than its name")
+        raise Refusal("a NumPy type is made from something other than its name")
     if not all(type(flag) in (bool, int) for flag in arguments[1:]):
-        raise Refusal("a NumPy type is made from something else than its name")
+        raise Refusal("a NumPy type is made from something other than its name")
     if arguments[0] not in NUMPY_SCALARS:
         return Foreign(f"numpy.dtype {arguments[0][:16]}")
     return Symbol("numpy.dtype", fact=np.dtype("<" + arguments[0]))
 
 
 def _latin1(machine: Any, arguments: tuple) -> bytes:
-    """How protocol 2 spells bytes."""
+    """_codecs.encode(text, "latin1"): how pickle protocol 2 writes bytes."""
     if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] != "latin1":
-        raise Refusal("the pickle encodes text for something else than bytes")
+        raise Refusal("the pickle encodes text for something other than bytes")
+    # the file can encode one memoised text any number of times
     machine.spend(len(arguments[0]) // 16)
     try:
         return arguments[0].encode("latin1")
@@ -248,23 +252,23 @@ def _numpy_scalar(machine: Any, arguments: tuple) -> int | float | bool | Foreig
     if type(kind) is Foreign:
         return Foreign(f"a NumPy value of {kind.name}")
     if type(kind) is not Symbol or kind.name != "numpy.dtype" or type(raw) is not bytes:
-        raise Refusal("a NumPy number is made from something else than a type and bytes")
+        raise Refusal("a NumPy number is made from something other than a type and bytes")
     if len(raw) != kind.fact.itemsize or (kind.fact.kind == "b" and raw not in (b"\0", b"\1")):
         raise Refusal("a NumPy number has too many or too few bytes")
     return np.frombuffer(raw, kind.fact)[0].item()
 
 
 def _numpy_reconstruct(machine: Any, arguments: tuple) -> NumpyArray:
-    """_reconstruct(ndarray, (0,), b"b"): an array that the next instruction fills."""
+    """_reconstruct(ndarray, (0,), b"b"): an empty array for a later BUILD instruction to fill."""
     if len(arguments) != 3 or type(arguments[0]) is not Symbol:
-        raise Refusal("a NumPy array is made from something else than its type")
+        raise Refusal("a NumPy array is made from something other than its type")
     return NumpyArray()
 
 
 def _numpy_frombuffer(machine: Any, arguments: tuple) -> NumpyArray | Foreign:
-    """_frombuffer(buffer, dtype, shape, order), as protocol 5 has it."""
+    """_frombuffer(buffer, dtype, shape, order): how pickle protocol 5 writes an array."""
     if len(arguments) != 4:
-        raise Refusal("a NumPy array is made from something else than a buffer, type and shape")
+        raise Refusal("a NumPy array is made from something other than a buffer, type and shape")
     raw, kind, shape, order = arguments
     if type(kind) is Foreign:
         return Foreign(f"a NumPy array of {kind.name}")
@@ -272,16 +276,16 @@ def _numpy_frombuffer(machine: Any, arguments: tuple) -> NumpyArray | Foreign:
 
 
 def numpy_values(machine: Any, shape: Any, kind: Any, is_fortran: Any, raw: Any) -> np.ndarray:
-    """The array that `raw` holds. Raises Refusal unless type, shape and length belong together."""
+    """The array stored in `raw`. Raises Refusal unless type, shape and length agree."""
     if type(kind) is not Symbol or not isinstance(kind.fact, np.dtype) or not is_counts(shape):
-        raise Refusal("a NumPy array is described by something else than a shape and a type")
+        raise Refusal("a NumPy array is described by something other than a shape and a type")
     if type(raw) is not bytes or len(raw) != math.prod(shape) * kind.fact.itemsize:
         raise Refusal(f"a NumPy array of shape {shape} has too many or too few bytes")
     if kind.fact.kind == "b":
-        machine.spend(len(raw) // 1024)  # one text of bytes can be made into any number of arrays
+        machine.spend(len(raw) // 1024)  # the file can turn one byte string into many arrays
         if np.frombuffer(raw, np.uint8).max(initial=0) > 1:
-            raise Refusal("a NumPy array holds truth values that are neither 0 nor 1")
-    # empty shapes are bounded too, so that NumPy can hold every shape that passes
+            raise Refusal("a NumPy array holds booleans that are neither 0 nor 1")
+    # `raw` bounds every shape but an empty one; NumPy cannot hold every empty shape either
     if math.prod(max(size, 1) for size in shape) >= 1 << 40:
         raise Refusal(f"a NumPy array claims the shape {shape}")
     return np.frombuffer(raw, kind.fact).reshape(shape, order="F" if is_fortran else "C")
@@ -303,12 +307,13 @@ RUNS_CODE = frozenset(
     types.FunctionType urllib urllib2 urllib3 webbrowser xmlrpc zipimport
     """.split()  # noqa: SIM905 (a list of names is read more easily than one of quoted names)
 )
-"""Modules and names that a model file has no use for but to run code or to change what was read: a
-file that asks for one is refused as a whole."""
+"""Modules and names that a model file could only want in order to run code or to tamper with the
+loaded values. A file that asks for one is refused outright."""
 
 
 def runs_code(module: str, name: str) -> bool:
-    """Whether `module.name`, or a module above it, is in `RUNS_CODE`; Python 2's names too."""
+    """Whether `module.name`, or one of its parent modules, is in `RUNS_CODE`. Understands Python
+    2's names too."""
     module = {"__builtin__": "builtins", "__builtins__": "builtins"}.get(module, module)
     parts = f"{module}.{name}".split(".")
     return any(".".join(parts[:count]) in RUNS_CODE for count in range(1, len(parts) + 1))
@@ -354,4 +359,4 @@ ALLOWED: dict[tuple[str, str], Symbol] = {
         )
     },
 }
-"""The names that we make something of."""
+"""(module, name) -> what the interpreter makes of it."""

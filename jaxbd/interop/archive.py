@@ -1,5 +1,4 @@
-"""Zip archives that torch.save did not write: a download around a model file, or an .npz of
-weights."""
+"""Zip archives that torch.save did not write: a zipped model file, or an .npz of weights."""
 
 import contextlib
 import io
@@ -24,11 +23,11 @@ PROGRAMS = {
         "an exported program (.pt2) of an old PyTorch; export it again, or save model.state_dict()"
     ),
 }
-"""Part of a member's name -> what the archive is."""
+"""Substring of a member's name -> what the archive is, as the error message says it."""
 
 
 def check_no_program(file: BinaryFile, size: int, limits: Limits) -> None:
-    """Raises Refusal where an archive is a compiled or exported program."""
+    """Raises Refusal if the archive is a compiled or exported program."""
     for name in [member.filename for member in _members(file, size, limits)]:
         for part, what in PROGRAMS.items():
             if part in name:
@@ -36,11 +35,11 @@ def check_no_program(file: BinaryFile, size: int, limits: Limits) -> None:
 
 
 def foreign_members(file: BinaryFile, size: int, limits: Limits) -> list[zipfile.ZipInfo]:
-    """Members of an archive that torch.save did not write; empty where it is one of its own, which
-    `torch_zip` reads or refuses."""
+    """Members of an archive that torch.save did not write. Empty for an archive that it did write,
+    which is left to `torch_zip` to read or refuse."""
     members = _members(file, size, limits)
     names = [member.filename for member in members]
-    # in lower case, since PyTorch finds members without regard to case
+    # in lower case, since PyTorch ignores case when it looks up members
     if len(set(names)) < len(names) or any(
         name.lower().rpartition("/")[2] == "data.pkl" for name in names
     ):
@@ -49,10 +48,10 @@ def foreign_members(file: BinaryFile, size: int, limits: Limits) -> list[zipfile
 
 
 def _members(file: BinaryFile, size: int, limits: Limits) -> list[zipfile.ZipInfo]:
-    """The archive's directory; empty where it is damaged, or too large to be that of a model."""
+    """The archive's directory; empty if it is damaged, or too large for a model file."""
     try:
         count, table, _ = zips.end_record(file, size)
-    except Refusal:  # its directory could be looked for in two places
+    except Refusal:  # readers could disagree about where the directory is
         return []
     if table > limits.header_bytes or count > limits.entries:
         return []
@@ -65,13 +64,13 @@ def _members(file: BinaryFile, size: int, limits: Limits) -> list[zipfile.ZipInf
 
 
 def is_npz(members: list[zipfile.ZipInfo]) -> bool:
-    """Whether all members are arrays; "x.npy.npy" is not, which NumPy takes for "x.npy"."""
+    """Whether all members are arrays. "x.npy.npy" does not count: NumPy reads it as "x.npy"."""
     names = [member.filename for member in members]
     return all(n.endswith(".npy") and not n.endswith(".npy.npy") for n in names)
 
 
 def read_npz(file: BinaryFile, size: int, limits: Limits) -> tuple[dict[str, np.ndarray], Any]:
-    """Arrays by name; none may hold objects, which only a pickle could describe."""
+    """Reads the arrays by name. Object arrays are refused: only a pickle can describe them."""
     members = foreign_members(file, size, limits)
     if len(members) > limits.tensors:
         raise Refusal(f"it holds {len(members):,} arrays; the limit is {limits.tensors:,}")
@@ -87,34 +86,35 @@ def read_npz(file: BinaryFile, size: int, limits: Limits) -> tuple[dict[str, np.
 
 
 def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> bytes:
-    """What a member holds, at most `most` bytes; its checksum must hold."""
+    """Unpacks a member of at most `most` bytes and verifies its checksum."""
     if member.flag_bits & 0x1:
         raise Refusal(f"member {quote(member.filename)} is encrypted")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Refusal(f"member {quote(member.filename)} is packed in a way that is not read")
+        raise Refusal(f"member {quote(member.filename)} uses an unsupported compression")
     try:
         with archive.open(member) as file:
             data = file.read(most + 1)
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError):
         raise Refusal(f"member {quote(member.filename)} is damaged") from None
     if len(data) != member.file_size:
-        raise Refusal(f"member {quote(member.filename)} does not have the size that it states")
+        raise Refusal(f"member {quote(member.filename)} does not have the size it states")
     return data
 
 
 def _array(name: str, data: bytes) -> np.ndarray:
-    held = io.BytesIO(data)
+    buffer = io.BytesIO(data)
     try:
-        shape, dtype, is_fortran, _ = npz_archive.read_header(held, len(data), name)
+        shape, dtype, is_fortran, _ = npz_archive.read_header(buffer, len(data), name)
     except (ValueError, EOFError):
         raise Refusal(
-            f"array {quote(name)} has a damaged header, or not its shape's bytes"
+            f"array {quote(name)} has a damaged header, or not as many bytes as its shape needs"
         ) from None
     if dtype.kind not in "fiub" or dtype.byteorder == ">":
-        raise Refusal(f"array {quote(name)} is of type {quote(str(dtype))}, which is not read")
-    rest = data[held.tell() :]
+        raise Refusal(f"array {quote(name)} is of type {quote(str(dtype))}, which is not supported")
+    rest = data[buffer.tell() :]
     if dtype.kind == "b" and np.frombuffer(rest, np.uint8).max(initial=0) > 1:
-        raise Refusal(f"array {quote(name)} holds truth values that are neither 0 nor 1")
+        raise Refusal(f"array {quote(name)} holds booleans that are neither 0 nor 1")
+    # bytearray: frombuffer on bytes would give a read-only array
     return np.frombuffer(bytearray(rest), dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
@@ -122,9 +122,10 @@ def _array(name: str, data: bytes) -> np.ndarray:
 def only_model(
     file: BinaryFile, members: list[zipfile.ZipInfo], size: int, limits: Limits
 ) -> Iterator[tuple[io.BytesIO, int]]:
-    """The one model file inside an archive of `size` bytes, unpacked in memory, and its size.
+    """Unpacks in memory the one model file inside an archive of `size` bytes; yields it and its
+    size.
 
-    Raises: Refusal where the archive holds none or several, or another archive.
+    Raises: Refusal if the archive holds no model file, several, or another archive.
     """
     models = [
         member
@@ -133,10 +134,10 @@ def only_model(
         and not member.filename.lower().startswith(PASSED_OVER)
     ]
     if len(models) != 1:
-        held = ", ".join(quote(member.filename) for member in (models or members)[:4])
+        names = ", ".join(quote(member.filename) for member in (models or members)[:4])
         raise Refusal(
             "it is a zip archive that torch.save did not write, and it does not hold one model file"
-            f" ({held}); unpack it and give the file"
+            f" ({names}); unpack it and give the file"
         )
     if models[0].file_size > limits.unpacked(size):
         raise Refusal("it unpacks to more than a file of this size can hold")
@@ -144,5 +145,5 @@ def only_model(
         data = _unpack(archive, models[0], models[0].file_size)
     inner = io.BytesIO(data)
     if data.startswith(b"PK") and foreign_members(inner, len(data), limits):
-        raise Refusal(f"member {quote(models[0].filename)} is an archive again; unpack it")
+        raise Refusal(f"member {quote(models[0].filename)} is an archive too; unpack it")
     yield inner, len(data)

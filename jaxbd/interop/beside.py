@@ -1,7 +1,7 @@
-"""Activation bounds beside a model file, `<stem>.bounds.safetensors`: a state_dict has no place for
-them.
+"""Activation bounds stored next to a model file as `<stem>.bounds.safetensors`, because a
+state_dict has no place for them.
 
-The file says by SHA-256 which model file it belongs to, since files of one stem share its name.
+The bounds file names its model file by SHA-256: model files with the same stem would share it.
 """
 
 import pathlib
@@ -15,11 +15,11 @@ from jaxbd.models import build
 
 ENDING = ".bounds.safetensors"
 OWNER = "model_sha256"
-"""The note that says which file the bounds are for; without it they are not applied."""
+"""Metadata key with the SHA-256 of the model file; without it the bounds are not applied."""
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
-    """The file of bounds beside the model file `path`, if it is there."""
+    """The bounds file next to the model file `path`, if there is one."""
     found = path.with_name(f"{path.stem}{ENDING}")
     return found if not path.is_dir() and found.exists() else None
 
@@ -27,11 +27,11 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 def read(
     path: pathlib.Path, owner: str, spec: build.Spec, variables: Variables, limits: Limits
 ) -> tuple[Variables, str]:
-    """The collection `bounds` in `path`, for the model file of SHA-256 `owner`, and the SHA-256 of
-    `path`.
+    """Reads the collection `bounds` from `path` for the model file with SHA-256 `owner`; returns it
+    with the SHA-256 of `path`.
 
     Raises: UserError naming the file when it is damaged, belongs to another model file, does not
-      fit the net of `spec` (whose arrays are `variables`), or holds what is not finite.
+      fit the net of `spec` with its `variables`, or holds values that are not finite.
     """
     with refusing(path):
         with opened(path, limits) as (file, size):
@@ -39,8 +39,8 @@ def read(
             digest = sha256(file)
         if OWNER not in notes:
             raise Refusal(
-                "it does not say whose activation bounds it holds, and would change what the model"
-                f" answers; delete it, or write the model's sha256 into its note {OWNER}"
+                "it does not say which model its activation bounds belong to, and would change the"
+                f" model's answers; delete it, or set its metadata {OWNER} to the model's sha256"
             )
         if notes[OWNER] != owner:
             raise Refusal(
@@ -51,7 +51,7 @@ def read(
             raise Refusal(
                 f"it holds {quote(others[0])}"
                 if others
-                else "the model has bounds of its own already"
+                else "the model already has bounds of its own"
             )
         fit.check({**folder.flatten(variables), **tensors}, spec)
         for name, tensor in tensors.items():
@@ -62,8 +62,8 @@ def read(
 
 
 def write(path: pathlib.Path, owner: str, bounds: Variables) -> str:
-    """Writes the bounds of the model file `path`, whose SHA-256 is `owner`. Returns: a note on them
-    for people."""
+    """Writes the bounds of the model file `path`, which has the SHA-256 `owner`. Returns a note for
+    the user."""
     beside = path.with_name(f"{path.stem}{ENDING}")
     with refusing(beside):
         safetensors_file.write(beside, folder.flatten({"bounds": bounds}), {OWNER: owner})
@@ -74,8 +74,8 @@ def write(path: pathlib.Path, owner: str, bounds: Variables) -> str:
 
 
 def check_free(path: pathlib.Path) -> None:
-    """Raises UserError where a model file written to `path` would take or lose the bounds of
-    another one."""
+    """Raises UserError if a model file written to `path` would pick up or overwrite the bounds of
+    another model."""
     found = find(path)
     if found is None:
         return

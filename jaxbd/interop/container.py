@@ -1,7 +1,7 @@
-"""Model files as named arrays: what kind a file is, its tensors, and the rest that a writer must
-put back.
+"""Model files as named arrays: the kind of file, its tensors, and everything else that is needed to
+write it back.
 
-Reading executes nothing from the file. A file's kind is known by its content, never by its name.
+Reading executes nothing from the file. The kind is recognised by content, never by file name.
 """
 
 import io
@@ -29,29 +29,29 @@ Kind = Literal["torch-zip", "torch-legacy", "safetensors", "npz", "folder", "orb
 
 
 class Container(NamedTuple):
-    """One model file, read.
+    """The contents of one model file.
 
     Attributes:
-      tensors: name -> array in file order, without `prefix`.
-      kind: what the file is.
+      tensors: name without `prefix` -> array, in file order.
+      kind: the kind of file.
       nesting: keys that lead to the tensors' dictionary, e.g. ("net",).
-      prefix: what stood before every name ("module." of DataParallel), or "".
-      outer: the plain-Python rest of the file, e.g. {"acc": …, "epoch": …}; of safetensors its
-        `__metadata__`.
-      ignored: names of entries that were left out because they hold more than plain Python (an
+      prefix: common prefix of all names in the file ("module." of DataParallel), or "".
+      outer: the rest of the file as plain Python values, e.g. {"acc": …, "epoch": …}; for
+        safetensors its `__metadata__`.
+      ignored: names of entries left out because they hold more than plain Python values (an
         optimiser's tensors, a second state_dict). They are not written back either: a repaired file
         should carry no unrepaired weights.
-      sha256: of the file, hexadecimal.
-      path: where it lay.
-      bytes: its size.
-      metadata: `_metadata` of the state_dict (module versions), written back as it was.
+      sha256: SHA-256 of the file, hexadecimal.
+      path: path of the file.
+      bytes: size of the file.
+      metadata: `_metadata` of the state_dict (module versions), written back unchanged.
       files: {name: SHA-256} of every file that was read.
-      names: name of each tensor -> its key in the file, where that is not `prefix` before it.
-      merged: keys of weights that the file keeps in parts (pruning masks, weight_norm); they are
-        multiplied out, and written back as one.
-      constants: tensors by their keys that normalise the input, mean and then standard deviation;
-        written back as they were.
-      config: what the folder around the weights says: "mean", "std", "image_shape".
+      names: tensor name -> its key in the file, where the key is not just `prefix` + name.
+      merged: keys of weights that the file stores in parts (pruning masks, weight_norm). The parts
+        are multiplied out and written back as one tensor.
+      constants: key -> tensor of the input normalisation, mean then standard deviation; written
+        back unchanged.
+      config: settings from the folder around the weights: "mean", "std", "image_shape".
     """
 
     tensors: dict[str, np.ndarray]
@@ -72,11 +72,11 @@ class Container(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which net of a file is wanted.
+    """Which of a file's nets to read.
 
     Attributes:
-      fits: whether names and shapes are those of an architecture.
-      key: the name that the user gives the net, or None.
+      fits: tells whether names and shapes are those of an architecture.
+      key: the name of the net that the user asked for, or None.
     """
 
     fits: selection.Fits
@@ -89,9 +89,9 @@ def read(
     wanted: Wanted | None = None,
 ) -> Container:
     """Reads a PyTorch file (zip or stream), safetensors, an .npz of weights, a jaxbd model folder,
-    a folder of the Hugging Face hub or an Orbax folder.
+    a Hugging Face Hub folder or an Orbax folder.
 
-    Raises: UserError naming the file and what in it is refused.
+    Raises: UserError naming the file and the reason why it is refused.
     """
     path, wanted = pathlib.Path(path), wanted or Wanted(layouts.fits)
     with refusing(path):
@@ -102,9 +102,9 @@ def read(
 
 
 def read_bytes(data: bytes, limits: Limits = Limits(), name: str = "bytes") -> Container:
-    """What `read` makes of a file with this content.
+    """Like `read`, for a file given by its content.
 
-    Raises: UserError naming `name` and what is refused.
+    Raises: UserError with `name` as the file's name and the reason why it is refused.
     """
     path = pathlib.Path(name)
     with refusing(path):
@@ -120,6 +120,7 @@ def _read_file(
     kind = _kind(file.read(512), size)
     if kind == "torch-zip":
         archive.check_no_program(file, size, limits)
+    # a zip that torch.save did not write: an .npz, or a model file inside a download
     if kind == "torch-zip" and (members := archive.foreign_members(file, size, limits)):
         if archive.is_npz(members):
             kind = "npz"
@@ -134,6 +135,7 @@ def _read_file(
         net = state_dict.find_named(tensors, limits, *wanted)
         return _of_arrays(path, kind, net, notes, sha256(file), size)
     value, load = (torch_zip if kind == "torch-zip" else torch_legacy).read(file, size, limits)
+    # storages are loaded only for the tensors that are needed
     found = state_dict.find(value, load, size, limits, *wanted)
     digest = sha256(file)
     return Container(
@@ -161,21 +163,20 @@ def _of_arrays(
     digest: str,
     size: int,
 ) -> Container:
-    """The `net` that `state_dict.find_named` found among arrays, which lie in no other
-    dictionary."""
+    """The container of a `net` that `state_dict.find_named` found in a flat table of arrays."""
     found, chosen, constants = net
     head = (found, kind, (), chosen.prefix, notes, chosen.ignored, digest, str(path), size, None)
     return Container(*head, {path.name: digest}, *_names(chosen), constants)
 
 
 def _names(chosen: selection.Selection) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The keys that are not the prefix and the name, and those of weights in parts."""
+    """(`Container.names`, `Container.merged`) of the chosen net."""
     keys, merged = {}, []
     for name, piece in chosen.names.items():
         key = piece.keys[0]
         if piece.how in ("mask", "weight_norm"):
             merged.append(key)
-            # the prefix of the part, before the name of the whole
+            # the whole weight is written under the prefix that its parts had
             stem = name.rpartition(".")[0]
             key = key[: key.find(stem)] + name if stem in key else chosen.prefix + name
         if key != chosen.prefix + name:
@@ -184,19 +185,20 @@ def _names(chosen: selection.Selection) -> tuple[dict[str, str], tuple[str, ...]
 
 
 def _kind(head: bytes, size: int) -> Kind:
-    """What a file is, by its first bytes."""
+    """The kind of a file, recognised by its first bytes `head`."""
     if head.startswith(torch_zip.MAGIC):
         return "torch-zip"
     if head.startswith(torch_legacy.MAGICS):
         return "torch-legacy"
     if safetensors_file.looks_like(head, size):
         return "safetensors"
+    # only after the formats above: PyTorch streams begin with b"\x80" too
     other_kinds = {
         b"\x89HDF": "an HDF5 (Keras) file; export its weights as safetensors",
         b"\x1f\x8b": "packed with gzip; unpack it first",
         b"\x80": (
-            "a bare pickle, which only code can read; save model.state_dict() with torch.save or as"
-            " safetensors"
+            "a bare pickle, which cannot be read without running code; save model.state_dict() with"
+            " torch.save or as safetensors"
         ),
         b"<": "a web page or XML; the download went wrong",
         b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
@@ -204,11 +206,12 @@ def _kind(head: bytes, size: int) -> Kind:
     for magic, what in other_kinds.items():
         if head.startswith(magic):
             raise Refusal(f"it is {what}")
+    # tar has its magic number inside the header
     if head[257:262] == b"ustar":
         raise Refusal("it is a tar archive; unpack it first, or save it again with a newer PyTorch")
     if (other := foreign.name_of(head)) is not None:
         raise Refusal(f"it is {other}")
-    raise Refusal("it is neither a PyTorch file nor safetensors (or its beginning is lost)")
+    raise Refusal("it is neither a PyTorch file nor safetensors (or its beginning is missing)")
 
 
 def _read_folder(path: pathlib.Path, limits: Limits, wanted: Wanted) -> Container:
@@ -236,7 +239,7 @@ def _read_folder(path: pathlib.Path, limits: Limits, wanted: Wanted) -> Containe
         with opened(weights, limits) as (file, size):
             found = _read_file(weights, file, size, limits, wanted)
         config, files = hub.read_config(path, limits)
-        # which of several a library loads depends on what is installed there
+        # with several weight files, which one a library loads depends on what is installed there
         others = tuple(n for n in hub.FILES if n != weights.name and (path / n).is_file())
         files, ignored = {**found.files, **files}, (*found.ignored, *others)
         return found._replace(config=config, path=str(path), files=files, ignored=ignored)
@@ -258,18 +261,17 @@ def write(
     tensors: dict[str, np.ndarray],
     kind: Literal["torch-zip", "safetensors"] | None = None,
 ) -> None:
-    """Writes `tensors` the way `container_like` was: same keys and order, types, nesting, prefix
+    """Writes `tensors` in the layout of `container_like`: same keys, order, types, nesting, prefix
     and outer values.
 
-    A stream of the old format is written as a zip file, which every PyTorch since 1.4 reads.
-    Tensors that shared memory get memory of their own. Entries in `container_like.ignored` are left
-    out.
+    A file in the old stream format is written as a zip, which every PyTorch since 1.4 reads.
+    Tensors that shared memory no longer do. Entries in `container_like.ignored` are left out.
 
     Args:
-      tensors: one array for every name in `container_like.tensors`, of the same shape; cast to the
-        type there.
-      kind: "torch-zip" or "safetensors"; the source's own when None.
-    Raises: UserError when names or shapes differ, or the kind is a folder's.
+      tensors: one array for every name in `container_like.tensors`, of the same shape; each is cast
+        to the type of the original.
+      kind: "torch-zip" or "safetensors"; None for the kind of the source.
+    Raises: UserError when names or shapes differ, or the kind is that of a folder.
     """
     path, form = pathlib.Path(path), kind or container_like.kind
     _check_same(path, container_like.tensors, tensors)
@@ -292,12 +294,12 @@ def write(
 
 
 def changes(container: Container) -> list[str]:
-    """In what a file that is written like `container` differs from it, in sentences' parts."""
+    """How a file written like `container` differs from the source, as phrases for the user."""
     found = []
     if container.merged:
         count, first = len(container.merged), container.merged[0]
         found.append(
-            f"{count} weights that were kept in parts ({quote(first)}, …) are written whole"
+            f"{count} weights that were stored in parts ({quote(first)}, …) are written whole"
         )
     if container.kind == "npz":
         found.append("the arrays of the .npz are written as tensors")
@@ -323,7 +325,7 @@ def _check_same(
 
 
 def _nest(container: Container, named: dict[str, np.ndarray]) -> Any:
-    """The file's whole value: tensors at `nesting` inside `outer`."""
+    """The complete value to write: the tensors at `nesting` inside `outer`."""
     rest = container.outer if container.kind.startswith("torch") else {}
     return _place(rest, container.nesting, named, container.metadata)
 

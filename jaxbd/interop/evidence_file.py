@@ -1,13 +1,14 @@
-"""Recovered triggers on disk, one .npz each: what a search found becomes a file, and the file what
-repairs take.
+"""Recovered triggers on disk, one .npz each: saves what a search found and loads it as `Evidence`
+for repairs.
 
-A trigger of fixed pixels is written as `interop.trigger` does (`pattern`, `mask`, `place` or
-`random_place`, `target`, `application`), so that `jaxbd evaluate --trigger` and others use it as it
-is; `kind` and `sources` are added. A distribution of triggers is a generator: `generator/…`, the
-arrays of its L models stacked, `weights`, `places`, `place_logits`, and `settings` as JSON, which
-say how to rebuild it; `samples` are for those who do not. docs/case-file.md has the table.
+A trigger with fixed pixels is written like `interop.trigger` does (`pattern`, `mask`, `place` or
+`random_place`, `target`, `application`), so `jaxbd evaluate --trigger` and others can use the file
+directly; `kind` and `sources` are added. A distribution of triggers is stored as its generators:
+`generator/…` (the arrays of its L models, stacked), `weights`, `places`, `place_logits`, and the
+`settings` needed to rebuild it, as JSON; `samples` serve readers that do not rebuild it.
+docs/case-file.md has the table.
 
-Nothing in a file is executed, and sizes are compared before anything is unpacked.
+Nothing in a file is executed, and sizes are checked before anything is unpacked.
 """
 
 import functools
@@ -33,21 +34,21 @@ from jaxbd.repairs import mixture
 Kind = Literal["mask", "patch", "additive", "distribution"]
 KINDS: tuple[Kind, ...] = ("mask", "patch", "additive", "distribution")
 SAMPLES = 64
-"""Triggers of a distribution that are drawn into its file."""
+"""Number of sample triggers stored in a distribution's file."""
 MOST_BYTES, MOST_MODELS, MOST_WIDTH = 256 << 20, 64, 4096
-"""Bytes of a file's arrays together; models of one distribution; width of a generator, its noise
-and its patches."""
+"""Upper limits: total bytes of a file's arrays; models of one distribution; width of a generator,
+its noise and its patches."""
 SETTINGS = ("patch", "noise_dim", "noise", "generator", "hidden", "place")
 """Settings of MESA on which drawing and stamping depend."""
 
 
 class Models(NamedTuple):
-    """L generators of triggers: what stamping needs of the states of MESA.
+    """L trigger generators: the part of MESA's states that stamping needs.
 
     Attributes:
       generator: variables of G, each [L, …].
-      place: [L, 2] int32, row and column, for triggers at a fixed place.
-      place_logits: [L, P], for triggers at searched places.
+      place: [L, 2] int32, row and column of triggers at a fixed place.
+      place_logits: [L, P], for triggers whose place was searched.
     """
 
     generator: Any
@@ -56,14 +57,15 @@ class Models(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A recovered trigger as a file holds it.
+    """A recovered trigger, as stored in a file.
 
     Attributes:
-      kind: "mask": pixels laid over the image; "patch": a square at random places; "additive":
-        pixels added; "distribution": modelled by generators.
-      target: class it leads to; sources: classes it leads there, empty for all others.
-      pixels: of a fixed trigger; None for a distribution.
-      models, settings: of a distribution, with its settings of MESA; None for a fixed trigger.
+      kind: "mask": pixels blended over the image; "patch": a square at random places; "additive":
+        pixels added to the image; "distribution": modelled by generators.
+      target: class that triggered images are sent to.
+      sources: classes that the trigger works on; empty for all others.
+      pixels: a fixed trigger's pixels; None for a distribution.
+      models, settings: a distribution's generators and MESA settings; None for a fixed trigger.
     """
 
     kind: Kind
@@ -74,7 +76,8 @@ class Saved(NamedTuple):
     settings: mesa.Config | None = None
 
     def size(self) -> float | None:
-        """L1 norm of a mask, L2 norm of what is added, side of modelled patches in pixels."""
+        """L1 norm of a mask, L2 norm of an additive pattern, or a distribution's patch side in
+        pixels."""
         if self.settings is not None:
             return float(self.settings.patch)
         assert self.pixels is not None and self.pixels.pattern is not None
@@ -84,33 +87,35 @@ class Saved(NamedTuple):
 
 
 def shrink(found: mixture.Mixture) -> mixture.Mixture:
-    """What a file keeps of a mixture of MESA's states [L, …]."""
+    """Reduces a mixture of MESA states [L, …] to the parts that a file stores."""
     states = found.models
     return found._replace(models=Models(states.generator, states.place, states.place_logits))
 
 
 def draw(saved: Saved, image_shape: tuple[int, int, int], count: int = SAMPLES) -> np.ndarray:
-    """Triggers [count, h, w, C] of a distribution, as many of every model as its weight asks."""
+    """Draws triggers [count, h, w, C] from a distribution; each model's share is its weight."""
     assert saved.models is not None and saved.settings is not None
     inversion = _make(_NO_NET, image_shape, saved.settings)
     weights = np.asarray(saved.models.weights, float)
+    # stratified by weight: sample i goes to the model at quantile (i + 0.5) / count
     numbers = np.searchsorted(np.cumsum(weights) / weights.sum(), (np.arange(count) + 0.5) / count)
     drawn = []
     for number in np.unique(numbers):
         one = jax.tree.map(lambda leaf, n=number: jnp.asarray(leaf[n]), saved.models.models)
+        # fixed keys, so that the same trigger gives the same file
         key = jax.random.key(int(number))
         drawn.append(np.asarray(inversion.sample(key, one, int((numbers == number).sum()))))
     return np.concatenate(drawn)
 
 
 def save(path: pathlib.Path, saved: Saved, image_shape: tuple[int, int, int]) -> None:
-    """Writes one trigger. Raises: UserError when the folder cannot be written."""
+    """Writes one trigger. Raises: UserError when the file cannot be written."""
     more: dict[str, Any] = {"kind": saved.kind, "sources": np.asarray(saved.sources, np.int32)}
     if saved.pixels is not None:
         arrays = trigger.to_arrays(saved.pixels._replace(target=saved.target)) | more
     else:
         assert saved.models is not None and saved.settings is not None
-        kept = {name: getattr(saved.settings, name) for name in SETTINGS}
+        settings = {name: getattr(saved.settings, name) for name in SETTINGS}
         models = saved.models.models
         generator = flax.traverse_util.flatten_dict(models.generator, sep="/")
         arrays = {f"generator/{name}": leaf for name, leaf in generator.items()} | more
@@ -119,7 +124,7 @@ def save(path: pathlib.Path, saved: Saved, image_shape: tuple[int, int, int]) ->
             "weights": saved.models.weights,
             "places": models.place,
             "place_logits": models.place_logits,
-            "settings": json.dumps(kept),
+            "settings": json.dumps(settings),
             "samples": draw(saved, image_shape),
         }
     try:
@@ -135,7 +140,7 @@ def save(path: pathlib.Path, saved: Saved, image_shape: tuple[int, int, int]) ->
 def load(path: pathlib.Path, suspect: Suspect) -> Saved:
     """Reads a trigger for the net of `suspect`.
 
-    Raises: UserError naming the file when it is damaged, too large, or not for such a net.
+    Raises: UserError naming the file when it is damaged, too large, or does not fit the net.
     """
     with npz_archive.Archive(path, "trigger", trigger.MOST_BYTES) as archive:
         if sum(header.size for header in archive.headers.values()) > MOST_BYTES:
@@ -163,9 +168,9 @@ def load(path: pathlib.Path, suspect: Suspect) -> Saved:
 
 
 def to_evidence(saved: Saved, suspect: Suspect) -> Evidence:
-    """What repairs take of a trigger.
+    """The `Evidence` that repairs take, from a saved trigger.
 
-    Raises: UserError when pixels do not fit the suspect's images.
+    Raises: UserError when the pixels do not fit the suspect's images.
     """
     if saved.models is not None:
         assert saved.settings is not None
@@ -189,15 +194,15 @@ def to_evidence(saved: Saved, suspect: Suspect) -> Evidence:
 
 _make = cached(32)(mesa.make)
 _NO_NET = Net(lambda *_: {}, cast(Any, None))
-"""Drawing triggers asks no net."""
+"""Placeholder: drawing triggers never calls the net."""
 
 
 @cached(32)
 def _share(
     image_shape: tuple[int, int, int], classes: int, config: given.Config, shape: Any
 ) -> Any:
-    """The stamp for triggers of `shape` [h, w, C]: one function for all, so that one program serves
-    them."""
+    """One stamp function for all triggers of `shape` [h, w, C], so that they share one compiled
+    program."""
     if shape is None:
         return None
     blank = given.Loaded(np.zeros(shape, np.float32), np.zeros((*shape[:2], 1), np.float32))
@@ -207,7 +212,8 @@ def _share(
 def _read_models(
     path: pathlib.Path, stored: dict[str, np.ndarray], suspect: Suspect
 ) -> tuple[mixture.Mixture, mesa.Config]:
-    """The generators, every array of the shape that their settings ask for."""
+    """The generators and their settings; every array is checked against the shape that the settings
+    imply."""
     settings = _read_settings(path, stored, suspect.image_shape)
     weights = stored.get("weights", np.zeros(0))
     if weights.ndim != 1 or not 1 <= len(weights) <= MOST_MODELS or weights.dtype.kind != "f":
@@ -215,6 +221,7 @@ def _read_models(
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
         raise UserError(f"trigger {path}: weights must be at least 0 and finite, not all 0")
     inversion = _make(suspect.net, suspect.image_shape, settings)
+    # expected shapes from an abstract trace: nothing is computed
     state = jax.eval_shape(inversion.init, jax.random.key(0))
     wanted: dict[str, Any] = flax.traverse_util.flatten_dict(state.generator, sep="/")
     shapes = {f"generator/{name}": leaf.shape for name, leaf in wanted.items()}
@@ -222,13 +229,13 @@ def _read_models(
     names = {*stored} - {"weights", "settings"}
     if names != set(shapes):
         other = sorted(names ^ set(shapes))[0]
-        raise UserError(f"trigger {path}: array {other[:60]!r} is missing, or one too many")
+        raise UserError(f"trigger {path}: array {other[:60]!r} is missing or unexpected")
     for name, shape in shapes.items():
         value, kind = stored[name], "i" if name == "places" else "f"
         if value.shape != (len(weights), *shape) or value.dtype.kind != kind:
             given_as = f"{value.dtype} {list(value.shape)}"
             raise UserError(
-                f"trigger {path}: array {name[:60]!r} is {given_as}, its settings ask for"
+                f"trigger {path}: array {name[:60]!r} is {given_as}, but its settings need"
                 f" {[len(weights), *shape]}"
             )
         if not np.isfinite(value).all():
@@ -245,7 +252,7 @@ def _read_models(
 def _read_settings(
     path: pathlib.Path, stored: dict[str, np.ndarray], image_shape: tuple[int, int, int]
 ) -> mesa.Config:
-    """Settings that bound what building the generator costs."""
+    """The settings, checked so that building the generator from them has a bounded cost."""
     text = _text(stored.get("settings"), path, "settings", 2000)
     try:
         content = parse_json(text.encode(errors="replace"), "settings")
@@ -260,6 +267,7 @@ def _read_settings(
         raise UserError(f"trigger {path}: noise, generator and place must be words")
     try:
         settings = mesa.Config(**content)
+        # a trial build raises UserError for settings that MESA refuses
         _make(_NO_NET, image_shape, settings)
     except UserError as error:
         raise UserError(f"trigger {path}: {error}") from None
@@ -267,26 +275,27 @@ def _read_settings(
 
 
 def _text(value: np.ndarray | None, path: pathlib.Path, name: str, most: int) -> str:
-    """A short text that is stored as an array."""
+    """A short string stored as an array."""
     if value is None or value.dtype.kind != "U" or value.size != 1 or value.itemsize > 4 * most:
-        raise UserError(f"trigger {path}: {name} is missing or no text; give a file of jaxbd's")
+        raise UserError(f"trigger {path}: {name} is missing or not text; jaxbd did not write it")
     return str(value.reshape(-1)[0])
 
 
 def _classes(
     value: np.ndarray | None, path: pathlib.Path, name: str, classes: int
 ) -> tuple[int, ...]:
-    """Class numbers of the suspect."""
+    """Class numbers stored in `value`, each within the suspect's `classes`."""
     value = np.zeros(0, np.int32) if value is None else value.reshape(-1)
     if value.dtype.kind not in "iu" or len(value) > classes:
         raise UserError(f"trigger {path}: {name} must be class numbers")
     numbers = tuple(int(number) for number in value)
     if any(not 0 <= number < classes for number in numbers):
-        raise UserError(f"trigger {path}: {name} leaves the model's classes 0..{classes - 1}")
+        raise UserError(f"trigger {path}: {name} is outside the model's classes 0..{classes - 1}")
     return numbers
 
 
 def settings_of(stamp: Any) -> mesa.Config:
-    """The settings of MESA that a stamp was made with."""
+    """The MESA settings that a stamp was made with."""
+    # MESA's stamp is a partial whose first argument carries the config
     parts = cast(functools.partial, stamp).args[0]
     return parts.config

@@ -1,5 +1,4 @@
-"""Whether arrays from a file are those of a net: their names, shapes and kinds, compared before any
-is used."""
+"""Checks that arrays from a file fit a net by name, shape and type, before any of them is used."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,8 +14,8 @@ from jaxbd.models import build
 
 
 def check(tensors: dict[str, np.ndarray], spec: build.Spec) -> None:
-    """Raises Refusal listing by name what is missing, extra, or of another shape or kind than the
-    net of `spec` has."""
+    """Raises Refusal, listing the arrays that are missing, extra, or of another shape or type than
+    in the net of `spec`."""
     layers = least_layers(spec.options)
     if len(tensors) < layers:  # before the net is traced, which takes seconds for a deep one
         raise Refusal(f"it holds {len(tensors)} arrays, too few for the {layers} layers of its net")
@@ -27,7 +26,7 @@ def check(tensors: dict[str, np.ndarray], spec: build.Spec) -> None:
 
 
 def least_layers(options: Mapping[str, Any]) -> int:
-    """How many layers with arrays of their own a net of these `options` has at least."""
+    """Lower bound on the number of layers with arrays in a net with these `options`."""
     blocks = options.get("blocks")
     total = sum(blocks) if isinstance(blocks, list | tuple) else 0
     counts = (options.get("stages"), options.get("depth"), total)
@@ -37,11 +36,11 @@ def least_layers(options: Mapping[str, Any]) -> int:
 def bound_shapes(
     spec: build.Spec, expected: dict[str, tuple[int, ...]], given: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the bounds of every layer that has some in `given`; a layer's bounds come
-    whole or not at all.
+    """Path -> shape of the bounds of every layer that has any in `given`. A layer needs all of its
+    bounds or none.
 
-    A normalisation layer is clipped, one pair of bounds per channel; a layer with no moments of its
-    own is normalised first.
+    A normalisation layer is clipped with one pair of bounds per channel. A layer without moments of
+    its own is normalised first, so its bounds include a mean and std.
     """
     net, images = build.net(spec), jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     outputs = net.outputs
@@ -64,10 +63,9 @@ def bound_shapes(
 
 
 def nonfinite(name: str, tensor: np.ndarray) -> int:
-    """How many values of the array `name` are none to compute with: NaN, or infinite except in a
-    bound that is open.
+    """Number of unusable values in the array `name`: NaN, or infinite outside a bound.
 
-    A `bounds/…/lower` or `upper` of infinity does not clip. 0 for integers.
+    An infinite `bounds/…/lower` or `upper` is valid: it does not clip. 0 for integers.
     """
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         return 0
@@ -76,15 +74,14 @@ def nonfinite(name: str, tensor: np.ndarray) -> int:
 
 
 LARGEST = 1e15
-"""No trained net holds larger numbers; products of such ones are infinite in float32."""
+"""No trained net holds larger numbers; products of such numbers overflow float32."""
 
 
 def complaint(name: str, tensor: np.ndarray) -> str:
-    """Why the array `name` is none to compute with, in a file's names or in ours; "" where it is
-    one.
+    """Why the array `name` cannot be used, or "" if it can. `name` may be a file's or one of ours.
 
-    Values must be finite (but for bounds that are open), at most `LARGEST`, and no variance or
-    spread negative.
+    Values must be finite (except in open bounds) and at most `LARGEST` in magnitude; variances and
+    standard deviations must not be negative.
     """
     if not jnp.issubdtype(tensor.dtype, jnp.floating) or not tensor.size:
         return ""
@@ -93,16 +90,17 @@ def complaint(name: str, tensor: np.ndarray) -> str:
     numbers = np.asarray(tensor, np.float64)
     most = np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0)
     if most > LARGEST:
-        return f"holds values of {most:.3g}, more than the {LARGEST:g} that nets hold"
+        return f"holds values of {most:.3g}, above the limit of {LARGEST:g}"
     if name.endswith(("running_var", "/var", "/std")) and numbers.min() < 0:
-        return f"holds a negative variance or spread, {numbers.min():.3g}"
+        return f"holds a negative variance or standard deviation, {numbers.min():.3g}"
     return ""
 
 
 def compare(
     tensors: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]], spec: build.Spec
 ) -> None:
-    """Raises Refusal unless `tensors` are floats of the `expected` shapes, no more and no fewer."""
+    """Raises Refusal unless `tensors` are exactly the `expected` arrays, as floats of those
+    shapes."""
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{quote(name)} is not in the net" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
@@ -118,12 +116,12 @@ def compare(
 
 
 def expected_shapes(spec: build.Spec) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every array of the net, traced without computing anything."""
+    """Path -> shape of every array of the net, by abstract tracing: nothing is computed."""
     try:
         abstract = jax.eval_shape(build.net(spec).init, jax.random.key(0))
     except UserError as error:
         raise Refusal(f"config.json: {error}") from None
-    except Exception as error:  # whatever Flax makes of options that a stranger wrote
+    except Exception as error:  # untrusted options can make Flax raise anything
         raise Refusal(
             f"config.json does not describe a net: {quote(str(error).partition(chr(10))[0])}"
         ) from None

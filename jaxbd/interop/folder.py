@@ -1,8 +1,8 @@
 """jaxbd's own model folder: `model.safetensors` with the arrays, `config.json` with the net's
 `Spec`.
 
-A guarded model's folder holds `guard.safetensors` besides, see `interop.guarded`, and is of another
-version, so that nothing takes its suspect for the whole.
+A guarded model's folder also holds `guard.safetensors`, see `interop.guarded`. It has another
+version number, so that no reader mistakes its suspect for the whole model.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ from jaxbd.models import build
 
 WEIGHTS, CONFIG, GUARD = "model.safetensors", "config.json", "guard.safetensors"
 ORBAX = "_METADATA"
-"""Orbax's table of contents: a folder with both would be two models."""
+"""Orbax's table of contents. A folder that also holds this file would be two models."""
 FORMAT, VERSION, GUARDED_VERSION = "jaxbd-model", 1, 2
 COLLECTIONS = ("params", "batch_stats", "bounds")
 FIELDS = ("arch", "classes", "image_shape", "mean", "std", "options", "dtype", "class_names")
 
 
 def is_model(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder with both files of a model."""
+    """Whether `path` is a folder with both `model.safetensors` and `config.json`."""
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
@@ -53,14 +53,14 @@ def save(
     variables: Variables,
     notes: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a model folder, whole or not at all; a model folder that is already there is replaced.
+    """Writes a model folder atomically. An existing model folder is replaced.
 
     Args:
-      variables: collections of `COLLECTIONS`; each array is stored under its path,
+      variables: the collections named in `COLLECTIONS`; each array is stored under its path, e.g.
         "params/conv0/kernel".
-      notes: JSON values kept in `config.json`, e.g. where the model came from.
-    Raises: UserError when `path` is something else than a model folder, or holds other files beside
-      the model.
+      notes: JSON values to store in `config.json`, e.g. where the model came from.
+    Raises: UserError when `path` exists and is not a model folder, or holds files other than the
+      model's.
     """
 
     def more(written: pathlib.Path) -> dict[str, Any]:
@@ -77,13 +77,14 @@ def write(
     more: Callable[[pathlib.Path], dict[str, Any]],
     version: int = VERSION,
 ) -> None:
-    """Writes a model folder, whole or not at all: the arrays of each of `files`, then
-    `config.json`.
+    """Writes a model folder atomically: the arrays of each of `files`, then `config.json`.
 
     Args:
-      more: (folder as far as it is written) -> what `config.json` says beside the spec.
+      files: file name -> its arrays by name.
+      more: (folder with `files` already written) -> further entries of `config.json`, added to the
+        spec.
     """
-    path = pathlib.Path(path).resolve()  # a link stays, and the folder that it names is replaced
+    path = pathlib.Path(path).resolve()  # replace the folder that a link points to, not the link
     if not devices.is_first():
         return
     _check_replaceable(path)
@@ -110,36 +111,38 @@ def write(
 def _check_replaceable(path: pathlib.Path) -> None:
     if not path.exists():
         return
-    held = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
-    if held and not (is_model(path) and held <= {WEIGHTS, CONFIG, GUARD}):
-        others = ", ".join(sorted(held - {WEIGHTS, CONFIG, GUARD})[:3])
+    # replacing a folder deletes it, so it must not hold anyone else's files
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
+    if names and not (is_model(path) and names <= {WEIGHTS, CONFIG, GUARD}):
+        others = ", ".join(sorted(names - {WEIGHTS, CONFIG, GUARD})[:3])
         raise UserError(
-            f"{path}: not overwritten, it holds {others or 'half a model'}; name another folder"
+            f"{path}: not overwritten, it holds {others or 'half a model'}; choose another folder"
         )
 
 
 def _exchange(path: pathlib.Path, sibling: pathlib.Path, aside: pathlib.Path) -> None:
-    """Puts `sibling` in the place of `path`; the old folder is deleted only once the new one
-    stands."""
+    """Moves `sibling` to `path`. The old folder is deleted only after the new one is in place."""
     if not path.exists():
         os.rename(sibling, path)
         return
+    # a folder that is not empty cannot be replaced in one step
     os.rename(path, aside)
     try:
         os.rename(sibling, path)
     except OSError:
+        # put the old folder back
         os.rename(aside, path)
         raise
     shutil.rmtree(aside)
 
 
 def flatten(variables: Variables) -> dict[str, np.ndarray]:
-    """Every array under its path, "params/conv0/kernel"; collections that a folder does not keep
-    are left out."""
-    kept = {name: variables[name] for name in COLLECTIONS if variables.get(name)}
+    """Maps each array's path, e.g. "params/conv0/kernel", to the array. Collections that a folder
+    does not store are left out."""
+    collections = {name: variables[name] for name in COLLECTIONS if variables.get(name)}
     return {
         path: np.asarray(leaf)
-        for path, leaf in flax.traverse_util.flatten_dict(kept, sep="/").items()
+        for path, leaf in flax.traverse_util.flatten_dict(collections, sep="/").items()
     }
 
 
@@ -149,8 +152,8 @@ def unflatten(tensors: Mapping[str, Any]) -> Variables:
 
 
 class Loaded(NamedTuple):
-    """A model folder, read: the net's spec, its variables, {name: SHA-256} of the files that were
-    read."""
+    """The contents of a model folder: the net's spec, its variables, and {name: SHA-256} of the
+    files that were read."""
 
     spec: build.Spec
     variables: Variables
@@ -161,10 +164,10 @@ def load(
     path: str | os.PathLike,
     limits: Limits = Limits(),
 ) -> tuple[build.Spec, Variables, str]:
-    """The net's spec, its variables, and the SHA-256 of `model.safetensors`.
+    """Returns the net's spec, its variables, and the SHA-256 of `model.safetensors`.
 
-    Raises: UserError when a file is damaged, or when tensors are missing, extra or mis-shaped for
-      the net, by name.
+    Raises: UserError when a file is damaged, or naming the tensors that are missing, extra or
+      mis-shaped for the net.
     """
     found = read(path, limits)
     return found.spec, found.variables, found.files[WEIGHTS]
@@ -175,16 +178,16 @@ def read(
     limits: Limits = Limits(),
     own: str | None = None,
 ) -> Loaded:
-    """What `load` gives, with the hashes of all files that decide what the model computes.
+    """Like `load`, but with the hashes of all files that decide what the model computes.
 
     Args:
-      own: an architecture of the user's own that the folder may name, since the user names it too.
+      own: an architecture of the user's own. The folder may name it because the user named it too.
     """
     path = pathlib.Path(path)
     with refusing(path):
         config, settings = read_config(path, limits, VERSION, own)
         spec, tensors, digest = read_weights(path, config, limits)
-        # folders written before this was so do not name their weights
+        # folders written by older versions do not record the hash of their weights
         if config.get("sha256", {WEIGHTS: digest}) != {WEIGHTS: digest}:
             bad = [
                 f"tensor {quote(n)} {what}, and "
@@ -198,7 +201,7 @@ def read(
 def read_weights(
     path: pathlib.Path, config: dict[str, Any], limits: Limits
 ) -> tuple[build.Spec, dict[str, jax.Array], str]:
-    """The spec of `config`, the arrays of `model.safetensors`, which fit it, and the file's
+    """The spec in `config`, the arrays of `model.safetensors`, checked to fit it, and that file's
     SHA-256."""
     spec = as_spec(config)
     with opened(path / WEIGHTS, limits) as (file, size):
@@ -211,10 +214,10 @@ def read_weights(
 def read_config(
     path: pathlib.Path, limits: Limits, version: int, own: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """A folder's `config.json`, every field of the spec checked, and its SHA-256.
+    """A folder's `config.json`, with every field of the spec checked, and its SHA-256.
 
-    A file never makes us import code: an architecture "package.module:make" is read only where it
-    is `own`, the one that the user names. Raises Refusal naming the field that is wrong.
+    A file must never make us import code: an architecture "package.module:make" is accepted only if
+    it is `own`, the one that the user named. Raises Refusal naming the field that is wrong.
     """
     if not is_model(path):
         raise Refusal(f"the folder does not hold {WEIGHTS} and {CONFIG}")
@@ -223,7 +226,7 @@ def read_config(
     text = read_bounded(path / CONFIG, limits, limits.header_bytes)
     config = parse_json(text, CONFIG, limits)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise Refusal(f"{CONFIG} is not that of a jaxbd model")
+        raise Refusal(f"{CONFIG} does not describe a jaxbd model")
     _check_version(path, config.get("version"), version)
     wrong = [field for field, is_right in _CHECKS.items() if not is_right(config.get(field))]
     if wrong[:1] == ["arch"] and own is not None and config["arch"] == own:
@@ -239,16 +242,16 @@ def read_config(
 
 
 def _check_version(path: pathlib.Path, found: Any, wanted: int) -> None:
-    """A guarded model never passes for a plain one, nor the other way round."""
+    """Raises Refusal if a guarded model could pass for a plain one, or the other way round."""
     if found not in (VERSION, GUARDED_VERSION) or type(found) is not int:
         raise Refusal(
             f"{CONFIG} is of version {quote(found)}; this jaxbd reads version {VERSION} and"
             f" {GUARDED_VERSION}"
         )
     if found == GUARDED_VERSION and not (path / GUARD).exists():
-        raise Refusal(f"{CONFIG} is that of a guarded model, but {GUARD} is missing")
+        raise Refusal(f"{CONFIG} describes a guarded model, but {GUARD} is missing")
     if found == VERSION and (path / GUARD).exists():
-        raise Refusal(f"it holds {GUARD}, but {CONFIG} is not that of a guarded model")
+        raise Refusal(f"it holds {GUARD}, but {CONFIG} does not describe a guarded model")
     if found != wanted:
         raise Refusal("it is a guarded model; open it as one (jaxbd.interop.load.open_model)")
 
@@ -270,15 +273,16 @@ def _is_whole(value: Any, most: int) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    """No numbers at all mean that every image is standardised by its own."""
+    """Whether `value` is a list of numbers. An empty list is valid: it means that every image is
+    standardised by its own mean and std."""
     if type(value) is not list or len(value) > 64:
         return False
     return all(type(number) in (int, float) and abs(number) < 1e9 for number in value)
 
 
 def _are_options(value: Any) -> bool:
-    """Options build the net, so they bound what building costs: no thousand layers, and no field of
-    Flax's own."""
+    """Whether `value` is a valid table of options. The options size the net, so their values are
+    bounded to keep building it cheap; names that Flax or the builder use themselves are refused."""
     return type(value) is dict and all(
         name not in ("classes", "dtype", "parent", "name", "family", "form")
         and (
@@ -324,4 +328,4 @@ _CHECKS = {
         and all(type(name) is str and len(name) <= 100 and name.isprintable() for name in value)
     ),
 }
-"""Field of `config.json` -> whether a value is one."""
+"""Field of `config.json` -> predicate for a valid value."""

@@ -1,7 +1,8 @@
-"""Which form of a net fits the images: what leaves no trace in the weights is tried.
+"""Chooses the form of a net by its accuracy on images.
 
-A state_dict does not say where a net pools, what its activation is, or how a shortcut without
-weights fills new channels. `Model.forms` holds the likely ones; the images decide.
+Some of an architecture leaves no trace in a state_dict: where the net pools, its activation, how a
+shortcut without weights fills new channels. `Model.forms` lists the likely variants; each is tried
+on the images.
 """
 
 import dataclasses
@@ -15,17 +16,18 @@ from jaxbd.interop.matching import Matched
 from jaxbd.models import build
 
 Match = Callable[[Model, preprocess.Constants | None], Matched]
-"""(model, constants or None) -> the model with images; with constants only these are measured."""
+"""(model, constants or None) -> the model matched to images; with constants given, only that
+normalisation is measured."""
 
 
 def choose(model: Model, match: Match, stated: Sequence[str] = ()) -> Matched:
-    """The form under which the model is most accurate.
+    """Matches the model to images in the form in which it is most accurate.
 
     Args:
       match: reads images for a model and measures it, see `matching.match`.
-      stated: what the user says of the form, "pool=True".
-    Raises: UserError as `match` where no form can be used; naming the forms where several are as
-      accurate within two standard errors.
+      stated: what the user said about the form, e.g. "pool=True".
+    Raises: UserError from `match` when no form can be used, or naming the forms when several are
+      within two standard errors of the best.
     """
     candidates = [_in_form(model, spec) for spec in keep(model.forms, stated)] or [model]
     best: Matched | None = None
@@ -38,6 +40,7 @@ def choose(model: Model, match: Match, stated: Sequence[str] = ()) -> Matched:
             failure = failure or error
             continue
         if best is not None and _accuracy(found) > _accuracy(best) + 2 * _table(best).error:
+            # the constants of the old best need not suit this form, so measure all of them
             best, near = match(candidate, None), []
         elif best is None:
             best = found
@@ -51,20 +54,20 @@ def choose(model: Model, match: Match, stated: Sequence[str] = ()) -> Matched:
 
 
 def stated(model: Model, form: Sequence[str]) -> Model:
-    """`model` in the first form that agrees with `form`. Raises UserError where none does."""
+    """`model` in its first form that agrees with `form`. Raises UserError if none does."""
     return _in_form(model, keep(model.forms, form)[0])
 
 
 def keep(forms: Sequence[build.Spec], stated: Sequence[str]) -> list[build.Spec]:
-    """The forms that agree with what is `stated`. Raises UserError where none does."""
-    kept = list(forms)
+    """The forms that agree with `stated`. Raises UserError if none does."""
+    matching = list(forms)
     for text in stated:
         name, _, value = text.partition("=")
-        kept = [spec for spec in kept if str(spec.options.get(name)).lower() == value.lower()]
-        if not kept:
+        matching = [s for s in matching if str(s.options.get(name)).lower() == value.lower()]
+        if not matching:
             known = ", ".join(dict.fromkeys(part for s in forms for part in _parts(s, forms)))
-            raise UserError(f"--form {text} is no form of this net; there are {known or 'none'}")
-    return kept
+            raise UserError(f"--form {text} is not a form of this net; known: {known or 'none'}")
+    return matching
 
 
 def _in_form(model: Model, spec: build.Spec) -> Model:
@@ -89,7 +92,7 @@ def _accuracy(found: Matched) -> float:
 
 
 def _parts(spec: build.Spec, among: Sequence[build.Spec]) -> list[str]:
-    """The options of a form that others have otherwise, as the command line takes them."""
+    """The options in which `spec` differs from other forms `among`, as arguments of --form."""
     names = [name for name in spec.options if len({_text(s, name) for s in among}) > 1]
     return [f"{name}={_text(spec, name)}" for name in names]
 

@@ -1,4 +1,5 @@
-"""ONNX files and torch.export archives as models: what `interop.load` needs of `interop.onnx`."""
+"""ONNX files and torch.export archives as models: the part of `interop.onnx` that `interop.load`
+uses."""
 
 import os
 import pathlib
@@ -24,9 +25,9 @@ Write = Callable[[pathlib.Path], None]
 
 
 def is_graph(path: pathlib.Path) -> bool:
-    """Whether `path` is an ONNX file or a torch.export archive, by its content.
+    """Whether `path` is an ONNX file or a torch.export archive, by suffix or content.
 
-    A file that is called one is one too, so that what is wrong with it is said.
+    The suffix alone is enough, so that a damaged graph gets an error message about graphs.
     """
     if not path.is_file():
         return False
@@ -49,11 +50,13 @@ def open_graph(path: pathlib.Path, image_shape: tuple[int, int, int] | None = No
 
 
 def spec_of(graph: Opened) -> build.Spec:
-    """A spec whose `arch` is the kind of file; it says what goes in and out, not how it is built.
+    """A spec with the kind of file as its `arch`; it describes inputs and outputs, not how the net
+    is built.
 
-    A graph of one output becomes a net of two classes, see `one_output`. One that begins by
-    bringing pixels of 0..255 into a smaller range is fed with those.
+    A graph with one output becomes a net with two classes, see `one_output`. A graph that begins by
+    rescaling pixels of 0..255 is given pixels in that range.
     """
+    # constants above 2 can only be for pixels of 0..255; std 1/255 scales [0, 1] up to that
     largest = 0.0 if graph.std is None else max(map(abs, (*graph.std, *(graph.mean or ()))))
     std = (1 / 255,) if largest > 2 else (1.0,)
     shape, classes = graph.image_shape, max(graph.classes, 2)
@@ -61,7 +64,8 @@ def spec_of(graph: Opened) -> build.Spec:
 
 
 def container_of(graph: Opened, spec: build.Spec) -> Container:
-    """The file as a container of its weights; `config` states a normalisation that is in it."""
+    """The file's weights as a container; `config` has the normalisation if the graph begins with
+    one."""
     kind: Any = graph.graph.kind
     config = {} if graph.mean is None else {"mean": spec.mean, "std": spec.std}
     return Container(
@@ -79,7 +83,8 @@ def container_of(graph: Opened, spec: build.Spec) -> Container:
 
 
 class _Known(NamedTuple):
-    """An opened graph by the hash of its file, so that one file's net is made once."""
+    """An opened graph, hashed and compared by its file's SHA-256 and image shape, so that each
+    file's net is built only once."""
 
     graph: Opened
 
@@ -92,9 +97,10 @@ class _Known(NamedTuple):
 
 
 def to_net(graph: Opened, spec: build.Spec) -> tuple[Net, Variables]:
-    """The net under the normalisation of `spec`, the same functions for the same file; its arrays.
+    """The net with the normalisation of `spec`, and its arrays. The same file gives the same
+    function objects.
 
-    Raises: UserError where it should compute in another type than float32.
+    Raises: UserError if the spec asks for a type other than float32.
     """
     if spec.dtype != "float32":
         raise UserError(f"a graph computes in float32, not {spec.dtype}; leave --compute-dtype out")
@@ -108,7 +114,7 @@ def _make(known: _Known, mean: tuple[float, ...], std: tuple[float, ...]) -> tup
 
 
 def _widen(net: Net) -> Net:
-    """A net of one output with a logit that is always 0 before it."""
+    """Turns a net with one output into one with two: a constant logit 0 goes before it."""
     widen = lambda logits: jnp.concatenate([jnp.zeros_like(logits), logits], -1)
 
     def apply(variables: Variables, images: Array, *, train: bool = False):
@@ -117,15 +123,15 @@ def _widen(net: Net) -> Net:
 
     def outputs(variables: Variables, images: Array):
         assert net.outputs is not None
-        logits, shown = net.outputs(variables, images)
-        return widen(logits), shown
+        logits, layers = net.outputs(variables, images)
+        return widen(logits), layers
 
     return net._replace(apply=apply, outputs=outputs)
 
 
 def tensors(graph: Opened, variables: Variables | None = None) -> dict[str, np.ndarray]:
-    """The weights and moments under the names and in the types of the file: its own, or those of
-    `variables`."""
+    """Weights and moments with the file's names and types. The values are the file's own, or those
+    in `variables` if given."""
     from jaxbd.interop.onnx import write
 
     tidied, layout = write.prepare(graph)
@@ -136,7 +142,8 @@ def tensors(graph: Opened, variables: Variables | None = None) -> dict[str, np.n
 
 
 def writer(graph: Opened, variables: Variables, targets: Sequence[int]) -> Write:
-    """What writes the graph with `variables` to a path; with `targets`, the guarded net."""
+    """A function that writes the graph with `variables` to a path; with `targets`, it writes the
+    guarded net."""
     from jaxbd.interop.onnx import write, write_guarded
 
     if not targets:
@@ -148,10 +155,11 @@ def writer(graph: Opened, variables: Variables, targets: Sequence[int]) -> Write
 def writer_of_net(
     spec: build.Spec, names: Mapping[str, str], variables: Variables, targets: Sequence[int]
 ) -> Write:
-    """What writes the net of `spec` as a graph; with `targets`, the guarded net.
+    """A function that writes the net of `spec` as a graph; with `targets`, it writes the guarded
+    net.
 
     Args:
-      names: path of an array -> name of the tensor that it becomes.
+      names: path of an array -> name of its tensor in the file.
     """
     from jaxbd.interop.onnx import trace, write, write_guarded
 
@@ -170,14 +178,15 @@ def writer_of_net(
 
 
 def _divide(variables: Variables, count: int) -> tuple[Variables, list[Variables]]:
-    """(the suspect's variables, those of the corrected net for each target) of a guarded net."""
+    """Splits a guarded net's variables into those of the suspect and of the corrected net for each
+    target."""
     suspect = variables["suspect"]
     part = lambda index: jax.tree.map(lambda leaf: leaf[index], dict(variables["corrected"]))
     return suspect, [{**suspect, **part(index)} for index in range(count)]
 
 
 def note(spec: build.Spec, graph: Opened | None, *, guarded: bool) -> str:
-    """What images a written file takes, and what it answers."""
+    """A note for the user: what images the written file takes, and what it outputs."""
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
     plain = (set(spec.mean), set(spec.std)) == ({0.0}, {1.0})
     if plain:

@@ -1,7 +1,7 @@
-"""A guarded model on disk: the suspect's model folder with `guard.safetensors` beside the weights.
+"""A guarded model on disk: the suspect's model folder plus `guard.safetensors`.
 
-`config.json` names the targets in the net's order and the SHA-256 of both files, which belong
-together. An array of the net corrected for target 9 is stored as `9/batch_stats/norm0/mean` or
+`config.json` lists the targets in the net's order and the SHA-256 of both weight files, which only
+work together. Arrays of the net corrected for target 9 are stored as `9/batch_stats/norm0/mean` or
 `9/bounds/norm0/upper`.
 """
 
@@ -23,12 +23,12 @@ from jaxbd.limits import Limits, Refusal, opened, quote, refusing, sha256
 from jaxbd.models import build
 
 make, judge, flag = (cached(64)(made) for made in (guard.make, guard.verdicts, guard.flag))
-"""The guard's functions, the same ones for the same net and targets, so that nothing is traced
-twice."""
+"""The guard's functions, cached: the same net and targets give the same function objects, so JAX
+does not trace them again."""
 
 
 class Guard(NamedTuple):
-    """targets: classes whose corrected nets are asked; sha256: of `guard.safetensors`."""
+    """The classes that have a corrected net, and the SHA-256 of `guard.safetensors`."""
 
     targets: tuple[int, ...]
     sha256: str
@@ -40,7 +40,7 @@ def is_guarded(path: pathlib.Path) -> bool:
 
 
 def net(spec: build.Spec, guard: Guard | None) -> Net:
-    """The net of `spec`, guarded where there is a guard."""
+    """The net of `spec`, guarded if `guard` is given."""
     plain = build.net(spec)
     return plain if guard is None else make(plain, guard.targets)
 
@@ -52,14 +52,13 @@ def save(
     targets: Sequence[int],
     notes: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a guarded model's folder, whole or not at all; a model folder that is already there is
-    replaced.
+    """Writes a guarded model's folder atomically. An existing model folder is replaced.
 
     Args:
-      variables: as `repairs.guard.pack` makes them, the corrected nets in the order of `targets`.
-      notes: JSON values kept in `config.json`.
-    Raises: UserError when `path` is something else than a model folder, or the guard would be too
-      large to be read.
+      variables: as `detection.guard.pack` makes them, the corrected nets in the order of `targets`.
+      notes: JSON values to store in `config.json`.
+    Raises: UserError when `path` exists and is not a model folder, or the guard has more arrays
+      than a reader accepts.
     """
     targets = [int(target) for target in targets]
     parts = {}
@@ -91,11 +90,11 @@ def load(
     path: str | os.PathLike,
     limits: Limits = Limits(),
 ) -> tuple[build.Spec, Variables, str, Guard]:
-    """The suspect's spec, the guarded net's variables, the SHA-256 of `model.safetensors`, and the
-    guard.
+    """Returns the suspect's spec, the guarded net's variables, the SHA-256 of `model.safetensors`,
+    and the guard.
 
-    Raises: UserError when a file is damaged or not the one that was written, or an array is
-      missing, extra, mis-shaped, or not finite, by name.
+    Raises: UserError when a file is damaged or is not the one that `config.json` names, or naming
+      an array that is missing, extra, mis-shaped or not finite.
     """
     found, own = read(path, limits)
     return found.spec, found.variables, found.files[folder.WEIGHTS], own
@@ -105,13 +104,14 @@ def read(
     path: str | os.PathLike,
     limits: Limits = Limits(),
 ) -> tuple[folder.Loaded, Guard]:
-    """What `load` gives, with the hashes of all files that decide what the model computes."""
+    """Like `load`, but with the hashes of all files that decide what the model computes."""
     path = pathlib.Path(path)
     with refusing(path):
         config, settings = folder.read_config(path, limits, folder.GUARDED_VERSION)
         spec, weights, digest = folder.read_weights(path, config, limits)
         stated = _read_targets(config, spec.classes)
         tensors, found = _arrays(path / folder.GUARD, stated["targets"], limits)
+        # compared after reading, so that the hashes are those of the bytes in use
         if stated["sha256"] != {folder.WEIGHTS: digest, folder.GUARD: found.sha256}:
             raise Refusal(
                 f"{folder.WEIGHTS} and {folder.GUARD} are not the two that {folder.CONFIG} names"
@@ -130,7 +130,7 @@ def read(
 def _arrays(
     path: pathlib.Path, targets: list[int], limits: Limits
 ) -> tuple[dict[str, np.ndarray], Guard]:
-    """What `guard.safetensors` holds, of the nets for `targets`."""
+    """The arrays in `guard.safetensors`, and the `Guard` for `targets`."""
     try:
         with opened(path, limits) as (file, size):
             tensors, _ = safetensors_file.read(file, size, limits)
@@ -140,7 +140,7 @@ def _arrays(
 
 
 def _read_targets(config: dict[str, Any], classes: int) -> dict[str, Any]:
-    """What `config.json` says of the guard. Raises Refusal unless it is targets and the two
+    """The guard's entry in `config.json`. Raises Refusal unless it holds valid targets and
     hashes."""
     stated = config.get("guard")
     if type(stated) is not dict or stated.keys() != {"targets", "sha256"}:
@@ -152,13 +152,11 @@ def _read_targets(config: dict[str, Any], classes: int) -> dict[str, Any]:
         or not all(type(t) is int and 0 <= t < classes for t in targets)
     ):
         raise Refusal(
-            f"{folder.CONFIG}: the guard's targets are {quote(targets)}, the net has {classes}"
+            f"{folder.CONFIG}: the guard's targets are {quote(targets)}, but the net has {classes}"
             " classes"
         )
     if len(set(targets)) != len(targets):
-        raise Refusal(
-            f"{folder.CONFIG}: the guard's targets are {quote(targets)}, one of them twice"
-        )
+        raise Refusal(f"{folder.CONFIG}: the guard's targets {quote(targets)} hold one class twice")
     if type(digests) is not dict or not all(is_digest(digest) for digest in digests.values()):
         raise Refusal(f"{folder.CONFIG}: the guard's sha256 is {quote(digests)}")
     return stated
@@ -172,8 +170,8 @@ def is_digest(value: Any) -> bool:
 def _read_correction(
     target: int, tensors: dict[str, np.ndarray], weights: dict[str, jax.Array], spec: build.Spec
 ) -> Variables:
-    """The moments and bounds of one target's net. Raises Refusal unless they fit the suspect's and
-    are finite."""
+    """Moments and bounds of the net corrected for `target`. Raises Refusal unless they fit the
+    suspect's net and are finite."""
     prefix = f"{target}/"
     own = {
         name.removeprefix(prefix): array
@@ -183,12 +181,15 @@ def _read_correction(
     inner = [name for name in own if not name.startswith(("batch_stats/", "bounds/"))]
     if not own or inner:
         what = f"holds {quote(prefix + inner[0])}" if inner else "holds nothing"
-        raise Refusal(f"{folder.GUARD} {what} for target {target}; moments and bounds are wanted")
-    kept = {
+        raise Refusal(
+            f"{folder.GUARD} {what} for target {target}; it must hold moments and bounds only"
+        )
+    params = {
         name: np.asarray(array) for name, array in weights.items() if name.startswith("params/")
     }
     try:
-        fit.check({**kept, **own}, spec)
+        # with the suspect's parameters the arrays form a complete net
+        fit.check({**params, **own}, spec)
     except Refusal as refusal:
         raise Refusal(f"{folder.GUARD}, target {target}: {refusal}") from None
     for name, array in own.items():

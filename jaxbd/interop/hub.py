@@ -1,4 +1,4 @@
-"""Folders as the Hugging Face hub and timm keep them: weights, and a `config.json` that is not
+"""Folders in the format of the Hugging Face Hub and timm: weights, and a `config.json` that is not
 jaxbd's."""
 
 import json
@@ -14,7 +14,7 @@ PROCESSOR = "preprocessor_config.json"
 
 
 def weights_of(path: pathlib.Path) -> pathlib.Path | None:
-    """The weights of such a folder; None where `path` is another kind of folder, or jaxbd's."""
+    """The weights file of such a folder; None if `path` is jaxbd's or another kind of folder."""
     if (path / folder.CONFIG).is_file() and _is_ours(path / folder.CONFIG):
         return None
     found = next((path / name for name in FILES if (path / name).is_file()), None)
@@ -25,7 +25,7 @@ def weights_of(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def _is_ours(config: pathlib.Path) -> bool:
-    """Whether a `config.json` is jaxbd's, or too damaged to say."""
+    """Whether a `config.json` is jaxbd's, or too large or damaged to tell."""
     if config.stat().st_size > Limits().header_bytes:
         return True
     try:
@@ -37,10 +37,10 @@ def _is_ours(config: pathlib.Path) -> bool:
 
 
 def read_config(path: pathlib.Path, limits: Limits) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the folder says of its images, and the SHA-256 of each file that says so.
+    """The folder's image settings, and the SHA-256 of each file they were read from.
 
-    The former: "mean" and "std" (tuples of numbers), "image_shape" (H, W, C); each only where it is
-    stated.
+    The settings are "mean" and "std" (tuples of numbers) and "image_shape" (H, W, C); those that
+    the folder does not state are absent.
     """
     digests: dict[str, str] = {}
     config = _json(path / folder.CONFIG, limits, digests)
@@ -54,14 +54,15 @@ def read_config(path: pathlib.Path, limits: Limits) -> tuple[dict[str, Any], dic
             stated[ours] = numbers
     size = known.get("input_size")
     if isinstance(size, list) and len(size) == 3 and all(_is_size(each) for each in size):
-        stated["image_shape"] = (size[1], size[2], size[0])
+        stated["image_shape"] = (size[1], size[2], size[0])  # timm writes (C, H, W)
     if ("mean" in stated) != ("std" in stated) or min(stated.get("std", (1.0,))) <= 0:
         raise Refusal(f"{folder.CONFIG} states a normalisation that makes no sense")
     return stated, digests
 
 
 def _json(path: pathlib.Path, limits: Limits, digests: dict[str, str]) -> dict[str, Any]:
-    """A small JSON object, its hash noted in `digests`; empty where there is no such file."""
+    """Reads a small JSON object and records its hash in `digests`; empty if there is no such
+    file."""
     if not path.is_file():
         return {}
     with opened(path, limits, limits.header_bytes) as (file, size):

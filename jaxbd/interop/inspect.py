@@ -1,4 +1,4 @@
-"""What is in a model file, without executing anything in it."""
+"""Describes the contents of a model file without executing anything in it."""
 
 import functools
 import os
@@ -19,16 +19,16 @@ NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
 def describe(
     path: str | os.PathLike, *, arch: str | None = None, key: str | None = None
 ) -> dict[str, Any]:
-    """Facts on a model file, as plain Python.
+    """Facts about a model file, as plain Python values.
 
     Returns: `path`, `kind`, `sha256`, `bytes`; `architecture` and its `options`, or
-      `not_recognised` (why); `tensors` [(name, shape, dtype)]; `parameters`, the number of trained
-      scalars; `nonfinite` {name: count}; `ignored`, `nesting`, `prefix`; `forms`, other forms that
-      the weights fit as well; `merged`, weights kept in parts; `normalisation` that the file
-      states, {mean, std}; `bounds`, the name of the
-      file beside it whose activation bounds are applied; `guard` {targets, sha256, arrays} of a
-      guarded model; `manifest`, all files that decide what the model computes (see `manifest`);
-      `refused`, why it is not read. What is not known is None or empty.
+      `not_recognised` (the reason); `tensors` [(name, shape, dtype)]; `parameters`, the number of
+      trained scalars; `nonfinite` {name: count}; `ignored`, `nesting`, `prefix` as in
+      `container.Container`; `forms`, other forms that fit the weights equally well; `merged`,
+      weights stored in parts; `normalisation` {mean, std} stated by the file; `bounds`, the name of
+      the bounds file that is applied; `guard` {targets, sha256, arrays} of a guarded model;
+      `manifest`, all files that decide what the model computes (see `manifest`); `refused`, the
+      reason why it is not read. Unknown facts are None or empty.
     Raises: UserError only when there is no such file.
     """
     path = pathlib.Path(path)
@@ -50,6 +50,7 @@ def describe(
     }
     facts |= {"prefix": "", "bounds": None, "guard": None, "refused": None, "manifest": None}
     try:
+        # values that are not finite are counted below, not refused
         model = load.open_model(path, allow_nonfinite=True) if graph_model.is_graph(path) else None
         wanted = containers.Wanted(functools.partial(layouts.fits, arch=arch), key)
         found: Any = containers.read(path, wanted=wanted) if model is None else model.container
@@ -94,11 +95,12 @@ def _architecture(found: containers.Container, arch: str | None) -> dict[str, An
             for form in layout.forms[1:]
         ]
     facts["manifest"] = manifest.statement(pathlib.Path(found.path).name, digests)
+    # a folder holds its own bounds
     return facts if found.kind == "folder" else facts | _bounds(found, spec, variables)
 
 
 def _constants(found: containers.Container) -> dict[str, list[float]] | None:
-    """The normalisation that the file or its folder states."""
+    """The normalisation stated by the file or its folder."""
     try:
         mean, std = load.stated_constants(found)
     except UserError:
@@ -107,11 +109,12 @@ def _constants(found: containers.Container) -> dict[str, list[float]] | None:
 
 
 def _graph(model: load.Model) -> dict[str, Any]:
-    """Of an ONNX file or a torch.export archive: its size, and what it does to images itself."""
+    """Facts about an ONNX file or a torch.export archive: its size, and what the graph itself does
+    to images and logits."""
     opened: Any = model.graph
     options: dict[str, Any] = {"opset": opened.graph.opset, "nodes": len(opened.graph.nodes)}
     if opened.graph.answer:
-        options["last"] = f"{opened.graph.answer}, left out: its input is taken for the logits"
+        options["last"] = f"{opened.graph.answer}, left out: its input is used as the logits"
     if opened.mean is not None:
         options["normalises"] = f"by mean {list(opened.mean)} and std {list(opened.std)} itself"
     whole = manifest.statement(pathlib.Path(model.path).name, model.files)
@@ -120,8 +123,8 @@ def _graph(model: load.Model) -> dict[str, Any]:
 
 
 def _read_guarded(path: str) -> dict[str, Any]:
-    """A guarded model is read whole or not at all: its suspect alone would be taken for what it is
-    not."""
+    """Facts about a guarded model. It is read as a whole or refused: described alone, its suspect
+    would pass for the guarded model."""
     try:
         (spec, variables, digests), guard = guarded.read(path)
     except UserError as error:
@@ -134,7 +137,8 @@ def _read_guarded(path: str) -> dict[str, Any]:
 
 
 def _bounds(found: containers.Container, spec: build.Spec, variables: Variables) -> dict[str, Any]:
-    """Of the file beside a model file; where it is refused, so is the model."""
+    """Facts about the bounds file beside a model file. If the bounds are refused, so is the
+    model."""
     path = beside.find(pathlib.Path(found.path))
     if path is None:
         return {}
@@ -162,7 +166,7 @@ def _is_trained(name: str) -> bool:
 
 
 def _size_and_hash(path: pathlib.Path) -> dict[str, Any]:
-    """Of a refused file, if it can be read at all; a folder has none."""
+    """Hash and size of a refused file; empty for a folder or a file that cannot be opened."""
     try:
         with opened(path, Limits()) as (file, size):
             return {"sha256": sha256(file), "bytes": size}

@@ -1,4 +1,5 @@
-"""From a model file of any kind to a net with its variables, and back into the file's own form."""
+"""Loads a model file of any kind as a net with its variables, and saves it back in the file's own
+format."""
 
 import dataclasses
 import functools
@@ -20,27 +21,27 @@ from jaxbd.models import build
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin")
 FILE_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".onnx")
-"""Endings under which a model is written as one file; any other name becomes a folder."""
+"""Suffixes for which a model is written as one file; any other name becomes a folder."""
 
 
 class Model(NamedTuple):
-    """A net that was read.
+    """A net loaded from a file.
 
     Attributes:
-      spec, net, variables: what to build, the built net, its arrays; of a guarded model `spec` is
-        the suspect's.
-      sha256: of the file (of a folder's `model.safetensors`).
-      path: where it lay.
-      container: the file as it was; None for a jaxbd folder.
-      layout: how the file's tensors correspond to the variables; None for a jaxbd folder.
+      spec, net, variables: how to build the net, the built net, its arrays; for a guarded model
+        `spec` is the suspect's.
+      sha256: SHA-256 of the file (for a folder, of its `model.safetensors`).
+      path: path of the file or folder.
+      container: the contents of the file; None for a jaxbd folder.
+      layout: how the file's tensors correspond to the variables; None for a jaxbd folder or a
+        graph.
       guard: the targets of a guarded model; None for a plain net.
-      bounds: name of the file beside it whose activation bounds are applied; None where there is
-        none.
+      bounds: name of the bounds file beside it that is applied; None if there is none.
       files: {name: SHA-256} of every file that decides what the net computes.
-      forms: the specs that the file fits equally well, the likeliest first; they differ in what
-        leaves no trace in the weights, see `forms.choose`. Empty where there is only one.
-      graph: the graph of an ONNX file or of a torch.export archive; None for an architecture of
-        jaxbd's.
+      forms: the specs that fit the file equally well, the likeliest first. They differ in things
+        that leave no trace in the weights, see `forms.choose`. Empty if there is only one.
+      graph: the graph of an ONNX file or a torch.export archive; None for one of jaxbd's own
+        architectures.
     """
 
     spec: build.Spec
@@ -57,9 +58,9 @@ class Model(NamedTuple):
     graph: graph_model.Opened | None = None
 
     def states_normalisation(self) -> bool:
-        """Whether the file, or the folder around it, says what its net does to pixels first."""
-        held = self.container
-        return held is None or bool(held.constants) or "mean" in held.config
+        """Whether the file, or the folder around it, states the net's input normalisation."""
+        container = self.container
+        return container is None or bool(container.constants) or "mean" in container.config
 
 
 def open_model(
@@ -75,16 +76,16 @@ def open_model(
 ) -> Model:
     """Reads a model of any kind without executing anything in it.
 
-    A file with `<stem>.bounds.safetensors` beside it, as `save_model` writes it, gets those
-    activation bounds; a guarded model's folder becomes the guarded net.
+    If `save_model` left a `<stem>.bounds.safetensors` beside the file, its activation bounds are
+    applied. A guarded model's folder gives the guarded net.
 
     Args:
-      arch: the architecture, where it cannot be recognised; an Orbax folder needs it.
-      mean, std: input normalisation, one number or one per channel; a jaxbd folder's own, otherwise
-        none, when not given.
-      image_shape: (H, W, C) where the tensors leave it open.
+      arch: the architecture, if it cannot be recognised; an Orbax folder needs it.
+      mean, std: input normalisation, one number or one per channel. Default: what the file or its
+        folder states, otherwise none.
+      image_shape: (H, W, C), if the tensors do not determine it.
       key: name of the net in a file that holds several, e.g. "netC", "ema.module" or "student.".
-      allow_nonfinite: take weights that are NaN or infinite, which are refused otherwise.
+      allow_nonfinite: accept weights that are NaN or infinite, which are refused otherwise.
     Raises: UserError naming the file and what is wrong: refused, not recognised, not fitting, not
       finite.
     """
@@ -139,14 +140,14 @@ def _open_graph(
     image_shape: tuple[int, int, int] | None,
     allow_nonfinite: bool,
 ) -> Model:
-    """`open_model` of an ONNX file or a torch.export archive, which says itself what net it is."""
+    """`open_model` for an ONNX file or a torch.export archive, which itself describes its net."""
     if arch is not None:
-        raise UserError(f"{path.name}: the file says what net it is; leave --arch out")
+        raise UserError(f"{path.name}: the file describes its own net; leave --arch out")
     graph = graph_model.open_graph(path, image_shape)
     spec = graph_model.spec_of(graph)
-    held = graph_model.container_of(graph, spec)
+    container = graph_model.container_of(graph, spec)
     if not allow_nonfinite:
-        _check_finite(path, held.tensors)
+        _check_finite(path, container.tensors)
     mean, std = (
         own if value is None else value
         for value, own in zip(given, (spec.mean, spec.std), strict=True)
@@ -154,7 +155,7 @@ def _open_graph(
     spec = _with_normalisation(path, spec, mean, std)
     net, variables = graph_model.to_net(graph, spec)
     digest, files = graph.sha256, graph.files
-    return Model(spec, net, variables, digest, str(path), held, None, files=files, graph=graph)
+    return Model(spec, net, variables, digest, str(path), container, None, files=files, graph=graph)
 
 
 def _with_normalisation(
@@ -164,16 +165,16 @@ def _with_normalisation(
     per_image = len(spec.mean) == len(spec.std) == 0
     if not per_image and {len(spec.mean), len(spec.std)} - {1, spec.image_shape[2]}:
         raise UserError(
-            f"{path.name}: a normalisation of {len(spec.mean)} channels does not fit a model of "
+            f"{path.name}: a normalisation of {len(spec.mean)} channels does not fit a model with "
             f"{spec.image_shape[2]}; give one number for each channel, or one for all"
         )
     return spec
 
 
 def net_of(model: Model, spec: build.Spec) -> Net:
-    """The net of `model` under another normalisation or computing in another type, as `spec` says.
+    """The net of `model`, rebuilt with the normalisation and compute type of `spec`.
 
-    Raises: UserError where a graph, whose type is fixed, should compute in another one.
+    Raises: UserError for a graph if the compute type differs, since a graph's type is fixed.
     """
     if model.graph is None:
         return guarded.net(spec, model.guard)
@@ -181,7 +182,7 @@ def net_of(model: Model, spec: build.Spec) -> Net:
 
 
 def suspect_of(model: Model) -> Suspect:
-    """The suspect that a model file holds; it remembers the file."""
+    """The `Suspect` of a model; it keeps a reference to `model`."""
     spec = model.spec
     shape = spec.image_shape
     return Suspect(model.net, model.variables, shape, spec.classes, spec.mean, spec.std, model)
@@ -190,8 +191,8 @@ def suspect_of(model: Model) -> Suspect:
 def stated_constants(
     container: Container,
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """The normalisation that a file holds, or the folder around it states; (None, None) where there
-    is none. Raises: UserError where it makes no sense."""
+    """(mean, std) of the normalisation stored in a file or stated by the folder around it; (None,
+    None) if there is none. Raises: UserError if it makes no sense."""
     if not container.constants:
         return container.config.get("mean"), container.config.get("std")
     mean, std = (
@@ -200,8 +201,8 @@ def stated_constants(
     )
     if not all(np.isfinite((*mean, *std))) or min(std) <= 0:
         raise UserError(
-            f"{container.path}: the normalisation in the file has mean {mean} and standard"
-            f" deviation {std}, which is none"
+            f"{container.path}: the normalisation in the file is not valid: mean {mean}, standard"
+            f" deviation {std}"
         )
     return mean, std
 
@@ -209,13 +210,14 @@ def stated_constants(
 def lay_out(
     container: Container, arch: str | None = None, image_shape: tuple[int, int, int] | None = None
 ) -> tuple[layouts.Layout, Variables]:
-    """Recognises a file's tensors, in PyTorch's names or in ours."""
+    """Recognises the architecture of a file's tensors, named the PyTorch way or ours; returns the
+    layout and the variables."""
     tensors, bounds = container.tensors, {}
     if _has_our_names(tensors):
         if arch is None:
             raise UserError(
-                "arrays in jaxbd's own names do not say what net they are of; give --arch, one of "
-                f"{', '.join(sorted(build.MODULES))}"
+                "arrays in jaxbd's own names do not say which net they belong to; give --arch, one"
+                f" of {', '.join(sorted(build.MODULES))}"
             )
         bounds = {name: tensor for name, tensor in tensors.items() if name.startswith("bounds/")}
         tensors = _in_torch_names({n: t for n, t in tensors.items() if n not in bounds}, arch)
@@ -236,12 +238,13 @@ def _has_our_names(tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def _in_torch_names(tensors: Mapping[str, np.ndarray], arch: str) -> dict[str, np.ndarray]:
-    """Arrays named as ours ("params/conv0/kernel") as the state_dict that PyTorch would have."""
+    """Converts arrays with our names ("params/conv0/kernel") to PyTorch's names and axis order."""
     style, named = naming.namings(arch)[0], {}
     for path, array in tensors.items():
         _, *modules, leaf = path.split("/")
         if leaf not in naming.LEAVES:
-            raise UserError(f"array {quote(path)} has no counterpart in a net of jaxbd")
+            raise UserError(f"array {quote(path)} has no counterpart in jaxbd's nets")
+        # kernels: [H, W, I, O] -> [O, I, H, W]; None reverses [I, O] to [O, I]
         axes = (3, 2, 0, 1) if array.ndim == 4 else None
         named[f"{naming.translate('/'.join(modules), style)}.{naming.LEAVES[leaf]}"] = (
             array.transpose(axes)
@@ -263,23 +266,26 @@ def _check_stated(
 def _check_finite(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     for name, tensor in tensors.items():
         if bad := fit.complaint(name, tensor):
-            raise UserError(f"{path.name}: tensor {quote(name)} {bad}; ask for the file again")
+            raise UserError(f"{path.name}: tensor {quote(name)} {bad}; get the file again")
 
 
 def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> str | None:
-    """Writes `variables` in the place of the model's own.
+    """Writes the model with `variables` instead of its own.
 
-    A path with an ending of `TORCH_SUFFIXES` becomes a PyTorch file, .safetensors a safetensors
-    file, both with the names, order, types and nesting of the file the model was read from; tensors
-    that did not change are bit-identical. A path ending in .onnx becomes an ONNX file, of whatever
-    source. Any other path becomes a jaxbd folder. A guarded model becomes a folder or an ONNX file.
+    The suffix of `path` decides the format. One of `TORCH_SUFFIXES` gives a PyTorch file,
+    .safetensors a safetensors file; both keep the names, order, types and nesting of the file that
+    the model was read from, and unchanged tensors are bit-identical. .onnx gives an ONNX file,
+    whatever the source. Any other path becomes a jaxbd folder. A guarded model can only become a
+    folder or an ONNX file.
 
-    Returns: a note where the file is not like the one that the model was read from, see
-      `container.changes`, or something has no place in it: activation bounds of a repair go to
-      `<stem>.bounds.safetensors` beside it, where `open_model` finds them. Those of a file that is
-      replaced by one without bounds are deleted.
-    Raises: UserError when it cannot be written, the bounds beside it are another model's, or the
-      model is guarded.
+    A repair's activation bounds have no place in a state_dict. They go to
+    `<stem>.bounds.safetensors` beside the file, where `open_model` finds them; stale bounds of a
+    replaced file are deleted.
+
+    Returns: a note for the user if the file differs in form from the source (see
+      `container.changes`) or its bounds are in a file of their own; otherwise None.
+    Raises: UserError when the file cannot be written, when the bounds beside it belong to another
+      model, or when a guarded model would become a PyTorch or safetensors file.
     """
     path = pathlib.Path(path)
     if path.suffix == ".onnx":
@@ -297,8 +303,8 @@ def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> s
     if model.guard is not None:
         if kind is not None:
             raise UserError(
-                f"{path.name}: a guarded model is a folder with several nets' moments; name a"
-                " folder"
+                f"{path.name}: a guarded model is a folder with the moments of several nets; give"
+                " the name of a folder"
             )
         guarded.save(path, model.spec, variables, model.guard.targets, notes)
         return None
@@ -306,8 +312,8 @@ def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> s
         folder.save(path, model.spec, variables, notes)
         return None
     container = model.container
-    # an Orbax folder, or a jaxbd folder's weights on their own, have no state_dict whose form could
-    # be kept
+    # arrays in jaxbd's names (an Orbax folder, a jaxbd folder's weights on their own) have no
+    # state_dict form to preserve
     source = container if container and not _has_our_names(container.tensors) else None
     layout = model.layout or layouts.export_names(model.spec)
     if layout.spec.classes == 1:
@@ -320,17 +326,19 @@ def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> s
         variables.get("bounds"),
         lambda at: containers.write(at, source or blank, tensors, kind),
     )
-    said = [*([note] if note else []), *([] if source is None else containers.changes(source))]
-    return "; ".join(said) or None
+    remarks = [*([note] if note else []), *([] if source is None else containers.changes(source))]
+    return "; ".join(remarks) or None
 
 
 def save_onnx(
     path: pathlib.Path, model: Model, variables: Variables, targets: tuple[int, ...] = ()
 ) -> str:
-    """Writes an ONNX file: a graph as it was read with other weights, or a net of jaxbd's.
+    """Writes an ONNX file: the graph that was read, with new weights, or one of jaxbd's own nets.
 
     Args:
-      variables: with `targets`, those of a guarded net, as `guard.pack` makes them.
+      variables: the net's variables; with `targets`, those of a guarded net, as `guard.pack` makes
+        them.
+      targets: the classes of a guarded net; empty for a plain one.
     Returns: a note on what images the file takes.
     """
     if model.graph is None:
@@ -345,10 +353,10 @@ def save_onnx(
 def _save_weights(
     path: pathlib.Path, graph: graph_model.Opened, variables: Variables
 ) -> str | None:
-    """The weights of a graph alone, under the names that they have in it."""
+    """Writes only the weights of a graph, under the names they have in it."""
     if path.suffix not in FILE_SUFFIXES:
         raise UserError(
-            f"{path.name}: a graph cannot become a model folder; write .onnx, or its weights alone "
+            f"{path.name}: a graph cannot become a model folder; write .onnx, or only its weights "
             "as .safetensors or .pth"
         )
     kind = "safetensors" if path.suffix == ".safetensors" else "torch-zip"
@@ -357,14 +365,14 @@ def _save_weights(
     note = _write(
         path, variables.get("bounds"), lambda at: containers.write(at, blank, tensors, kind)
     )
-    return note or f"{path.name} holds the weights alone, not the graph"
+    return note or f"{path.name} holds only the weights, not the graph"
 
 
 def _write(
     path: pathlib.Path, bounds: Variables | None, write: Callable[[pathlib.Path], None]
 ) -> str | None:
-    """Lets `write` make the model file, with its bounds beside it; an earlier file's bounds do not
-    stay behind."""
+    """Calls `write` to make the model file and stores `bounds` beside it; without bounds, deletes
+    those of an earlier file. Returns the note of `beside.write`."""
     beside.check_free(path)
     if not bounds:
         write(path)
@@ -374,7 +382,7 @@ def _write(
         return None
     with refusing(path), replacing(path) as sibling:
         write(sibling)
-        # before the model is in place: a file without its bounds must never pass for the repaired
+        # bounds first, then the model: without its bounds the file must never pass for the repaired
         # model
         with sibling.open("rb") as file:
             return beside.write(path, sha256(file), bounds)

@@ -1,9 +1,9 @@
-"""Which files decide what a model computes, each by its SHA-256, in the form of the OpenSSF model
-signing specification (an in-toto statement, version 1.0 of its predicate), so that tools for it can
-sign what a record names.
+"""Lists the files that decide what a model computes, each with its SHA-256, in the format of the
+OpenSSF model signing specification (an in-toto statement with predicate version 1.0), so that its
+tools can sign what a record names.
 
-A model file decides with the activation bounds and external data beside it, a model folder with
-weights, settings and guard, an Orbax folder with all its files.
+For a model file these are the file itself and any activation bounds and external data beside it;
+for a model folder its weights, settings and guard; for an Orbax folder all its files.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ SERIALIZATION = {"method": "files", "hash_type": "sha256", "allow_symlinks": Fal
 
 
 def root(files: Mapping[str, str]) -> str:
-    """One SHA-256 for all `files` {name: SHA-256}: that of their digests in the names' order."""
+    """One SHA-256 for all `files` {name: SHA-256}: the hash of their digests, sorted by name."""
     return hashlib.sha256(
         b"".join(bytes.fromhex(files[name]) for name in sorted(files))
     ).hexdigest()
 
 
 def statement(name: str, files: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest of `files` {name: SHA-256}, which together are the model `name`."""
+    """The manifest of `files` {name: SHA-256}, which together make up the model `name`."""
     resources = [
         {"name": each, "algorithm": "sha256", "digest": files[each]} for each in sorted(files)
     ]
@@ -41,8 +41,8 @@ def statement(name: str, files: Mapping[str, str]) -> dict[str, Any]:
 
 
 def parse(value: Any) -> dict[str, str]:
-    """The files {name: SHA-256} of a `statement`. Raises Refusal where it is none, or its one hash
-    is not that of its files."""
+    """The files {name: SHA-256} of a `statement`. Raises Refusal if `value` is not a statement, or
+    its total hash does not match its files."""
     try:
         (subject,), resources = value["subject"], value["predicate"]["resources"]
         files = {each["name"]: each["digest"] for each in resources}
@@ -61,16 +61,17 @@ def parse(value: Any) -> dict[str, str]:
         if type(name) is not str or {"", ".", ".."} & set(name.split("/")) or "\0" in name:
             raise Refusal(f"its manifest names a file {quote(name)}")
     if root(files) != stated:
-        raise Refusal("its manifest was changed: the hash of the whole is not that of its files")
+        raise Refusal("its manifest was changed: the total hash does not match that of its files")
     return files
 
 
 def of(path: pathlib.Path, limits: Limits = Limits(), named: Iterable[str] = ()) -> dict[str, str]:
-    """{name: SHA-256} of the files that decide what the model at `path` computes, as they lie on
-    the disk.
+    """{name: SHA-256} of the files that decide what the model at `path` computes, hashed as they
+    are on disk now.
 
     Args:
-      named: files beside a model file that only its content tells of (external data of a graph).
+      named: files beside a model file that are known only from its content (external data of a
+        graph).
     Raises: UserError when there is no such model, or a file cannot be read.
     """
     with refusing(path):
@@ -95,7 +96,7 @@ def _hashes(above: pathlib.Path, paths: list[pathlib.Path], limits: Limits) -> d
     files = {}
     for path in paths:
         name = path.relative_to(above).as_posix()
-        if path.is_file() and not path.stat().st_size:
+        if path.is_file() and not path.stat().st_size:  # `opened` would refuse an empty file
             files[name] = hashlib.sha256().hexdigest()
             continue
         with opened(path, limits) as (file, _):

@@ -1,4 +1,5 @@
-"""Images that fit a model: their classes, their size, and the preprocessing the model expects."""
+"""Reads images to fit a model: checks their classes, and finds the size and preprocessing that the
+model expects."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ from jaxbd.interop import preprocess
 from jaxbd.interop.load import Model
 
 LARGEST_OWN = 320
-"""Largest side, in pixels, of pictures that are taken at their own size. Larger ones are resized:
-classifiers take photographs in less than their own."""
+"""Largest side, in pixels, of pictures used at their own size. Larger ones are resized, since
+classifiers take photographs at a reduced size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,13 @@ class Source:
     """Which images to read.
 
     Attributes:
-      spec: what `data.load.load` reads.
-      split: part to use, where the source has parts.
-      limit: at most so many images, drawn with `seed`.
-      seed: of the draw.
-      class_names: text file that names the classes in the model's order; None where folders and
-        labels say enough.
-      download: whether `tfds:NAME` may go to the network.
+      spec: the source, as `data.load.load` takes it.
+      split: which split to use, if the source has several.
+      limit: maximum number of images, drawn at random.
+      seed: seed of that draw.
+      class_names: text file with the class names in the model's order; None if folders or labels
+        are enough.
+      download: whether `tfds:NAME` may access the network.
     """
 
     spec: str
@@ -38,8 +39,8 @@ class Source:
 
 
 class Matched(NamedTuple):
-    """The model with the images' size, the images, and what the preprocessing check found (None
-    where it was not asked for)."""
+    """The model resized to the images, the images, and the table of the preprocessing check (None
+    if it was not run)."""
 
     model: Model
     dataset: Dataset
@@ -47,9 +48,9 @@ class Matched(NamedTuple):
 
 
 def read(source: Source, model: Model, image_shape: pictures.Shape, limit: int | None) -> Dataset:
-    """The images of `source` at `image_shape`, of classes that the model has.
+    """Reads the images of `source` at `image_shape` and checks that the model has their classes.
 
-    Raises: UserError as `data.load.load`, with both numbers of classes where these differ.
+    Raises: UserError as `data.load.load`; if the numbers of classes differ, it states both.
     """
     spec = model.spec
     if source.class_names is not None:
@@ -80,17 +81,17 @@ def match(
     fixed_size: bool = False,
     accept: bool = False,
 ) -> Matched:
-    """Reads images that fit a model, and settles their size and its preprocessing.
+    """Reads images for a model, and determines their size and its preprocessing.
 
-    Where the size is open the pictures' own is taken if they share one, else the net's usual one.
-    Where that is not convincing, other sizes are measured under the best normalisation, or under
-    all where none was above chance.
+    If the size is not fixed, starts with the size that all pictures share, or with the net's usual
+    one if they share none. If the result is not convincing, measures other sizes under the best
+    normalisation so far, or under all of them if none beat chance.
 
     Args:
-      given: constants that the person or the model's own folder states.
-      trusted: whether `given` is the model's own; other constants are then tried only to explain a
-        failure.
-      fixed_size: whether the net's size is known.
+      given: constants stated by the user or the model's own folder.
+      trusted: whether `given` comes from the model itself; other constants are then tried only to
+        explain a failure.
+      fixed_size: whether the net's input size is known.
       accept: see `preprocess.check`.
     Raises: UserError when the images do not fit the model or no verdict can be given.
     """
@@ -108,11 +109,13 @@ def match(
         rows = _measure_at(model, source, shape, hint)
         table = table._replace(rows=(*table.rows, *rows))
         found = max(rows, key=lambda row: row.accuracy, default=best)
+        # a smaller gain could be luck
         if found.accuracy > best.accuracy + 2 * table.error:
             best = found
     if best.size is not None and best.size != table.used.size:
         dataset = read(source, model, (best.size[0], best.size[1], usual[2]), source.limit)
         model = _resize(model, dataset)
+        # other sizes were measured on a smaller draw of images: measure the chosen one in full
         again = preprocess.measure(model, _sample(dataset), **options)
         table = again._replace(rows=(*again.rows, *table.rows))
     return Matched(model, dataset, preprocess.accept_or_refuse(table, accept))
@@ -128,8 +131,8 @@ def _resize(model: Model, dataset: Dataset) -> Model:
 
 
 def _at_own_size(source: Source, model: Model) -> tuple[Dataset, bool]:
-    """The images at the size they share, and True; at the net's usual one where they share none or
-    a large one, and False."""
+    """(images, True) at the size they all share; (images, False) at the net's usual size if they
+    share none or exceed `LARGEST_OWN`."""
     usual = model.spec.image_shape
     try:
         dataset = read(source, model, (0, 0, usual[2]), source.limit)
@@ -141,14 +144,14 @@ def _at_own_size(source: Source, model: Model) -> tuple[Dataset, bool]:
 
 
 def _is_convincing(row: preprocess.Row, own: bool) -> bool:
-    """Whether no other size need be tried. Moments hardly depend on the size, so they count only
-    for the pictures' own."""
+    """Whether no other size needs to be tried. Moments hardly depend on the size, so they count
+    only at the pictures' own size."""
     return row.accuracy >= preprocess.GOOD_ACCURACY or (own and preprocess.is_convincing(row))
 
 
 def _other_sizes(dataset: Dataset, usual: pictures.Shape, own: bool) -> Iterator[pictures.Shape]:
-    """Sizes to try beside that of `dataset`: the usual one, and where the pictures share none, half
-    to twice as large ones."""
+    """Further sizes to try: the net's usual one if `dataset` has its own size, otherwise sizes from
+    half to twice the usual one."""
     side, channels = usual[0], usual[2]
     sides = [side] if own else [side // 2, 28, 3 * side // 4, 48, 3 * side // 2, 64, 2 * side]
     tried = {int(dataset.images.shape[1])}
@@ -161,8 +164,8 @@ def _other_sizes(dataset: Dataset, usual: pictures.Shape, own: bool) -> Iterator
 def _measure_at(
     model: Model, source: Source, shape: pictures.Shape, hint: preprocess.Row | None
 ) -> tuple[preprocess.Row, ...]:
-    """Rows at another size: the normalisation of `hint` alone, all where nothing hints at one; none
-    where the images cannot have that size."""
+    """Rows at another size: one for the normalisation of `hint`, or one for every normalisation
+    without a hint. Empty if the images cannot be read at that size."""
     limit = min(source.limit or preprocess.SAMPLE, preprocess.SAMPLE)
     try:
         dataset = read(source, model, shape, limit)

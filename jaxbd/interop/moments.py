@@ -1,8 +1,8 @@
-"""Whether images reach a net as its training images did, by its first normalisation layer.
+"""Checks, at a net's first normalisation layer, whether images are preprocessed as in training.
 
 That layer stores the mean and variance of its inputs over the training images. Under the right
-preprocessing the inputs on other images of the same kind have nearly the same moments; a wrong
-scale changes the variance by its square. No labels are needed.
+preprocessing, its inputs on similar images have nearly the same moments; a wrong scale multiplies
+the variance by its square. No labels are needed.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from jaxbd.metrics import activations, evaluate
 
 
 class Moments(NamedTuple):
-    """How far the inputs of the first normalisation layer are from those in training.
+    """How much the inputs of the first normalisation layer differ from those in training.
 
     Attributes:
       layer: the layer's path.
-      shift: median over channels of |mean - stored mean| in stored standard deviations.
-      spread: median over channels of the standard deviation over the stored one.
+      shift: median over channels of |mean - stored mean| / stored standard deviation.
+      spread: median over channels of standard deviation / stored standard deviation.
     """
 
     layer: str
@@ -32,14 +32,15 @@ class Moments(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """0 for equal moments: the shift, plus |log| of the ratio of variances."""
+        """shift + |log(ratio of variances)|; 0 for equal moments."""
         return self.shift + 2 * abs(float(np.log(max(self.spread, 1e-6))))
 
 
 def first_layer(net: Net, variables: Variables, images: np.ndarray) -> str | None:
-    """Path of the first layer with stored moments whose output shows its input's, None without one.
+    """Path of the first layer with stored moments, or None.
 
-    A layer whose output is clipped by bounds does not.
+    Also None if that layer's output is clipped by bounds: the input's moments cannot be recovered
+    from it.
     """
     found = activations.layers(net, variables, Batch(images, np.zeros(len(images), np.int32)))
     stored = variables.get("batch_stats", {})
@@ -50,8 +51,11 @@ def first_layer(net: Net, variables: Variables, images: np.ndarray) -> str | Non
 
 
 def measure(net: Net, variables: Variables, layer: str, inputs: np.ndarray) -> Moments | None:
-    """The moments of `layer`'s inputs on `inputs` [N, H, W, C]; None where they cannot be told from
-    its outputs, because it scales every channel by about 0."""
+    """Moments of `layer`'s inputs when the net is fed `inputs` [N, H, W, C].
+
+    They are computed from the layer's outputs. None if that is impossible because the layer scales
+    every channel by about 0.
+    """
     data = Batch(inputs, np.zeros(len(inputs), np.int32))
     found = evaluate.per_image(jax.random.key(0), _summary(net, layer), variables, data)
     mean, square = np.asarray(found, np.float64).mean(0)
@@ -59,8 +63,8 @@ def measure(net: Net, variables: Variables, layer: str, inputs: np.ndarray) -> M
     scale = np.asarray(affine.get("scale", np.ones_like(mean)), np.float64)
     bias = np.asarray(affine.get("bias", np.zeros_like(mean)), np.float64)
     variance = np.asarray(stored["var"], np.float64)
-    # output = scale * (input - stored mean) / sqrt(stored variance + eps) + bias; dead channels
-    # have next to no scale or variance
+    # output = scale * (input - stored mean) / sqrt(stored variance + eps) + bias is inverted for
+    # scale and bias; leave out dead channels, which have next to no scale or variance
     alive = np.abs(scale) > 0.01 * np.median(np.abs(scale))
     alive &= variance > 1e-3 * np.median(variance)
     if not alive.any():
@@ -72,11 +76,11 @@ def measure(net: Net, variables: Variables, layer: str, inputs: np.ndarray) -> M
 
 @cached(32)
 def _summary(net: Net, layer: str) -> Callable[[Key, Variables, Array], Array]:
-    """(key, variables, images) -> [B, 2, C]: mean of the layer's output over positions, and of its
+    """(key, variables, images) -> [B, 2, C]: mean over positions of the layer's output and of its
     square."""
 
     def summary(_: Key, variables: Variables, images: Array) -> Array:
-        assert net.outputs is not None  # it showed the layer
+        assert net.outputs is not None  # `first_layer` found the layer through it
         output = net.outputs(variables, images)[1][layer].astype(jnp.float32)
         axes = tuple(range(1, output.ndim - 1))
         return jnp.stack([output.mean(axes), jnp.square(output).mean(axes)], 1)
@@ -85,7 +89,7 @@ def _summary(net: Net, layer: str) -> Callable[[Key, Variables, Array], Array]:
 
 
 def _at(tree, path: str) -> dict:
-    """The entry of nested dictionaries under "a/b", an empty one where there is none."""
+    """The dictionary at path "a/b" in nested dictionaries; empty if there is none."""
     for name in path.split("/"):
         tree = tree.get(name, {}) if hasattr(tree, "get") else {}
     return tree if hasattr(tree, "get") else {}

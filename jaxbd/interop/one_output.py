@@ -1,8 +1,8 @@
-"""Nets of one output, a sigmoid's logit for class 1 of two, as nets of two classes and back.
+"""Converts a net with one output (the sigmoid logit of class 1 of two) to a two-class net and back.
 
-sigmoid(z) and softmax over (0, z) are the same probabilities, so a logit that is always 0 is added
-for class 0. On the way back the difference of both logits is written, which changes no probability
-whatever a repair did to either.
+sigmoid(z) gives the same probabilities as softmax over (0, z), so a constant logit 0 is added for
+class 0. On the way back the difference of the two logits is written, which keeps the probabilities
+no matter what a repair did to either logit.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ NOTE = "the net has one output (a sigmoid); a logit 0 for class 0 is added"
 
 
 def widen(spec: build.Spec, variables: Variables) -> tuple[build.Spec, Variables]:
-    """A net of one output with a second one, which is always 0, before it."""
+    """Adds a constant output 0 before a net's single output."""
     add = lambda leaf: jnp.concatenate([jnp.zeros_like(leaf), leaf], -1)
     return dataclasses.replace(spec, classes=2), _with_head(variables, add)
 
 
 def narrow(variables: Variables) -> Variables:
-    """A net of two outputs as one of their difference."""
+    """Replaces a net's two outputs by their difference."""
     return _with_head(variables, lambda leaf: leaf[..., 1:] - leaf[..., :1])
 
 

@@ -1,12 +1,11 @@
 """Reads the arrays of an Orbax checkpoint folder (StandardCheckpointer of {"params": …,
 "batch_stats": …}).
 
-Orbax's own restore is not used, since it cannot be confined: it looks up handlers by names that the
-folder states, restores every entry beside the weights, and allocates what an array claims before
-anything can be compared with a limit. Here its table of contents (JSON) is parsed, and each array
-is opened as Orbax opens it, through TensorStore, whose formats hold data and nothing that could
-run, in a process of limited memory and time (`orbax_worker`). Tests hold the result against
-Orbax's.
+Orbax's own restore is not used because it cannot be confined: it looks up handlers by names from
+the folder, restores every entry beside the weights, and allocates whatever an array claims before
+any limit can be checked. Here the table of contents (JSON) is parsed, and each array is opened the
+way Orbax does it, through TensorStore, in a process with limited memory and time (`orbax_worker`).
+TensorStore's formats contain only data, nothing executable. Tests compare the result with Orbax's.
 """
 
 import hashlib
@@ -26,15 +25,21 @@ from jaxbd.limits import Limits, Refusal, opened, parse_json, quote, read_bounde
 
 CONTENTS, DATABASE = "_METADATA", "manifest.ocdbt"
 DESCRIPTIONS = (".zarray", "zarr.json")
-"""What describes an array in a folder of its own, in the formats zarr 2 and zarr 3."""
+"""Name of the file that describes an array stored in its own folder, in zarr 2 and in zarr 3."""
 WORKER = pathlib.Path(__file__).with_name("orbax_worker.py")
 COLLECTIONS = ("params", "batch_stats", "bounds")
 
 
 class Checkpoint(NamedTuple):
-    """Arrays by path ("params/conv0/kernel"); names of other entries; SHA-256 over all files, which
-    is that of the lines "<sha256> <path>" in order of their paths; SHA-256 of each file by path;
-    bytes of all files."""
+    """The contents of an Orbax folder.
+
+    Attributes:
+      arrays: path ("params/conv0/kernel") -> array.
+      others: names of top-level entries that are not read.
+      sha256: hash of all files: that of the lines "<sha256> <path>", sorted by path.
+      files: {path: SHA-256} of each file.
+      bytes: total size of all files.
+    """
 
     arrays: dict[str, np.ndarray]
     others: tuple[str, ...]
@@ -49,8 +54,8 @@ def is_checkpoint(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path, limits: Limits) -> Checkpoint:
-    """What the folder holds. Raises Refusal where a file is missing, is none, or could be read in
-    two ways."""
+    """Reads the folder. Raises Refusal if a file is missing, is not a regular file, or could be
+    read in two ways."""
     files, size = _hashes(path, limits)
     contents = _contents(path, limits)
     database = _check_one_store(path, files, contents)
@@ -79,8 +84,8 @@ def _read_arrays(
     size: int,
     limits: Limits,
 ) -> dict[str, np.ndarray]:
-    """The arrays that `specs` describe, by name, from a folder of `size` bytes. A process of its
-    own reads them, since TensorStore cannot be bounded from outside."""
+    """Reads the arrays described by `specs`, by name, from a folder of `size` bytes. This happens
+    in a worker process, since TensorStore itself has no limit on memory or time."""
     most = limits.unpacked(size)
     seconds = limits.deadline("", size + most).seconds
     process = subprocess.Popen(
@@ -92,8 +97,8 @@ def _read_arrays(
     questions, answers = process.stdin, process.stdout
     assert questions is not None and answers is not None
     try:
-        asked = {"specs": specs, "bytes": most, "seconds": seconds}
-        questions.write(json.dumps(asked).encode() + b"\n")
+        request = {"specs": specs, "bytes": most, "seconds": seconds}
+        questions.write(json.dumps(request).encode() + b"\n")
         questions.flush()
         facts = _answer(answers, names)
         kinds = _check_facts(names, facts, most)
@@ -116,10 +121,10 @@ TOO_MUCH = "its arrays take more memory or time than a folder of its size can ne
 
 
 def _answer(answers: IO[bytes], names: list[tuple[str, ...]]) -> Any:
-    """One line of the worker's. Raises Refusal where it says that an array cannot be read."""
+    """One line from the worker. Raises Refusal if it reports an array that cannot be read."""
     try:
         found = json.loads(answers.readline())
-    except ValueError:  # it is no more
+    except ValueError:  # end of file: the worker has died
         raise Refusal(TOO_MUCH) from None
     if isinstance(found, dict):
         name = quote("/".join(names[found["index"]]))
@@ -130,13 +135,13 @@ def _answer(answers: IO[bytes], names: list[tuple[str, ...]]) -> Any:
 def _check_facts(
     names: list[tuple[str, ...]], facts: list[Any], most: int
 ) -> list[tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of each array. Raises Refusal where reading all of them takes more than `most`
-    bytes: their own, or those of one stored block where that is larger."""
+    """Shape and type of each array. Raises Refusal if reading them takes more than `most` bytes in
+    total, counting for each array its own size or that of one stored block, whichever is larger."""
     kinds, total, known = [], 0, {dtype.name: dtype for dtype in DTYPES.values()}
     for keys, (shape, kind, block) in zip(names, facts, strict=True):
         if kind not in known:
             raise Refusal(
-                f"array {quote('/'.join(keys))} is of type {quote(kind)}, which is not read"
+                f"array {quote('/'.join(keys))} is of type {quote(kind)}, which is not supported"
             )
         total += known[kind].itemsize * max(math.prod(shape), math.prod(block))
         if total > most:
@@ -151,6 +156,7 @@ def _check_facts(
 def _elements(
     answers: IO[bytes], names: list[tuple[str, ...]], shape: tuple[int, ...], kind: np.dtype
 ) -> np.ndarray:
+    # an empty line precedes the elements; anything else is an error report
     if answers.peek(1)[:1] != b"\n":  # pyright: ignore[reportAttributeAccessIssue] (a buffer)
         _answer(answers, names)
     answers.read(1)
@@ -158,24 +164,24 @@ def _elements(
     if answers.readinto(data) != len(data):  # pyright: ignore[reportAttributeAccessIssue]
         raise Refusal(TOO_MUCH)
     if kind == np.bool_ and np.frombuffer(data, np.uint8).max(initial=0) > 1:
-        raise Refusal("an array holds truth values that are neither 0 nor 1")
+        raise Refusal("an array holds booleans that are neither 0 nor 1")
     return np.frombuffer(data, kind).reshape(shape)
 
 
 def _reason(text: str) -> str:
-    """What TensorStore says, without the place of the folder and the settings that it repeats."""
-    said = text.partition(" [")[0]
-    if lost := re.search(r"chunk \{([0-9, ]*)\}.* is missing", said):
-        return f"its block {lost[1]} is missing"
-    return quote(said.rpartition('": ')[2] or said)
+    """TensorStore's error message without the folder's path and the settings that it repeats."""
+    message = text.partition(" [")[0]
+    if missing := re.search(r"chunk \{([0-9, ]*)\}.* is missing", message):
+        return f"its block {missing[1]} is missing"
+    return quote(message.rpartition('": ')[2] or message)
 
 
 def _hashes(path: pathlib.Path, limits: Limits) -> tuple[dict[str, str], int]:
-    """SHA-256 of each file by its path in the folder, and the bytes of all."""
+    """{path in the folder: SHA-256} of each file, and the total size of all files."""
     files, total = {}, 0
     for entry in walk(path, limits):
         name = entry.relative_to(path).as_posix()
-        if not entry.stat().st_size:
+        if not entry.stat().st_size:  # `opened` would refuse an empty file
             files[name] = hashlib.sha256().hexdigest()
             continue
         with opened(entry, limits) as (file, size):
@@ -187,10 +193,10 @@ def _hashes(path: pathlib.Path, limits: Limits) -> tuple[dict[str, str], int]:
 
 
 def _check_one_store(path: pathlib.Path, files: dict[str, str], contents: dict[str, Any]) -> bool:
-    """Whether the arrays lie in a database (OCDBT) rather than in files.
+    """Whether the arrays are stored in a database (OCDBT) rather than in files.
 
-    Raises Refusal where both are there, or a second checkpoint: which of the two is read would
-    depend on the reader.
+    Raises Refusal if both are there, or a second checkpoint: which of the two is read would depend
+    on the reader.
     """
     inside = {name.rpartition("/")[2] for name in files}
     if sum(name.rpartition("/")[2] == CONTENTS for name in files) > 1:
@@ -210,8 +216,8 @@ def _check_one_store(path: pathlib.Path, files: dict[str, str], contents: dict[s
 def _check_description(
     path: pathlib.Path, keys: tuple[str, ...], contents: dict[str, Any], limits: Limits
 ) -> None:
-    """Raises Refusal unless the array's folder describes it once, in the stated format, in JSON
-    that is read in one way."""
+    """Raises Refusal unless the array's folder describes it exactly once, in the stated format and
+    in unambiguous JSON."""
     folder, name = path / ".".join(keys), quote("/".join(keys))
     wanted = DESCRIPTIONS[bool(contents.get("use_zarr3"))]
     found = [one for one in DESCRIPTIONS if (folder / one).exists()]
@@ -233,7 +239,7 @@ def _contents(path: pathlib.Path, limits: Limits) -> dict[str, Any]:
 
 
 def _entries(contents: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Keys that lead to each array; branches without arrays are left out."""
+    """The keys leading to each array; empty branches are left out."""
     found = []
     for entry in contents["tree_metadata"].values():
         try:
@@ -255,7 +261,7 @@ def _entries(contents: dict[str, Any]) -> list[tuple[str, ...]]:
 def _spec(
     path: pathlib.Path, keys: tuple[str, ...], contents: dict[str, Any], database: bool
 ) -> dict[str, Any]:
-    """What TensorStore is told to open."""
+    """The TensorStore spec of an array."""
     base = {"driver": "file", "path": f"{path.resolve()}/"}
     name = ".".join(keys) + "/"
     if database:
@@ -263,5 +269,5 @@ def _spec(
     else:
         store = {**base, "path": base["path"] + name}
     driver = "zarr3" if contents.get("use_zarr3") else "zarr"
-    # a block that is not there is an error, as it is to Orbax, and never zeros
+    # as in Orbax, a missing block is an error; by default TensorStore would fill in zeros
     return {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}

@@ -1,14 +1,16 @@
-"""Reads the arrays of an Orbax folder through TensorStore, in a process of its own with limited
-memory and time.
+"""Worker process that reads the arrays of an Orbax folder through TensorStore with limited memory
+and time.
 
-`orbax_file` starts this file by its path, so it imports nothing of jaxbd. TensorStore unpacks what
-a block claims to hold before anything can be compared with its size: a file of a megabyte can
-become gigabytes. Here that ends in an error message, and in no more.
+`orbax_file` runs this file by its path, so it imports nothing from jaxbd. TensorStore unpacks a
+block before its claimed size can be checked, so a file of one megabyte can expand to gigabytes. In
+this process that ends in an error message and nothing worse.
 
-On stdin: one JSON line {"specs", "bytes", "seconds"}, the arrays to open; then, once the answer is
-found acceptable, an empty line. On stdout: a JSON line of one [shape, type, shape of a block] for
-each array; after the second line the elements of all, little-endian in C order. {"error", "index"}
-takes the place of the first line, an early end that of the elements.
+Protocol:
+  stdin: one JSON line {"specs", "bytes", "seconds"} with the arrays to open; then an empty line
+    once the parent has accepted the answer.
+  stdout: one JSON line with [shape, type, shape of a block] for each array; then, after the second
+    input line, for each array a newline and its elements, little-endian in C order. On an
+    error a JSON line {"error", "index"} is written instead, and the output ends there.
 """
 
 import contextlib
@@ -19,12 +21,12 @@ import resource
 import sys
 
 MEMORY = 512 << 20
-"""Bytes of address space beyond what the libraries and the arrays take."""
+"""Bytes of address space allowed on top of what the libraries and arrays need."""
 
 
 def limit(size, seconds):
-    """From here on the process can allocate little more than `size` bytes, and ends after so many
-    seconds of a processor."""
+    """From here on the process can allocate `MEMORY` + 2 * `size` bytes, and is killed after
+    `seconds` more seconds of CPU time."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     most = now + MEMORY + 2 * size
@@ -45,12 +47,13 @@ def fail(error, index):
 
 
 def main():
-    asked = json.loads(sys.stdin.readline())
-    with contextlib.suppress(OSError, ValueError):  # a system without these limits, such as macOS
-        limit(asked["bytes"], asked["seconds"])
+    request = json.loads(sys.stdin.readline())
+    with contextlib.suppress(OSError, ValueError):  # systems without these limits, e.g. macOS
+        limit(request["bytes"], request["seconds"])
+    # no concurrency: each parallel read or copy would take memory of its own
     alone = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
     context, arrays = tensorstore.Context(alone), []
-    for index, spec in enumerate(asked["specs"]):
+    for index, spec in enumerate(request["specs"]):
         try:
             arrays.append(tensorstore.open(spec, open=True, read=True, context=context).result())
         except Exception as error:
@@ -73,6 +76,7 @@ def main():
 
 
 if __name__ == "__main__":
+    # silence stderr before TensorStore is imported, so that it logs nothing to the terminal
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import tensorstore
 

@@ -1,10 +1,10 @@
-"""Which preprocessing a foreign model was trained with, by its accuracy on the person's own images
-and by the moments that its first normalisation layer stored.
+"""Finds the preprocessing that a foreign model was trained with, from its accuracy on the user's
+images and the moments stored in its first normalisation layer.
 
-A state_dict says nothing of the normalisation its net expects, and a scan under the wrong one is
-worthless. So every plausible normalisation is measured, with the channels in either order, before
-all else. Accuracy alone cannot tell a wrong preprocessing from a poor model: an MNIST net without
-its constants gets a third of the digits right. The stored moments can, see `moments`.
+A state_dict does not state the normalisation that its net expects, and a scan under the wrong one
+is worthless. Before anything else, therefore, every plausible normalisation is measured with both
+channel orders. Accuracy alone cannot tell wrong preprocessing from a poor model: an MNIST net
+without its constants still gets a third of the digits right. The stored moments can, see `moments`.
 """
 
 import dataclasses
@@ -20,28 +20,31 @@ from jaxbd.interop.load import Model
 from jaxbd.interop.probe import Constants, Probe, Row, candidates
 
 SAMPLE = 256
-"""Images the check looks at."""
+"""Number of images that the check uses."""
 STANDARD_ERRORS = 5
 """Binomial standard errors by which the accuracy must exceed chance."""
 GOOD_ACCURACY = 0.95
-"""From here on the accuracy alone shows that the preprocessing is right."""
+"""At or above this accuracy, accuracy alone shows that the preprocessing is right."""
 DIFFERENT = 0.5
-"""Distance of moments from which the preprocessing is probably another. Nets with their own, honest
-ones of 70 to 82 % among them, have 0.01 to 0.18; with another of the usual ones 0.5 to 12."""
+"""At or above this distance of moments, the preprocessing is probably wrong. Measured: 0.01 to 0.18
+for nets with their own preprocessing (even honest nets with 70 to 82 % accuracy), 0.5 to 12 with
+another common one."""
 ALIKE = 0.05
-"""Distances of moments that differ by less do not tell two candidates apart."""
+"""Smallest difference in distance of moments that tells two candidates apart."""
 
 
 class Table(NamedTuple):
-    """What the check found.
+    """Result of the check.
 
     Attributes:
-      rows: every candidate measured; used: the one taken.
-      images: how many images; chance: accuracy of a net that knows nothing; needed: least accuracy
-        accepted.
+      rows: every candidate that was measured.
+      used: the chosen candidate.
+      images: number of images.
+      chance: accuracy of a net that knows nothing.
+      needed: minimum accuracy to be accepted.
       stated: whether `used` was given rather than chosen.
-      doubt: why `used` is probably not the model's own preprocessing; "" where nothing says so.
-      caution: that nothing but a mediocre accuracy speaks for `used`; "" otherwise.
+      doubt: why `used` is probably not the model's own preprocessing; "" if there is no reason.
+      caution: a warning that only a mediocre accuracy supports `used`; "" otherwise.
     """
 
     rows: tuple[Row, ...]
@@ -60,7 +63,7 @@ class Table(NamedTuple):
 
 
 def sample(data: Batch, count: int = SAMPLE) -> Batch:
-    """At most `count` random rows of `data`, always the same ones."""
+    """At most `count` rows of `data`, drawn at random with a fixed seed."""
     rows = np.random.default_rng(0).permutation(len(data.labels))[:count]
     return Batch(np.asarray(data.images)[rows], np.asarray(data.labels)[rows])
 
@@ -73,7 +76,7 @@ def check(
     only_given: bool = False,
     accept: bool = False,
 ) -> Table:
-    """`measure`, and then `accept_or_refuse`."""
+    """`measure`, followed by `accept_or_refuse`."""
     return accept_or_refuse(measure(model, data, given, only_given=only_given), accept)
 
 
@@ -82,14 +85,15 @@ def measure(
 ) -> Table:
     """Measures the candidates on `data` (uint8 images in RGB order, labels) and chooses one.
 
-    The most accurate is taken unless one is `given`. Of those that are as accurate within two
-    standard errors, the stored moments choose; among equals the first in the order of
+    A `given` candidate is always used. Otherwise the most accurate one is; among those within two
+    standard errors of it, the stored moments decide, and ties go to the first in the order of
     `NORMALISATIONS`, RGB before BGR.
 
     Args:
-      only_given: try the others only to explain why the given one fails (a model that states its
-        own).
-    Raises: UserError when the images are too few to tell, or the net answers with NaN.
+      only_given: measure other candidates only if the given one fails, to explain why (for a model
+        that states its own preprocessing).
+    Raises: UserError when there are too few images to decide, or the net outputs NaN or infinite
+      logits.
     """
     chance = float(np.bincount(data.labels).max()) / len(data.labels)
     least = needed(chance, len(data.labels))
@@ -101,6 +105,7 @@ def measure(
     probe = Probe(model, data)
     rows = [] if given is None else [probe.measure("given", given, "rgb")]
     if not (only_given and rows and rows[0].accuracy >= least):
+        # candidates with the best moments first, the others only if none of these convinces
         near, far = probe.sort(list(candidates(model)))
         rows += [probe.measure(*candidate) for candidate in near]
         if not is_convincing(choose(rows, len(data.labels)), least):
@@ -112,18 +117,18 @@ def measure(
 
 
 def measure_row(model: Model, data: Batch, row: Row) -> Row:
-    """The candidate of `row` on other images."""
+    """Measures the candidate of `row` on other images."""
     order = "bgr" if row.channels == "bgr" else "rgb"
     return Probe(model, data).measure(row.normalisation, (row.mean, row.std), order)
 
 
 def accept_or_refuse(table: Table, accept: bool = False) -> Table:
-    """`table`, where its row may be used.
+    """Returns `table` if its candidate `used` is acceptable.
 
     Args:
-      accept: take a preprocessing that is probably not the model's, too.
-    Raises: UserError when the row is not above chance, see `needed`; when nobody stated it, its
-      moments are not those in training, and its accuracy does not make up for that.
+      accept: also accept preprocessing that is probably not the model's.
+    Raises: UserError if the accuracy is near chance, see `needed`; or if the candidate was not
+      stated by the user or model and is doubtful (see `Table.doubt`).
     """
     if table.used.accuracy < table.needed:
         best = choose(list(table.rows), table.images)
@@ -134,25 +139,27 @@ def accept_or_refuse(table: Table, accept: bool = False) -> Table:
 
 
 def needed(chance: float, count: int) -> float:
-    """The least accuracy on `count` images that is not near chance.
+    """Minimum accuracy on `count` images that does not count as near chance.
 
-    Chance is the share of the commonest label, which a constant answer reaches. Above it by
-    `STANDARD_ERRORS` binomial standard errors, and by chance once more (twice chance) or, where
-    that is nearer, a quarter of the way to 1.
+    `chance` is the share of the most common label, which a constant answer reaches. The minimum
+    exceeds it by the largest of two margins: `STANDARD_ERRORS` binomial standard errors, and the
+    smaller of `chance` itself and a quarter of the way to 1.
     """
     error = math.sqrt(chance * (1 - chance) / count)
     return chance + max(STANDARD_ERRORS * error, min(chance, (1 - chance) / 4))
 
 
 def choose(rows: list[Row], count: int) -> Row:
-    """The row to take, see `check`; accuracies were measured on `count` images."""
+    """The row to use, see `measure`; accuracies were measured on `count` images."""
     best = max(rows, key=lambda row: row.accuracy)
     error = math.sqrt(best.accuracy * (1 - best.accuracy) / count)
     near = [row for row in rows if row.accuracy >= best.accuracy - 2 * error]
     distances = [row.distance for row in near if row.distance is not None]
+    # without moments for all candidates only accuracy can decide
     if len(distances) < len(near):
         return best
     limit = min(distances) + ALIKE
+    # `max` below keeps the first of equals, as `measure` promises
     alike = [row for row, far in zip(near, distances, strict=True) if far <= limit]
     return max(alike, key=lambda row: row.accuracy)
 
@@ -161,15 +168,15 @@ def is_convincing(row: Row, least: float = 0.0) -> bool:
     """Whether accuracy or moments show that `row` is the model's own preprocessing.
 
     Args:
-      least: accuracy that it needs in any case.
+      least: accuracy that is required in any case.
     """
     alike = row.distance is not None and row.distance < DIFFERENT
     return row.accuracy >= least and (row.accuracy >= GOOD_ACCURACY or alike)
 
 
 def adopt(model: Model, table: Table) -> Model:
-    """`model` with the preprocessing of `table.used` as its net's first operation; images stay RGB
-    in [0, 1]."""
+    """`model` with the preprocessing of `table.used` as its net's first operation; the images it
+    takes are still RGB in [0, 1]."""
     used = table.used
     spec = dataclasses.replace(model.spec, mean=used.mean, std=used.std)
     net = load.net_of(model, spec)
@@ -177,7 +184,7 @@ def adopt(model: Model, table: Table) -> Model:
 
 
 def as_record(table: Table) -> dict[str, Any]:
-    """The table for a result file, under the key "preprocessing"."""
+    """The table as plain values, for a result file's key "preprocessing"."""
     return {
         **table._asdict(),
         "rows": [row._asdict() for row in table.rows],
@@ -186,7 +193,7 @@ def as_record(table: Table) -> dict[str, Any]:
 
 
 def _doubt(table: Table, probe: Probe) -> str:
-    """Why the row taken is probably not the model's preprocessing; "" where nothing says so."""
+    """Why the chosen row is probably not the model's preprocessing; "" if there is no reason."""
     used = table.used
     if used.distance is None or is_convincing(used):
         return ""
@@ -196,19 +203,20 @@ def _doubt(table: Table, probe: Probe) -> str:
     doubt = (
         f"normalisation {used.normalisation} is probably not this model's preprocessing: it gets"
         f" {used.accuracy:.3f} of {table.images} images right, the best of {len(table.rows)} tried,"
-        f" but what reaches the layer {found.layer} is {found.spread:.2g} times as spread as in"
-        f" training and {found.shift:.2g} standard deviations off"
+        f" but the inputs of layer {found.layer} have {found.spread:.2g} times the standard"
+        f" deviation of training and are shifted by {found.shift:.2g} standard deviations"
     )
     fix = "give the model's own constants with --mean and --std"
     if len(used.std) != 1 or not 1e-3 < used.std[0] * found.spread < 1e3:
         return f"{doubt}; {fix}"
-    # the layer's inputs are as spread as the net's inputs are, which std divides
+    # the layer's input scales with the net's input, which is divided by std: correct std by the
+    # ratio
     return f"{doubt}; {fix}, std is near {used.std[0] * found.spread:.2g}"
 
 
 @cached(64)
 def _reverse_channels(net: Net) -> Net:
-    """`net` fed with the channels the other way round."""
+    """`net` with the channel order of its input reversed."""
     forward = net.outputs
     outputs = None
     if forward is not None:
@@ -224,13 +232,14 @@ def _reverse_channels(net: Net) -> Net:
 
 
 def _caution(table: Table) -> str:
-    """What to say of a mediocre accuracy where no stored moments can confirm the preprocessing."""
+    """A warning for a mediocre accuracy that no stored moments can confirm; "" otherwise."""
     used = table.used
     if table.stated or used.distance is not None or is_convincing(used):
         return ""
     return (
-        f"the net shows no normalisation layer to compare with: that it gets {used.accuracy:.3f}"
-        " right is all that speaks for this preprocessing; give --mean and --std if you know them"
+        "the net has no normalisation layer to compare with, so an accuracy of"
+        f" {used.accuracy:.3f} is the only evidence for this preprocessing; give --mean and --std"
+        " if you know them"
     )
 
 

@@ -1,4 +1,4 @@
-"""Candidates for a foreign model's preprocessing, measured on a person's images."""
+"""Measures candidates for a foreign model's preprocessing on the user's images."""
 
 import dataclasses
 import math
@@ -14,29 +14,30 @@ from jaxbd.metrics import evaluate
 from jaxbd.models.norm import NORMALISATIONS
 
 STATED_ONLY = {"svhn", "mini-imagenet", "vggface2"}
-"""Normalisations that are not tried: so close to another that luck on a few images would choose
-between them."""
+"""Normalisations that are not tried: each is so close to another one that the choice would depend
+on chance."""
 BGR_ONLY = {"caffe"}
-"""Normalisations that only ever go with images in BGR order."""
+"""Normalisations used only with images in BGR order."""
 NEAR = 1.0
-"""Candidates whose distance of moments exceeds the least by more are measured only where no other
-is convincing: a pass through the whole net costs far more than one through its first layers."""
+"""Candidates whose distance of moments exceeds the smallest one by more than this are measured only
+if no nearer candidate convinces: a pass through the whole net costs far more than one through its
+first layers."""
 Constants = tuple[tuple[float, ...], tuple[float, ...]]
-"""Per-channel mean and standard deviation; empty for each image's own."""
+"""Mean and standard deviation per channel; empty to standardise each image by its own."""
 Candidate = tuple[str, Constants, str]
-"""Name, constants, order of the channels."""
+"""(name, constants, channel order)."""
 
 
 class Row(NamedTuple):
-    """One candidate.
+    """One measured candidate.
 
     Attributes:
-      normalisation: by name.
-      channels: their order: "rgb", "bgr", or "grey".
-      mean, std: constants.
+      normalisation: its name.
+      channels: channel order: "rgb", "bgr", or "grey".
+      mean, std: its constants.
       accuracy: clean accuracy.
-      distance: of the first normalisation layer's moments, see `moments.Moments`; None where the
-        net shows none.
+      distance: distance of the first normalisation layer's moments, see `moments.Moments`; None if
+        the net has no such layer.
       size: height and width of the images.
     """
 
@@ -50,7 +51,7 @@ class Row(NamedTuple):
 
 
 def candidates(model: Model) -> Iterator[Candidate]:
-    """The normalisations that fit the model's channels."""
+    """The candidates whose constants fit the model's number of channels."""
     channels = model.spec.image_shape[2]
     for order in ("rgb", "bgr") if channels == 3 else ("rgb",):
         for name, constants in NORMALISATIONS.items():
@@ -60,14 +61,14 @@ def candidates(model: Model) -> Iterator[Candidate]:
 
 
 class Probe:
-    """A model and images on which candidates are measured.
+    """Measures candidates on one model and one set of images.
 
-    The net's own first operation x -> (x - m) / s stays in place and is undone in what it is fed,
-    so that one compiled program serves all candidates.
+    The net keeps its own first operation x -> (x - m) / s, and the inputs are changed to undo it,
+    so that all candidates share one compiled program.
     """
 
     def __init__(self, model: Model, data: Batch):
-        if not model.spec.mean:  # standardising each image cannot be undone
+        if not model.spec.mean:  # per-image standardisation cannot be undone
             spec = dataclasses.replace(model.spec, mean=(0.0,), std=(1.0,))
             model = model._replace(spec=spec, net=load.net_of(model, spec))
         self._model, self._labels = model, data.labels
@@ -77,8 +78,8 @@ class Probe:
             self._layer = moments.first_layer(model.net, model.variables, self._images[:1])
 
     def sort(self, candidates: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-        """Candidates in two parts: those whose moments are nearly the best, and the others. All are
-        in the first where the net shows no moments."""
+        """Splits candidates into those whose moments are near the best (see `NEAR`) and the rest.
+        If the net has no stored moments, all are in the first part."""
         moved = [self.moments(constants, order) for _, constants, order in candidates]
         distances = [found.distance for found in moved if found is not None]
         if len(distances) < len(candidates):
@@ -88,7 +89,7 @@ class Probe:
         return [c for c, far in pairs if far <= limit], [c for c, far in pairs if far > limit]
 
     def measure(self, name: str, constants: Constants, order: str) -> Row:
-        """Clean accuracy and distance of moments under one candidate."""
+        """Measures clean accuracy and distance of moments under one candidate."""
         inputs, model = self._inputs(constants, order), self._model
         logits = evaluate.logits(
             model.net, model.variables, Batch(inputs, self._labels), batch_size=128
@@ -109,7 +110,8 @@ class Probe:
         )
 
     def moments(self, constants: Constants, order: str) -> moments.Moments | None:
-        """Those of the first normalisation layer under one candidate, None without such a layer."""
+        """Moments of the first normalisation layer's inputs under one candidate; None if there is
+        no such layer."""
         if self._layer is None:
             return None
         inputs = self._inputs(constants, order)
@@ -128,6 +130,7 @@ class Probe:
         own_mean, own_std = (
             np.asarray(v, np.float32) for v in (self._model.spec.mean, self._model.spec.std)
         )
+        # the net's own normalisation maps this back to `wanted`
         return wanted * own_std + own_mean
 
 

@@ -1,5 +1,5 @@
-"""safetensors: a JSON header, then the tensors' bytes, without gaps. Nothing in it can be
-executed."""
+"""Reads and writes safetensors: a JSON header, then the tensors' bytes without gaps. The format
+contains nothing executable."""
 
 import math
 import os
@@ -29,8 +29,8 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def looks_like(head: bytes, file_size: int) -> bool:
-    """Whether a file that begins with `head` [>= 9 bytes] may be safetensors: a plausible length,
-    then JSON."""
+    """Whether a file beginning with `head` [>= 9 bytes] may be safetensors: a plausible header
+    length, then JSON."""
     return (
         len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= file_size - 8
     )
@@ -39,11 +39,11 @@ def looks_like(head: bytes, file_size: int) -> bool:
 def read(
     file: BinaryFile, file_size: int, limits: Limits
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors in the header's order, and the file's own notes (`__metadata__`).
+    """Tensors in the header's order, and the file's `__metadata__`.
 
-    The bytes come from the open file whose hash is recorded. The header is checked here before
-    anything is allocated: its size, its nesting, double names, and that the tensors tile the rest
-    of the file exactly.
+    The bytes are read from the same open file whose hash is recorded. Before anything is allocated,
+    the header is checked: its size, its nesting, duplicate names, and that the tensors fill the
+    rest of the file exactly.
     """
     length = struct.unpack("<Q", read_exactly(file, 0, 8, "the header"))[0]
     if length > min(limits.header_bytes, file_size - 8):
@@ -56,7 +56,7 @@ def read(
         raise Refusal("its header is not a JSON object")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or any(type(note) is not str for note in notes.values()):
-        raise Refusal("its __metadata__ is not a table of texts")
+        raise Refusal("its __metadata__ is not a table of strings")
     if not header:
         raise Refusal("it holds no tensors")
     if len(header) > limits.tensors:
@@ -69,22 +69,22 @@ def read(
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:
-    """[begin, end) of one tensor, which must fit its shape and type."""
+    """Byte range [begin, end) of one tensor. Raises Refusal unless it fits the shape and type."""
     if not name.isprintable() or not 0 < len(name) <= 256:
         raise Refusal(f"a tensor is named {quote(name)}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refusal(f"tensor {quote(name)} is not described by dtype, shape and data_offsets")
     shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
     if type(kind) is not str or kind not in DTYPES:
-        raise Refusal(f"tensor {quote(name)} is of type {quote(kind)}, which is not read")
+        raise Refusal(f"tensor {quote(name)} is of type {quote(kind)}, which is not supported")
     if not (_are_counts(shape) and _are_counts(offsets)) or len(shape) > 16 or len(offsets) != 2:
         raise Refusal(f"tensor {quote(name)} has a shape or offsets that make no sense")
-    # sizes of 0 are left out of the guard's product, so that NumPy can hold every shape that passes
+    # count sizes of 0 as 1: NumPy cannot hold every empty shape either
     if math.prod(max(size, 1) for size in shape) >= 1 << 40:
         raise Refusal(f"tensor {quote(name)} claims the shape {tuple(shape)}")
     if math.prod(shape) * DTYPES[kind].itemsize != offsets[1] - offsets[0]:
         raise Refusal(
-            f"tensor {quote(name)} of shape {tuple(shape)} does not have the bytes that its shape"
+            f"tensor {quote(name)} of shape {tuple(shape)} does not have as many bytes as its shape"
             " needs"
         )
     return offsets[0], offsets[1]
@@ -109,33 +109,36 @@ def _check_tiling(spans: dict[str, tuple[int, int]], size: int) -> None:
 def _load(
     file: BinaryFile, start: int, name: str, entry: dict[str, Any], span: tuple[int, int]
 ) -> np.ndarray:
+    # a bytearray, so that the array over it is writeable
     data = bytearray(span[1] - span[0])
     file.seek(start + span[0])
     if file.readinto(data) != len(data):
         raise Refusal(f"it ends in the middle of tensor {quote(name)}")
     if entry["dtype"] == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
-        raise Refusal(f"tensor {quote(name)} holds truth values that are neither 0 nor 1")
+        raise Refusal(f"tensor {quote(name)} holds booleans that are neither 0 nor 1")
     return np.frombuffer(data, DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def write(
     path: pathlib.Path, tensors: dict[str, np.ndarray], notes: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file with the `safetensors` library, whole or not at all.
+    """Writes a safetensors file with the `safetensors` library, atomically.
 
     Raises: OSError when the disk is full or cannot be written.
     """
     import safetensors.numpy
 
     dense = {
-        name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()
+        # ascontiguousarray turns a scalar into [1]; reshape undoes that
+        name: np.ascontiguousarray(tensor).reshape(tensor.shape)
+        for name, tensor in tensors.items()
     }
     with replacing(path) as sibling:
         try:
             safetensors.numpy.save_file(dense, sibling, metadata=notes or None)
-        except safetensors.SafetensorError as error:  # the library hides the system's error in text
+        except safetensors.SafetensorError as error:  # it only has the system's error in its text
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        sibling.chmod(0o644)  # the library makes it readable for its owner only
+        sibling.chmod(0o644)  # the library makes the file readable only by its owner

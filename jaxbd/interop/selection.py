@@ -1,9 +1,9 @@
-"""Which of a file's tensors are the classifier: the dictionary, the prefix of the names, or two of
-them for body and head.
+"""Selects a file's tensors that are the classifier: which dictionary, and which prefix of the names
+(or two, for body and head).
 
-People save a net inside others: under the key of a training framework, with a prefix for every
-wrapper around it, beside its own moving average, a generator or an optimiser. A group of tensors is
-taken for the classifier where its names and shapes are exactly those of an architecture.
+People save a net nested in other things: under the key of a training framework, with a prefix for
+every wrapper, next to its moving average, a generator or an optimiser. A group of tensors counts as
+the classifier if its names and shapes are exactly those of a known architecture.
 """
 
 import re
@@ -16,27 +16,27 @@ from jaxbd.limits import Refusal, quote
 
 Shapes = Mapping[str, tuple[int, ...]]
 Fits = Callable[[Shapes, bool], bool]
-"""(names and shapes, loose) -> whether they are exactly those of an architecture; with `loose` of a
-plain chain of layers, too, which says little of what the names should be."""
+"""(names and shapes, loose) -> whether they are exactly those of an architecture. `loose` also
+allows a plain chain of layers, which hardly constrains the names."""
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every key."""
+"""Prefixes that DataParallel and torch.compile add to every key."""
 AVERAGE = re.compile(r"(^|[._-])(ema|swa|shadow|averaged?)($|[._\d-])", re.IGNORECASE)
-"""A name for the moving average of a net's weights, which is taken where there is no other."""
+"""Names for the moving average of a net's weights, which is used only if there is no other net."""
 MOST_PREFIXES = 40
 MOST_NAME = 256
-"""Letters of a tensor's name."""
+"""Maximum length of a tensor's name, in characters."""
 FEWEST = 3
-"""Tensors that a prefix must stand before to be tried."""
+"""Minimum number of tensors under a prefix for it to be tried."""
 
 
 class Selection(NamedTuple):
     """The tensors of one net.
 
     Attributes:
-      names: name of each weight -> what the file makes it from, in file order.
-      prefix: what stood before every name, or before most (the body's) where there were two.
+      names: name of each weight -> its parts in the file, in file order.
+      prefix: the prefix of all names; with two prefixes, that of most of them (the body).
       ignored: keys of the file that belong to none of the weights.
-      constants: keys of the mean and standard deviation of the input, or None.
+      constants: keys of the input's mean and standard deviation, or None.
       fits: whether the names and shapes are those of an architecture.
     """
 
@@ -48,14 +48,15 @@ class Selection(NamedTuple):
 
 
 def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None) -> list[Selection]:
-    """Every net among the tensors of one dictionary; the whole of it, which fits no architecture,
-    where there is none.
+    """Every net among the tensors of one dictionary. If there is none, a single selection of all
+    tensors with `fits` False.
 
     Args:
-      check: called between two tries; raises Refusal where there is no time for another.
+      check: called before each try; raises Refusal when the time is up.
     """
     check()
-    if any(len(name) > MOST_NAME for name in shapes):  # each dot in a name ends another prefix
+    # every dot in a name gives another prefix to try, so names of any length could take hours
+    if any(len(name) > MOST_NAME for name in shapes):
         return [Selection({name: Piece((name,), "") for name in shapes}, "")]
     constants = pieces.normalisation(shapes)
     rest = {name: shape for name, shape in shapes.items() if name not in (constants or ())}
@@ -72,7 +73,8 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
         if loose and found:
             break
         names = _strip(whole, prefixes)
-        if names is None or not names or any(set(names.values()) <= held for held in taken):
+        # skip what is part of a net that was found already
+        if names is None or not names or any(set(names.values()) <= earlier for earlier in taken):
             continue
         if fits({short: whole[full] for short, full in names.items()}, loose):
             chosen = {short: parts[full] for short, full in names.items()}
@@ -86,7 +88,7 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
 
 
 def _without_parts(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """`keys` without what adversarial neuron pruning leaves behind: it was used, or is noise."""
+    """`keys` without those of adversarial neuron pruning: masks were used, noise is not needed."""
     return tuple(key for key in keys if key.rpartition(".")[2] not in pieces.ANP)
 
 
@@ -110,14 +112,14 @@ def common_prefix(names: Mapping[str, object]) -> str:
 
 
 def _prefixes(names: Shapes) -> Iterator[tuple[str, ...]]:
-    """Prefixes to try, one or two (body, head) at a time, the likeliest first."""
+    """Prefixes to try, singly and then in pairs (body, head), the likeliest first."""
     counts: dict[str, int] = {"": len(names)}
     for name in names:
         for dot in [found.end() for found in re.finditer(r"\.", name)]:
             counts[name[:dot]] = counts.get(name[:dot], 0) + 1
     first = common_prefix(names)
-    # the longest prefix of the most names first: what stands before all of them is no part of the
-    # net's own names
+    # most names first, then the longest prefix: a prefix of all names is not part of the net's own
+    # names
     single = [prefix for prefix, count in counts.items() if count >= FEWEST]
     single = sorted(single, key=lambda prefix: (-counts[prefix], -len(prefix)))
     single = single[:MOST_PREFIXES]
@@ -130,7 +132,7 @@ def _prefixes(names: Shapes) -> Iterator[tuple[str, ...]]:
 
 
 def _strip(names: Shapes, prefixes: tuple[str, ...]) -> dict[str, str] | None:
-    """Name without its prefix -> the name; None where two become one."""
+    """Name without its prefix -> full name; None if two names become the same."""
     short: dict[str, str] = {}
     for name in names:
         prefix = next((each for each in prefixes if name.startswith(each)), None)
@@ -143,13 +145,14 @@ def _strip(names: Shapes, prefixes: tuple[str, ...]) -> dict[str, str] | None:
 
 
 class Candidate(NamedTuple):
-    """A net of a file: path of its dictionary, and which of that dictionary's tensors it is."""
+    """A net in a file: the path of its dictionary, and the selection of that dictionary's
+    tensors."""
 
     path: tuple[str | int, ...]
     selection: Selection
 
     def title(self) -> str:
-        """How a person names it: "model", "ema.module", "the file itself"."""
+        """The name that users see and give: "model", "ema.module", "the file itself"."""
         inner = self.selection.prefix.rstrip(".") if self.selection.fits else ""
         parts = [str(part) for part in self.path] + ([inner] if inner else [])
         return ".".join(parts) or "the file itself"
@@ -161,13 +164,13 @@ def choose(
     known: Callable[[Candidate], bool],
     equal: Callable[[Candidate, Candidate], bool],
 ) -> Candidate:
-    """The one net of a file.
+    """Chooses the one net of a file.
 
     Args:
-      key: the name that the user gives it, or None.
-      known: whether a candidate stands under a name that classifiers are saved under.
-      equal: whether two candidates hold the same values.
-    Raises: Refusal naming the candidates where none or several could be meant.
+      key: the name of the net that the user asked for, or None.
+      known: tells whether a candidate is under a name commonly used for classifiers.
+      equal: tells whether two candidates hold the same values.
+    Raises: Refusal naming the candidates when no single one can be chosen.
     """
     if not candidates:
         raise Refusal("no dictionary of tensors is found in it")
@@ -187,8 +190,8 @@ def choose(
     chosen = candidates if len(candidates) == 1 else [each for each in candidates if known(each)]
     if len(chosen) != 1:
         raise Refusal(
-            f"it holds several dictionaries of tensors ({_titles(candidates)}), and none is of a"
-            " known architecture; say which with --key NAME, or save the one to be read on its own"
+            f"it holds several dictionaries of tensors ({_titles(candidates)}), and none has a"
+            " known architecture; say which with --key NAME, or save the one to read on its own"
         )
     return chosen[0]
 
@@ -203,7 +206,7 @@ def _pick(candidates: list[Candidate], key: str) -> Candidate:
         or (each.path and str(each.path[-1]) == wanted)
     ]
     if len(named) != 1:
-        raise Refusal(f"--key {key} names no single net of it; there are {_titles(candidates)}")
+        raise Refusal(f"--key {key} names no single net in it; there are {_titles(candidates)}")
     return named[0]
 
 

@@ -1,4 +1,5 @@
-"""From what a PyTorch file holds to the tensors of its one net, and the plain rest."""
+"""Splits the contents of a PyTorch file into the tensors of its net and the remaining plain Python
+values."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,22 +22,22 @@ KNOWN_NAMES = (
     "classifier",
     "weights",
 )
-"""Keys under which people save a classifier."""
+"""Keys under which a classifier is usually saved."""
 LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 Load = Callable[[str, int], np.ndarray]
-"""(key, bytes) -> a storage as uint8."""
+"""(key, number of bytes) -> a storage as uint8."""
 
 
 class Found(NamedTuple):
     """The net of a file.
 
     Attributes:
-      tensors: name -> array, in file order without prefix, parts multiplied out.
-      selection: how the names of the file became these.
-      nesting: keys that lead to the dictionary, "0" for the first of a list.
+      tensors: name without prefix -> array, in file order, with weights in parts multiplied out.
+      selection: how these names follow from those in the file.
+      nesting: keys that lead to the dictionary; "0" for the first item of a list.
       outer, metadata, ignored: as in `container.Container`.
-      constants: mean and standard deviation of the input by their names in the file; may be empty.
+      constants: the input's mean and standard deviation, by their names in the file; may be empty.
     """
 
     tensors: dict[str, np.ndarray]
@@ -51,15 +52,15 @@ class Found(NamedTuple):
 def find(
     value: Any, load: Load, size: int, limits: Limits, fits: Fits, key: str | None = None
 ) -> Found:
-    """The net in `value`, which a file of `size` bytes holds.
+    """Finds the net in `value`, the contents of a file of `size` bytes.
 
-    Raises: Refusal when there is none, or several and neither `key` nor an architecture tells
-      which.
+    Raises: Refusal if there is no net, or several and neither `key` nor a known architecture
+      singles one out.
     """
     if type(value) is Foreign:
         raise Refusal(
-            f"it is a whole pickled {quote(value.name)}, which only its own code can read; save"
-            " model.state_dict() instead"
+            f"it is a whole pickled {quote(value.name)}, which cannot be read without running its"
+            " code; save model.state_dict() instead"
         )
     if not isinstance(value, (dict, list, tuple)):
         raise Refusal(f"it holds a {type(value).__name__.lower()}, not a dictionary of tensors")
@@ -94,6 +95,7 @@ def _make_found(
         name: pieces.put_together(name, piece, loaded)
         for name, piece in chosen.selection.names.items()
     }
+    # everything but the chosen tensors, so that a writer can put it back
     outer = walk.rest(value, chosen.path)
     ignored = [*walk.ignored, *(_path(chosen, key) for key in chosen.selection.ignored)]
     try:
@@ -114,8 +116,8 @@ def _make_found(
 def find_named(
     tensors: Mapping[str, np.ndarray], limits: Limits, fits: Fits, key: str | None = None
 ) -> tuple[dict[str, np.ndarray], Selection, dict[str, np.ndarray]]:
-    """The net among arrays by name, how it was chosen, and the constants of its input, as in
-    `Found`. Raises: Refusal as `find` does."""
+    """The net in a flat table of arrays: its tensors, selection and constants as in `Found`.
+    Raises: Refusal as `find` does."""
     shapes = {name: np.shape(tensor) for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     check = limits.deadline("choosing among its tensors", size).check
@@ -130,8 +132,8 @@ def find_named(
 
 
 class _Equal(NamedTuple):
-    """Whether two candidates hold the same values; `read` loads the tensors of one by key, `check`
-    raises Refusal where there is no time to."""
+    """Tells whether two candidates hold the same values. `read` loads a candidate's tensors by key;
+    `check` raises Refusal when the time is up."""
 
     read: Callable[[Candidate, list[str]], dict[str, np.ndarray]]
     check: Callable[[], None]
@@ -148,6 +150,7 @@ class _Equal(NamedTuple):
         return all(
             np.array_equal(loaded[0][name], loaded[1][name], equal_nan=True)
             for name in loaded[0]
+            # counters of batches do not change what the net computes
             if not name.endswith("num_batches_tracked")
         )
 
@@ -173,14 +176,14 @@ def _at(value: Any, path: tuple[str | int, ...]) -> Any:
 
 
 def _nothing_found(value: Any) -> str:
-    """Why no dictionary of tensors is found, and what lies there instead."""
+    """Why no dictionary of tensors is found, and what the file holds instead."""
     entries = value.items() if isinstance(value, dict) else enumerate(value)
     for name, entry in entries:
         if type(entry) is Foreign and name != "epoch":
             return (
                 f"no dictionary of tensors is found in it; {quote(str(name))} is a pickled"
-                f" {quote(entry.name)}, which only its own code can read; save model.state_dict()"
-                " instead"
+                f" {quote(entry.name)}, which cannot be read without running its code; save"
+                " model.state_dict() instead"
             )
     if not isinstance(value, dict):
         return "it holds a list without a dictionary of tensors; save model.state_dict()"
@@ -200,7 +203,7 @@ def _check_names(tensors: Mapping[Any, Any], limits: Limits) -> None:
 
 
 def _check_no_foreign(state: dict) -> None:
-    """Raises Refusal where a value that is not read stands under the name of a weight."""
+    """Raises Refusal if an unsupported value has the name of a weight."""
     for name, entry in state.items():
         if type(entry) is Foreign and (
             type(name) is not str
@@ -208,19 +211,21 @@ def _check_no_foreign(state: dict) -> None:
             or entry.name.startswith(("a tensor", "torch._utils._rebuild", "torch._tensor."))
         ):
             what = name if type(name) is str else entry.name
-            raise Refusal(f"{quote(what)} among the weights is {entry.name}, which is not read")
+            raise Refusal(
+                f"{quote(what)} among the weights is {entry.name}, which is not supported"
+            )
 
 
 _DROPPED = object()
 
 
 class _TooMany(Refusal):
-    """More values than are visited: beside the weights they are left out."""
+    """There are more values than may be visited. Entries beside the weights are then left out."""
 
 
 class _Walk:
-    """Visits what a file holds, counting every visit: shared and cyclic values make small files
-    endless."""
+    """Visits the values in a file and counts every visit: shared and cyclic values can make a small
+    file endless."""
 
     def __init__(self, limits: Limits):
         self.limits, self.left = limits, limits.values
@@ -232,8 +237,8 @@ class _Walk:
             raise _TooMany(f"it holds more than {self.limits.values:,} values")
 
     def dictionaries(self, value: Any) -> dict[tuple[str | int, ...], dict[str, Any]]:
-        """Path -> tensors of every dictionary that holds one with axes; optimiser states (with
-        `param_groups`) are none. What is nested deeper than the limit is left aside."""
+        """Path -> tensors of every dictionary that may hold weights (`_may_be_weights`). Skips
+        optimiser states (with `param_groups`) and anything nested deeper than the limit."""
         found: dict[tuple[str | int, ...], dict[str, Any]] = {}
         waiting: list[tuple[Any, tuple[str | int, ...]]] = [(value, ())]
         seen: set[int] = set()
@@ -256,14 +261,17 @@ class _Walk:
             self.visit()
             waiting += [
                 (part, (*path, name))
+                # reversed, because the stack is popped from its end: entries are visited in file
+                # order
                 for name, part in reversed(inner)
                 if isinstance(part, (dict, list, tuple))
             ]
         return found
 
     def rest(self, value: Any, nesting: tuple[str | int, ...], path: tuple = ()) -> Any:
-        """`value` without the tensors at `nesting`, and without entries that are not plain; the
-        latter are noted. A list keeps its length, with None for what is left out."""
+        """`value` without the tensors at `nesting` and without entries that are not plain Python;
+        the names of the latter go to `ignored`. A list keeps its length, with None for entries left
+        out."""
         if not isinstance(value, dict):
             items = list(value)
             for index, entry in enumerate(items):
@@ -273,19 +281,20 @@ class _Walk:
                     plain = self._note(entry, (*path, index))
                     items[index] = None if plain is _DROPPED else plain
             return type(value)(items)
-        kept = type(value)()
+        rest = type(value)()
         for name, entry in value.items():
             if nesting and name == nesting[0]:
                 inner = self.rest(entry, nesting[1:], (*path, name))
                 if inner or not isinstance(entry, dict):
-                    kept[name] = inner
+                    rest[name] = inner
             elif nesting or type(name) is not str or not _is_tensor(entry):
                 entry = self._note(entry, (*path, name))
                 if entry is not _DROPPED:
-                    kept[name] = entry
-        return kept
+                    rest[name] = entry
+        return rest
 
     def _note(self, entry: Any, path: tuple) -> Any:
+        """`plain(entry)`; if that is `_DROPPED`, records the entry's path in `ignored`."""
         try:
             plain = self.plain(entry, len(path))
         except _TooMany:
@@ -296,8 +305,8 @@ class _Walk:
         return plain
 
     def plain(self, value: Any, depth: int) -> Any:
-        """A copy of plain Python, or `_DROPPED` where a tensor, storage or type lies anywhere in
-        it, or it is nested too deep."""
+        """A copy of a plain Python value, or `_DROPPED` if it contains a tensor, storage or type at
+        any depth, or is nested too deep."""
         self.visit()
         if depth > self.limits.depth:
             return _DROPPED
@@ -316,7 +325,8 @@ class _Walk:
 
 
 def _may_be_weights(tensors: dict[str, Any]) -> bool:
-    """Whether there is a tensor with axes, or several arrays that are named as layers are."""
+    """Whether there is a tensor that is not a scalar or, with NumPy arrays only, at least `FEWEST`
+    that are named like layers."""
     if any(type(tensor) is Tensor for tensor in tensors.values()):
         return any(_shape(tensor) for tensor in tensors.values())
     return sum("." in name for name in tensors) >= selection.FEWEST
@@ -332,10 +342,11 @@ def arrays(
     file_size: int,
     limits: Limits,
 ) -> dict[str, np.ndarray]:
-    """Loads every tensor; each storage is read once, and tensors that share one share memory.
+    """Loads every tensor. Each storage is read once; dense tensors on the same storage share its
+    memory.
 
-    `load(key, bytes)` gives a storage as uint8. What all tensors together take, shared memory
-    counted each time, is bounded by the file's size: a view may repeat one element a billion times.
+    The total size of all tensors, counting shared memory each time, is limited by the file's size,
+    because a view can repeat one element a billion times.
     """
     total = 0
     for name, tensor in tensors.items():
@@ -351,6 +362,7 @@ def arrays(
     loaded = {}
     for name, tensor in tensors.items():
         if type(tensor) is NumpyArray:
+            # a copy, since arrays over the pickle's bytes are read-only
             loaded[name] = np.array(tensor.values)
             continue
         key, dtype = tensor.storage.key, tensor.storage.dtype
@@ -358,19 +370,18 @@ def arrays(
             storages[key] = load(key, tensor.storage.numel * dtype.itemsize)
         loaded[name] = _view(storages[key].view(dtype), tensor)
         if dtype == np.bool_ and (loaded[name].view(np.uint8) > 1).any():
-            raise Refusal(f"tensor {quote(name)} holds truth values that are neither 0 nor 1")
+            raise Refusal(f"tensor {quote(name)} holds booleans that are neither 0 nor 1")
     return loaded
 
 
 def _view(flat: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """`tensor` of a storage [numel]; its bounds were checked when it was described. Copied unless
-    it lies dense."""
+    """The view `tensor` of a storage [numel], copied unless it is dense. Its bounds were checked
+    when it was described."""
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, flat.dtype)
     strides = tuple(step * flat.itemsize for step in tensor.stride)
     begin = flat[tensor.offset :]
-    # the last element's index was held against the storage's size before; this is the guard behind
-    # it
+    # second line of defence: `allowed._check_bounds` has compared this index with the storage
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
     if last >= begin.size:
         raise Refusal("a tensor reaches outside its storage")

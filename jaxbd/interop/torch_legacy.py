@@ -1,8 +1,8 @@
-"""PyTorch's stream format (before 1.6): five pickles one after the other, then the storages.
+"""PyTorch's stream format (before 1.6): five consecutive pickles, then the storages.
 
-The pickles are a magic number, the protocol version, facts on the writer's machine, the value, and
-the list of storage keys; then follows each storage in that order as its element count (int64) and
-its elements.
+The pickles are a magic number, the protocol version, facts about the writer's machine, the value,
+and the list of storage keys. The storages follow in the order of that list, each as its element
+count (int64) and its elements.
 """
 
 import tarfile
@@ -21,18 +21,18 @@ MAGICS = (
     b"\x80\x03" + _NUMBER,
     *(bytes([0x80, protocol, 0x95, 13, 0, 0, 0, 0, 0, 0, 0]) + _NUMBER for protocol in (4, 5)),
 )
-"""How a stream begins, by the pickle protocol it was written in."""
+"""First bytes of a stream, for each pickle protocol it may be written in."""
 PROTOCOL = 1001
 
 
 class Loader(NamedTuple):
-    """Loads storages of one stream by key; `places` gives the offset of each in the file."""
+    """Loads storages of one stream by key; `places` holds the offset of each in the file."""
 
     file: BinaryFile
     places: dict[str, int]
 
     def __call__(self, key: str, size: int) -> np.ndarray:
-        """The storage `key` as uint8 [size]; sizes were checked when the stream was opened."""
+        """The storage `key` as uint8 [size]. Sizes were checked when the stream was opened."""
         data = bytearray(size)
         self.file.seek(self.places[key])
         if self.file.readinto(data) != size:
@@ -41,7 +41,7 @@ class Loader(NamedTuple):
 
 
 def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, Loader]:
-    """The pickled value with `Tensor`s in it, and what loads their storages."""
+    """The pickled value, with `Tensor`s in it, and a loader for their storages."""
     window = read_exactly(file, 0, min(file_size, limits.pickle_bytes), "the stream")
     if _is_tar(window):
         raise Refusal(
@@ -49,8 +49,9 @@ def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, Loader]
         )
     values, position, left, storages = [], 0, limits.instructions, {}
     for part in range(5):
-        # PyTorch takes references to storages in the value alone
+        # PyTorch accepts references to storages only in the value
         machine = Machine(window, position, limits, reference=6 if part == 3 else 0)
+        # all five pickles share one limit on instructions
         machine.left = left
         values.append(machine.run())
         position, left, storages = machine.position, machine.left, storages or machine.storages
@@ -58,7 +59,7 @@ def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, Loader]
     if magic != MAGIC_NUMBER or protocol != PROTOCOL or type(system) is not dict:
         raise Refusal("it is not a stream that torch.save wrote")
     if system.get("little_endian") is not True:
-        raise Refusal("it was written in big-endian byte order, which is not read")
+        raise Refusal("it was written in big-endian byte order, which is not supported")
     if type(keys) is not list or any(type(key) is not str for key in keys):
         raise Refusal("its list of storages is damaged")
     if len(set(keys)) != len(keys) or set(keys) != set(storages):
@@ -67,7 +68,7 @@ def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, Loader]
 
 
 def _is_tar(window: bytes) -> bool:
-    """Whether the first block has a tar header's checksum: PyTorch tries tar before the stream."""
+    """Whether the first block is a valid tar header: PyTorch tries tar before the stream format."""
     try:
         tarfile.TarInfo.frombuf(window[:512], "utf-8", "surrogateescape")
     except tarfile.HeaderError:

@@ -1,4 +1,4 @@
-"""Writes PyTorch's zip format without PyTorch: a pickle of our own making and the storages,
+"""Writes PyTorch's zip format without PyTorch: a pickle that we emit ourselves and the storages,
 uncompressed."""
 
 import collections
@@ -20,18 +20,18 @@ _NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items()}
 
 
 class StateDict(dict):
-    """Marks the tensors' dictionary: written as an OrderedDict that carries `metadata`, as
-    `state_dict()` makes it."""
+    """Marks the dictionary of tensors: it is written as an OrderedDict with `_metadata`, like the
+    result of `state_dict()`."""
 
     metadata: Any = None
 
 
 def write(path: pathlib.Path, value: Any) -> None:
-    """Saves `value`: plain Python with NumPy arrays of the types in `STORAGE_TYPES` where tensors
-    belong.
+    """Saves `value`: plain Python values, with NumPy arrays of the types in `STORAGE_TYPES` as
+    tensors.
 
-    Every array gets a storage of its own, dense. `torch.load(path, weights_only=True)` reads the
-    result. Equal values give equal files: no clock or machine enters.
+    Every array gets its own dense storage. `torch.load(path, weights_only=True)` reads the result.
+    The file is reproducible: it does not depend on the time or the machine.
     """
     pickler = _Pickler()
     pickler.put(value)
@@ -53,22 +53,21 @@ def write(path: pathlib.Path, value: Any) -> None:
 
 
 def _padding(position: int) -> bytes:
-    """An extra field after which data that would begin at `position` begins at a multiple of
-    `ALIGNMENT`."""
+    """A zip extra field that moves data from `position` to the next multiple of `ALIGNMENT`."""
     length = -(position + 4) % ALIGNMENT
     return b"FB" + struct.pack("<H", length) + b"Z" * length
 
 
 class _Pickler:
-    """Emits protocol 2 instructions; `arrays` collects what the storages will hold, in order of
-    their keys."""
+    """Emits pickle protocol 2 instructions; `arrays` collects the contents of the storages, in
+    order of their keys."""
 
     def __init__(self):
         self.out = bytearray()
         self.arrays: list[np.ndarray] = []
 
     def put(self, value: Any) -> None:
-        """One value, by its exact type."""
+        """Emits one value, by its exact type."""
         writers = {
             dict: self._dict,
             collections.OrderedDict: self._write_ordered_dict,
@@ -96,6 +95,7 @@ class _Pickler:
         if -(2**31) <= number < 2**31:
             self._add(pickle.BININT, struct.pack("<i", number))
         else:
+            # one bit more than the number's own, for the sign
             data = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
             self._add(pickle.LONG1, bytes([len(data)]), data)
 
@@ -104,7 +104,7 @@ class _Pickler:
         self._add(pickle.BINUNICODE, struct.pack("<I", len(data)), data)
 
     def _bytes(self, data: bytes) -> None:
-        """Protocol 2 has no bytes: they are text that is encoded on loading."""
+        """Protocol 2 has no bytes: they are written as text that is encoded when loaded."""
         self._global("_codecs", "encode")
         self.put((data.decode("latin1"), "latin1"))
         self._add(pickle.REDUCE)
@@ -146,6 +146,7 @@ class _Pickler:
     def _tensor(self, array: np.ndarray) -> None:
         """_rebuild_tensor_v2(storage, offset 0, shape, dense stride, requires_grad False, no
         hooks)."""
+        # ascontiguousarray turns a scalar into [1]; reshape undoes that
         array = np.ascontiguousarray(array).reshape(array.shape)
         self._global("torch._utils", "_rebuild_tensor_v2")
         self._add(pickle.MARK, pickle.MARK)

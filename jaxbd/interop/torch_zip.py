@@ -1,12 +1,11 @@
-"""PyTorch's zip format (1.6 and later): `NAME/data.pkl` describes, `NAME/data/KEY` holds the
-storages.
+"""PyTorch's zip format (1.6 and later): `NAME/data.pkl` describes the tensors, `NAME/data/KEY`
+holds the storages.
 
-The archive is parsed here rather than by `zipfile`, which takes the lenient way where a file says
-two things. PyTorch's own reader is lenient as well: it finds members whatever their case, takes the
-first of two, checks no checksums, and with `mmap=True` takes the bytes as they lie in the file. So
-only archives laid out as `torch.save` lays them out are read: members stored, not packed, one after
-the other from the first byte to the directory, under one folder, by known names. On such a file all
-readers agree.
+The archive is parsed here instead of with `zipfile`, which is lenient when a file contradicts
+itself. PyTorch's own reader is lenient too: it ignores the case of member names, takes the first of
+two duplicates, verifies no checksums, and with `mmap=True` uses the raw bytes in the file. To make
+all readers agree, only archives in the layout of `torch.save` are read: known member names in one
+folder, stored without compression, one after the other from the first byte up to the directory.
 """
 
 import re
@@ -26,7 +25,7 @@ DESCRIPTOR = b"PK\x07\x08"
 HAS_DESCRIPTOR, IS_UTF8 = 0x8, 0x800
 """The only flags that `torch.save` sets."""
 PERMISSIONS = 0o100777 << 16
-"""Attributes of a member that mean nothing: a plain file's rights under Unix."""
+"""Attributes of a member that have no effect: the Unix mode of a regular file."""
 FACTS = {
     "version": rb"([1-9]|10)\n?",
     ".data/version": rb"([1-9]|10)\n?",
@@ -35,12 +34,12 @@ FACTS = {
     ".storage_alignment": rb"[1-9][0-9]{0,6}",
     ".data/serialization_id": rb"[0-9]{0,64}",
 }
-"""Members beside the pickle and the storages, and what they may hold."""
+"""Name of a member other than the pickle and the storages -> pattern for its contents."""
 ALIGNMENT = 64
 
 
 class Member(NamedTuple):
-    """Where one member lies: offsets of its header and of its data, bytes, checksum."""
+    """One member of the archive: offsets of its header and its data, its size and checksum."""
 
     header: int
     offset: int
@@ -49,7 +48,7 @@ class Member(NamedTuple):
 
 
 def read(file: BinaryFile, file_size: int, limits: Limits) -> tuple[Any, "Loader"]:
-    """The pickled value with `Tensor`s in it, and what loads their storages."""
+    """The pickled value, with `Tensor`s in it, and a loader for their storages."""
     members = directory(file, file_size, limits)
     _check_names(members)
     root = next(iter(members)).partition("/")[0]
@@ -75,7 +74,7 @@ class Loader(NamedTuple):
     root: str
 
     def check(self, storage: Storage) -> None:
-        """Raises Refusal unless the archive holds as many bytes as the pickle describes."""
+        """Raises Refusal unless the storage has as many bytes as the pickle describes."""
         member = self.members.get(f"{self.root}/data/{storage.key}")
         size = storage.numel * storage.dtype.itemsize
         if member is None:
@@ -93,7 +92,7 @@ class Loader(NamedTuple):
 
 
 def unpack(file: BinaryFile, members: dict[str, Member], name: str, most: int) -> bytearray:
-    """What the member `name` holds, at most `most` bytes; its checksum must hold."""
+    """Reads the member `name` of at most `most` bytes and verifies its checksum."""
     member = members[name]
     if member.size > most:
         raise Refusal(f"member {quote(name)} has {member.size:,} bytes; the limit is {most:,}")
@@ -107,12 +106,12 @@ def unpack(file: BinaryFile, members: dict[str, Member], name: str, most: int) -
 
 
 def directory(file: BinaryFile, file_size: int, limits: Limits) -> dict[str, Member]:
-    """Members by name, in the order in which they lie; there is one at least. Raises Refusal on
+    """The archive's members by name, in file order; there is at least one. Raises Refusal on
     anything that two readers could understand differently."""
     count, size, start = zips.end_record(file, file_size)
     if size > limits.header_bytes or count > limits.entries:
         raise Refusal(
-            f"the archive's directory has {count:,} members in {size:,} bytes, more than is read"
+            f"the archive's directory has {count:,} members in {size:,} bytes, more than the limit"
         )
     table, position = read_exactly(file, start, size, "the archive's directory"), 0
     members: dict[str, Member] = {}
@@ -122,11 +121,11 @@ def directory(file: BinaryFile, file_size: int, limits: Limits) -> dict[str, Mem
         deadline.check()
         entry, position = _entry(table, position)
         if entry.name.lower() in seen:
-            # in lower case, since PyTorch finds members without regard to case
+            # in lower case, since PyTorch ignores case when it looks up members
             raise Refusal(f"the archive holds member {quote(entry.name)} twice")
         seen.add(entry.name.lower())
         if entry.header != lies_at:
-            raise Refusal(f"member {quote(entry.name)} does not lie behind the one listed before")
+            raise Refusal(f"member {quote(entry.name)} does not follow the one listed before it")
         members[entry.name], lies_at = _locate(file, entry)
     if position != size:
         raise Refusal("the archive's directory does not have the size it states")
@@ -136,7 +135,7 @@ def directory(file: BinaryFile, file_size: int, limits: Limits) -> dict[str, Mem
 
 
 class _Entry(NamedTuple):
-    """One line of the directory."""
+    """One entry of the directory."""
 
     name: str
     flags: int
@@ -147,7 +146,7 @@ class _Entry(NamedTuple):
 
 
 def _entry(table: bytes, position: int) -> tuple[_Entry, int]:
-    """The line at `position`, and the position of the next one."""
+    """The entry at `position`, and the position of the next one."""
     if len(table) - position < 46:
         raise Refusal("the archive's directory is cut off")
     fields = struct.unpack_from("<4s6H3I5H2I", table, position)
@@ -160,35 +159,37 @@ def _entry(table: bytes, position: int) -> tuple[_Entry, int]:
         raise Refusal(f"member {quote(name)} is encrypted or otherwise not as torch.save writes it")
     if method or packed != unpacked:
         raise Refusal(
-            f"member {quote(name)} is packed, and PyTorch would read two different things; save"
-            " the weights again with torch.save"
+            f"member {quote(name)} is compressed, and PyTorch can read such a file in two different"
+            " ways; save the weights again with torch.save"
         )
+    # a placeholder: the real figure would be in a zip64 field
     if 0xFFFFFFFF in (packed, header):
         raise Refusal(f"member {quote(name)} is larger than 4 GB")
     begin = position + 46 + name_size
-    # the attributes of MS-DOS come first, where 16 says that the member is a folder: PyTorch then
-    # takes what is in memory for its contents
+    # the low bits are MS-DOS attributes, and 16 marks a folder: PyTorch then returns whatever is in
+    # memory as the member's contents
     if attributes & ~PERMISSIONS:
-        raise Refusal(f"member {quote(name)} is not said to be a plain file")
+        raise Refusal(f"member {quote(name)} is not marked as a plain file")
     if comment or disk or not _is_padding(table[begin : begin + extra]):
         raise Refusal(f"member {quote(name)} carries fields that torch.save does not write")
     return _Entry(name, flags, method, crc, unpacked, header), begin + extra
 
 
 def _is_padding(extra: bytes) -> bool:
-    """Whether an extra field is nothing but torch.save's filling; others give sizes or names
-    anew."""
+    """Whether an extra field is only torch.save's padding. Other fields can override sizes or
+    names."""
     return not extra or (len(extra) >= 4 and extra[:4] == b"FB" + struct.pack("<H", len(extra) - 4))
 
 
 def _locate(file: BinaryFile, entry: _Entry) -> tuple[Member, int]:
-    """A member with the place of its data, and where the next one begins. Its own header must agree
-    with the directory."""
+    """The member of a directory entry, and the offset where the next one begins. Raises Refusal
+    unless the member's own header agrees with the directory."""
     twofold = Refusal(f"member {quote(entry.name)} is described in two different ways")
     raw = entry.name.encode()
     head = read_exactly(file, entry.header, 30 + len(raw), "a member's header")
     fields = struct.unpack_from("<4s5H3I2H", head)
     stated = (entry.crc, entry.size, entry.size)
+    # with a descriptor, size and checksum may follow the data and be zero in the header
     later = entry.flags & HAS_DESCRIPTOR and fields[6:9] == (0, 0, 0)
     if fields[0] != MAGIC or fields[2:4] != (entry.flags, entry.method) or head[30:] != raw:
         raise twofold
@@ -223,8 +224,8 @@ def _safe_name(raw: bytes) -> str:
 
 
 def _check_names(members: dict[str, Member]) -> None:
-    """Only names that torch.save writes, all in one folder: any other is one that some reader may
-    resolve otherwise."""
+    """Raises Refusal unless all names are ones that torch.save writes, in one folder: readers may
+    resolve other names differently."""
     names = [name.partition("/") for name in members]
     inside = [inner for _, _, inner in names]
     if any(name.startswith("code/") or name == "constants.pkl" for name in inside):
@@ -242,8 +243,8 @@ def _check_names(members: dict[str, Member]) -> None:
 
 
 def _facts(file: BinaryFile, members: dict[str, Member], root: str) -> dict[str, bytes]:
-    """What the members of `FACTS` say. Raises Refusal where PyTorch would refuse, or would turn the
-    bytes of numbers round."""
+    """Contents of the members in `FACTS`. Raises Refusal if PyTorch would refuse the file, or would
+    swap the byte order of its numbers."""
     facts = {}
     for name, form in FACTS.items():
         if f"{root}/{name}" in members:
@@ -253,10 +254,10 @@ def _facts(file: BinaryFile, members: dict[str, Member], root: str) -> dict[str,
     if not {"version", ".data/version"} & facts.keys():
         raise Refusal("its member 'version' is missing, without which PyTorch does not read it")
     if facts.get("byteorder") == b"big":
-        raise Refusal("it was written in big-endian byte order, which is not read")
+        raise Refusal("it was written in big-endian byte order, which is not supported")
     step = int(facts.get(".storage_alignment", ALIGNMENT))
     if step < 8 or step & (step - 1):
-        raise Refusal(f"its storages are aligned to {step} bytes, which is no power of two above 4")
+        raise Refusal(f"its storages are aligned to {step} bytes, not a power of two from 8 on")
     for name, member in members.items():
         if name.startswith(f"{root}/data/") and member.offset % step:
             raise Refusal(
@@ -267,18 +268,21 @@ def _facts(file: BinaryFile, members: dict[str, Member], root: str) -> dict[str,
 
 
 def _check_calculated(loader: Loader, keys: list[str], step: int) -> None:
-    """PyTorch can be set to calculate where storages lie instead of looking it up
-    (`torch.utils.serialization.config.load.calculate_storage_offsets`): both must give the same.
+    """Raises Refusal unless the storages have the offsets that PyTorch would calculate.
+
+    PyTorch can calculate the offsets instead of looking them up
+    (`torch.utils.serialization.config.load.calculate_storage_offsets`); both must agree.
 
     Args:
-      keys: of the storages, in the order in which the pickle refers to them.
+      keys: keys of the storages, in the order in which the pickle refers to them.
     """
     cursor = None
     for key in keys:
         name = f"{loader.root}/data/{key}"
         member = loader.members[name]
         if cursor is not None:
+            # local header of 30 bytes, the name, and a padding field of at least 4 bytes
             least = cursor + 30 + len(name.encode()) + 4
             if member.offset != least + -least % step:
-                raise Refusal(f"storage {quote(key)} does not lie where its place in line says")
+                raise Refusal(f"storage {quote(key)} is not at the offset that its order implies")
         cursor = member.offset + member.size + (16 if member.size else 0)

@@ -1,4 +1,4 @@
-"""Trigger files: a picture or arrays become pixels or a warp for `attacks.given`.
+"""Reads and writes trigger files: pictures or arrays that give `attacks.given` its pixels or warp.
 
 Nothing in them is executed.
 """
@@ -15,22 +15,24 @@ from jaxbd.data import bounded, npz_archive
 from jaxbd.limits import Refusal
 
 MOST_BYTES, MOST_PIXELS = 32 << 20, 4 << 20
-"""Largest trigger file, and most bytes it may unpack to; pixels of a picture."""
+"""Limits: size of a trigger file and of its unpacked arrays, in bytes; pixels of a picture."""
 ALL_TO_ALL = "all-to-all"
-"""The target of a trigger that leads from every class to the next."""
+"""The target of a trigger that sends every class to the next one."""
 APPLICATIONS = ("overwrite", "add", "blend", "bits")
-"""How a trigger made of pixels is put on images, see `attacks.given.Config`."""
+"""How a trigger made of pixels is applied to images, see `attacks.given.Config`."""
 PATTERNS = ("pattern", "trigger", "patch", "arr_0")
-"""Names of the pattern in an .npz file, the first that is there counts."""
+"""Names of the pattern in an .npz file; the first one present is used."""
 NAMES = ("mask", "grid", "place", "random_place", "target", "application")
 SQUARE = re.compile(r"(white|black):(\d{1,4})x(\d{1,4})")
-"""A trigger without a file, such as `white:4x4`."""
+"""A trigger without a file, e.g. `white:4x4`."""
 
 
 def load(source: str) -> Loaded:
-    """Reads a picture (transparency is the mask), an .npz as `save` writes it, an .npy that is the
-    pattern, or `white:HxW` / `black:HxW`.
+    """Reads a trigger.
 
+    Args:
+      source: path of a picture (its transparency is the mask), of an .npz as written by `save` or
+        of an .npy with the pattern; or `white:HxW` / `black:HxW`.
     Raises: UserError when there is no such file or it holds no trigger.
     """
     if square := SQUARE.fullmatch(source):
@@ -62,8 +64,10 @@ def save(path: pathlib.Path, trigger: Loaded) -> None:
     """Writes a trigger as .npz: `pattern` [h, w, C] and `mask` [h, w, 1], or the `grid` [H, W, 2]
     of a warp.
 
-    And what is known of it: `place` [2] or `random_place`, `target` (a class or "all-to-all"),
-    `application`.
+    If known, `place` [2] or `random_place`, `target` (a class or "all-to-all") and `application`
+    are added.
+
+    Raises: UserError when the file cannot be written.
     """
     arrays = to_arrays(trigger)
     temporary = path.with_name(path.name + ".tmp")
@@ -79,7 +83,7 @@ def save(path: pathlib.Path, trigger: Loaded) -> None:
 
 
 def to_arrays(trigger: Loaded) -> dict[str, np.ndarray]:
-    """The arrays of a trigger's file by name; see `save`."""
+    """The arrays in a trigger's file by name; see `save`."""
     pixels = {"pattern": trigger.pattern, "mask": trigger.mask, "grid": trigger.grid}
     arrays = {
         name: np.asarray(value, np.float32) for name, value in pixels.items() if value is not None
@@ -92,7 +96,7 @@ def to_arrays(trigger: Loaded) -> dict[str, np.ndarray]:
 
 
 def _from_picture(path: pathlib.Path) -> Loaded:
-    """8-bit pictures of any mode Pillow reads as grey or colour."""
+    """Reads a picture of any mode that Pillow converts to 8-bit grey or colour."""
     content = bounded.read_file(path, MOST_BYTES, "trigger")
     with bounded.open_picture(content, str(path)) as picture:
         if picture.width * picture.height > MOST_PIXELS:
@@ -111,7 +115,7 @@ def _from_picture(path: pathlib.Path) -> Loaded:
 
 
 def _from_npy(path: pathlib.Path) -> Loaded:
-    """A pattern alone."""
+    """Reads a pattern; its mask is 1 everywhere."""
     try:
         pattern = npz_archive.read_array(path, MOST_BYTES)
     except (Refusal, ValueError, EOFError):
@@ -123,7 +127,7 @@ def _from_npy(path: pathlib.Path) -> Loaded:
 
 
 def _from_npz(path: pathlib.Path) -> Loaded:
-    """`pattern` or `grid`, and where present `mask`, `place` or `random_place`, `target`,
+    """Reads `pattern` or `grid`, and if present `mask`, `place` or `random_place`, `target`,
     `application`; see `save`."""
     with npz_archive.Archive(path, "trigger", MOST_BYTES) as archive:
         names = {name: archive.headers.get(name) and name for name in NAMES}
@@ -156,7 +160,9 @@ def _from_npz(path: pathlib.Path) -> Loaded:
 
 
 def _mask(value: np.ndarray, path: pathlib.Path) -> np.ndarray:
-    """A mask in any form of `_image` -> float32 [h, w, 1]; its channels must be equal."""
+    """Converts a mask in any form that `_image` takes to float32 [h, w, 1]; its channels must be
+    equal."""
+    # masks are often saved as booleans or as integers 0 and 1, which `_image` refuses
     value = value.astype(np.uint8) * 255 if value.dtype == bool else value
     if value.dtype.kind in "ui" and value.size and value.max() <= 1:
         value = value.astype(np.float32)
@@ -169,10 +175,11 @@ def _mask(value: np.ndarray, path: pathlib.Path) -> np.ndarray:
 
 
 def _image(value: np.ndarray, path: pathlib.Path, name: str, least: float = 0.0) -> np.ndarray:
-    """An image as people save it -> float32 [h, w, C] in [least, 1].
+    """Converts an image in any common form to float32 [h, w, C] in [least, 1].
 
-    Shapes [h, w], [h, w, C] and [C, h, w] with C = 1 or 3, also as a batch of one. uint8 and other
-    numbers that reach beyond 1 are in 0..255. Where both ends could be channels, the last is.
+    Accepts the shapes [h, w], [h, w, C] and [C, h, w] with C = 1 or 3, also as a batch of one. If
+    both the first and the last axis could be channels, the last one is. Integers, and floats that
+    exceed 1, are taken to be in 0..255.
     """
     given = f"{value.dtype} {list(value.shape)}"
     value = value[0] if value.ndim == 4 and len(value) == 1 else value
@@ -187,11 +194,11 @@ def _image(value: np.ndarray, path: pathlib.Path, name: str, least: float = 0.0)
     value = np.asarray(value, np.float32)
     if not np.isfinite(value).all() or value.max() > 255 or value.min() < 255 * least:
         raise UserError(
-            f"trigger {path}: {name} leaves [{least:g}, 1] and {255 * least:g}..255 or is not"
+            f"trigger {path}: {name} is outside [{least:g}, 1] and {255 * least:g}..255 or is not"
             " finite; undo its normalisation"
         )
     largest = np.abs(value).max()
-    if not whole and 1 < largest < 2:  # neither scale: a little over 1 is a normalised pattern
+    if not whole and 1 < largest < 2:  # on neither scale: most likely a normalised pattern
         raise UserError(
             f"trigger {path}: {name} reaches {largest:.3g}, beyond [{least:g}, 1]; undo its"
             " normalisation"
@@ -204,7 +211,7 @@ def _image(value: np.ndarray, path: pathlib.Path, name: str, least: float = 0.0)
 
 
 def _grid(value: np.ndarray, path) -> np.ndarray:
-    """Floats [H, W, 2] in [-1, 1] -> float32."""
+    """Checks a warp's grid, floats [H, W, 2] in [-1, 1], and converts it to float32."""
     if value.ndim != 3 or value.shape[2] != 2 or 0 in value.shape or value.dtype.kind != "f":
         raise UserError(
             f"trigger {path}: grid is {value.dtype} {list(value.shape)}; give floats [H, W, 2]"
@@ -212,14 +219,14 @@ def _grid(value: np.ndarray, path) -> np.ndarray:
     value = value.astype(np.float32)
     if not np.isfinite(value).all() or np.abs(value).max() > 1:
         raise UserError(
-            f"trigger {path}: grid leaves [-1, 1] or is not finite; give (x, y) as grid_sample"
+            f"trigger {path}: grid is outside [-1, 1] or not finite; give (x, y) as grid_sample"
             " takes them"
         )
     return value
 
 
 def _target(found: dict[str, np.ndarray], path) -> int | Literal["all-to-all"] | None:
-    """A class, or "all-to-all"."""
+    """The target: a class, "all-to-all", or None if the file has none."""
     if "target" in found and found["target"].dtype.kind == "U":
         if found["target"].tolist() != ALL_TO_ALL:
             raise UserError(f"trigger {path}: target must be a class number or {ALL_TO_ALL!r}")
@@ -229,7 +236,7 @@ def _target(found: dict[str, np.ndarray], path) -> int | Literal["all-to-all"] |
 
 
 def _integers(found: dict[str, np.ndarray], name: str, count: int, path) -> tuple[int, ...] | None:
-    """The `count` integers of an optional array."""
+    """The `count` integers in an optional array; None if the array is absent."""
     if name not in found:
         return None
     value = found[name].reshape(-1)

@@ -1,13 +1,15 @@
-"""Reads the pickle inside a PyTorch file without Python's unpickler: an allow-list of instructions
-and of names.
+"""Reads the pickle inside a PyTorch file without Python's unpickler, with an allow-list of
+instructions and names.
 
 `pickle.Unpickler` with a strict `find_class` runs no foreign code, but it still hashes, allocates
-and grows its memo as the file says, which a hostile file turns into hours or gigabytes. So the few
-instructions that model files need are interpreted here, each with its arguments checked and its
-cost counted. `find_class` keeps its meaning: the only place where a name from the file becomes
-something, by exact look-up in `ALLOWED`, and what it becomes is ours, never the thing the name
-says. Any other name becomes an inert `Foreign` value, and whatever is done to one makes another:
-settings and schedulers may lie beside the weights. Names that only serve to run code are refused.
+and grows its memo as the file dictates, which a hostile file can turn into hours or gigabytes.
+Instead, the few instructions that model files need are interpreted here; each checks its arguments
+and accounts for its cost.
+
+`find_class` is the only place where a name from the file gets a meaning: by exact look-up in
+`ALLOWED`, and as an inert value of ours, never the real object. Any other name becomes a `Foreign`
+value, and any operation on a `Foreign` value gives another one, because settings and schedulers may
+be stored beside the weights. Names that only serve to run code are refused.
 """
 
 import collections
@@ -36,29 +38,32 @@ from jaxbd.limits import Limits, Refusal, quote
 
 MAX_INTEGER_BYTES = 255
 CHECKED = 64
-"""Plain steps between two looks at the clock; calls and groups look each time."""
+"""Number of simple steps between two checks of the deadline; calls and groups check it each
+time."""
 MOST_NAME = 256
-"""Letters of a name that a pickle may ask for."""
+"""Maximum length in characters of a name that a pickle asks for."""
 SMALL_KEY = 1 << 20
-"""Numbered keys below it are too few to be made to collide."""
+"""Integer keys below this are too few to be chosen so that they collide."""
 REBUILDERS = ("torch._utils._rebuild_", "torch._tensor._rebuild_")
-"""Functions of PyTorch's that make a tensor of another kind and leave what they are given alone."""
+"""Prefixes of PyTorch functions that make a tensor of another kind and do not modify their
+arguments."""
 NO_HASH = (dict, collections.OrderedDict, list, NumpyArray)
-"""What Python takes for no key of a dictionary, nor a tuple in which it lies."""
+"""Types that are not hashable, so neither they nor a tuple containing one can be a dictionary
+key."""
 _LITTLE_ENDIAN = [
     (version, order, None, None, None, -1, -1, 0) for version in (3, 4) for order in ("<", "|")
 ]
-"""State of a NumPy number's type, as NumPy writes it."""
+"""The pickled states of a NumPy dtype in little-endian or irrelevant byte order."""
 
 
 class Machine:
     """Interprets one pickle in `data` from `start`.
 
     Attributes:
-      reference: parts of a reference to a storage: 5 in a zip archive, 6 in a stream, 0 where there
-        may be none.
-      storages: key -> Storage of everything that was referred to, in that order.
-      position: index after the last instruction once `run` returned.
+      reference: number of parts in a reference to a storage: 5 in a zip archive, 6 in a stream, 0
+        where references are not allowed.
+      storages: key -> every storage that was referred to, in order of first reference.
+      position: once `run` has returned, the index after the last instruction.
     """
 
     def __init__(self, data: bytes, start: int, limits: Limits, reference: int = 5):
@@ -73,8 +78,8 @@ class Machine:
         self.handed: list[tuple[str, Any, bool]] = []
 
     def run(self) -> Any:
-        """The pickled value. Raises Refusal on the first thing that a tensor file has no need
-        of."""
+        """Returns the pickled value. Raises Refusal at the first thing that a tensor file does not
+        need."""
         while True:
             self.spend(1)
             code = self.take(1)
@@ -91,6 +96,7 @@ class Machine:
             instruction(self)
 
     def spend(self, cost: int) -> None:
+        """Accounts for `cost` steps. Raises Refusal when the steps or the time run out."""
         self.left -= cost
         if self.left < 0:
             raise Refusal(f"the pickle takes more than {self.limits.instructions:,} steps")
@@ -98,8 +104,8 @@ class Machine:
             self.deadline.check()
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes; a length claimed by the file is held against what is there before
-        it is used."""
+        """The next `count` bytes. A length claimed by the file is checked against the bytes left
+        before it is used."""
         if count > len(self.data) - self.position:
             raise Refusal("the pickle is cut off or claims more bytes than there are")
         self.position += count
@@ -127,12 +133,12 @@ class Machine:
 
     def pop(self) -> Any:
         if not self.stack:
-            raise Refusal("the pickle takes a value that is not there")
+            raise Refusal("the pickle takes a value from an empty stack")
         return self.stack.pop()
 
     def top(self) -> Any:
         if not self.stack:
-            raise Refusal("the pickle takes a value that is not there")
+            raise Refusal("the pickle takes a value from an empty stack")
         return self.stack[-1]
 
     def since_mark(self) -> list[Any]:
@@ -142,7 +148,8 @@ class Machine:
         return items
 
     def find_class(self, module: Any, name: Any) -> Symbol | Foreign:
-        """The one door for names: exact matches of `ALLOWED`; anything else is inert or refused."""
+        """The only way in for names: exact matches in `ALLOWED`. Any other name becomes inert or is
+        refused."""
         if type(module) is not str or type(name) is not str:
             raise Refusal("the pickle asks for a name that is not text")
         symbol = ALLOWED.get((module, name))
@@ -152,7 +159,7 @@ class Machine:
         if module == "torch" and name in OPAQUE_STORAGES:
             return Foreign(full, is_name=True)
         if len(module) + len(name) >= MOST_NAME or not _is_plain_name(full):
-            raise Refusal(f"the pickle asks for {quote(full)}, which is no name of a type")
+            raise Refusal(f"the pickle asks for {quote(full)}, which is not the name of a type")
         if runs_code(module, name):
             raise Refusal(
                 f"the pickle asks for {quote(full)}, which can run code; do not load this file"
@@ -161,8 +168,8 @@ class Machine:
         return Foreign(full, is_name=True)
 
     def remember(self, index: int) -> None:
-        # writers number the memo 0, 1, 2, …; other numbers would only serve to make the table
-        # collide
+        # picklers number the memo 0, 1, 2, …; other numbers could only serve to cause hash
+        # collisions
         if index > len(self.memo) + 1:
             raise Refusal("the pickle numbers its values out of order")
         self.memo[index] = self.top()
@@ -184,17 +191,18 @@ class Machine:
                 target[key] = value
             else:
                 if any(type(part) in NO_HASH for part in self._parts(key)):
-                    raise Refusal("a dictionary is keyed by something that can be no key")
-                # hashing what the file chose could take hours; the entry is dropped, and said to be
+                    raise Refusal("a dictionary has a key that is not hashable")
+                # hashing a key that the file chose could take hours: the entry is dropped and
+                # reported as such
                 target[ODD_KEY] = Foreign(f"an entry under a {type(key).__name__}")
 
     def _is_cheap(self, key: Any) -> bool:
-        """Whether a dictionary may be keyed by `key` at a cost that the file cannot drive up."""
+        """Whether the file cannot drive up the cost of `key` as a dictionary key."""
         if type(key) in (str, bytes, bool, type(None)):
             return True
         if type(key) is int and abs(key) < SMALL_KEY:
             return True
-        # above 2**61 two numbers can have one hash
+        # beyond 2**61 different numbers can have the same hash
         if type(key) not in (int, float) or not abs(key) < 1 << 60:
             return False
         self.integer_keys -= 1
@@ -216,19 +224,19 @@ class Machine:
         self.fill(target, items)
 
     def fill(self, target: Foreign, given: Any) -> None:
-        """Notes what a foreign object is filled with. Python puts nothing into a class, only into
-        what a call of it made, so that other readers fail there."""
+        """Records what a foreign object is filled with. Filling a class instead of an instance is
+        refused: other readers fail there."""
         if target.is_name:
-            raise Refusal(f"the pickle fills {quote(target.name)}, which is no object")
+            raise Refusal(f"the pickle fills {quote(target.name)}, which is not an instance")
         self.hand(target, given)
 
     def hand(self, function: Foreign, given: Any, *, is_call: bool = False) -> None:
-        """Notes what a foreign function or object was given, see `check_untouched`."""
+        """Records what a foreign function or object was given, see `check_untouched`."""
         self.handed.append((function.name, given, is_call))
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
-        self.spend(8)  # a call costs as much as that many other instructions
+        self.spend(8)  # a call costs about as much as 8 other instructions
         if type(function) is Foreign:
             self.hand(function, arguments, is_call=True)
             self.push(Foreign(function.name))
@@ -238,17 +246,19 @@ class Machine:
         self.push(function.build(self, arguments))
 
     def new_object(self, parts: int) -> None:
-        """NEWOBJ and NEWOBJ_EX: an object of a foreign class; ours are never made in this way."""
+        """NEWOBJ and NEWOBJ_EX: an instance of a foreign class. No allowed value is made this
+        way."""
         given = [self.pop() for _ in range(parts)]
         made = self.pop()
         if type(made) is not Foreign:
-            raise Refusal("the pickle makes an object of something that is no class")
+            raise Refusal("the pickle makes an object of something that is not a class")
         self.hand(made, given)
         self.push(Foreign(made.name))
 
     def build(self) -> None:
-        """State set on an object: a state_dict's `_metadata`, the byte order of a NumPy type, the
-        contents of a NumPy array; what is set on a foreign object is dropped."""
+        """BUILD: sets the state of an object. Accepted are a state_dict's `_metadata`, the byte
+        order of a NumPy dtype and the contents of a NumPy array; the state of a foreign object is
+        dropped."""
         state, target = self.pop(), self.top()
         if type(target) is Foreign:
             self.fill(target, state)
@@ -261,14 +271,15 @@ class Machine:
             target._metadata = state["_metadata"]  # pyright: ignore[reportAttributeAccessIssue]
         elif type(target) is Symbol and isinstance(target.fact, np.dtype) and type(state) is tuple:
             if state not in _LITTLE_ENDIAN:
-                raise Refusal("a number is stored in a byte order that is not read")
+                raise Refusal("a number is stored in a byte order that is not supported")
         elif type(target) is NumpyArray and type(state) is tuple and len(state) == 5:
             self._fill(target, state)
         else:
             raise Refusal("the pickle sets attributes on an object")
 
     def _fill(self, target: NumpyArray, state: tuple) -> None:
-        """(version, shape, type, is_fortran, bytes), as NumPy's `__setstate__` takes it."""
+        """Fills an array from the state (version, shape, type, is_fortran, bytes) of NumPy's
+        `__setstate__`."""
         _, shape, kind, is_fortran, raw = state
         if target.values is not None:
             raise Refusal("a NumPy array is filled twice")
@@ -280,15 +291,15 @@ class Machine:
         value = self.pop()
         parts = len(value) if type(value) is tuple else 0
         if not parts or parts != self.reference or value[0] != "storage":
-            raise Refusal("a reference out of the pickle is not one to a storage")
+            raise Refusal("a persistent reference in the pickle is not one to a storage")
         if len(value) == 6 and value[5] is not None:
             raise Refusal(
                 "it uses storage views, which PyTorch gave up before 0.4; save it again with a"
-                " newer one"
+                " newer version"
             )
         kind, key, numel = value[1], value[2], value[4]
         if type(key) is not str or len(key) > 64 or not is_count(numel):
-            raise Refusal("a storage is described by something else than a key and a count")
+            raise Refusal("a storage is described by something other than a key and a count")
         if type(kind) is Foreign:
             self.push(self._opaque(kind, value))
             return
@@ -297,32 +308,32 @@ class Machine:
             or not isinstance(kind.fact, np.dtype)
             or not kind.name.endswith("Storage")
         ):
-            raise Refusal("a storage has a type that is not read")
+            raise Refusal("a storage has a type that is not supported")
         if type(value[3]) is not str or not DEVICE.fullmatch(value[3]):
-            raise Refusal(f"storage {quote(key)} lies on {quote(value[3])}, which is no device")
+            raise Refusal(f"storage {quote(key)} is on {quote(value[3])}, which is not a device")
         storage = Storage(key, kind.fact, numel, value[3])
         self._register(storage)
         self.push(storage)
 
     def _opaque(self, kind: Foreign, value: tuple) -> Foreign:
-        """A storage of numbers that are not read; noted, so that a stream can step over it."""
+        """A storage of an unsupported type. It is registered so that a stream can skip it."""
         size = OPAQUE_STORAGES.get(kind.name.removeprefix("torch."), 0)
         if not size:
-            raise Refusal(f"a storage is of type {quote(kind.name)}, which is not read")
+            raise Refusal(f"a storage is of type {quote(kind.name)}, which is not supported")
         _, _, key, device, numel = value[:5]
         self._register(Storage(key, np.dtype(f"V{size}"), numel, str(device)[:64]))
         return Foreign(kind.name)
 
     def _register(self, storage: Storage) -> None:
-        """PyTorch keeps type, size and device of the first reference, and reads all others by
-        them."""
+        """Records a storage. Raises Refusal if an earlier reference describes it differently:
+        PyTorch uses the type, size and device of the first reference for all of them."""
         key = storage.key
         if self.storages.setdefault(key, storage) != storage:
             raise Refusal(f"storage {quote(key)} is described with two types, sizes or devices")
 
     def check_untouched(self, value: Any) -> None:
-        """Raises Refusal where a foreign function was given a container of the file's tensors, or
-        the memory of one: run elsewhere, it could change what is read here."""
+        """Raises Refusal if a foreign function was given a container of the file's tensors, or the
+        memory of one. A reader that really calls the function could end up with other weights."""
         if not self.handed:
             return
         owner: dict[int, str] = {}
@@ -340,7 +351,8 @@ class Machine:
                 raise Refusal(f"it hands its tensors to {quote(by)}, which is never called here")
 
     def _parts(self, value: Any) -> Iterator[Any]:
-        """`value` and everything in it, each container once; foreign values have no parts."""
+        """`value` and everything in it, entering each container once; foreign values have no
+        parts."""
         waiting, seen = [value], set()
         while waiting:
             part = waiting.pop()
@@ -352,11 +364,11 @@ class Machine:
 
 
 ODD_KEY = Foreign("a key that is not text or a number")
-"""Key of what a dictionary holds under keys that are not read."""
+"""Key that replaces all unsupported keys of a dictionary."""
 
 
 def _instruction_name(code: bytes) -> str:
-    # the stubs leave `code2op` out
+    # the type stubs lack `code2op`
     known = pickletools.code2op.get(  # pyright: ignore[reportAttributeAccessIssue]
         code.decode("latin1")
     )
@@ -364,8 +376,8 @@ def _instruction_name(code: bytes) -> str:
 
 
 def _is_plain_name(full: str) -> bool:
-    """Whether `full` is the dotted name of a class or function, without Python's inner ones
-    (`__globals__`)."""
+    """Whether `full` is the dotted name of a class or function, without special attributes like
+    `__globals__`."""
     parts = full.split(".")
     return all(part.isidentifier() and part.isascii() for part in parts) and not any(
         part.startswith("__") and part not in ("__main__", "__builtin__", "__import__")
@@ -405,11 +417,12 @@ def _add_all(machine: Machine) -> None:
 
 def _protocol(machine: Machine) -> None:
     if machine.number("<B") > 5:
-        raise Refusal("the pickle is of an unknown protocol")
+        raise Refusal("the pickle has an unknown protocol")
 
 
 def _frame(machine: Machine) -> None:
-    """Frames change nothing, but Python refuses one that is longer than what follows."""
+    """Frames have no effect here, but Python refuses one that is longer than the rest of the
+    data."""
     if machine.number("<Q") > len(machine.data) - machine.position:
         raise Refusal("the pickle is cut off or claims more bytes than there are")
 
@@ -466,6 +479,7 @@ INSTRUCTIONS: dict[bytes, Callable[[Machine], None]] = {
     pickle.BINFLOAT: lambda m: m.push(m.number(">d")),
     pickle.BINUNICODE: lambda m: m.push(m.text(m.number("<I"))),
     pickle.SHORT_BINUNICODE: lambda m: m.push(m.text(m.number("<B"))),
+    # byte strings as Python 2 wrote them
     pickle.SHORT_BINSTRING: lambda m: m.push(m.text(m.number("<B"))),
     pickle.BINSTRING: lambda m: m.push(m.text(m.number("<I"))),
     pickle.BINUNICODE8: lambda m: m.push(m.text(m.number("<Q"))),

@@ -319,7 +319,7 @@ def test_normalisation_flags_that_contradict(refused, victim):
     "flags", [["--normalisation", "cifar10"], ["--mean", "0.5", "0.5", "--std", "1", "1"]]
 )
 def test_a_normalisation_for_other_channels_is_refused(refused, victim, flags):
-    assert "does not fit a model of 1" in refused("evaluate", victim, "--data", "digits", *flags)
+    assert "does not fit a model with 1" in refused("evaluate", victim, "--data", "digits", *flags)
 
 
 @pytest.mark.parametrize("verb", ["scan", "evaluate"])

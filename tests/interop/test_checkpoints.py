@@ -198,7 +198,7 @@ def test_weights_in_parts_are_multiplied_out_as_pytorch_does(tmp_path):
         logits = model.net.apply(model.variables, images.permute(0, 2, 3, 1).numpy())[0]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
         note = load.save_model(tmp_path / "out.pth", model, model.variables)
-        assert "kept in parts" in note and "are written whole" in note
+        assert "stored in parts" in note and "are written whole" in note
         plain = twins.SmallCNN(5, 4).eval()
         plain.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
         with torch.no_grad():
@@ -239,7 +239,7 @@ def test_forms_a_model_comes_in(tmp_path):
         (b"\x08\x07\x12\x07pytorch\x1a\x051.13:", "an ONNX model"),
         (b"\x83\xa6params\x80", "a msgpack file"),
         (b"\x1c\0\0\0TFL3", "TensorFlow Lite"),
-        (b"\x08\x01\x12\x80", "a SavedModel"),
+        (b"\x08\x01\x12\x80", "a TensorFlow SavedModel"),
     ],
 )
 def test_other_kinds_of_files_are_told(tmp_path, head, words):
@@ -250,7 +250,7 @@ def test_other_kinds_of_files_are_told(tmp_path, head, words):
 
 def test_an_npz_of_objects_and_an_archive_of_two_models_are_refused(tmp_path):
     np.savez(tmp_path / "o.npz", a=np.array([{}], dtype=object))
-    with pytest.raises(UserError, match="of type 'object', which is not read"):
+    with pytest.raises(UserError, match="of type 'object', which is not supported"):
         container.read(tmp_path / "o.npz")
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("a.pth", b"x")

@@ -230,7 +230,7 @@ def test_a_deflated_archive_is_refused(tmp_path):
     with old, zipfile.ZipFile(tmp_path / "d.pth", "w", deflated) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    with pytest.raises(UserError, match="is packed, and PyTorch would read two different things"):
+    with pytest.raises(UserError, match="is compressed, and PyTorch can read such a file"):
         container.read(tmp_path / "d.pth")
 
 
@@ -590,7 +590,7 @@ def test_bounds_of_another_file_are_neither_applied_nor_lost(tmp_path, variables
                 f"bounds/features/{side}": np.full(8, -1.0, np.float32)
                 for side in ("lower", "upper", "mean", "std")
             },
-            "negative variance or spread",
+            "negative variance or standard deviation",
         ),
         (None, "empty"),
     ],
@@ -679,7 +679,7 @@ def test_a_guarded_model_never_passes_for_a_plain_one(tmp_path, variables):
             read(tmp_path / "g")
     folder.save(tmp_path / "g", SPEC, variables)  # a plain one replaces it, whole
     (tmp_path / "elsewhere").rename(tmp_path / "g" / "guard.safetensors")
-    with pytest.raises(UserError, match="is not that of a guarded model"):
+    with pytest.raises(UserError, match="does not describe a guarded model"):
         load.open_model(tmp_path / "g")
 
 

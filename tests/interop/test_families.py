@@ -198,7 +198,7 @@ def test_forms_that_the_user_states(tmp_path):
     _, _, layout, _, _ = read("ResNet-14 option A")
     assert [spec.options["pad"] for spec in layout.forms] == ["both", "end"]
     assert forms.keep(layout.forms, ["pad=end"]) == [layout.forms[1]]
-    with pytest.raises(UserError, match="pad=left is no form of this net; there are pad=both"):
+    with pytest.raises(UserError, match="pad=left is not a form of this net; known: pad=both"):
         forms.keep(layout.forms, ["pad=left"])
 
 

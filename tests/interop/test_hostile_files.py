@@ -121,7 +121,7 @@ def test_the_canary_works(tmp_path):
         ("folder_guard_claims_10gb", "guard.safetensors: its tensors take 10,737,418,240"),
         ("folder_guard_pickle", "guard.safetensors: its header"),
         ("folder_guard_not_spoken_of", "guard is None"),
-        ("folder_guard_target_outside", "targets are [2], the net has 2 classes"),
+        ("folder_guard_target_outside", "targets are [2], but the net has 2"),
         ("folder_guard_target_without_arrays", "holds nothing for target 0"),
         ("folder_guard_another_target", "'0/batch_stats/norm0/mean', which belongs to no target"),
         ("folder_guard_weights", "'1/params/head/bias'"),
@@ -134,7 +134,7 @@ def test_the_canary_works(tmp_path):
         ("folder_guard_endless_moment", "'1/batch_stats/norm0/var' holds 1 values"),
         ("folder_guard_endless_spread", "'1/bounds/features/std' holds 1 values"),
         ("folder_guard_other_file", "are not the two that config.json names"),
-        ("folder_guard_plain_config", "is not that of a guarded model"),
+        ("folder_guard_plain_config", "does not describe a guarded model"),
     ],
 )
 def test_the_message_names_the_offence(corpus, name, said):

@@ -69,8 +69,8 @@ def test_a_folder_of_the_hub_is_its_weights_and_both_settings(tmp_path, weights)
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda m: m["predicate"]["resources"].pop(), "hash of the whole"),
-        (lambda m: m["predicate"]["resources"][0].update(digest="0" * 64), "hash of the whole"),
+        (lambda m: m["predicate"]["resources"].pop(), "total hash"),
+        (lambda m: m["predicate"]["resources"][0].update(digest="0" * 64), "total hash"),
         (lambda m: m["predicate"]["resources"][0].update(digest="0"), "the hash '0'"),
         (lambda m: m["predicate"]["resources"][0].update(name="../x"), "a file '../x'"),
         (lambda m: m["predicate"]["resources"][0].update(name="b"), "model signing"),
@@ -151,7 +151,7 @@ def test_settings_that_are_read_in_two_ways_are_refused(tmp_path, variables):
 @pytest.mark.parametrize(
     "name, value, said",
     [
-        ("batch_stats/norm0/var", -1e-3, "a negative variance or spread"),
+        ("batch_stats/norm0/var", -1e-3, "a negative variance or standard deviation"),
         ("params/head/kernel", 1e30, "holds values of 1e\\+30"),
         ("params/head/kernel", np.nan, "NaN or infinite"),
     ],

@@ -120,7 +120,7 @@ def test_a_mediocre_best_with_other_moments_is_refused():
         preprocess.check(model, data)
     message = str(caught.value)
     assert "is probably not this model's preprocessing" in message and "\n" not in message
-    assert "the layer norm" in message and "--accept-accuracy" in message
+    assert "inputs of layer norm" in message and "--accept-accuracy" in message
     table = preprocess.check(model, data, accept=True)
     assert table.doubt and 0.25 < table.used.accuracy < 0.95
     stated = preprocess.check(model, data, ((0.25,), (0.35,)))

@@ -1,9 +1,8 @@
-"""PyTorch state_dicts and our variables: which architecture a file holds, and what a tensor is
-called on either side.
+"""Converts between PyTorch state_dicts and our variables: recognises the architecture, and maps the
+names of tensors.
 
-Tensors are matched by name, then checked by shape; their order in the file means nothing. Arrays
-are NumPy on the PyTorch side, named as in the state_dict without any common prefix such as
-"module.".
+Tensors are matched by name, then checked by shape; their order in the file does not matter. On the
+PyTorch side arrays are NumPy, named as in the state_dict without a common prefix like "module.".
 """
 
 from jaxbd.interop.layouts.convert import check, to_tensors, to_variables

@@ -1,4 +1,4 @@
-"""Tensors of a PyTorch state_dict to our variables and back."""
+"""Converts the tensors of a PyTorch state_dict to our variables and back."""
 
 import re
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from jaxbd.interop.layouts.naming import AS_IT_IS, Layout, counters
 
 
 def to_variables(tensors: Mapping[str, np.ndarray], layout: Layout) -> Variables:
-    """Our variables, float32, from a state_dict: convolutions OIHW -> HWIO, linear layers
-    transposed.
+    """Converts a state_dict to our variables in float32: convolution kernels OIHW -> HWIO, linear
+    layers transposed.
 
     Raises: UserError as `check` does.
     """
@@ -29,13 +29,13 @@ def to_variables(tensors: Mapping[str, np.ndarray], layout: Layout) -> Variables
 def to_tensors(
     variables: Variables, layout: Layout, original: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """The state_dict of `variables`, the inverse of `to_variables`.
+    """Converts `variables` to a state_dict, the inverse of `to_variables`.
 
-    With `original`, the state_dict the layout was recognised from, the result has its names, order
-    and dtypes; a tensor whose float32 values did not change is the original array itself, and
-    counters of seen batches are kept. Without, tensors are float32 and the counters 0. Collections
-    other than "params" and "batch_stats", such as "bounds", have no place in a state_dict and are
-    left out.
+    `original` is the state_dict that the layout was recognised from. If given, the result has its
+    names, order and dtypes, tensors with unchanged float32 values are the original arrays
+    themselves, and the BatchNorm counters keep their values. Otherwise tensors are float32 and the
+    counters 0. Collections other than "params" and "batch_stats", e.g. "bounds", have no place in a
+    state_dict and are left out.
 
     Raises: UserError when `variables` are not the net's, when `original` does not fit the layout,
       or when a new value overflows the original's dtype.
@@ -54,10 +54,10 @@ def to_tensors(
 
 
 def check(tensors: Mapping[str, np.ndarray], layout: Layout) -> None:
-    """Raises UserError listing by name what is missing, extra, of another shape or not
-    floating-point in `tensors`.
+    """Raises UserError listing the tensors that are missing, extra, of another shape or not
+    floating-point.
 
-    The counters of batches that BatchNorm layers have seen may be absent, as old files have none.
+    BatchNorm's counters of batches may be absent, since old files have none.
     """
     expected = {
         name: torch_shape(layout.shapes[path], layout) for path, name in layout.names.items()
@@ -85,14 +85,14 @@ def check(tensors: Mapping[str, np.ndarray], layout: Layout) -> None:
     if listed:
         title = f"{layout.spec.arch} in {layout.naming} naming"
         raise UserError(
-            f"the tensors do not fit {title}: {listed}; name the right architecture or re-save the"
-            " model"
+            f"the tensors do not fit {title}: {listed}; give the right architecture or save the"
+            " model again"
         )
 
 
 def torch_shape(shape: tuple[int, ...], layout: Layout | None = None) -> tuple[int, ...]:
-    """Ours -> PyTorch's. Kernels of convolutions [h, w, I, O] -> [O, I, h, w], of linear layers [I,
-    O] -> [O, I]."""
+    """Our shape -> PyTorch's: convolution kernels [h, w, I, O] -> [O, I, h, w], linear layers
+    [I, O] -> [O, I]."""
     if _keeps_axes(layout):
         return shape
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
@@ -103,16 +103,16 @@ def _keeps_axes(layout: Layout | None) -> bool:
 
 
 def _to_torch(array: np.ndarray, layout: Layout) -> np.ndarray:
-    """A copy in PyTorch's order of axes; a copy because PyTorch wants arrays it may write to and
-    JAX's are not."""
+    """A copy in PyTorch's order of axes. It is copied because PyTorch needs writeable arrays and
+    JAX's are read-only."""
     if _keeps_axes(layout):
         return np.array(array, order="C")
     return np.array(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T, order="C")
 
 
 def _to_ours(tensor: np.ndarray, layout: Layout) -> np.ndarray:
-    """float32, in our order of axes; depthwise kernels [C, 1, h, w] -> [h, w, 1, C] need no other
-    treatment."""
+    """Converts to float32 in our order of axes. Depthwise kernels [C, 1, h, w] -> [h, w, 1, C] need
+    no special treatment."""
     with np.errstate(over="ignore"):
         tensor = tensor.astype(np.float32)
     if _keeps_axes(layout):
@@ -121,12 +121,12 @@ def _to_ours(tensor: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def _flat_arrays(variables: Variables, layout: Layout) -> dict[str, np.ndarray]:
-    """Path -> float32 array of the two collections a state_dict holds. Raises UserError when they
-    are not the net's."""
-    kept = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+    """Path -> float32 array, for the two collections that a state_dict holds. Raises UserError when
+    they are not the net's."""
+    collections = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
     flat = {
         p: np.asarray(x, np.float32)
-        for p, x in flax.traverse_util.flatten_dict(kept, sep="/").items()
+        for p, x in flax.traverse_util.flatten_dict(collections, sep="/").items()
     }
     differing = sorted(
         p for p in {*flat, *layout.shapes} if p not in flat or flat[p].shape != layout.shapes.get(p)
@@ -140,8 +140,10 @@ def _flat_arrays(variables: Variables, layout: Layout) -> dict[str, np.ndarray]:
 
 
 def _update(name: str, array: np.ndarray, original: np.ndarray, layout: Layout) -> np.ndarray:
-    """`original` itself where `array` holds its float32 values, otherwise `array` in its order of
-    axes and dtype."""
+    """`original` itself if `array` holds its float32 values, otherwise `array` converted to the
+    original's order of axes and dtype."""
+    # compared in float32, the type of the variables, so that unchanged float16 or float64 tensors
+    # stay bit-identical
     if np.array_equal(_to_ours(np.asarray(original), layout), array, equal_nan=True):
         return original
     with np.errstate(over="ignore"):
@@ -154,17 +156,17 @@ def _update(name: str, array: np.ndarray, original: np.ndarray, layout: Layout) 
 
 
 def _natural(name: str) -> list[Any]:
-    """Sort key with numbers by value: "conv2" before "conv10"."""
+    """Sort key that orders numbers by value: "conv2" before "conv10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def few(names: list[str], most: int = 4) -> str:
-    """The first few names and how many more there are; long names cut, control characters
-    escaped."""
-    shown = [name[:120].encode("unicode_escape").decode() for name in names[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """The first few names and the number of further ones; long names are truncated, control
+    characters escaped."""
+    first = [name[:120].encode("unicode_escape").decode() for name in names[:most]]
+    return ", ".join(first) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _by(shape: tuple[int, ...]) -> str:
-    """ "64x3x7x7"; "a number" for a scalar."""
+    """A shape in words: "64x3x7x7", or "a number" for a scalar."""
     return "x".join(map(str, shape)) or "a number"

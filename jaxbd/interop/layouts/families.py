@@ -1,4 +1,5 @@
-"""Which family of architectures a state_dict is of, and in which forms, from names and shapes."""
+"""Recognises the family of architectures of a state_dict, and its possible forms, from names and
+shapes."""
 
 import functools
 import re
@@ -12,7 +13,7 @@ from jaxbd.base import UserError
 from jaxbd.models import build, families
 
 PLAIN = "chain"
-"""The family that asks for no names of its own."""
+"""The family that accepts any names."""
 LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 NORM = {"running_mean", "running_var"}
 UNKNOWN = {
@@ -26,12 +27,13 @@ UNKNOWN = {
     r"features\.\d+\.squeeze": "SqueezeNet",
     r"inception\d[a-z]": "GoogLeNet of torchvision",
 }
-"""Beginning of a name -> whose net that is; such nets are read as graphs."""
+"""Pattern for the beginning of a name -> the net it indicates; such nets can only be read as
+graphs."""
 
 
 def table_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
-    """Layers of a state_dict as `models.families` describes them; None where a tensor belongs to no
-    convolution, linear layer or BatchNorm."""
+    """The layers of a state_dict in the notation of `models.families`; None if a tensor does not
+    belong to a convolution, linear layer or BatchNorm."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
@@ -48,6 +50,8 @@ def table_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
 
 
 def _size(leaves: dict[str, tuple[int, ...]]) -> str | None:
+    """One layer's entry in the table, "64x3x7x7" or "64", with "+" for a bias or affine parameters;
+    None if the tensors do not form a layer."""
     if leaves.keys() >= NORM:
         shape = leaves["running_mean"]
         affine = "weight" in leaves
@@ -68,8 +72,8 @@ def recognise(
     arch: str | None = None,
     image_shape: tuple[int, int, int] | None = None,
 ) -> tuple[build.Spec, ...]:
-    """The forms of the first family (or of `arch`) that has exactly these layers; empty where none
-    has."""
+    """The forms of the first family (or of `arch`) that has exactly these layers; empty if none
+    does."""
     table = table_of(shapes)
     if table is None or not table:
         return ()
@@ -103,7 +107,7 @@ def _forms(
             f"the model takes images of {channels} channels, not {shape[2]}; give matching images"
         )
     specs = [_spec(name, table, form, classes, shape, image_shape is None) for form in forms]
-    while specs and not _fits(specs[0]):
+    while specs and not _fits(specs[0]):  # the likeliest form comes first and must be buildable
         specs.pop(0)
     return tuple(specs)
 
@@ -116,7 +120,7 @@ def _spec(
     shape: tuple[int, int, int],
     may_resize: bool,
 ) -> build.Spec:
-    """The spec of one form; a family that knows the side of its images by the form says so."""
+    """The spec of one form. A form may state the side of its images, used if `may_resize`."""
     form = dict(form)
     side = form.pop("side", None)
     if side is not None and may_resize:
@@ -127,7 +131,7 @@ def _spec(
 
 
 def _fits(spec: build.Spec) -> bool:
-    """Whether the net can be built of exactly these layers; traced, nothing is computed."""
+    """Whether the net can be built from exactly these layers. It is traced, not computed."""
     images = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     try:
         module = build.module(spec)
@@ -138,7 +142,8 @@ def _fits(spec: build.Spec) -> bool:
 
 
 def _channels(net: families.Layers) -> int:
-    """Channels of the images: what a convolution takes that no other layer gives."""
+    """Channels of the images: the input channels (1 or 3) of the first convolution that can be at
+    the start; 3 if there is none."""
     convs = {name: shape for name, shape in net.shapes.items() if len(shape) == 4}
     few = [shape[1] for name, shape in convs.items() if shape[1] in (1, 3) and _is_first(name)]
     return few[0] if few else 3
@@ -155,7 +160,7 @@ def _classes(net: families.Layers) -> int:
 
 
 def hint(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What an unknown net seems to be, for a message; "" where nothing is known."""
+    """What an unknown net seems to be, for an error message; "" if there is no clue."""
     for pattern, title in UNKNOWN.items():
         if any(re.match(pattern, name) for name in shapes):
             return title

@@ -1,4 +1,4 @@
-"""What each of our arrays is called in a PyTorch state_dict, by architecture and naming."""
+"""Names of our arrays in a PyTorch state_dict, by architecture and naming scheme."""
 
 import re
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ NAMINGS: dict[str, tuple[tuple[str, Any], ...]] = {
         (r"/shortcut_conv$", "/convShortcut"),
         (r"^head$", "fc"),
     ),
-    # a stage of the sequence: conv, norm, ELU, conv, norm, ELU, pooling, dropout
+    # a stage has 8 modules: conv, norm, ELU, conv, norm, ELU, pooling, dropout
     "sequence": (
         (r"^conv(\d)_(\d)$", lambda found: f"features.{8 * int(found[1]) + 3 * int(found[2])}"),
         (r"^bn(\d)_(\d)$", lambda found: f"features.{8 * int(found[1]) + 3 * int(found[2]) + 1}"),
@@ -35,8 +35,8 @@ NAMINGS: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
     "plain": (),
 }
-"""Naming -> (pattern, replacement) pairs that turn the path of one of our modules into a PyTorch
-module's name."""
+"""Naming scheme -> (pattern, replacement) pairs that turn the path of one of our modules into the
+name of a PyTorch module."""
 
 ARCH_NAMINGS: dict[str, tuple[str, ...]] = {
     "mobilenet": ("kuangliu",),
@@ -49,8 +49,8 @@ ARCH_NAMINGS: dict[str, tuple[str, ...]] = {
     "wrn40-1": ("wide",),
     "wrn40-2": ("wide",),
 }
-"""The namings an architecture is met in, the one we write first; "plain" for every other
-architecture."""
+"""Architecture -> the naming schemes it occurs in; we write the first one. All other architectures
+use "plain"."""
 
 LEAVES = {
     "kernel": "weight",
@@ -62,20 +62,20 @@ LEAVES = {
 COUNTER = "num_batches_tracked"
 STATISTICS = ("running_mean", "running_var")
 AS_IT_IS = "as it is"
-"""Naming of tensors that keep PyTorch's order of axes."""
+"""Pseudo naming scheme for tensors that keep their names and PyTorch's order of axes."""
 
 
 class Layout(NamedTuple):
-    """How one state_dict and one net correspond.
+    """The correspondence between a state_dict and a net.
 
     Attributes:
-      spec: the net, input normalisation left at its default.
-      naming: a key of `NAMINGS`.
-      names: path of each of our arrays ("params/conv1/kernel") -> name of the tensor
+      spec: the net, with default input normalisation.
+      naming: a key of `NAMINGS`, or `AS_IT_IS`.
+      names: path of each of our arrays ("params/conv1/kernel") -> name of its tensor
         ("conv1.weight").
       shapes: the same paths -> the shape of our array.
-      forms: the specs that the tensors fit equally well, `spec` among them; they differ in what
-        leaves no trace in the weights, such as strides.
+      forms: all specs that fit the tensors equally well, including `spec`; they differ in things
+        that leave no trace in the weights, e.g. strides.
     """
 
     spec: build.Spec
@@ -86,7 +86,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(spec: build.Spec, naming: str) -> Layout:
-    """Traces the net of `spec` without computing anything and names its arrays."""
+    """Traces the net of `spec`, without computing anything, and names its arrays."""
     net = build.net(spec)
     abstract = jax.eval_shape(lambda: net.init(jax.random.key(0)))
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(abstract, sep="/"))
@@ -99,7 +99,7 @@ def lay_out(spec: build.Spec, naming: str) -> Layout:
 
 
 def lay_out_function(spec: build.Spec, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """The layout of an architecture that is a function of the tensors as they are."""
+    """The layout of an architecture that is a function of PyTorch's tensors, unconverted."""
     names = {}
     for name in shapes:
         leaf = name.rpartition(".")[2]
@@ -110,18 +110,18 @@ def lay_out_function(spec: build.Spec, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def export_names(spec: build.Spec) -> Layout:
-    """The layout in which a net of ours, which no file dictates the names of, is written as a
-    state_dict."""
+    """The layout for writing one of our own nets as a state_dict, when there is no source file with
+    names to keep."""
     return lay_out(spec, namings(spec.arch)[0])
 
 
 def namings(arch: str) -> tuple[str, ...]:
-    """The namings of `arch`, the one we write first."""
+    """The naming schemes of `arch`; we write the first one."""
     return ARCH_NAMINGS.get(arch, ("plain",))
 
 
 def translate(module: str, naming: str) -> str:
-    """Name of the PyTorch module for the path of one of ours: "layer1_0/conv1" ->
+    """Path of one of our modules -> name of the PyTorch module: "layer1_0/conv1" ->
     "layer1.0.conv1"."""
     for pattern, replacement in NAMINGS[naming]:
         module = re.sub(pattern, replacement, module)
@@ -129,7 +129,7 @@ def translate(module: str, naming: str) -> str:
 
 
 def counters(layout: Layout) -> set[str]:
-    """Names of the scalars in which PyTorch's BatchNorm counts batches."""
+    """Names of the scalars with which PyTorch's BatchNorm layers count batches."""
     if layout.naming == AS_IT_IS:
         ends = (".running_mean",)
         return {

@@ -1,4 +1,4 @@
-"""Which architecture a PyTorch state_dict holds, from the names and shapes of its tensors."""
+"""Recognises the architecture of a PyTorch state_dict from the names and shapes of its tensors."""
 
 import dataclasses
 import functools
@@ -26,11 +26,11 @@ from jaxbd.interop.layouts.naming import (
 from jaxbd.models import build, own
 
 FIRST = {"cnn": "conv0", "vgg": "conv0_0"}
-"""The first convolution where it is not called conv1: it tells width, channels and stem."""
+"""Name of the first convolution, if it is not conv1. Its shape gives width, channels and stem."""
 
 CLOSE = 0.5
-"""Share of common names from which a file counts as an attempt at an architecture, so that
-differences are listed."""
+"""Minimum share of common names for a file to count as a damaged or modified version of an
+architecture, so that the error message lists the differences."""
 
 
 def recognise(
@@ -44,11 +44,12 @@ def recognise(
 
     Args:
       tensors: name -> array of the whole state_dict.
-      arch: the architecture to hold the file against; found from the names otherwise.
-      image_shape: (H, W, C) of the images the net is for. Otherwise C comes from the first
-        convolution and the side from the classifier's width (small VGG) or the stem: 32 for
-        CIFAR's, 224 for ImageNet's.
-      exact: no nearest architecture is looked for, which takes long, where none has these names.
+      arch: the architecture to compare the file with; recognised from the names if None.
+      image_shape: (H, W, C) of the images that the net takes. If None, C comes from the first
+        convolution, and the side from the classifier's width (small VGG) or the stem: 32 for
+        CIFAR's, 64 for the 64-pixel one, 224 for ImageNet's.
+      exact: do not search for the nearest architecture, which is slow, if none has exactly these
+        names.
     Raises: UserError when no architecture fits, listing missing, extra and mis-shaped tensors of
       the nearest one, or when the images have other channels than the net.
     """
@@ -71,10 +72,11 @@ def recognise(
 def _own_layout(
     arch: str, shapes: Mapping[str, tuple[int, ...]], image_shape: tuple[int, int, int] | None
 ) -> Layout:
-    """The layout of the user's own architecture: the names are those of its modules."""
+    """The layout of the user's own architecture, with the names of its modules."""
     if image_shape is None:
-        raise UserError(f"--arch {arch} is your own; say what images it takes with --image-shape")
+        raise UserError(f"--arch {arch} is your own; give the images' size with --image-shape")
     height, width, channels = image_shape
+    # the number of classes is known only after the net has been traced
     spec = build.Spec(arch=arch, classes=1, image_shape=(height, width, channels))
     is_function = own.is_function(arch)
     layout = lay_out_function(spec, shapes) if is_function else lay_out(spec, "plain")
@@ -91,13 +93,13 @@ def _own_layout(
     images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     try:
         logits = jax.eval_shape(lambda v, x: build.net(spec).apply(v, x)[0], variables, images)
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # the user's code can raise anything
         why = str(error).partition("\n")[0]
         raise UserError(
             f"--arch {arch} does not take the file's tensors: {type(error).__name__}: {why}"
         ) from None
     if logits.ndim != 2:
-        raise UserError(f"--arch {arch} answers with {logits.ndim} axes; give logits [B, K]")
+        raise UserError(f"--arch {arch} returns {logits.ndim} axes; it must return logits [B, K]")
     return layout._replace(spec=dataclasses.replace(spec, classes=logits.shape[-1]))
 
 
@@ -114,7 +116,8 @@ def _as_family(
 
 
 def _is_known(shapes: Mapping[str, tuple[int, ...]], arch: str | None) -> bool:
-    """Whether names and shapes are exactly those of an architecture of its own, not of a family."""
+    """Whether names and shapes are exactly those of a fixed architecture (one of `build.MODULES`,
+    not of a family)."""
     exact = None if arch in build.families.FAMILIES else _find_exact(shapes, arch)
     if exact is None:
         return False
@@ -125,11 +128,11 @@ def _is_known(shapes: Mapping[str, tuple[int, ...]], arch: str | None) -> bool:
 
 
 def _find_exact(shapes: Mapping[str, tuple[int, ...]], arch: str | None) -> tuple[str, str] | None:
-    """The architecture and naming whose tensor names are those of `shapes`."""
+    """The architecture and naming scheme with exactly the tensor names of `shapes`, or None."""
     names = {name for name in shapes if not name.endswith(f".{COUNTER}")}
     for candidate in sorted(build.MODULES) if arch is None else [arch]:
         for naming in namings(candidate):
-            # tracing a net to know its names takes longer than looking for two of them
+            # look for two names first: tracing the net to get all of them is slow
             if names.issuperset(_ends(candidate, naming)) and (
                 names == _known_names(candidate, naming, _stages(candidate, shapes))
             ):
@@ -138,13 +141,13 @@ def _find_exact(shapes: Mapping[str, tuple[int, ...]], arch: str | None) -> tupl
 
 
 def _ends(arch: str, naming: str) -> tuple[str, str]:
-    """Names of the weights of the first and of the last layer."""
+    """Names of the weights of the first and the last layer."""
     first, last = (translate(end, naming) for end in (FIRST.get(arch, "conv1"), "head"))
     return f"{first}.weight", f"{last}.weight"
 
 
 def _lay_out_known(spec: build.Spec, naming: str) -> Layout:
-    """`lay_out` of an architecture of its own, whose options are numbers and words; traced once."""
+    """`lay_out` for a fixed architecture, cached; possible because its options are hashable."""
     return _trace(spec.arch, naming, spec.classes, spec.image_shape, tuple(spec.options.items()))
 
 
@@ -161,7 +164,8 @@ def _trace(
 
 
 def _stem_forms(spec: build.Spec) -> tuple[build.Spec, ...]:
-    """A 3x3 stem may be followed by max-pooling, which leaves no trace."""
+    """The forms of a spec: a 3x3 stem may be followed by max-pooling, which leaves no trace in the
+    weights."""
     if spec.options.get("stem") != "cifar":
         return (spec,)
     pooled = {**spec.options, "stem": "cifar-pool"}
@@ -175,8 +179,8 @@ def fits(
     arch: str | None = None,
     image_shape: tuple[int, int, int] | None = None,
 ) -> bool:
-    """Whether names and shapes are exactly those of an architecture (of `arch`); plain chains of
-    layers count where `loose`."""
+    """Whether names and shapes are exactly those of an architecture (of `arch`, if given). Plain
+    chains of layers count only if `loose`."""
     blank = {name: _blank(name, shape) for name, shape in shapes.items()}
     try:
         found = recognise(blank, arch=arch, image_shape=image_shape, exact=True)
@@ -186,22 +190,22 @@ def fits(
 
 
 def architectures() -> list[str]:
-    """Architectures and families by name."""
+    """Names of all architectures and families."""
     return [*sorted(build.MODULES), *build.families.FAMILIES]
 
 
 def _blank(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of that shape that takes no memory."""
+    """An array of the given shape that takes no memory."""
     return np.broadcast_to(np.float32(0), shape)
 
 
 def _nearest(
     shapes: Mapping[str, tuple[int, ...]], arch: str | None, exact: bool
 ) -> tuple[str, str]:
-    """The architecture and naming whose tensor names are most like those of `shapes`; exactly alike
-    wherever one is, and always where `exact`."""
+    """The architecture and naming scheme with the tensor names most similar to those of `shapes`.
+    An exact match is preferred, and required if `exact`."""
     if arch in build.families.FAMILIES:
-        raise UserError(f"the tensors are not those of a net of the family {arch}")
+        raise UserError(f"the tensors do not form a net of the family {arch}")
     if arch is not None and arch not in build.MODULES:
         raise UserError(f"unknown architecture {arch!r}; known: {', '.join(architectures())}")
     if found := _find_exact(shapes, arch):
@@ -212,7 +216,7 @@ def _nearest(
     best, best_share = None, -1.0
     for candidate in sorted(build.MODULES) if arch is None else [arch]:
         for naming in namings(candidate):
-            # without its first or last layer no net is near; tracing each would take seconds
+            # skip nets of which both first and last layer are missing: tracing all takes seconds
             if arch is None and not any(end in names for end in _ends(candidate, naming)):
                 continue
             known = _known_names(candidate, naming, _stages(candidate, shapes))
@@ -223,21 +227,21 @@ def _nearest(
         example = f"; its tensors are {few(list(shapes))}" if shapes else ""
         if title := families.hint(shapes):
             raise UserError(
-                f"it looks like {title}, whose weights alone are not read{example}; export the"
-                " whole model as ONNX (torch.onnx.export)"
+                f"it looks like {title}, which cannot be read from its weights alone{example};"
+                " export the whole model as ONNX (torch.onnx.export)"
             )
         raise UserError(
             f"no known architecture has this file's tensors{example}; known:"
             f" {', '.join(architectures())}; export the whole model as ONNX (torch.onnx.export), or"
-            " name your own with --arch"
+            " give your own with --arch"
         )
-    assert best is not None  # every architecture has a naming
+    assert best is not None  # every architecture has a naming scheme
     return best
 
 
 @functools.lru_cache(maxsize=64)
 def _known_names(arch: str, naming: str, stages: int | None) -> frozenset[str]:
-    """Names of the tensors of `arch`; they do not depend on its width, stem, classes or images."""
+    """Names of the tensors of `arch`. They do not depend on width, stem, classes or image size."""
     options = {} if stages is None else {"stages": stages}
     spec = build.Spec(arch=arch, classes=2, image_shape=(32, 32, 3), options=options)
     return frozenset(lay_out(spec, naming).names.values())
@@ -249,10 +253,9 @@ def _spec(
     shapes: Mapping[str, tuple[int, ...]],
     image_shape: tuple[int, int, int] | None,
 ) -> build.Spec:
-    """The spec of `arch` with classes, channels and options read off the tensors; what cannot be
-    read gets a default.
+    """The spec of `arch`, with classes, channels and options taken from the tensors' shapes.
 
-    A default stands in only where a tensor is missing or mis-shaped, which `check` then reports.
+    If a tensor is missing or mis-shaped, a default is used; `check` then reports the tensor.
     """
     first = shapes.get(translate(FIRST.get(arch, "conv1"), naming) + ".weight", ())
     head = shapes.get(translate("head", naming) + ".weight", ())
@@ -276,9 +279,9 @@ def _spec(
 
 
 def _vgg_side(places: int, image_shape: tuple[int, int, int] | None) -> int:
-    """Side of the square images of which the small VGG's pooling, by 8, leaves `places` places.
+    """Side of square images for which the small VGG, which pools by 8, has `places` positions left.
 
-    Raises: UserError when images of `image_shape` leave another number.
+    Raises: UserError when images of `image_shape` give another number of positions.
     """
     side = max(8, 8 * math.isqrt(places))
     if image_shape is not None and (image_shape[0] // 8) * (image_shape[1] // 8) != places:
@@ -290,8 +293,7 @@ def _vgg_side(places: int, image_shape: tuple[int, int, int] | None) -> int:
 
 
 def _stages(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many stages a file has of the small CNN, at least 1; None for architectures of fixed
-    depth."""
+    """Number of stages of the small CNN in a file, from 1 to 8; None for other architectures."""
     if arch != "cnn":
         return None
     return min(

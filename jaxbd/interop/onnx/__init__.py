@@ -1,2 +1,2 @@
-"""Classifiers exported as graphs, ONNX files and torch.export archives, as nets that can be
-trained, and back to ONNX."""
+"""Reads classifiers exported as graphs (ONNX files and torch.export archives) as nets that can be
+trained, and writes nets as ONNX."""

@@ -1,4 +1,4 @@
-"""Archives of torch.export: members of the zip, JSON, and weights as arrays. No pickle is read."""
+"""Reads torch.export archives: zip members, JSON, and weights as arrays. No pickle is read."""
 
 import io
 import math
@@ -13,12 +13,12 @@ from jaxbd.limits import Refusal, parse_json, quote
 
 PROGRAM = "/models/model.json"
 MOST_VALUES = 1_000_000
-"""Values in a program; each takes up to two hundred bytes of memory."""
+"""Maximum number of values in a program; each takes up to two hundred bytes of memory."""
 
 
 class Archive:
-    """Members of the zip archive, and its tensors by name; `constants` are those that are no
-    parameter or buffer."""
+    """The members of a torch.export archive and its tensors by name; `constants` names the tensors
+    that are neither parameters nor buffers."""
 
     def __init__(self, data: bytes, limits: GraphLimits):
         self.file, self.limits = io.BytesIO(data), limits
@@ -38,8 +38,8 @@ class Archive:
         inner = [name.removeprefix(f"{self.root}/") for name in self.members]
         if any(name.startswith("data/aotinductor") for name in inner):
             raise Refusal(
-                "the archive holds compiled code (data/aotinductor), which is never run; export it "
-                "without"
+                "the archive holds compiled code (data/aotinductor), which is never run; export the"
+                " model without it"
             )
         if len([name for name in inner if name.startswith("models/")]) != 1:
             raise Refusal("the archive holds more than one program")
@@ -47,7 +47,7 @@ class Archive:
             self._bytes("byteorder", 16, b"little") != b"little"
             or self._bytes("archive_format", 16, b"pt2") != b"pt2"
         ):
-            raise Refusal("the archive is big-endian, or not of the form pt2")
+            raise Refusal("the archive is big-endian, or not in the pt2 format")
         self.tensors, self.total = {}, 0
         self.tables = {kind: self._table(kind) for kind in ("weights", "constants")}
         self.constants: set[str] = set()
@@ -61,7 +61,9 @@ class Archive:
         return bytes(torch_zip.unpack(self.file, self.members, full, most))
 
     def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in the member `name`."""
         text = self._bytes(name, self.limits.json_bytes)
+        # bounds the number of values before parsing allocates memory for them
         if text.count(b",") + text.count(b"[") + text.count(b"{") > MOST_VALUES:
             raise Refusal(f"{quote(name)} holds more than {MOST_VALUES:,} values")
         value = parse_json(text, quote(name), self.limits.plain)
@@ -73,13 +75,15 @@ class Archive:
         return field(self.json(f"data/{kind}/model_{kind}_config.json"), "config", dict)
 
     def tensor(self, kind: str, name: str) -> np.ndarray:
-        """The tensor `name` of the table of "weights" or "constants"."""
+        """The tensor `name` in the table `kind`, "weights" or "constants"."""
         entry = self.tables[kind].get(name)
         if type(entry) is not dict:
             raise Refusal(f"tensor {quote(name)} is not in the archive")
         meta, path = field(entry, "tensor_meta", dict), field(entry, "path_name", str)
         if entry.get("use_pickle") is not False:
-            raise Refusal(f"tensor {quote(name)} is pickled, which only code can read")
+            raise Refusal(
+                f"tensor {quote(name)} is pickled, which cannot be read without running code"
+            )
         found, strides = meta_of(meta), sizes(meta, "strides")
         offset = sizes({"": [meta.get("storage_offset")]}, "")[0]
         shape = found.shape
@@ -109,7 +113,7 @@ class Archive:
 def strided(
     data: bytes, dtype: np.dtype, shape: Any, strides: Any, offset: int, name: str
 ) -> np.ndarray:
-    """A copy of a tensor that lies in `data` with strides in elements."""
+    """A contiguous copy of a tensor stored in `data`; strides and offset are in elements."""
     last = offset + sum((dim - 1) * stride for dim, stride in zip(shape, strides, strict=True))
     if offset < 0 or (math.prod(shape) and (last + 1) * dtype.itemsize > len(data)):
         raise Refusal(f"tensor {quote(name)} reaches beyond its {len(data):,} bytes")
@@ -121,6 +125,7 @@ def strided(
 
 
 def field(value: Any, name: str, kind: type) -> Any:
+    """The field `name` of a JSON object. Raises Refusal unless it has the type `kind`."""
     found = value.get(name) if type(value) is dict else None
     if type(found) is not kind:
         raise Refusal(f"its field {quote(name)} is {quote(found)}")
@@ -128,7 +133,7 @@ def field(value: Any, name: str, kind: type) -> Any:
 
 
 def sizes(value: dict[str, Any], name: str) -> tuple[Any, ...]:
-    """Sizes as numbers, None for those that are expressions."""
+    """A list of sizes as numbers; None for symbolic sizes."""
     found = []
     for size in field(value, name, list):
         if type(size) is not dict or len(size) != 1:
@@ -141,9 +146,11 @@ def sizes(value: dict[str, Any], name: str) -> tuple[Any, ...]:
 
 
 def meta_of(value: Any) -> Meta:
+    """Shape and element type from a tensor's JSON description."""
     number = value.get("dtype") if type(value) is dict else None
     if type(number) is not int or number not in TYPES:
-        raise Refusal(f"a tensor is of element type {quote(number)}, which is not read")
+        raise Refusal(f"a tensor is of element type {quote(number)}, which is not supported")
+    # 7 is torch.strided
     if value.get("layout") not in [None, 7]:
         raise Refusal("a tensor is sparse")
     shape = sizes(value, "sizes")

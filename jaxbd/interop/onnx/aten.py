@@ -1,4 +1,5 @@
-"""Programs of torch.export, given as JSON, as graphs: each aten operator becomes nodes of ONNX."""
+"""Converts torch.export programs, given as JSON, to graphs: each aten operator becomes ONNX
+nodes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ TYPES: dict[int, np.dtype] = {
     12: np.dtype(np.bool_),
     13: np.dtype(ml_dtypes.bfloat16),
 }
-"""Number of an element type in torch.export's schema -> NumPy's."""
+"""Number of an element type in torch.export's schema -> NumPy dtype."""
 VIEWS = frozenset(
     [
         "view",
@@ -49,20 +50,20 @@ VIEWS = frozenset(
         "to",
     ]
 )
-"""Operators whose results may share memory with their input."""
+"""Operators that may return a view of their input's memory."""
 IGNORED = ("as_device", "as_layout", "as_memory_format")
 
 
 class Meta(NamedTuple):
-    """What the program says of a tensor: dimensions, None where they depend on the batch, and
-    element type."""
+    """A tensor's shape and element type as stated in the program; dimensions that depend on the
+    batch are None."""
 
     shape: tuple[Any, ...]
     dtype: np.dtype
 
 
 class Tensor(NamedTuple):
-    """An argument that is a tensor, by its name in the program."""
+    """A tensor argument, by its name in the program."""
 
     name: str
 
@@ -71,26 +72,27 @@ class Converter(Builder):
     """A graph under construction from a program.
 
     Attributes:
-      metas: name of a tensor in the program -> what is said of it.
+      metas: name of a tensor in the program -> its stated shape and type.
       values: name in the program -> name in the graph.
     """
 
     def __init__(self, weights: Mapping[str, np.ndarray], metas: Mapping[str, Meta]):
         super().__init__(weights)
         self.metas, self.values = metas, dict[str, str]()
+        # name of a view -> name of the tensor that owns its memory
         self._group: dict[str, str] = {}
+        # names of values whose memory an in-place operator has changed since
         self._stale: set[str] = set()
 
     def value(self, argument: Any, like: Tensor | None = None) -> str:
-        """The graph's name for an argument: a tensor, or a number as a constant of the type of
-        `like`."""
+        """The graph's name for an argument. A number becomes a constant with the type of `like`."""
         if isinstance(argument, Tensor):
             if argument.name in self._stale:
                 raise Refusal(
                     f"value {quote(argument.name)} shares memory that is changed in place"
                 )
             if argument.name not in self.values:
-                raise Refusal(f"value {quote(argument.name)} is made by no operator before it")
+                raise Refusal(f"value {quote(argument.name)} is used before it is computed")
             return self.values[argument.name]
         dtype = self.meta(like).dtype if like is not None else np.dtype(np.float32)
         if isinstance(argument, float) and dtype.kind in "iub":
@@ -118,15 +120,15 @@ class Converter(Builder):
         return axis % rank
 
     def size(self, tensor: Tensor, axis: int) -> int:
-        """A dimension that must be a number."""
+        """The size of an axis, which must be a fixed number."""
         found = self.meta(tensor).shape[self.axis(tensor, axis)]
         if found is None:
-            raise Refusal(f"axis {axis} of {quote(tensor.name)} is of no fixed size")
+            raise Refusal(f"axis {axis} of {quote(tensor.name)} has no fixed size")
         return found
 
     def dims(self, sizes: list[Any]) -> str:
-        """A vector of sizes, some of which may be values; one such is written as -1 where nothing
-        else is."""
+        """A vector of sizes, some of which may be symbolic. A single symbolic size is written as
+        -1, unless -1 is already used."""
         open_sizes = [size for size in sizes if not isinstance(size, int)]
         if not open_sizes:
             return self.integers(sizes)
@@ -135,7 +137,7 @@ class Converter(Builder):
         return self.vector(sizes)
 
     def vector(self, sizes: list[Any]) -> str:
-        """A vector of sizes, some of which may be values."""
+        """A vector of sizes, some of which may be symbolic."""
         parts = [
             self.integers([s]) if isinstance(s, int) else self._row(self.value(s)) for s in sizes
         ]
@@ -151,7 +153,7 @@ class Converter(Builder):
         outputs: list[str],
         handlers: Mapping[str, Any],
     ) -> None:
-        """Converts one operator. Raises Refusal naming it where it is not known."""
+        """Converts one operator. Raises Refusal naming it if it is not known."""
         base = target.removeprefix("torch.ops.aten.").removeprefix("_operator.").split(".")[0]
         in_place = base.endswith("_") and not base.startswith("__")
         handler = handlers.get(base) or (handlers.get(base[:-1]) if in_place else None)
@@ -178,14 +180,15 @@ class Converter(Builder):
     def _bind(
         self, base: str, own: Tensor | None, outputs: list[str], results: list[str], in_place: bool
     ) -> None:
-        """Gives the results their names; an operator in place also changes its input, and what
-        shares its memory."""
+        """Assigns the results to `outputs`. An in-place operator also rebinds its input, and marks
+        everything that shares the input's memory as stale."""
         self.values |= dict(zip(outputs, results, strict=False))
         if own is None:
             return
         root = self._group.get(own.name, own.name)
         if base.rstrip("_") in VIEWS or in_place:
             self._group |= dict.fromkeys(outputs, root)
+        # known arrays are changed themselves, so their views stay valid
         if in_place and self.values[own.name] not in self.known:
             others = {name for name, group in self._group.items() if group == root} | {root}
             self._stale |= others - {own.name, *outputs}
@@ -193,7 +196,7 @@ class Converter(Builder):
 
 
 def decode(argument: Any) -> Any:
-    """An argument's value: number, text, None, `Tensor`, or a list of these. Raises Refusal on
+    """An argument's value: a number, string, None, `Tensor`, or a list of these. Raises Refusal for
     other kinds."""
     if type(argument) is not dict or len(argument) != 1:
         raise Refusal(f"an argument is {quote(argument)}")
@@ -212,13 +215,13 @@ def decode(argument: Any) -> Any:
         "as_scalar_type": int,
     }
     if kind == "as_float" and type(value) in (int, str):
-        return float(value)  # "Infinity" and "NaN" are text
+        return float(value)  # "Infinity" and "NaN" are stored as strings
     if kind in plain and type(value) is plain[kind]:
         return value
     lists = {"as_ints": int, "as_floats": float, "as_bools": bool}
     if kind in lists and all(type(each) in (int, float, bool) for each in _list(value)):
         return [lists[kind](each) for each in value]
-    raise Refusal(f"an argument of kind {quote(kind)} is not read")
+    raise Refusal(f"an argument of kind {quote(kind)} is not supported")
 
 
 def _read_value(value: Any) -> Any:

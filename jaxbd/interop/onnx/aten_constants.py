@@ -1,4 +1,5 @@
-"""aten operators that make constants or compute sizes. Each is (converter, arguments) -> name."""
+"""aten operators that make constants or compute sizes, as functions (converter, arguments) ->
+name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +14,13 @@ from jaxbd.limits import Refusal
 
 
 def full(fill: float | None) -> Callable[[Converter, Arguments], str]:
-    """A constant tensor: `fill`, or the operator's own value."""
+    """Handler for a constant tensor filled with `fill`, or with the operator's own value."""
 
     def make(c: Converter, a: Arguments) -> str:
         like = a.get("self")
         shape = a.get("size", c.meta(like).shape if like is not None else ())
         if not all(isinstance(size, int) for size in shape):
-            raise Refusal("a constant of an open size is not read")
+            raise Refusal("a constant of symbolic size is not supported")
         check_size(shape, MOST_STATIC)
         number = a.get("fill_value", a.get("value", 0)) if fill is None else fill
         given = (
@@ -37,7 +38,7 @@ def full(fill: float | None) -> Callable[[Converter, Arguments], str]:
 def arange(c: Converter, a: Arguments) -> str:
     start, end, step = a.get("start", 0), a["end"], a.get("step", 1)
     if not all(isinstance(bound, int | float) for bound in (start, end, step)) or not step:
-        raise Refusal("an arange of an open size is not read")
+        raise Refusal("an arange of symbolic size is not supported")
     check_size((max(int((end - start) / step) + 1, 0),), MOST_STATIC)
     default = (
         np.int64 if all(isinstance(bound, int) for bound in (start, end, step)) else np.float32
@@ -48,7 +49,8 @@ def arange(c: Converter, a: Arguments) -> str:
 
 
 def fill(c: Converter, a: Arguments) -> str:
-    """Writes into a constant that is still being made, and into all that shares its memory."""
+    """Fills a constant in place. Everything that shares its memory changes too."""
+    # the array may still change: it becomes part of the graph only when a node uses it
     name, value = c.value(a["self"]), a["value"]
     value = c.known.get(c.value(value)) if isinstance(value, Tensor) else value
     if name not in c.known or value is None or not c.known[name].flags.writeable:
@@ -64,7 +66,7 @@ def sym_size(c: Converter, a: Arguments) -> str:
 
 
 def arithmetic(op: str) -> Callable[[Converter, Arguments], str]:
-    """Arithmetic on sizes."""
+    """Handler for arithmetic on sizes."""
 
     def make(c: Converter, a: Arguments) -> str:
         sides = [
@@ -84,11 +86,11 @@ CONSTANTS: dict[str, Callable[[Converter, Arguments], Any]] = {
     "fill": fill,
     "sym_size": sym_size,
 }
-"""Name of an aten operator, without overload -> what converts it."""
+"""Name of an aten operator, without overload -> its handler."""
 OPERATORS = {
     "mul": arithmetic("Mul"),
     "add": arithmetic("Add"),
     "sub": arithmetic("Sub"),
     "floordiv": arithmetic("Div"),
 }
-"""Python's own operators on sizes."""
+"""Name of a Python operator on sizes -> its handler."""

@@ -1,4 +1,5 @@
-"""aten operators that are layers: convolution, products, pooling, normalisation, attention."""
+"""aten operators that are layers: convolution, matrix products, pooling, normalisation,
+attention."""
 
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxbd.limits import Refusal
 
 def conv(c: Converter, a: Arguments) -> str:
     if a.get("transposed"):
-        raise Refusal("a transposed convolution is not read")
+        raise Refusal("a transposed convolution is not supported")
     inputs = [c.value(a["input"]), c.value(a["weight"])]
     rank = c.rank(a["weight"]) - 2
     spread = lambda name, default: tuple(_each(a.get(name, default), rank))
@@ -33,13 +34,13 @@ def conv(c: Converter, a: Arguments) -> str:
 
 
 def _each(value: Any, rank: int) -> list[int]:
-    """One number for every axis."""
+    """`value` as one number for every axis."""
     values = value if isinstance(value, list) else [value]
     return values * rank if len(values) == 1 else values
 
 
 def linear(c: Converter, a: Arguments) -> str:
-    """Gemm for matrices; for more axes, a product with the transposed weight, and a sum."""
+    """Gemm for a matrix input; with more axes, MatMul with the transposed weight, then Add."""
     x, weight, bias = a["input"], c.value(a["weight"]), a.get("bias")
     if c.rank(x) == 2:
         return c.add(
@@ -65,6 +66,7 @@ def pooling(op: str) -> Handler:
         kernel = _each(a["kernel_size"], rank)
         attributes: dict[str, Any] = {
             "kernel_shape": tuple(kernel),
+            # an empty stride stands for the size of the window
             "strides": tuple(_each(a.get("stride") or kernel, rank)),
             "pads": tuple(_each(a.get("padding", 0), rank)) * 2,
             "ceil_mode": int(a.get("ceil_mode", False)),
@@ -74,20 +76,20 @@ def pooling(op: str) -> Handler:
         else:
             attributes["count_include_pad"] = int(a.get("count_include_pad", True))
             if a.get("divisor_override") is not None:
-                raise Refusal("a pooling with a divisor of its own is not read")
+                raise Refusal("a pooling with a divisor of its own is not supported")
         return c.add(op, [c.value(x)], "", 1, **attributes)
 
     return make
 
 
 def max_pool_with_indices(c: Converter, a: Arguments) -> list[str]:
-    """The second output, positions, may not be read."""
+    """Max pooling. The second output, the positions, is not supported and gets no name."""
     return [pooling("MaxPool")(c, a), ""]
 
 
 def adaptive_average(c: Converter, a: Arguments) -> str:
-    """Means over parts of equal size, or nearly so: then each axis is multiplied by a matrix of
-    shares."""
+    """Means over parts of the image. Parts of equal size become ordinary pooling; otherwise each
+    axis is multiplied by a matrix of weights."""
     x = a["self"]
     name, wanted = c.value(x), _each(a["output_size"], c.rank(x) - 2)
     if all(size == 1 for size in wanted):
@@ -97,15 +99,15 @@ def adaptive_average(c: Converter, a: Arguments) -> str:
         kernel = tuple(size // part for size, part in zip(sizes, wanted, strict=True))
         return c.add("AveragePool", [name], "", 1, kernel_shape=kernel, strides=kernel)
     if len(sizes) != 2:
-        raise Refusal("an adaptive pooling of other than two axes is not read")
+        raise Refusal("an adaptive pooling over other than two axes is not supported")
     rows, columns = (_shares(size, part) for size, part in zip(sizes, wanted, strict=True))
     wide = c.add("MatMul", [name, c.constant(columns.T)])
     return c.add("MatMul", [c.constant(rows), wide])
 
 
 def _shares(size: int, parts: int) -> np.ndarray:
-    """[parts, size]: the mean over positions floor(i size / parts) to ceil((i + 1) size / parts) -
-    1."""
+    """Weights [parts, size]: row i takes the mean over the positions from floor(i size / parts) to
+    ceil((i + 1) size / parts) - 1."""
     shares = np.zeros((parts, size), np.float32)
     for i in range(parts):
         low, high = i * size // parts, -(-(i + 1) * size // parts)
@@ -114,10 +116,12 @@ def _shares(size: int, parts: int) -> np.ndarray:
 
 
 def batch_norm(c: Converter, a: Arguments) -> list[str]:
-    """By stored moments; without affine parameters, by a scale of 1 and a bias of 0."""
+    """BatchNorm with stored moments. Without affine parameters, a scale of 1 and a bias of 0 are
+    added."""
     if a.get("training") or a.get("running_mean") is None:
         raise Refusal(
-            "a batch_norm by the moments of its batch is not read; export the model in evaluation"
+            "a batch_norm with the moments of its batch is not supported; export the model in"
+            " evaluation mode"
         )
     mean = c.value(a["running_mean"])
     count = c.meta(a["running_mean"]).shape
@@ -129,12 +133,13 @@ def batch_norm(c: Converter, a: Arguments) -> list[str]:
         for given, fill, leaf in zip(affine, (1, 0), ("weight", "bias"), strict=True)
     )
     inputs = [c.value(a["input"]), scale, bias, mean, c.value(a["running_var"])]
+    # PyTorch's momentum weights the new moments, ONNX's the old ones
     keep = {"epsilon": float(a.get("eps", 1e-5)), "momentum": 1 - float(a.get("momentum", 0.1))}
     return [c.add("BatchNormalization", inputs, "", 1, **keep), "", ""]
 
 
 def _add_weight(c: Converter, array: np.ndarray, beside: str, leaf: str) -> str:
-    """A weight that the program does not have, named after the moments beside it."""
+    """Adds a weight that the program lacks, named after the moments of the same layer."""
     name = c.name(f"{beside.removesuffix('.running_mean')}.{leaf}")
     c.tensors[name] = array
     return name
@@ -155,8 +160,8 @@ def layer_norm(c: Converter, a: Arguments) -> list[str]:
 
 
 def group_norm(c: Converter, a: Arguments) -> str:
-    """Groups are instances of a value [B, groups, …]; scale and bias, one for each channel,
-    follow."""
+    """GroupNorm as InstanceNormalization of the value reshaped to [B, groups, …], followed by scale
+    and bias per channel."""
     x, groups = a["input"], a["num_groups"]
     name, rest = c.value(x), (1,) * (c.rank(x) - 2)
     parts = c.add("Reshape", [name, c.integers([0, groups, -1])])
@@ -177,7 +182,7 @@ def attention(c: Converter, a: Arguments) -> list[str]:
     """softmax(q k^T scale + mask) v."""
     q, k, v = (a[key] for key in ("query", "key", "value"))
     if a.get("is_causal") or a.get("enable_gqa"):
-        raise Refusal("a causal or grouped attention is not read")
+        raise Refusal("a causal or grouped attention is not supported")
     scale = a.get("scale") or c.size(q, -1) ** -0.5
     perm = [*range(c.rank(k) - 2), c.rank(k) - 1, c.rank(k) - 2]
     scores = c.add("MatMul", [c.value(q), c.add("Transpose", [c.value(k)], perm=tuple(perm))])
@@ -212,4 +217,4 @@ LAYERS: dict[str, Handler] = {
     "avg_pool2d": pooling("AveragePool"),
     "group_norm": group_norm,
 }
-"""Name of an aten operator, without overload -> what converts it."""
+"""Name of an aten operator, without overload -> its handler."""

@@ -1,5 +1,5 @@
-"""aten operators that compute element by element, or reduce. Each is (converter, arguments) ->
-name of the value."""
+"""aten operators that work element by element or reduce, as functions (converter, arguments) ->
+name of the result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +13,16 @@ Handler = Callable[[Converter, Arguments], Any]
 
 
 def source(a: Arguments) -> Tensor:
-    """The operator's first tensor."""
+    """The operator's first tensor argument."""
     return a["self"] if "self" in a else a["input"]
 
 
 def unary(op: str, **defaults: Any) -> Handler:
-    """One operator of ONNX; `defaults` are attributes with the argument each comes from."""
+    """Handler that emits one ONNX operator.
+
+    Args:
+      defaults: name of an attribute -> (name of the argument it comes from, default).
+    """
 
     def make(c: Converter, a: Arguments) -> str:
         attributes = {name: float(a.get(key, default)) for name, (key, default) in defaults.items()}
@@ -28,7 +32,8 @@ def unary(op: str, **defaults: Any) -> Handler:
 
 
 def binary(op: str) -> Handler:
-    """Arithmetic and comparisons with a tensor or a number; `alpha` multiplies the second side."""
+    """Handler for arithmetic and comparisons with a tensor or number; `alpha` scales the second
+    operand."""
 
     def make(c: Converter, a: Arguments) -> str:
         x, y = a.get("self", a.get("input")), a.get("other", a.get("exponent"))
@@ -38,10 +43,11 @@ def binary(op: str) -> Handler:
         ]
         if a.get("alpha", 1) != 1:
             sides[1] = c.add("Mul", [sides[1], c.value(a["alpha"], x)])
+        # PyTorch divides integers as floats, ONNX rounds towards zero
         if op == "Div" and isinstance(x, Tensor) and c.meta(x).dtype.kind in "iu":
             sides = [c.add("Cast", [side], to=1) for side in sides]
         if a.get("rounding_mode") is not None:
-            raise Refusal("a division that rounds is not read")
+            raise Refusal("a division that rounds is not supported")
         return c.add(op, sides)
 
     return make
@@ -60,8 +66,7 @@ def rsqrt(c: Converter, a: Arguments) -> str:
 
 
 def clamp(c: Converter, a: Arguments) -> str:
-    """Bounds are `min` and `max`, or `min_val` and `max_val` of hardtanh, which default to -1 and
-    1."""
+    """Clip. The bounds are the arguments `min` and `max`, or hardtanh's `min_val` and `max_val`."""
     low, high = a.get("min", a.get("min_val")), a.get("max", a.get("max_val"))
     x = source(a)
     return c.add(
@@ -99,7 +104,7 @@ def where(c: Converter, a: Arguments) -> str:
 
 
 def convert(c: Converter, a: Arguments) -> str:
-    """Another element type, where one is named."""
+    """Casts to the stated element type; without one, passes the value through."""
     if a.get("dtype") is None:
         return first(c, a)
     numbers = {dtype: number for number, dtype in ONNX_TYPES.items()}
@@ -184,10 +189,11 @@ MATH: dict[str, Handler] = {
     "amin": reduction("ReduceMin"),
     "prelu": lambda c, a: c.add("PRelu", [c.value(a["self"]), _by_channel(c, a)]),
 }
-"""Name of an aten operator, without overload -> what converts it."""
+"""Name of an aten operator, without overload -> its handler."""
 
 
 def _by_channel(c: Converter, a: Arguments) -> str:
+    """PReLU's slopes [C], reshaped to broadcast along the channels."""
     return c.add(
         "Reshape", [c.value(a["weight"]), c.integers([-1, *(1,) * (c.rank(a["self"]) - 2)])]
     )

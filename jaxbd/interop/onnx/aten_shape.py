@@ -1,5 +1,5 @@
-"""aten operators that move, cut and join tensors, make constants, or compute sizes. Each is
-(converter, arguments)."""
+"""aten operators that reshape, split and join tensors, as functions (converter, arguments) ->
+name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from jaxbd.interop.onnx.aten import Converter, Tensor
 from jaxbd.limits import Refusal
 
 Arguments = Any
-"""Name of an argument -> its value, {str: Any}."""
+"""{name of an argument: its value}."""
 INT_MAX = 1 << 62
 
 
@@ -24,7 +24,7 @@ def view(c: Converter, a: Arguments) -> str:
 
 
 def flatten(c: Converter, a: Arguments) -> str:
-    """Axes `start_dim` to `end_dim` as one."""
+    """Merges the axes from `start_dim` to `end_dim`."""
     x = a.get("self", a.get("input"))
     start, end = c.axis(x, a.get("start_dim", 0)), c.axis(x, a.get("end_dim", -1))
     shape = c.meta(x).shape
@@ -35,10 +35,11 @@ def flatten(c: Converter, a: Arguments) -> str:
         if any(dim is None for dim in shape[start : end + 1])
         else int(np.prod(shape[start : end + 1]))
     )
-    # 0 copies the input's dimension, which stands at the same place only before the merged ones
+    # in ONNX a 0 copies the input's dimension at the same index: that only works before the merged
+    # axes, where indices do not shift
     after = [-2 if dim is None else dim for dim in shape[end + 1 :]]
     if -2 in after:
-        raise Refusal("a flatten with an open size behind it is not read")
+        raise Refusal("a flatten with a symbolic size after it is not supported")
     return c.add("Reshape", [c.value(x), c.integers([*([0] * start), merged, *after])])
 
 
@@ -46,7 +47,7 @@ def unflatten(c: Converter, a: Arguments) -> str:
     x = a["self"]
     axis, shape = c.axis(x, a["dim"]), c.meta(x).shape
     if any(dim is None for dim in shape[axis + 1 :]):
-        raise Refusal("an unflatten with an open size behind it is not read")
+        raise Refusal("an unflatten with a symbolic size after it is not supported")
     return c.add(
         "Reshape", [c.value(x), c.integers([*([0] * axis), *a["sizes"], *shape[axis + 1 :]])]
     )
@@ -79,7 +80,7 @@ def stack(c: Converter, a: Arguments) -> str:
 
 
 def split(c: Converter, a: Arguments) -> list[str]:
-    """Parts of `split_size` (or of the sizes listed), or `chunks` parts."""
+    """Splits into parts of `split_size`, of the listed `split_sizes`, or into `chunks` parts."""
     x = a["self"]
     axis = c.axis(x, a.get("dim", 0))
     whole = c.size(x, axis)
@@ -102,7 +103,7 @@ def unbind(c: Converter, a: Arguments) -> list[str]:
 def select(c: Converter, a: Arguments) -> str:
     x = a["self"]
     axis = c.axis(x, a["dim"])
-    if c.values[x.name] in c.known:  # a view, so that what is written into it reaches the rest
+    if c.values[x.name] in c.known:  # a NumPy view, so that writing into it changes the original
         name = c.name("select")
         c.known[name] = c.known[c.values[x.name]][(slice(None),) * axis + (a["index"],)]
         return name
@@ -123,13 +124,13 @@ def slice_(c: Converter, a: Arguments) -> str:
 
 
 def index(c: Converter, a: Arguments) -> str:
-    """Advanced indexing by one tensor; the others must be left out."""
+    """Advanced indexing by a tensor along one axis; all other indices must be absent."""
     x, indices = a["self"], a.get("indices", a.get("index"))
     if isinstance(indices, Tensor):
         return c.add("Gather", [c.value(x), c.value(indices)], axis=c.axis(x, a.get("dim", 0)))
     given = [axis for axis, each in enumerate(indices) if each is not None]
     if len(given) != 1 or c.meta(indices[given[0]]).dtype.kind == "b":
-        raise Refusal("indexing by several tensors, or by a mask, is not read")
+        raise Refusal("indexing by several tensors, or by a mask, is not supported")
     return c.add("Gather", [c.value(x), c.value(indices[given[0]])], axis=given[0])
 
 
@@ -149,7 +150,7 @@ def squeeze(c: Converter, a: Arguments) -> str:
 
 
 def expand(c: Converter, a: Arguments) -> str:
-    """-1 keeps a dimension, which 1 does in ONNX."""
+    """Expand. PyTorch keeps a dimension with -1, ONNX with 1."""
     sizes = [1 if size == -1 else size for size in a["size"]]
     return c.add("Expand", [c.value(a["self"]), c.vector(sizes)])
 
@@ -162,7 +163,7 @@ def repeat(c: Converter, a: Arguments) -> str:
 
 
 def roll(c: Converter, a: Arguments) -> str:
-    """Each axis is cut in two, which change places."""
+    """Rolls each axis by cutting it in two and swapping the parts."""
     x = c.value(a["self"])
     for shift, dim in zip(a["shifts"], a.get("dims", []), strict=True):
         axis = c.axis(a["self"], dim)
@@ -176,7 +177,7 @@ def roll(c: Converter, a: Arguments) -> str:
 
 
 def pad(c: Converter, a: Arguments) -> str:
-    """Widths come from the last axis backwards."""
+    """Pad. PyTorch lists the widths from the last axis backwards."""
     x, widths = a["self"], a["pad"]
     rank, value = c.rank(x), a.get("value") or 0.0
     pairs = [(0, 0)] * (rank - len(widths) // 2) + list(
@@ -214,4 +215,4 @@ SHAPES: dict[str, Callable[[Converter, Arguments], Any]] = {
     "repeat": repeat,
     "roll": roll,
 }
-"""Name of an aten operator, without overload -> what converts it."""
+"""Name of an aten operator, without overload -> its handler."""

@@ -1,4 +1,4 @@
-"""Builds a graph node by node; what depends on no image is computed at once."""
+"""Builds a graph node by node. Values that do not depend on an image are computed immediately."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,15 +11,17 @@ from jaxbd.interop.onnx.values import Budget
 from jaxbd.limits import Refusal, quote
 
 OPSET = 20
-"""Opset of the graphs that are built here: the first with Gelu."""
+"""Opset of the graphs built here: the first with Gelu."""
 
 
 class Builder:
-    """Nodes and tensors of a graph under construction. Values go by name.
+    """A graph under construction. Values are referred to by name.
 
     Attributes:
-      nodes, tensors: what the graph will hold; fixed: names of tensors that are no weights.
-      known: values that depend on nothing but constants.
+      nodes, tensors: the graph's nodes and tensors so far.
+      fixed: names of tensors that are not weights.
+      known: name -> value of everything that depends only on constants.
+      taken: all names in use.
     """
 
     def __init__(self, weights: Mapping[str, np.ndarray] | None = None):
@@ -31,7 +33,7 @@ class Builder:
         self._budget = Budget()
 
     def name(self, wish: str) -> str:
-        """A name that no value has yet, `wish` if possible."""
+        """Reserves an unused name, `wish` if possible."""
         number, free = 1, wish
         while free in self.taken:
             number, free = number + 1, f"{wish}_{number}"
@@ -39,22 +41,24 @@ class Builder:
         return free
 
     def constant(self, value: Any, dtype: Any = None, wish: str = "constant") -> str:
-        """A constant value, as an array."""
+        """Adds a constant; returns its name."""
         name = self.name(wish)
         self.known[name] = np.asarray(value, dtype)
         self._budget.spend(self.known[name])
         return name
 
     def integers(self, values: Sequence[int]) -> str:
-        """A constant vector of integers, such as a shape or axes."""
+        """Adds a constant vector of integers, e.g. a shape or axes; returns its name."""
         return self.constant(list(values), np.int64, "shape")
 
     def add(
         self, op: str, inputs: Sequence[str], wish: str = "", count: int = 1, /, **attributes: Any
     ) -> Any:
-        """The name of the output of a new node, or names where it has `count` > 1 of them."""
+        """Adds a node; returns the name of its output, or a tuple of names if `count` > 1. A node
+        with only known inputs is computed instead."""
         outputs = tuple(self.name(wish or op.lower()) for _ in range(count))
         node = Node(op, outputs[0], tuple(inputs), outputs, attributes, OPSET)
+        # constants are folded as the graph is built
         if all(name in self.known for name in inputs if name):
             results = compute(node, [self.known[name] if name else None for name in inputs])
             for name, result in zip(outputs, results, strict=True):
@@ -68,8 +72,9 @@ class Builder:
         return outputs[0] if count == 1 else outputs
 
     def store(self, name: str) -> None:
-        """Makes a known value a tensor of the graph, as it is now."""
+        """Stores the current state of a known value as a tensor of the graph."""
         if name not in self.tensors:
+            # a copy, because an in-place operator may still change the value
             self.tensors[name] = np.array(self.known[name])
             self.fixed.add(name)
         elif not np.array_equal(

@@ -1,5 +1,4 @@
-"""BatchNormalization folded into the convolution before it, for graphs whose weights stay as they
-are."""
+"""Folds BatchNormalization into the preceding convolution, for graphs with frozen weights."""
 
 import functools
 from collections.abc import Callable
@@ -17,14 +16,15 @@ from jaxbd.interop.onnx.tidying import BATCH_NORM
 
 
 def freezing(layout: Layout) -> Callable[[Variables], Variables] | None:
-    """What folds the normalisations of a net, see `Net.frozen`; None where there is nothing to
+    """The function that folds a net's normalisations, see `Net.frozen`; None if there are none to
     fold."""
     pairs = _pairs(layout)
-    return functools.partial(_frozen, pairs) if pairs else None
+    return functools.partial(_fold, pairs) if pairs else None
 
 
 def _pairs(layout: Layout) -> dict[str, tuple[str, float]]:
-    """Layer of a BatchNormalization -> (layer of the convolution that it alone reads, epsilon)."""
+    """Layer of a BatchNormalization -> (layer of the convolution before it, epsilon). A pair is
+    only made if nothing else reads the convolution's output or its weights."""
     after = readers(layout.nodes)
     makers = {value: node for node in layout.nodes for value in node.outputs}
     uses: dict[str, int] = {}
@@ -49,9 +49,9 @@ def _pairs(layout: Layout) -> dict[str, tuple[str, float]]:
     return pairs
 
 
-def _frozen(pairs: dict[str, tuple[str, float]], variables: Variables) -> Variables:
-    """y = (w * x + b - mu) s / sqrt(var + eps) + t becomes y = w' * x + shift, the shift in the
-    collection `folded`."""
+def _fold(pairs: dict[str, tuple[str, float]], variables: Variables) -> Variables:
+    """Rewrites y = (w * x + b - mu) s / sqrt(var + eps) + t as y = w' * x + shift, with the shift
+    in the collection `folded`."""
     flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(
         jax.tree.map(np.asarray, dict(variables))
     )
@@ -64,6 +64,7 @@ def _frozen(pairs: dict[str, tuple[str, float]], variables: Variables) -> Variab
         flat[kernel] = flat[kernel] * factor.reshape((1,) * (flat[kernel].ndim - 1) + (-1,))
         if ("params", conv, "bias") in flat:
             shift = shift + flat["params", conv, "bias"] * factor
+            # the bias is part of the shift now
             flat["params", conv, "bias"] = np.zeros_like(shift)
         flat["folded", norm, "shift"] = shift
     return {"batch_stats": {}, **jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat))}

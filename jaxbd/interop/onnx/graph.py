@@ -1,5 +1,5 @@
-"""The graph form that ONNX files and torch.export archives are read into, in ONNX's operators and
-meanings."""
+"""The graph representation of ONNX files and torch.export archives, with ONNX's operators and
+semantics."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ import numpy as np
 from jaxbd.limits import Limits
 
 MOST_ELEMENTS = 1 << 28
-"""Elements that one value of a graph may have, for the images of a batch as exported."""
+"""Maximum elements of one value of a graph, for a batch of the exported size."""
 MOST_STATIC = 1 << 24
-"""Elements of all values together that are computed before an image is there."""
+"""Maximum total elements of the values that do not depend on an image."""
 MOST_COMPUTED = 1 << 31
-"""Elements of all values together that are computed for one image."""
+"""Maximum total elements of the values that are computed for one image."""
 MOST_AXES = 10
 
 MISFITS = (
@@ -26,28 +26,29 @@ MISFITS = (
     TypeError,
     ValueError,
 )
-"""What code raises that is given arguments it was not written for, as hostile files do."""
+"""Exceptions that code raises for arguments it was not written for, as found in hostile files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphLimits:
-    """What a graph may cost to read. Everything above is refused before it is paid for.
+    """Upper bounds on what reading a graph may cost. A graph that needs more is refused before the
+    cost arises.
 
     Attributes:
       file_bytes: size of the file, and of each file of external data.
       fields: fields of the protocol buffer, counted before it is parsed.
-      packed_bytes: lists of integers packed in the protocol buffer, which unpack to eight times as
-        much.
+      packed_bytes: size of packed integer lists in the protocol buffer, which unpack to eight times
+        as much.
       depth: nesting of messages, or of JSON.
-      nodes, tensors: operators and named arrays.
-      text_bytes: one attribute that is text, or one name.
-      numbers: numbers in one attribute that is a list.
-      unpacked_bytes: bytes of all tensors together, and never more than `Limits.unpacked` of the
-        files: a tensor may repeat one element, or many one part of a file.
-      json_bytes: size of a program in JSON.
-      seconds: processor time for reading, as `Limits.seconds`.
-      tracing_seconds: processor time for tracing all operators, with what is constant computed; a
-        net of a thousand operators takes some.
+      nodes, tensors: number of operators and of named arrays.
+      text_bytes: size of one string attribute, or one name.
+      numbers: length of one list attribute.
+      unpacked_bytes: total size of all tensors. `Limits.unpacked` of the files applies as well: a
+        tensor may repeat one element, or many tensors one part of a file.
+      json_bytes: size of a JSON program.
+      seconds: CPU time for reading, as `Limits.seconds`.
+      tracing_seconds: CPU time for tracing all operators and computing constants; larger, because a
+        net of a thousand operators takes a while.
     """
 
     file_bytes: int = 2 << 30
@@ -65,7 +66,7 @@ class GraphLimits:
 
     @property
     def plain(self) -> Limits:
-        """The limits of all readers, with these for the file and its program."""
+        """The general `Limits`, with the values above for the file and its program."""
         return dataclasses.replace(
             Limits(),
             file_bytes=self.file_bytes,
@@ -80,11 +81,11 @@ class Node(NamedTuple):
     """One operator.
 
     Attributes:
-      op: its name in ONNX's own domain, "Conv".
-      name: what the file calls this node; may be empty.
-      inputs, outputs: names of values; "" where one is left out.
+      op: the operator's name in ONNX's own domain, e.g. "Conv".
+      name: the node's name in the file; may be empty.
+      inputs, outputs: names of values; "" for one that is omitted.
       attributes: name -> int, float, str, tuple of these, or NumPy array.
-      opset: version of the operators' meanings.
+      opset: version of the operator's semantics.
     """
 
     op: str
@@ -104,22 +105,22 @@ class Node(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """A network for one batch of images.
+    """A network that takes one batch of images.
 
     Attributes:
-      kind: what it was read from: "onnx", "pt2", or "jaxbd".
-      nodes: in an order in which they can be computed.
-      image: name of the one input; image_shape: its four dimensions as stated, None where open.
+      kind: where it comes from: "onnx", "pt2", or "jaxbd".
+      nodes: the operators, in an order in which they can be computed.
+      image: name of the one input.
+      image_shape: stated dimensions of the input; None for open ones.
       image_type: element type of the input.
-      outputs: names of the outputs in the file's order; logits: name of the value that is the
-        classifier's answer before a last softmax or sigmoid.
-      answer: operator that the logits go through in the file ("Softmax"), or "".
-      tensors: name -> array, what the file stores (weights, moments, constants).
-      fixed: names of tensors that are no weights, where the file tells.
-      metadata: the file's own notes, text by text.
+      outputs: names of the outputs, in file order.
+      logits: name of the value with the classifier's logits, before a final softmax or sigmoid.
+      answer: the operator applied to the logits in the file, e.g. "Softmax", or "".
+      tensors: name -> array stored in the file (weights, moments, constants).
+      fixed: names of tensors that are not weights, if the file says so.
+      metadata: the file's metadata, {key: text}.
       ir_version: version of ONNX's file format.
-      output_info: what an ONNX file says of each of its outputs, as stored; empty for graphs from
-        elsewhere.
+      output_info: an ONNX file's serialised descriptions of its outputs; empty for other graphs.
     """
 
     kind: str
@@ -138,7 +139,7 @@ class Graph(NamedTuple):
 
     @property
     def opset(self) -> int:
-        """Version of the operators' meanings."""
+        """Version of the operators' semantics."""
         return self.nodes[0].opset if self.nodes else 0
 
 
@@ -146,13 +147,13 @@ ANSWERS = ("Softmax", "LogSoftmax", "Sigmoid")
 
 
 def before_answer(nodes: tuple[Node, ...], output: str) -> tuple[str, str]:
-    """(value that holds the logits behind `output`, operator that makes the output of them, or
-    "")."""
+    """(value with the logits from which `output` is computed, operator applied to them); (output,
+    "") if the output already is the logits."""
     makers = {value: node for node in nodes for value in node.outputs if value}
     value, answer = output, ""
     while value in makers and makers[value].op in (*ANSWERS, "Identity") and makers[value].has(0):
         if makers[value].op != "Identity":
-            if answer:  # a softmax of a softmax is no answer made of logits
+            if answer:  # a softmax of a softmax: its input is not logits
                 break
             answer = makers[value].op
         value = makers[value].inputs[0]
@@ -161,12 +162,12 @@ def before_answer(nodes: tuple[Node, ...], output: str) -> tuple[str, str]:
 
 def needed(graph: Graph, value: str) -> tuple[Node, ...]:
     """The nodes that `value` depends on, in order."""
-    wanted, kept = {value}, []
+    values, nodes = {value}, []
     for node in reversed(graph.nodes):
-        if wanted & set(node.outputs):
-            kept.append(node)
-            wanted |= set(node.inputs)
-    return tuple(reversed(kept))
+        if values & set(node.outputs):
+            nodes.append(node)
+            values |= set(node.inputs)
+    return tuple(reversed(nodes))
 
 
 def readers(nodes: tuple[Node, ...]) -> dict[str, list[Node]]:

@@ -1,10 +1,10 @@
-"""A graph as a `Net`: pure, jittable and differentiable, for any number of images, with named
-parameters.
+"""Interprets a graph as a `Net`: pure, jittable and differentiable, for any number of images, with
+named parameters.
 
-The graph is computed for one batch of the size it was exported for (one image where that is open),
-and mapped over the images, so that a batch size that an export has written into its shapes does no
-harm. Mapped operations become the same batched convolutions and products as without. Values that
-depend on neither image nor weights stay NumPy, so shapes are static.
+The graph is computed for batches of the size it was exported for (one image if that is open) and
+vmapped over the images. A batch size that the exporter wrote into the shapes therefore does no
+harm, and vmap still gives ordinary batched convolutions and matrix products. Values that depend on
+neither image nor weights stay NumPy arrays, so shapes are static.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +24,18 @@ from jaxbd.limits import Refusal, quote
 from jaxbd.models.norm import normalise
 
 IMAGES = "jaxbd_images"
-"""Name of the mapped axis, over which moments of a batch are taken."""
+"""Name of the vmapped axis, over which a batch's moments are averaged."""
 
 
 class Program(NamedTuple):
-    """What computing a graph takes: the graph, its layout, images in a batch, whether channels come
-    first, and what is called before each operator."""
+    """Everything needed to compute a graph.
+
+    Attributes:
+      graph, layout: the tidied graph and its layout.
+      batch: number of images that the graph takes at a time.
+      channels_first: whether it takes them as [B, C, H, W].
+      check: called before each operator.
+    """
 
     graph: Graph
     layout: Layout
@@ -47,22 +53,22 @@ def to_net(
     batch: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Net, Variables]:
-    """The net of `graph`, whose first operation is (images - mean) / std, and its variables.
+    """The net of `graph`, preceded by (images - mean) / std, and its variables.
 
     Args:
       channels_first: whether the graph takes images as [B, C, H, W].
-      batch: images that it takes at a time.
-      check: called before each operator is traced; raises Refusal where that takes too long.
+      batch: number of images that it takes at a time.
+      check: called before each operator is traced; raises Refusal when the time is up.
     """
     graph = tidy(graph)
     program = Program(graph, lay_out(graph), batch, channels_first, check)
     own = variables_of(graph, program.layout)
 
     def forward(
-        variables: Variables, images: Array, train: bool, show: bool
+        variables: Variables, images: Array, train: bool, has_layers: bool
     ) -> tuple[Array, Any, dict[str, Array]]:
         try:
-            return _forward(program, variables, normalise(images, mean, std), train, show)
+            return _forward(program, variables, normalise(images, mean, std), train, has_layers)
         except Refusal as refusal:
             raise UserError(f"the graph cannot be computed: {refusal}") from None
 
@@ -73,19 +79,20 @@ def to_net(
         return logits, {**variables.get("batch_stats", {}), **moments}
 
     def outputs(variables: Variables, images: Array) -> tuple[Array, dict[str, Array]]:
-        logits, _, shown = forward(variables, images, False, True)
-        return logits, shown
+        logits, _, layers = forward(variables, images, False, True)
+        return logits, layers
 
     return Net(lambda key: _fresh(key, own), apply, outputs, freeze.freezing(program.layout)), own
 
 
 def _fresh(key: Key, own: Variables) -> Variables:
-    """Kernels drawn anew (He et al. 2015, eq. 10), normalisation at rest; what has no such role
-    stays as it was read."""
+    """New initial variables: kernels drawn at random (He et al. 2015, eq. 10), biases and moments
+    reset. Parameters with another role keep the values that were read."""
     flat = jax.tree_util.tree_flatten_with_path(own)
     rest = {"bias": 0.0, "mean": 0.0, "scale": 1.0, "var": 1.0}
     leaves = []
     for number, (path, leaf) in enumerate(flat[0]):
+        # (collection, layer, leaf); a parameter without a role has only two steps
         role = path[-1].key if len(path) == 3 else ""
         if role == "kernel":
             fan_in = max(int(np.prod(leaf.shape[:-1])), 1)
@@ -97,36 +104,40 @@ def _fresh(key: Key, own: Variables) -> Variables:
 
 
 def _forward(
-    program: Program, variables: Variables, images: Array, train: bool, show: bool
+    program: Program, variables: Variables, images: Array, train: bool, has_layers: bool
 ) -> tuple[Array, dict[str, Any], dict[str, Array]]:
-    """(logits [B, K], new moments by layer, outputs by layer [B, …, C])."""
+    """(logits [B, K], new moments by layer, outputs by layer [B, …, C]).
+
+    Moments are empty unless `train`, outputs unless `has_layers`.
+    """
     batch = program.batch
     count = images.shape[0]
-    if batch > 1 and count % batch:  # whole groups, filled up with the last image
+    if batch > 1 and count % batch:  # pad with the last image to whole groups
         images = jnp.concatenate([images, jnp.repeat(images[-1:], -count % batch, 0)])
     groups = images.reshape(-1, batch, *images.shape[1:])
-    one = lambda group: _compute(program, variables, group, train, show)
-    logits, moments, shown = jax.vmap(one, out_axes=(0, None, 0), axis_name=IMAGES)(groups)
+    one = lambda group: _compute(program, variables, group, train, has_layers)
+    logits, moments, layers = jax.vmap(one, out_axes=(0, None, 0), axis_name=IMAGES)(groups)
     flat = lambda x: x.reshape(-1, *x.shape[2:])[:count]
     logits = flat(logits)
-    # mapped functions return dictionaries sorted by name
-    ordered = [layer.name for layer in program.layout.layers if layer.name in shown]
+    # vmap returns dictionaries sorted by name: restore the order of the layers
+    ordered = [layer.name for layer in program.layout.layers if layer.name in layers]
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return wide, moments, {name: flat(shown[name]) for name in ordered}
+    return wide, moments, {name: flat(layers[name]) for name in ordered}
 
 
 def _compute(
-    program: Program, variables: Variables, images: Array, train: bool, show: bool
+    program: Program, variables: Variables, images: Array, train: bool, has_layers: bool
 ) -> tuple[Array, dict[str, Any], dict[str, Array]]:
-    """`_forward` of one group [b, H, W, C], with moments over all groups."""
+    """`_forward` for one group [b, H, W, C]; moments are taken over all groups."""
     graph, layout = program.graph, program.layout
     at_value = {layer.value: layer for layer in layout.layers}
     x = images.transpose(0, 3, 1, 2) if program.channels_first else images
     known: dict[str, Value] = {
+        # a graph for integer images expects pixels of 0..255
         graph.image: x * 255 if graph.image_type.kind in "iu" else x,
         **_tensors(program, variables),
     }
-    moments, shown, budget = {}, {}, Budget(program.batch)
+    moments, outputs, budget = {}, {}, Budget(program.batch)
     for node in layout.nodes:
         program.check()
         inputs = [known[name] if name else None for name in node.inputs]
@@ -142,13 +153,14 @@ def _compute(
                 result = _apply_bounds(
                     result, variables.get("bounds", {}).get(layer.name), layer.axis
                 )
-                shown[layer.name] = jnp.moveaxis(result, layer.axis, -1)
+                outputs[layer.name] = jnp.moveaxis(result, layer.axis, -1)
             known[value] = result
-    return _as_logits(known[graph.logits], program.batch), moments, shown if show else {}
+    return _as_logits(known[graph.logits], program.batch), moments, outputs if has_layers else {}
 
 
 def _tensors(program: Program, variables: Variables) -> dict[str, Value]:
-    """Every stored tensor: weights from the variables, constants as they are in the file."""
+    """The value of every stored tensor: weights come from the variables, constants from the
+    file."""
     found = {}
     for name, array in program.graph.tensors.items():
         slot = program.layout.slots.get(name)
@@ -158,12 +170,12 @@ def _tensors(program: Program, variables: Variables) -> dict[str, Value]:
         elif (value := look_up(variables, slot.path)) is not None:
             found[name] = slot.to_tensor(jnp.asarray(value))
         else:
-            found[name] = None  # folded away
+            found[name] = None  # folded into a convolution by `freeze`
     return found
 
 
 def compute(node: Node, inputs: list[Value]) -> tuple[Value, ...]:
-    """The outputs of `node`. Raises Refusal naming it where it does not fit its inputs."""
+    """Computes the outputs of `node`. Raises Refusal naming it if it does not fit its inputs."""
     place = f"operator {node.op} of node {quote(node.name or ''.join(node.outputs[:1]))}"
     try:
         with np.errstate(all="ignore"):
@@ -182,9 +194,11 @@ def compute(node: Node, inputs: list[Value]) -> tuple[Value, ...]:
 def _batch_norm(
     node: Node, inputs: list[Value], name: str, variables: Variables, moments: dict[str, Any] | None
 ) -> Array:
-    """One normalisation; where `moments` is given, by the moments of the batch, which go into it.
+    """Computes a BatchNormalization.
 
-    As PyTorch does, it stores the unbiased variance and normalises with the biased one.
+    In training, `moments` is a dictionary: the batch's moments are used, and the updated running
+    moments are stored in it. As in PyTorch, the batch is normalised with the biased variance, and
+    the unbiased one is stored.
     """
     x = jnp.asarray(inputs[0])
     shift = look_up(variables, ("folded", name, "shift"))
@@ -212,8 +226,8 @@ def _batch_norm(
 
 
 def _apply_bounds(x: Array, bounds: Mapping[str, Array] | None, axis: int) -> Array:
-    """`x` corrected: max(min((x - mean) / std, upper), lower) with what `bounds` hold (Li et al.
-    2023, section 4.2)."""
+    """Corrects an activation: max(min((x - mean) / std, upper), lower), with those steps that
+    `bounds` has arrays for (Li et al. 2023, section 4.2)."""
     if not bounds:
         return x
     fit = lambda v: jnp.asarray(v, x.dtype).reshape(
@@ -225,7 +239,8 @@ def _apply_bounds(x: Array, bounds: Mapping[str, Array] | None, axis: int) -> Ar
 
 
 def _as_logits(x: Value, batch: int) -> Array:
-    """[b, K]; outputs of one number, or with axes of size 1 behind, are brought into that form."""
+    """Reshapes an output to logits [b, K]; it may be one number per image, or have trailing axes of
+    size 1."""
     x = jnp.asarray(x)
     if x.ndim == 1 and x.shape[0] == batch:
         return x[:, None]

@@ -1,4 +1,4 @@
-"""Opens a graph file of either kind and finds out what images it takes and what it answers."""
+"""Opens a graph file of either kind and determines the images it takes and its classes."""
 
 import hashlib
 import pathlib
@@ -21,15 +21,19 @@ PASSING = ("Identity", "Cast")
 
 
 class Opened(NamedTuple):
-    """A graph file that was read.
+    """An opened graph file.
 
     Attributes:
-      graph: what it holds; path, sha256, bytes: of the file, and of its external data.
-      image_shape: (H, W, C); classes: K.
-      channels_first: whether the graph takes [B, C, H, W]; batch: how many images at a time.
-      files: {name: SHA-256} of the file and of those with its external data.
-      mean, std: the normalisation that the graph does itself, of pixels in [0, 1]; None where it
-        begins with none.
+      graph: the graph.
+      path: path of the file.
+      sha256, bytes: hash and size of the file, including its external data.
+      image_shape: (H, W, C).
+      classes: number of classes K.
+      channels_first: whether the graph takes [B, C, H, W].
+      batch: number of images it takes at a time.
+      mean, std: the normalisation of pixels in [0, 1] that the graph begins with; None if it has
+        none.
+      files: {name: SHA-256} of the file and its external data files.
     """
 
     graph: Graph
@@ -50,11 +54,11 @@ def open_graph(
     limits: GraphLimits = GraphLimits(),
     image_shape: tuple[int, int, int] | None = None,
 ) -> Opened:
-    """Reads an ONNX file or an archive of torch.export.
+    """Reads an ONNX file or a torch.export archive.
 
     Args:
-      image_shape: (H, W, C) where the file leaves it open.
-    Raises: UserError naming the file and what in it is refused, or that its image size must be
+      image_shape: (H, W, C), if the file leaves it open.
+    Raises: UserError naming the file and why it is refused, or saying that the image size must be
       given.
     """
     with refusing(path):
@@ -65,13 +69,13 @@ def open_graph(
         else:
             graph, others = read.read_with_files(data, limits, path.parent)
         files = {path.name: hashlib.sha256(data).hexdigest()}
-        del data
+        del data  # may be gigabytes, and the graph has copies of what it needs
         for other in others:
             with opened(other, Limits(file_bytes=limits.file_bytes)) as (file, more):
-                # by its place, since two folders may each hold a file of one name
+                # by relative path: files in different folders may have the same name
                 name = other.relative_to(path.parent).as_posix()
                 size, files[name] = size + more, sha256(file)
-        # weights elsewhere are part of what the file is
+        # with external data, the hash must cover all files
         digest = hashlib.sha256("".join(files.values()).encode()).hexdigest()
         digest = digest if others else files[path.name]
         found = examine(graph, path, digest, size, image_shape, limits)
@@ -86,13 +90,13 @@ def examine(
     image_shape: tuple[int, int, int] | None = None,
     limits: GraphLimits = GraphLimits(),
 ) -> Opened:
-    """Traces `graph`, without computing anything, for the shape of its images and of its answer."""
+    """Determines the shape of a graph's images and its number of classes, by tracing it."""
     first = _takes_channels_first(graph)
     shape = _image_shape(graph, first, image_shape)
     inside = normalisation_inside(graph, first)
     mean, std = inside or (None, None)
     failures = []
-    # what is known without an image is computed now, at a cost that no size of a file bounds
+    # tracing computes all constants; the file's size does not bound the cost of that
     deadline = Deadline(limits.tracing_seconds, "computing its constants")
     for batch in _batches(graph):
         try:
@@ -117,7 +121,7 @@ def to_net(
 def _classes(
     graph: Graph, shape: tuple[int, int, int], first: bool, batch: int, deadline: Deadline
 ) -> int:
-    """Number of classes that the graph answers with for `batch` images at a time."""
+    """Number of classes of the graph when it takes `batch` images at a time."""
     images = jax.ShapeDtypeStruct((2 * batch, *shape), jnp.float32)
     try:
         net, variables = interpret.to_net(
@@ -126,7 +130,7 @@ def _classes(
         return jax.eval_shape(lambda v, x: net.apply(v, x)[0], variables, images).shape[1]
     except UserError as error:
         raise Refusal(str(error)) from None
-    except Exception as error:  # whatever JAX makes of a graph that a stranger wrote
+    except Exception as error:  # untrusted graphs can make JAX raise anything
         reason = quote(str(error).partition(chr(10))[0])
         raise Refusal(
             f"the graph cannot be traced for images {'x'.join(map(str, shape))}: {reason}"
@@ -134,19 +138,19 @@ def _classes(
 
 
 def _takes_channels_first(graph: Graph) -> bool:
-    """By the stated dimensions; where they do not tell, by whether the first operation turns the
-    axes."""
+    """Whether the graph takes [B, C, H, W]: from the stated dimensions or, if those are ambiguous,
+    from whether it first transposes the image to channels first."""
     _, second, _, last = graph.image_shape
     if (second in COLOURS) != (last in COLOURS):
         return second in COLOURS
-    turned = [node for node in graph.nodes if graph.image in node.inputs and node.op == "Transpose"]
-    return not any(node.get("perm") == (0, 3, 1, 2) for node in turned)
+    turns = [node for node in graph.nodes if graph.image in node.inputs and node.op == "Transpose"]
+    return not any(node.get("perm") == (0, 3, 1, 2) for node in turns)
 
 
 def _image_shape(
     graph: Graph, first: bool, given: tuple[int, int, int] | None
 ) -> tuple[int, int, int]:
-    """(H, W, C) as stated, as `given` where the file leaves it open."""
+    """(H, W, C) as stated in the file or, where the file leaves it open, as `given`."""
     _, *dims = graph.image_shape
     height, width, channels = (dims[1], dims[2], dims[0]) if first else dims
     channels = _first_channels(graph) if channels is None else channels
@@ -166,7 +170,7 @@ def _image_shape(
 
 
 def _first_channels(graph: Graph) -> int | None:
-    """Channels that the first convolution reads."""
+    """Number of input channels of the first convolution."""
     for node in graph.nodes:
         kernel = graph.tensors.get(node.inputs[1]) if node.op == "Conv" and node.has(1) else None
         if kernel is not None and kernel.ndim > 1:
@@ -175,8 +179,8 @@ def _first_channels(graph: Graph) -> int | None:
 
 
 def _batches(graph: Graph) -> list[int]:
-    """Numbers of images to compute at a time: as stated; else one, or what an export wrote into its
-    shapes."""
+    """Batch sizes to try: the stated one; if open, 1 and then the sizes that an exporter may have
+    written into the shapes of Reshape and Expand."""
     stated = graph.image_shape[0]
     if stated is not None:
         if stated > 1024:
@@ -197,14 +201,16 @@ def _batches(graph: Graph) -> list[int]:
 def normalisation_inside(
     graph: Graph, first: bool
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, std) of the arithmetic with constants that the graph begins with: x -> (x - mean) /
-    std; None without."""
+    """(mean, std) of the arithmetic with constants that the graph begins with, written as
+    x -> (x - mean) / std; None if there is none."""
     after, made = readers(graph.nodes), {node.outputs[0]: node for node in graph.nodes}
     value, factor, shift, found = graph.image, np.ones(1), np.zeros(1), False
     axis = 1 if first else 3
+    # follow the image while each step is affine, and accumulate x -> factor * x + shift
     while len(nodes := after.get(value, [])) == 1:
         node = nodes[0]
         if node.op == "Transpose" and sorted(node.get("perm", ())) == [0, 1, 2, 3]:
+            # where the channels are after the transpose
             axis = node.get("perm").index(axis)
         elif node.op in ARITHMETIC:
             side = [name for name in node.inputs if name != value]
@@ -229,7 +235,8 @@ def normalisation_inside(
 
 
 def _constant(graph: Graph, made: dict[str, Node], name: str, axis: int) -> np.ndarray | None:
-    """A number, or one for each channel, [1] or [C]; None where `name` is something else."""
+    """The constant `name` as [1] or, with one number per channel, [C]; None if it is anything
+    else."""
     array = graph.tensors.get(name)
     if array is None and name in made and made[name].op == "Constant":
         array = made[name].get("value", made[name].get("value_float"))

@@ -1,4 +1,4 @@
-"""Every operator that is understood, by its name in ONNX's own domain, for opsets 9 to 28."""
+"""All supported operators, by their names in ONNX's own domain, for opsets 9 to 28."""
 
 from jaxbd.interop.onnx.ops_elementwise import ELEMENTWISE
 from jaxbd.interop.onnx.ops_index import INDEX
@@ -7,5 +7,4 @@ from jaxbd.interop.onnx.ops_shape import SHAPE
 from jaxbd.interop.onnx.ops_window import WINDOW
 
 TABLE = {**ELEMENTWISE, **SHAPE, **INDEX, **WINDOW, **LINEAR}
-"""Name -> pure function (node, *inputs, None where one is left out) -> output, or tuple of
-outputs."""
+"""Name -> pure function (node, *inputs) -> output, or tuple of outputs; omitted inputs are None."""

@@ -1,5 +1,5 @@
-"""Operators that work element by element. Each is (node, *inputs) -> output, NumPy in, NumPy
-out."""
+"""Elementwise operators, as functions (node, *inputs) -> output. NumPy inputs give NumPy
+outputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from jaxbd.interop.onnx.values import Value, aligned, computed, is_static, libra
 from jaxbd.limits import Refusal, quote
 
 HALVES = {np.dtype(np.float16), np.dtype(TYPES[16])}
-"""Types of floats that are computed as float32, for accuracy."""
+"""Float types that are computed in float32 for accuracy."""
 
 
 def _unary(name: str) -> Callable[..., Value]:
@@ -30,7 +30,7 @@ def _binary(name: str) -> Callable[..., Value]:
 
 
 def _fold_inputs(name: str) -> Callable[..., Value]:
-    """An operator of any number of inputs, from left to right."""
+    """An operator with any number of inputs, applied from left to right."""
 
     def run(node: Node, *values: Value) -> Value:
         xp, (result, *others) = aligned(*values)
@@ -46,18 +46,19 @@ def _activation(function: Callable[..., Value]) -> Callable[..., Value]:
 
 
 def div(node: Node, x: Value, y: Value) -> Value:
-    """Quotient; of integers, the one rounded towards zero."""
+    """Quotient; for integers it is rounded towards zero."""
     xp, (x, y) = aligned(x, y)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         return x / y
     if is_static(y) and (np.asarray(y) == 0).any():
         raise Refusal("an integer is divided by zero")
+    # // alone would round down
     quotient = xp.abs(x) // xp.abs(y) * xp.sign(x) * xp.sign(y)
     return quotient.astype(x.dtype)
 
 
 def mod(node: Node, x: Value, y: Value) -> Value:
-    """Remainder: of the sign of `y`, or of `x` where `fmod` is set."""
+    """Remainder with the sign of `y`, or with that of `x` if `fmod` is set."""
     xp, (x, y) = aligned(x, y)
     if is_static(y) and jnp.issubdtype(x.dtype, jnp.integer) and (np.asarray(y) == 0).any():
         raise Refusal("an integer is divided by zero")
@@ -65,7 +66,8 @@ def mod(node: Node, x: Value, y: Value) -> Value:
 
 
 def power(node: Node, x: Value, y: Value) -> Value:
-    """x to the y; whole powers as products, whose derivative exists for negative x too."""
+    """x to the power y. Integer powers are computed as products, so that the derivative exists for
+    negative x too."""
     if is_static(y) and not is_static(x) and np.size(y) == 1:
         exponent = float(np.asarray(y).reshape(()))
         if exponent == 0.5:
@@ -81,7 +83,7 @@ def mean(node: Node, *values: Value) -> Value:
 
 
 def clip(node: Node, x: Value, low: Value = None, high: Value = None) -> Value:
-    """Bounds are attributes up to opset 10, inputs from 11 on."""
+    """Clip; the bounds are attributes up to opset 10 and inputs from 11 on."""
     if node.opset < 11:
         low, high = (
             None if node.get(key) is None else np.float32(node.get(key)) for key in ("min", "max")
@@ -100,10 +102,10 @@ def where(node: Node, condition: Value, x: Value, y: Value) -> Value:
 
 
 def cast(node: Node, x: Value) -> Value:
-    """Another element type; what depends on the image stays in the precision that the image has."""
+    """Changes the element type. Floats that depend on the image keep the image's precision."""
     number = node.get("to")
     if number not in TYPES:
-        raise Refusal(f"a cast to elements of type {quote(number)} is not read")
+        raise Refusal(f"a cast to elements of type {quote(number)} is not supported")
     return _as_type(x, TYPES[number])
 
 
@@ -112,7 +114,7 @@ def cast_like(node: Node, x: Value, like: Value) -> Value:
 
 
 def _as_type(x: Value, dtype: Any) -> Value:
-    """`x` in `dtype`, where that changes more than the size of floats."""
+    """`x` converted to `dtype`, except that floats which depend on the image keep their size."""
     dtype = np.dtype(dtype)
     if not is_static(x) and jnp.issubdtype(dtype, jnp.floating):
         return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
@@ -145,14 +147,14 @@ def swish(node: Node, x: Value) -> Value:
 
 
 def same(node: Node, x: Value, *others: Value) -> Value:
-    """The input: what Identity is, and Dropout outside training."""
+    """Identity, and Dropout outside training: the input."""
     if len(node.outputs) > 1:  # Dropout's mask
         return x, np.ones(x.shape, bool)
     return x
 
 
 def constant(node: Node) -> Value:
-    """The one value among its attributes."""
+    """The constant stored in the node's attributes."""
     kinds = {
         "value_int": np.int64,
         "value_ints": np.int64,
@@ -164,7 +166,7 @@ def constant(node: Node) -> Value:
     for name, dtype in kinds.items():
         if name in node.attributes:
             return np.asarray(node.attributes[name], dtype)
-    raise Refusal("a constant without a number in it")
+    raise Refusal("a constant has no numeric value")
 
 
 def erf(node: Node, x: Value) -> Value:
@@ -232,4 +234,4 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "Mish": _activation(lambda node, x: x * jnp.tanh(jax.nn.softplus(x))),
     "Swish": _activation(swish),
 }
-"""Name of an operator -> what computes it."""
+"""Name of an operator -> function that computes it."""

@@ -1,4 +1,4 @@
-"""Operators that take and put entries at places."""
+"""Operators that read or write entries at indices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ from jaxbd.limits import Refusal, quote
 
 
 def slice_(node: Node, x: Value, *bounds: Value) -> Value:
-    """Bounds are attributes up to opset 9, inputs from 10 on."""
+    """Slice; the bounds are attributes up to opset 9 and inputs from 10 on."""
     if node.opset < 10:
         starts, ends, axes, steps = node.get("starts"), node.get("ends"), node.get("axes"), None
     else:
@@ -33,7 +33,7 @@ def slice_(node: Node, x: Value, *bounds: Value) -> Value:
     for start, end, axis, step in zip(starts, ends, axes, steps or [1] * len(starts), strict=True):
         axis = axis_of(axis, x.ndim)
         if step < 0 and end < -x.shape[axis]:
-            end = None  # a Python slice would count from the end
+            end = None  # ONNX means "to the start"; in Python a negative end counts from the end
         index[axis] = slice(start, end, step)
     return x[tuple(index)]
 
@@ -41,9 +41,10 @@ def slice_(node: Node, x: Value, *bounds: Value) -> Value:
 def gather(node: Node, x: Value, indices: Value) -> Value:
     axis = axis_of(node.get("axis", 0), x.ndim)
     if is_static(indices):
+        # checked here, because JAX does not raise for indices out of range
         outside = (indices < -x.shape[axis]) | (indices >= x.shape[axis])
         if outside.any():
-            raise Refusal(f"a Gather of position {int(indices[outside][0])} among {x.shape[axis]}")
+            raise Refusal(f"a Gather of index {int(indices[outside][0])} among {x.shape[axis]}")
         indices = np.where(indices < 0, indices + x.shape[axis], indices)
         check_size((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]), limit(x))
     return library(x, indices).take(x, indices, axis=axis)
@@ -57,13 +58,13 @@ def gather_elements(node: Node, x: Value, indices: Value) -> Value:
 
 def gather_nd(node: Node, x: Value, indices: Value) -> Value:
     if node.get("batch_dims", 0):
-        raise Refusal("a GatherND with batch_dims is not read")
+        raise Refusal("a GatherND with batch_dims is not supported")
     return x[tuple(_within(indices)[..., i] for i in range(indices.shape[-1]))]
 
 
 def scatter_nd(node: Node, x: Value, indices: Value, updates: Value) -> Value:
     if node.get("reduction", "none") != "none":
-        raise Refusal(f"a ScatterND with reduction {quote(node.get('reduction'))} is not read")
+        raise Refusal(f"a ScatterND with reduction {quote(node.get('reduction'))} is not supported")
     places = tuple(
         static(indices, "where a ScatterND writes")[..., i] for i in range(indices.shape[-1])
     )
@@ -92,6 +93,7 @@ def one_hot(node: Node, indices: Value, depth: Value, values: Value) -> Value:
     axis = axis_of(node.get("axis", -1), indices.ndim + 1)
     check_size((*indices.shape, count), limit(indices))
     places = np.arange(count).reshape([-1 if i == axis else 1 for i in range(indices.ndim + 1)])
+    # the modulo lets negative indices count from the end
     xp, (found, places) = aligned(library(indices).expand_dims(indices % count, axis), places)
     return xp.where(found == places, values[1], values[0]).astype(values.dtype)
 
@@ -105,4 +107,4 @@ INDEX: dict[str, Callable[..., Any]] = {
     "Trilu": trilu,
     "OneHot": one_hot,
 }
-"""Name of an operator -> what computes it."""
+"""Name of an operator -> function that computes it."""

@@ -1,4 +1,4 @@
-"""Products of matrices, attention, normalisation, softmax and reductions."""
+"""Operators for matrix products, attention, normalisation, softmax and reductions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from jaxbd.limits import Refusal
 
 
 def gemm(node: Node, a: Value, b: Value, c: Value = None) -> Value:
-    """alpha * a b + beta * c, either matrix transposed where asked."""
+    """alpha * a b + beta * c; `transA` and `transB` transpose the matrices first."""
     a = a.T if node.get("transA", 0) else a
     b = b.T if node.get("transB", 0) else b
     y = a @ b.astype(a.dtype)
@@ -28,19 +28,22 @@ def gemm(node: Node, a: Value, b: Value, c: Value = None) -> Value:
 def matmul(node: Node, a: Value, b: Value) -> Value:
     if is_static(a, b):
         return a @ b
+    # static operands do not count, so that a float64 constant does not change the precision
     kind = jnp.result_type(*(value.dtype for value in (a, b) if not is_static(value)))
     return jnp.matmul(jnp.asarray(a, kind), jnp.asarray(b, kind))
 
 
 def attention(node: Node, q: Value, k: Value, v: Value, mask: Value = None, *past: Value) -> Value:
-    """softmax(q k^T scale + mask) v on [B, heads, T, D], or [B, T, heads * D] with the heads as
-    attributes."""
+    """softmax(q k^T scale + mask) v for inputs [B, heads, T, D], or [B, T, heads * D] with the
+    numbers of heads as attributes."""
     if (
         any(value is not None for value in past)
         or len([o for o in node.outputs if o]) > 1
         or node.get("softcap", 0.0)
     ):
-        raise Refusal("an Attention with a past, a softcap or more than one output is not read")
+        raise Refusal(
+            "an Attention with a past, a softcap or more than one output is not supported"
+        )
     packed = q.ndim == 3
     if packed:
         heads = node.get("q_num_heads"), node.get("kv_num_heads"), node.get("kv_num_heads")
@@ -48,6 +51,7 @@ def attention(node: Node, q: Value, k: Value, v: Value, mask: Value = None, *pas
             z.reshape(*z.shape[:2], n, -1).swapaxes(1, 2)
             for z, n in zip((q, k, v), heads, strict=True)
         )
+    # grouped-query attention: several query heads share a key and value head
     k, v = (jnp.repeat(z, q.shape[1] // z.shape[1], 1) for z in (k, v))
     scale = node.get("scale", q.shape[-1] ** -0.5)
     scores = (q @ k.swapaxes(-1, -2)) * scale
@@ -65,7 +69,7 @@ def attention(node: Node, q: Value, k: Value, v: Value, mask: Value = None, *pas
 
 
 def along_channels(values: Value, x: Value) -> Value:
-    """`values` [C] in the rank and type of `x` [B, C, …]."""
+    """Reshapes `values` [C] to broadcast over `x` [B, C, …], in the type of `x`."""
     return values.astype(x.dtype).reshape((1, -1) + (1,) * (x.ndim - 2))
 
 
@@ -74,8 +78,9 @@ def batch_norm(
 ) -> Value:
     """(x - mean) scale / sqrt(variance + epsilon) + bias, with stored moments."""
     if node.get("spatial", 1) != 1:
-        raise Refusal("a BatchNormalization that is not spatial is not read")
+        raise Refusal("a BatchNormalization that is not spatial is not supported")
     factor = jax.lax.rsqrt(variance + node.get("epsilon", 1e-5))
+    # one multiplication and one addition per element
     factor, shift = factor * scale, bias - mean * factor * scale
     return x * along_channels(factor, x) + along_channels(shift, x)
 
@@ -106,7 +111,7 @@ def instance_norm(node: Node, x: Value, scale: Value, bias: Value) -> Value:
 
 
 def group_norm(node: Node, x: Value, scale: Value, bias: Value) -> Value:
-    """Scale and bias are one for each group up to opset 20, one for each channel from 21 on."""
+    """GroupNormalization; scale and bias are per group up to opset 20, per channel from 21 on."""
     groups = node.get("num_groups")
     parts = x.reshape(x.shape[0], groups, -1)
     y = _standardise(parts, (2,), node.get("epsilon", 1e-5)).reshape(x.shape)
@@ -128,7 +133,7 @@ def lp_norm(node: Node, x: Value) -> Value:
 
 def _softmax(function: Callable[..., Value]) -> Callable[..., Value]:
     def run(node: Node, x: Value) -> Value:
-        """Along one axis from opset 13 on; before, along all axes from `axis` on."""
+        """From opset 13 on over one axis; before that over all axes from `axis` on, flattened."""
         if node.opset >= 13:
             return function(x, axis=axis_of(node.get("axis", -1), x.ndim))
         axis = axis_of(node.get("axis", 1), x.ndim)
@@ -138,7 +143,7 @@ def _softmax(function: Callable[..., Value]) -> Callable[..., Value]:
 
 
 def _reduction(name: str, since: int, before: str = "", after: str = "") -> Callable[..., Value]:
-    """A reduction of `xp.name` over axes that are an attribute before opset `since`, an input from
+    """A reduction with `xp.name`; the axes are an attribute before opset `since` and an input from
     then on."""
 
     def run(node: Node, x: Value, *more: Value) -> Value:
@@ -156,7 +161,7 @@ def _reduction(name: str, since: int, before: str = "", after: str = "") -> Call
 def _extreme(name: str) -> Callable[..., Value]:
     def run(node: Node, x: Value) -> Value:
         if node.get("select_last_index", 0):
-            raise Refusal("an ArgMax or ArgMin of the last among equals is not read")
+            raise Refusal("an ArgMax or ArgMin with select_last_index is not supported")
         axis = axis_of(node.get("axis", 0), x.ndim)
         return getattr(library(x), name)(x, axis=axis, keepdims=bool(node.get("keepdims", 1)))
 
@@ -165,7 +170,7 @@ def _extreme(name: str) -> Callable[..., Value]:
 
 def cumsum(node: Node, x: Value, axis: Value) -> Value:
     if node.get("exclusive", 0) or node.get("reverse", 0):
-        raise Refusal("a CumSum that is exclusive or reverse is not read")
+        raise Refusal("a CumSum that is exclusive or reverse is not supported")
     return library(x).cumsum(x, axis_of(whole(axis, "the axis of a CumSum")[0], x.ndim))
 
 
@@ -194,4 +199,4 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "ArgMin": _extreme("argmin"),
     "CumSum": cumsum,
 }
-"""Name of an operator -> what computes it."""
+"""Name of an operator -> function that computes it."""

@@ -1,5 +1,4 @@
-"""Resize and Upsample: interpolation with weights that are computed beforehand, one matrix for each
-axis."""
+"""Resize and Upsample: interpolation with precomputed weights, one matrix per axis."""
 
 import numpy as np
 
@@ -9,8 +8,8 @@ from jaxbd.limits import Refusal, quote
 
 
 def resize(node: Node, x: Value, *inputs: Value) -> Value:
-    """Interpolates each axis whose size changes; crops (`tf_crop_and_resize`) and antialiasing are
-    refused."""
+    """Interpolates along each axis that changes size. Crops (`tf_crop_and_resize`) and antialiasing
+    are refused."""
     mode, place = (
         node.get("mode", "nearest"),
         node.get("coordinate_transformation_mode", "half_pixel"),
@@ -18,10 +17,12 @@ def resize(node: Node, x: Value, *inputs: Value) -> Value:
     if node.opset < 11:
         place = "asymmetric"
     if place == "tf_crop_and_resize" or node.get("antialias", 0) or node.get("exclude_outside", 0):
-        raise Refusal("a Resize that crops, smooths or leaves out what lies outside is not read")
+        raise Refusal(
+            "a Resize with tf_crop_and_resize, antialias or exclude_outside is not supported"
+        )
     axes, sizes, scales = _read_sizes(node, x, inputs)
     if node.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise Refusal("a Resize that keeps the aspect ratio is not read")
+        raise Refusal("a Resize that keeps the aspect ratio is not supported")
     for axis, size, scale in zip(axes, sizes, scales, strict=True):
         if size != x.shape[axis] or scale != 1:
             check_size([size if i == axis else dim for i, dim in enumerate(x.shape)], limit(x))
@@ -39,8 +40,8 @@ def resize(node: Node, x: Value, *inputs: Value) -> Value:
 def _read_sizes(
     node: Node, x: Value, inputs: tuple[Value, ...]
 ) -> tuple[list[int], list[int], list[float]]:
-    """(axes, new sizes, scales) as stated by scales or sizes; opset 9 and 10 have scales as their
-    only input."""
+    """(axes, new sizes, scales), from the input `scales` or `sizes`; opsets 9 and 10 only have
+    `scales`."""
     roi_scales_sizes = (None, *inputs) if node.opset < 11 else inputs
     _, scales, sizes = (*roi_scales_sizes, None, None, None)[:3]
     axes = [axis_of(axis, x.ndim) for axis in node.get("axes", tuple(range(x.ndim)))]
@@ -60,7 +61,7 @@ def _read_sizes(
 
 
 def _spots(place: str, old: int, new: int, scale: float) -> np.ndarray:
-    """Where the new positions lie among the old ones."""
+    """Coordinates of the new positions on the old axis."""
     at = np.arange(new, dtype=np.float64)
     if place == "align_corners":
         return at * (old - 1) / max(new - 1, 1)
@@ -72,10 +73,11 @@ def _spots(place: str, old: int, new: int, scale: float) -> np.ndarray:
         return old / 2 * (1 - new / (old * scale)) + (at + 0.5) / scale - 0.5
     if place in ("half_pixel", "pytorch_half_pixel"):
         return (at + 0.5) / scale - 0.5
-    raise Refusal(f"a Resize with coordinates {quote(place)} is not read")
+    raise Refusal(f"a Resize with coordinates {quote(place)} is not supported")
 
 
 def _nearest(node: Node, spots: np.ndarray, old: int) -> np.ndarray:
+    """The old position nearest to each coordinate, rounded as the node says."""
     rule = node.get("nearest_mode", "round_prefer_floor") if node.opset >= 11 else "floor"
     rules = {
         "round_prefer_floor": lambda s: np.ceil(s - 0.5),
@@ -84,20 +86,21 @@ def _nearest(node: Node, spots: np.ndarray, old: int) -> np.ndarray:
         "ceil": np.ceil,
     }
     if rule not in rules:
-        raise Refusal(f"a Resize that rounds by {quote(rule)} is not read")
+        raise Refusal(f"a Resize that rounds by {quote(rule)} is not supported")
     return np.clip(rules[rule](spots), 0, old - 1).astype(np.int32)
 
 
 def _matrix(mode: str, a: float, spots: np.ndarray, old: int) -> np.ndarray:
-    """Weights [new, old]; what lies outside is the value at the edge."""
+    """Interpolation weights [new, old]; positions outside take the value at the edge."""
     if mode not in ("linear", "cubic"):
-        raise Refusal(f"a Resize of mode {quote(mode)} is not read")
+        raise Refusal(f"a Resize of mode {quote(mode)} is not supported")
     base = np.floor(spots)
     taps = (0, 1) if mode == "linear" else (-1, 0, 1, 2)
     matrix = np.zeros((len(spots), old))
     for tap in taps:
         distance = np.abs(spots - base - tap)
         weight = 1 - distance if mode == "linear" else _cubic(distance, a)
+        # add.at, because several taps may be clipped to the same position
         np.add.at(
             matrix, (np.arange(len(spots)), np.clip(base + tap, 0, old - 1).astype(int)), weight
         )
@@ -105,7 +108,7 @@ def _matrix(mode: str, a: float, spots: np.ndarray, old: int) -> np.ndarray:
 
 
 def _cubic(t: np.ndarray, a: float) -> np.ndarray:
-    """Keys' convolution kernel."""
+    """Keys' cubic convolution kernel at distance `t`."""
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
     return np.where(t <= 1, near, np.where(t < 2, far, 0))

@@ -1,4 +1,4 @@
-"""Operators that move, cut and join values, and those that compute shapes."""
+"""Operators that reshape, split and join values or compute shapes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,8 @@ from jaxbd.limits import Refusal, quote
 
 
 def listed(node: Node, values: tuple[Value, ...], position: int, attribute: str, since: int) -> Any:
-    """Integers that are an attribute before opset `since`, an input from then on; None where left
-    out."""
+    """Integers that are an attribute before opset `since` and an input from then on; None if
+    omitted."""
     if node.opset < since:
         return node.get(attribute)
     given = values[position] if len(values) > position else None
@@ -35,7 +35,7 @@ def shape(node: Node, x: Value) -> Value:
 
 
 def reshape(node: Node, x: Value, dims: Value) -> Value:
-    """0 stands for the input's own dimension (unless `allowzero`), -1 for what remains."""
+    """Reshape; 0 copies the input's dimension (unless `allowzero`), -1 is inferred."""
     wanted = list(whole(dims, "the shape of a Reshape"))
     if not node.get("allowzero", 0):
         wanted = [x.shape[i] if dim == 0 and i < x.ndim else dim for i, dim in enumerate(wanted)]
@@ -56,6 +56,7 @@ def transpose(node: Node, x: Value) -> Value:
 
 def concat(node: Node, *values: Value) -> Value:
     xp = library(*values)
+    # values that depend on the image decide the type, so that constants do not change precision
     kind = next((value.dtype for value in values if not is_static(value)), values[0].dtype)
     return xp.concatenate(
         [xp.asarray(value, kind) for value in values], axis_of(node.get("axis", 0), values[0].ndim)
@@ -68,6 +69,7 @@ def split(node: Node, x: Value, *more: Value) -> tuple[Value, ...]:
     if sizes is None:
         parts = len(node.outputs)
         size = -(-x.shape[axis] // parts)
+        # the last part may be smaller
         sizes = [min(size, x.shape[axis] - size * i) for i in range(parts)]
     if sum(sizes) != x.shape[axis] or min(sizes) < 0 or len(sizes) != len(node.outputs):
         raise Refusal(f"a Split of {x.shape[axis]} into {quote(tuple(sizes))}")
@@ -98,7 +100,8 @@ def tile(node: Node, x: Value, repeats: Value) -> Value:
 
 
 def pad(node: Node, x: Value, *more: Value) -> Value:
-    """Widths and value are attributes up to opset 10, inputs from 11 on; negative widths cut."""
+    """Pad; widths and fill value are attributes up to opset 10 and inputs from 11 on. Negative
+    widths crop."""
     widths = listed(node, (x, *more), 1, "pads", 11)
     axes = (
         whole(more[2], "the axes of a Pad")
@@ -134,7 +137,7 @@ def pad(node: Node, x: Value, *more: Value) -> Value:
     if mode == "constant":
         return library(x).pad(x, pairs, constant_values=np.asarray(fill).astype(x.dtype))
     if mode not in ("reflect", "edge", "wrap"):
-        raise Refusal(f"a Pad of mode {quote(mode)} is not read")
+        raise Refusal(f"a Pad of mode {quote(mode)} is not supported")
     return library(x).pad(x, pairs, mode=mode)
 
 
@@ -200,4 +203,4 @@ SHAPE: dict[str, Callable[..., Any]] = {
     "Resize": resize,
     "Upsample": resize,
 }
-"""Name of an operator -> what computes it."""
+"""Name of an operator -> function that computes it."""

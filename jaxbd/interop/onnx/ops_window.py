@@ -16,7 +16,7 @@ Pairs = list[tuple[int, int]]
 
 
 def conv(node: Node, x: Value, w: Value, b: Value = None) -> Value:
-    """x [B, C, …] with kernels w [O, C / group, …]."""
+    """Convolution of x [B, C, …] with kernels w [O, C / group, …]."""
     kernel, rank = w.shape[2:], x.ndim - 2
     strides, dilations = node.get("strides", (1,) * rank), node.get("dilations", (1,) * rank)
     spread = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
@@ -40,7 +40,7 @@ def conv(node: Node, x: Value, w: Value, b: Value = None) -> Value:
 def padding(
     node: Node, dims: Sequence[int], window: Sequence[int], strides: Sequence[int]
 ) -> Pairs:
-    """Widths of the padding before and after each axis, explicit or by `auto_pad`."""
+    """Padding before and after each axis, explicit or from `auto_pad`."""
     rule = node.get("auto_pad", "NOTSET")
     if rule == "VALID":
         return [(0, 0)] * len(dims)
@@ -52,13 +52,13 @@ def padding(
         less = [(total // 2, total - total // 2) for total in totals]
         return less if rule == "SAME_UPPER" else [(high, low) for low, high in less]
     if rule not in ("NOTSET", ""):
-        raise Refusal(f"a padding of {quote(rule)} is not read")
+        raise Refusal(f"a padding of {quote(rule)} is not supported")
     widths = node.get("pads", (0,) * 2 * len(dims))
     return list(zip(widths[: len(dims)], widths[len(dims) :], strict=True))
 
 
 def _windows(node: Node, x: Value) -> tuple[tuple[int, ...], ...]:
-    """(kernel, strides, dilations) of a pooling, with ones for batch and channels."""
+    """(kernel, strides, dilations) of a pooling, each with ones for batch and channels."""
     rank, kernel = x.ndim - 2, node.get("kernel_shape")
     if len(kernel) != rank or math.prod(kernel) > 1 << 20:
         raise Refusal(f"a pooling window of {quote(kernel)}")
@@ -69,10 +69,9 @@ def _windows(node: Node, x: Value) -> tuple[tuple[int, ...], ...]:
 def _with_ceiling(
     node: Node, x: Value, spread: Sequence[int], strides: Sequence[int], pads: Pairs
 ) -> list[int]:
-    """How much more padding each axis needs at its end where output sizes are rounded up
-    (`ceil_mode`).
+    """Additional padding at the end of each axis when output sizes are rounded up (`ceil_mode`).
 
-    As in PyTorch, a window that would begin in the padding is left out.
+    As in PyTorch, a window that would start in the end padding is dropped.
     """
     more = []
     for dim, window, stride, (low, high) in zip(x.shape[2:], spread, strides, pads, strict=True):
@@ -83,7 +82,7 @@ def _with_ceiling(
 
 
 def _read_window(node: Node, x: Value) -> tuple[tuple[tuple[int, ...], ...], Pairs, Pairs]:
-    """(kernel, strides, dilations), stated padding and padding that rounding up adds, for all
+    """((kernel, strides, dilations), stated padding, additional padding from rounding up), for all
     axes."""
     kernel, strides, dilations = windows = _windows(node, x)
     spread = [(k - 1) * d + 1 for k, d in zip(kernel[2:], dilations[2:], strict=True)]
@@ -100,7 +99,7 @@ def _join(pads: Pairs, extra: Pairs) -> Pairs:
 
 def max_pool(node: Node, x: Value) -> Value:
     if len([output for output in node.outputs if output]) > 1 or node.get("storage_order", 0):
-        raise Refusal("a MaxPool that gives positions is not read")
+        raise Refusal("a MaxPool that returns positions is not supported")
     (kernel, strides, dilations), pads, extra = _read_window(node, x)
     least = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
     return jax.lax.reduce_window(
@@ -109,7 +108,7 @@ def max_pool(node: Node, x: Value) -> Value:
 
 
 def average_pool(node: Node, x: Value) -> Value:
-    """The mean over the window; its padding counts only with `count_include_pad`."""
+    """The mean over the window; padding counts only with `count_include_pad`."""
     (kernel, strides, dilations), pads, extra = _read_window(node, x)
     add = lambda v, p: jax.lax.reduce_window(
         v, 0.0, jax.lax.add, kernel, strides, p, None, dilations
@@ -118,8 +117,10 @@ def average_pool(node: Node, x: Value) -> Value:
     if not any(map(any, _join(pads, extra))):
         return total / math.prod(kernel)
     counted = np.ones((1, 1, *x.shape[2:]), np.float32)
+    # stated padding counts as pixels here, padding from rounding up never does
     if node.get("count_include_pad", 0):
         counted, pads = np.pad(counted, pads, constant_values=1), [(0, 0)] * x.ndim
+    # the number of pixels in each window is a constant: compute it now, not in the traced program
     with jax.ensure_compile_time_eval():
         counts = np.asarray(add(jnp.asarray(counted), _join(pads, extra)))
     return total / counts.astype(x.dtype)
@@ -130,7 +131,7 @@ def global_pool(reduce: Callable[..., Value]) -> Callable[..., Value]:
 
 
 def local_response(node: Node, x: Value) -> Value:
-    """x / (bias + alpha / size * sum of squares over neighbouring channels) ** beta."""
+    """LRN: x / (bias + alpha / size * sum of squares over neighbouring channels) ** beta."""
     size = node.get("size")
     low, high = (size - 1) // 2, size - 1 - (size - 1) // 2
     rest = ((0, 0),) * (x.ndim - 2)
@@ -155,4 +156,4 @@ WINDOW: dict[str, Callable[..., Any]] = {
     "GlobalMaxPool": computed(global_pool(jnp.max)),
     "LRN": computed(local_response),
 }
-"""Name of an operator -> what computes it."""
+"""Name of an operator -> function that computes it."""

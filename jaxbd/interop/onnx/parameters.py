@@ -1,10 +1,10 @@
-"""Which of a graph's tensors are weights, what they are called as variables, and in which order of
+"""Decides which of a graph's tensors are weights, and maps them to variables by name and order of
 axes.
 
-Variables are named and laid out as those of jaxbd's own nets, so that every defence finds its way:
-convolution kernels [h, w, I, O] as `<layer>/kernel`, linear ones [I, O], BatchNormalization's
-`scale` and `bias` with `mean` and `var` in `batch_stats`. A weight with another role is a parameter
-under its own name, as it is in the file.
+Variables have the names and axes of jaxbd's own nets, so that all defences work on them:
+convolution kernels [h, w, I, O] and linear ones [I, O] are `<layer>/kernel`; BatchNormalization has
+`scale` and `bias`, with `mean` and `var` in `batch_stats`. A weight with another role becomes a
+parameter with the name and axes it has in the file.
 """
 
 from collections.abc import Mapping
@@ -26,27 +26,31 @@ STATIC_INPUTS: dict[str, frozenset[int]] = {
         frozenset({1, 2, 3, 4}),
     ),
 }
-"""Operator -> inputs that are settings or bounds, not weights."""
+"""Operator -> positions of inputs that are settings or bounds, not weights."""
 NORMS = ("LayerNormalization", "RMSNormalization", "InstanceNormalization", "GroupNormalization")
 ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 PASSING = ("Identity", "Cast", "Transpose")
 
 
 class Slot(NamedTuple):
-    """Where a tensor lives among the variables: collection, names below it, and how its axes are
-    turned for it."""
+    """A tensor's place among the variables.
+
+    Attributes:
+      path: collection, then the names below it.
+      axes: permutation of the tensor's axes that gives the variable's; None for no change.
+    """
 
     path: tuple[str, ...]
     axes: tuple[int, ...] | None = None
 
     def to_variable(self, tensor: np.ndarray) -> np.ndarray:
-        """`tensor` of the file as a float32 array in the variables' order of axes."""
+        """Converts a file's tensor to a float32 array in the variables' order of axes."""
         with np.errstate(over="ignore"):
             array = np.asarray(tensor).astype(np.float32)
         return np.ascontiguousarray(array if self.axes is None else array.transpose(self.axes))
 
     def to_tensor(self, array: Any) -> Any:
-        """The inverse, of NumPy's or JAX's arrays."""
+        """The inverse permutation of axes, for a NumPy or JAX array."""
         return (
             array
             if self.axes is None
@@ -55,11 +59,13 @@ class Slot(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A place where a net is shown and corrected.
+    """A layer with an output that `Net.outputs` returns and that activation bounds can correct.
 
     Attributes:
-      name: without slashes; node: what makes the layer's output; value: the output, after a bias;
-        axis: of channels.
+      name: the layer's name, without slashes.
+      node: the node that computes the layer's output.
+      value: name of the output, after a bias.
+      axis: the output's channel axis.
     """
 
     name: str
@@ -69,8 +75,14 @@ class Layer(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """slots: name of a tensor -> its slot; layers: those that are shown, in order; norms: name of a
-    BatchNormalization's output -> its layer's name; nodes: what the logits depend on."""
+    """Slots and layers of a graph.
+
+    Attributes:
+      slots: name of a tensor -> its slot.
+      layers: the layers that `Net.outputs` returns, in order.
+      norms: name of a BatchNormalization's output -> its layer's name.
+      nodes: the nodes that the logits depend on.
+    """
 
     slots: dict[str, Slot]
     layers: tuple[Layer, ...]
@@ -79,10 +91,10 @@ class Layout(NamedTuple):
 
 
 def lay_out(graph: Graph) -> Layout:
-    """Slots and layers of a tidied graph."""
+    """Determines slots and layers of a tidied graph."""
     nodes = needed(graph, graph.logits)
     after, slots, taken = readers(nodes), {}, set()
-    constant = _beside_image(graph, after) | graph.fixed
+    constant = _find_image_constants(graph, after) | graph.fixed
     weights = {name: array for name, array in graph.tensors.items() if name not in constant}
     turned = {
         node.outputs[0]: node.inputs[0]
@@ -101,10 +113,11 @@ def lay_out(graph: Graph) -> Layout:
         taken.add(layer)
         for tensor, leaf, axes in parts:
             collection = "batch_stats" if leaf in ("mean", "var") else "params"
+            # a weight that layers share keeps the place of the first one
             slots.setdefault(tensor, Slot((collection, layer, leaf), axes))
         if node.op == BATCH_NORM:
             norms[node.outputs[0]] = layer
-        if _is_shown(node, value, answers, after):
+        if _is_returned(node, value, answers, after):
             last = node.op in ("Gemm", "MatMul", "LayerNormalization", "RMSNormalization")
             layers.append(Layer(layer, node, value, -1 if last else 1))
         elif value in answers and node.op in ("Gemm", "MatMul"):
@@ -123,11 +136,11 @@ def _parts(
     after: Mapping[str, list[Node]],
     turned: Mapping[str, str],
 ) -> tuple[list[tuple[str, str, Any]], str]:
-    """Tensors of a layer with the leaf and the order of axes that each becomes, and where the layer
-    ends.
+    """(tensors of a layer, each with its leaf name and axes as in `Slot`; name of the layer's
+    output). Without tensors the node is not a layer.
 
     Args:
-      turned: value -> tensor whose transpose it is.
+      turned: value -> name of the tensor it is the transpose of.
     """
     has = lambda position, rank: (
         node.has(position)
@@ -143,6 +156,7 @@ def _parts(
     if node.op == "Gemm" and has(1, (2,)):
         parts = [(node.inputs[1], "kernel", (1, 0) if node.get("transB", 0) else None)]
         return parts + ([(node.inputs[2], "bias", None)] if has(2, (1,)) else []), value
+    # a linear layer without Gemm: MatMul, perhaps with a transposed weight, then Add
     if node.op == "MatMul" and (has(1, (2,)) or turned.get(node.inputs[1]) in tensors):
         kernel = node.inputs[1]
         parts = [
@@ -169,7 +183,8 @@ def _parts(
 def _features(
     classifier: Node, makers: Mapping[str, Node], layers: list[Layer], taken: set[str]
 ) -> list[Layer]:
-    """What the classifier reads, shown as it is in jaxbd's own nets, where no layer ends there."""
+    """A layer "features" for the classifier's input, as jaxbd's own nets have it; none if another
+    layer's output already is that input."""
     value = classifier.inputs[0]
     if value not in makers or any(layer.value == value for layer in layers):
         return []
@@ -179,7 +194,7 @@ def _features(
 
 
 def _same_values(logits: str, makers: Mapping[str, Node]) -> set[str]:
-    """The logits, and what they are a copy of."""
+    """Names of the logits and of the values that they are a copy of."""
     found = {logits}
     while logits in makers and makers[logits].op in ("Identity", "Cast") and makers[logits].has(0):
         logits = makers[logits].inputs[0]
@@ -187,17 +202,19 @@ def _same_values(logits: str, makers: Mapping[str, Node]) -> set[str]:
     return found
 
 
-def _is_shown(node: Node, value: str, answers: set[str], after: Mapping[str, list[Node]]) -> bool:
-    """Neither the classifier itself nor what a BatchNormalization alone reads; that one is shown
-    instead."""
+def _is_returned(
+    node: Node, value: str, answers: set[str], after: Mapping[str, list[Node]]
+) -> bool:
+    """Whether `Net.outputs` returns this layer. It omits the classifier itself, and layers that
+    only a BatchNormalization reads, since that one is returned instead."""
     if value in answers:
         return False
     return node.op == BATCH_NORM or {reader.op for reader in after.get(value, [])} != {BATCH_NORM}
 
 
 def _is_weight(name: str, array: np.ndarray, after: Mapping[str, list[Node]]) -> bool:
-    """Whether a tensor that belongs to no layer can be trained: floats that are no setting of an
-    operator."""
+    """Whether a tensor outside all layers is trainable: floats that are not an operator's
+    settings."""
     if not jnp.issubdtype(array.dtype, jnp.floating) or not array.ndim or array.size < 2:
         return False
     roles = [
@@ -209,8 +226,8 @@ def _is_weight(name: str, array: np.ndarray, after: Mapping[str, list[Node]]) ->
     return bool(roles) and all(i not in STATIC_INPUTS.get(op, ()) for op, i in roles)
 
 
-def _beside_image(graph: Graph, after: Mapping[str, list[Node]]) -> set[str]:
-    """Tensors that normalise the image: settings, not weights."""
+def _find_image_constants(graph: Graph, after: Mapping[str, list[Node]]) -> set[str]:
+    """Names of the tensors that normalise the image: settings, not weights."""
     found, value = set(), graph.image
     while len(nodes := after.get(value, [])) == 1 and nodes[0].op in (*ARITHMETIC, *PASSING):
         found |= set(nodes[0].inputs) - {value}
@@ -219,7 +236,7 @@ def _beside_image(graph: Graph, after: Mapping[str, list[Node]]) -> set[str]:
 
 
 def variables_of(graph: Graph, layout: Layout) -> Variables:
-    """The graph's weights and moments as variables, float32."""
+    """The graph's weights and moments as float32 variables."""
     found: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for name, slot in layout.slots.items():
         place = found

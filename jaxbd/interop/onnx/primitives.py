@@ -1,4 +1,4 @@
-"""JAX's primitives as nodes of ONNX. Each is (tracer, equation, *inputs) -> value."""
+"""Converts JAX primitives to ONNX nodes, by functions (tracer, equation, *inputs) -> value."""
 
 import math
 from typing import Any
@@ -19,7 +19,8 @@ def elementwise(op: str) -> Convert:
 
 
 def neutral(op: str, number: float, *sides: int) -> Convert:
-    """Arithmetic that is left out where the input at one of `sides` is `number` throughout."""
+    """Arithmetic that is skipped if the input at one of `sides` is its neutral element, i.e.
+    `number` everywhere."""
 
     def make(t: Tracer, equation: Any, *inputs: Any) -> Dynamic:
         for side in sides:
@@ -36,7 +37,7 @@ def neutral(op: str, number: float, *sides: int) -> Convert:
 
 
 def add(t: Tracer, equation: Any, x: Any, y: Any) -> Dynamic:
-    """A sum; of the layer just made with a weight along its channels, that layer's bias."""
+    """Add. A weight per channel that is added to the layer just emitted becomes its bias."""
     dynamic, other = (x, y) if isinstance(x, Dynamic) else (y, x)
     maker = t.nodes[-1] if t.nodes else None
     if (
@@ -53,7 +54,7 @@ def add(t: Tracer, equation: Any, x: Any, y: Any) -> Dynamic:
 
 
 def maximum(t: Tracer, equation: Any, x: Any, y: Any) -> Dynamic:
-    """The larger; of an activation and 0, what is called Relu."""
+    """Max, or Relu if the other operand is 0."""
     dynamic, other = (x, y) if isinstance(x, Dynamic) else (y, x)
     if isinstance(other, Known) and not other.origin and not other.array.any():
         return Dynamic(t.add("Relu", [dynamic.name]), dynamic.first)
@@ -77,7 +78,7 @@ def conv(t: Tracer, equation: Any, x: Any, kernel: Any) -> Dynamic:
         or not isinstance(kernel, Known)
     ):
         raise Refusal(
-            "a transposed convolution, or one by a kernel that is computed, has no counterpart here"
+            "a transposed convolution, or one with a computed kernel, has no counterpart here"
         )
     pads = (*(low for low, _ in p["padding"]), *(high for _, high in p["padding"]))
     if min(pads) < 0:
@@ -110,12 +111,14 @@ def dot(t: Tracer, equation: Any, x: Any, y: Any) -> Dynamic:
             "a product over other axes than the last and the first has no counterpart here"
         )
     if len(equation.invars[0].aval.shape) == 2:
+        # stored [O, I], as PyTorch stores linear layers
         return Dynamic(t.add("Gemm", [x.name, t.weight(y, (1, 0))], transB=1))
     return Dynamic(t.add("MatMul", [t.last(x), t.weight(y)]))
 
 
 def batch_norm(t: Tracer, equation: Any, x: Dynamic, *others: Known) -> Dynamic:
     first = len(equation.invars[0].aval.shape) == 4
+    # constant parameters get a name too, so that they are stored as weights
     parts = [other if other.origin else other._replace(origin="norm") for other in others]
     names = [t.weight(part) for part in parts]
     source = t.to_first(x) if first else x.name
@@ -131,14 +134,16 @@ def select(t: Tracer, equation: Any, which: Any, *cases: Any) -> Dynamic:
 
 def clamp(t: Tracer, equation: Any, low: Any, x: Any, high: Any) -> Dynamic:
     (low, x, high), first = t.operands(low, x, high)
+    # not Clip, which takes only scalar bounds
     return Dynamic(t.add("Min", [t.add("Max", [x, low]), high]), first)
 
 
 def reduction(op: str) -> Convert:
     def make(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
         axes = [TO_LAST[axis] if x.first else axis for axis in equation.params["axes"]]
-        kept = [axis for axis in (TO_LAST if x.first else ()) if axis not in axes]
-        if kept != sorted(kept):
+        others = [axis for axis in (TO_LAST if x.first else ()) if axis not in axes]
+        # transpose first if the remaining axes would come out in another order than the net's
+        if others != sorted(others):
             return Dynamic(t.add(op, [t.last(x), t.integers(equation.params["axes"])], keepdims=0))
         return Dynamic(t.add(op, [x.name, t.integers(sorted(axes))], keepdims=0))
 
@@ -146,7 +151,7 @@ def reduction(op: str) -> Convert:
 
 
 def window(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
-    """Max pooling over height and width."""
+    """Max or sum pooling over height and width."""
     p = equation.params
     shape, strides, pads = p["window_dimensions"], p["window_strides"], p["padding"]
     outside = (
@@ -163,6 +168,7 @@ def window(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
             t.add("MaxPool", [t.to_first(x)], kernel_shape=kernel, strides=steps, pads=low_high),
             True,
         )
+    # ONNX has no sum pooling: average pooling, times the size of the window
     mean = t.add(
         "AveragePool",
         [t.to_first(x)],
@@ -175,6 +181,7 @@ def window(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
 
 
 def expm1(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
+    # ONNX has no Expm1
     return Dynamic(t.add("Sub", [t.add("Exp", [x.name]), t.constant(1, np.float32)]), x.first)
 
 
@@ -188,7 +195,8 @@ def power(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
 
 
 def same(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
-    """The value itself: floats are written in one precision."""
+    """The value itself, since all floats are written in one precision; casts to or from bool are
+    kept."""
     old, new = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
     if np.issubdtype(old, np.bool_) != np.issubdtype(new, np.bool_):
         return Dynamic(
@@ -250,4 +258,4 @@ PRIMITIVES: dict[str, Convert] = {
         ("convert_element_type", "stop_gradient", "copy", "copy_p", "optimization_barrier"), same
     ),
 }
-"""Name of a primitive -> what converts it."""
+"""Name of a primitive -> function that converts it."""

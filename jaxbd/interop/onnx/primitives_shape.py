@@ -1,4 +1,4 @@
-"""JAX's primitives that move and join values, as nodes of ONNX; of the form of `primitives`."""
+"""Converts JAX primitives that reshape and join values to ONNX nodes; see `primitives`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,13 @@ Convert = Callable[..., Any]
 
 def transpose(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
     perm = tuple(equation.params["permutation"])
-    if x.first and perm == TO_FIRST:  # the graph has it that way already
+    if x.first and perm == TO_FIRST:  # in the graph, channels already come first
         return Dynamic(x.name)
     return Dynamic(t.add("Transpose", [t.last(x)], perm=perm))
 
 
 def reshape(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
-    """A shape with at most one open dimension, the number of images."""
+    """Reshape to a shape with at most one open dimension, the number of images."""
     sizes = [size if isinstance(size, int) else -1 for size in equation.outvars[0].aval.shape]
     if sizes.count(-1) > 1:
         raise Refusal("a shape with two open sizes has no counterpart here")
@@ -27,12 +27,12 @@ def reshape(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
 
 
 def broadcast(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
-    """New axes of size 1; larger ones arise where the value meets another."""
+    """Adds axes of size 1. Larger ones need no node: ONNX operators broadcast implicitly."""
     shape, places = equation.params["shape"], equation.params["broadcast_dimensions"]
     old = equation.invars[0].aval.shape
     new = [i for i in range(len(shape)) if i not in places]
     if any(shape[i] != 1 for i in new) or any(shape[i] != old[k] for k, i in enumerate(places)):
-        raise Refusal("an activation that is spread along an axis has no counterpart here")
+        raise Refusal("an activation that is broadcast along an axis has no counterpart here")
     return Dynamic(t.add("Unsqueeze", [t.last(x), t.integers(new)])) if new else x
 
 
@@ -41,7 +41,7 @@ def squeeze(t: Tracer, equation: Any, x: Dynamic) -> Dynamic:
 
 
 def gather(t: Tracer, equation: Any, x: Any, places: Any) -> Dynamic:
-    """Entries at known places along one axis."""
+    """Entries at known indices along one axis."""
     numbers = equation.params["dimension_numbers"]
     (axis,) = numbers.start_index_map if len(numbers.start_index_map) == 1 else (None,)
     rank = len(equation.invars[0].aval.shape)
@@ -53,14 +53,14 @@ def gather(t: Tracer, equation: Any, x: Any, places: Any) -> Dynamic:
     )
     if axis is None or not plain or not isinstance(places, Known) or places.array.ndim != 2:
         raise Refusal(
-            "a gather along several axes, or at places that are computed, has no counterpart here"
+            "a gather along several axes, or at computed indices, has no counterpart here"
         )
     index = t.constant(places.array.reshape(-1), np.int64)
     return Dynamic(t.add("Gather", [x.name, index], axis=_place(x, axis)), x.first)
 
 
 def _place(x: Dynamic, axis: int) -> int:
-    """Where the net's `axis` lies in the graph."""
+    """Position of the net's `axis` in the graph's value."""
     return TO_FIRST.index(axis) if x.first else axis
 
 
@@ -78,4 +78,4 @@ MOVES: dict[str, Convert] = {
     "gather": gather,
     "concatenate": concatenate,
 }
-"""Name of a primitive -> what converts it."""
+"""Name of a primitive -> function that converts it."""

@@ -1,4 +1,4 @@
-"""Archives of torch.export (.pt2) as graphs: a zip with a program in JSON and raw weights. No
+"""Reads torch.export archives (.pt2) as graphs: a zip with a JSON program and raw weights. No
 pickle is read."""
 
 from typing import Any
@@ -18,14 +18,14 @@ HANDLERS = {**SHAPES, **CONSTANTS, **MATH, **LAYERS}
 
 
 def is_pt2(names: Any) -> bool:
-    """Whether an archive with members of these names is one of torch.export."""
+    """Whether an archive with these member names comes from torch.export."""
     return any(name.endswith(PROGRAM) for name in names)
 
 
 def read_pt2(data: bytes, limits: GraphLimits = GraphLimits()) -> Graph:
-    """The graph in `data`, the bytes of an archive that `torch.export.save` wrote.
+    """Reads the graph in `data`, the bytes of an archive written by `torch.export.save`.
 
-    Raises: Refusal saying what in the archive is wrong or not understood.
+    Raises: Refusal saying what in the archive is wrong or not supported.
     """
     archive = Archive(data, limits)
     program = archive.json(PROGRAM[1:])
@@ -46,7 +46,7 @@ def read_pt2(data: bytes, limits: GraphLimits = GraphLimits()) -> Graph:
 def _inputs(
     signature: dict[str, Any], archive: Archive
 ) -> tuple[dict[str, tuple[str, np.ndarray]], set[str], str]:
-    """(argument -> tensor's own name and array, names of buffers, argument that is the image)."""
+    """(argument -> (name and array of its tensor), names of buffers, argument for the image)."""
     found, buffers, images = {}, set(), []
     for spec in field(signature, "input_specs", list):
         if type(spec) is not dict or len(spec) != 1:
@@ -61,11 +61,12 @@ def _inputs(
             "tensor_constant": "tensor_constant_name",
         }
         if kind not in keys:
-            raise Refusal(f"an input of kind {quote(kind)} is not read")
+            raise Refusal(f"an input of kind {quote(kind)} is not supported")
         argument, name = (
             field(field(value, "arg", dict), "name", str),
             field(value, keys[kind], str),
         )
+        # buffers that are not persistent are stored among the constants
         is_constant = kind == "tensor_constant" or (
             kind == "buffer" and name not in archive.tables["weights"]
         )
@@ -75,7 +76,7 @@ def _inputs(
         if kind == "tensor_constant":
             archive.constants.add(name)
     if len(images) != 1 or not isinstance(images[0], Tensor):
-        raise Refusal(f"it has {len(images)} inputs; a classifier takes images alone")
+        raise Refusal(f"it has {len(images)} inputs; a classifier takes only images")
     return found, buffers, images[0].name
 
 
@@ -105,7 +106,7 @@ def _convert(converter: Converter, nodes: list[Any], limits: GraphLimits) -> Non
 
 
 def _output(signature: dict[str, Any], converter: Converter) -> str:
-    """The first output of the program that may be logits: two axes."""
+    """The program's first output with two axes, taken to be the logits."""
     for spec in field(signature, "output_specs", list):
         output = spec.get("user_output") if type(spec) is dict else None
         value = decode(field(output, "arg", dict)) if type(output) is dict else None
@@ -121,6 +122,7 @@ def _graph(
     moments = {
         value for node in nodes if node.op == "BatchNormalization" for value in node.inputs[3:5]
     }
+    # buffers other than running moments are settings, not weights
     fixed = frozenset(converter.fixed | (buffers - moments))
     meta = converter.metas.get(image)
     if meta is None or len(meta.shape) != 4:

@@ -1,4 +1,4 @@
-"""ONNX files as graphs. Nothing in a file is executed; what is not understood is refused by
+"""Reads ONNX files as graphs. Nothing in a file is executed; unsupported features are refused by
 name."""
 
 import pathlib
@@ -27,8 +27,7 @@ QUANTISED = (
 
 
 def import_onnx() -> Any:
-    """The `onnx` package. Raises UserError with the command that installs it where it is
-    missing."""
+    """The `onnx` package. If it is missing, raises UserError with the command that installs it."""
     try:
         import onnx
     except ImportError:
@@ -43,11 +42,11 @@ def read_onnx(
     limits: GraphLimits = GraphLimits(),
     folder: pathlib.Path | None = None,
 ) -> Graph:
-    """The graph in `data`, the bytes of an ONNX file.
+    """Reads the graph in `data`, the bytes of an ONNX file.
 
     Args:
-      folder: where files of external data may lie; without it they are refused.
-    Raises: Refusal saying what in the file is wrong or not understood.
+      folder: folder of external data files; if None, external data is refused.
+    Raises: Refusal saying what in the file is wrong or not supported.
     """
     return read_with_files(data, limits, folder)[0]
 
@@ -55,14 +54,14 @@ def read_onnx(
 def read_with_files(
     data: bytes, limits: GraphLimits, folder: pathlib.Path | None
 ) -> tuple[Graph, tuple[pathlib.Path, ...]]:
-    """`read_onnx`, and the files of external data that were read."""
+    """Like `read_onnx`, but also returns the external data files that were read."""
     onnx = import_onnx()
     if len(data) > limits.file_bytes:
         raise Refusal(f"it has {len(data):,} bytes; the limit is {limits.file_bytes:,}")
     scan.check_size(data, onnx.ModelProto.DESCRIPTOR, limits)
     try:
         model = onnx.ModelProto.FromString(data)
-    except Exception:  # what the library raises differs between its versions
+    except Exception:  # the exception type differs between versions of the library
         raise Refusal("it is damaged, or not an ONNX file") from None
     if not model.HasField("graph") or not model.graph.node:
         raise Refusal("it holds no graph")
@@ -82,7 +81,7 @@ def _opset(model: Any) -> int:
     if used:
         node = next(node for node in model.graph.node if node.domain not in DOMAINS)
         raise Refusal(
-            f"operator {quote(node.op_type)} of node {quote(node.name)} is of the custom domain "
+            f"operator {quote(node.op_type)} of node {quote(node.name)} is from the custom domain "
             f"{quote(node.domain)}; "
             "export it with standard operators"
         )
@@ -93,14 +92,14 @@ def _opset(model: Any) -> int:
         )
     if not OLDEST_OPSET <= stated[0] <= NEWEST_OPSET:
         raise Refusal(
-            f"it is of opset {stated[0]}; opsets {OLDEST_OPSET} to {NEWEST_OPSET} are read"
+            f"it uses opset {stated[0]}; opsets {OLDEST_OPSET} to {NEWEST_OPSET} are supported"
         )
     return stated[0]
 
 
 def _check_plain(model: Any) -> None:
-    """Refuses what a classifier does not need: functions, training, sparse and quantised
-    weights."""
+    """Refuses features that a classifier does not need: functions, training graphs, sparse and
+    quantised weights."""
     graph = model.graph
     if model.functions:
         raise Refusal(
@@ -146,7 +145,7 @@ def _node(node: Any, opset: int, reader: Reader, limits: GraphLimits) -> Node:
     if op.startswith(QUANTISED):
         raise Refusal(f"{place} belongs to a quantised model; export it in floating point")
     if op not in ops.TABLE:
-        raise Refusal(f"{place} is not known (the file is of opset {opset})")
+        raise Refusal(f"{place} is not known (the file uses opset {opset})")
     attributes = {
         _text(a.name, limits): _attribute(a, place, reader, limits) for a in node.attribute
     }
@@ -173,7 +172,7 @@ def _attribute(attribute: Any, place: str, reader: Reader, limits: GraphLimits) 
         attribute.STRINGS: attribute.strings,
     }
     if kind not in lists:
-        raise Refusal(f"{name} is a graph or of another type that is not read")
+        raise Refusal(f"{name} is a graph or of another type that is not supported")
     if len(lists[kind]) > limits.numbers:
         raise Refusal(f"{name} has {len(lists[kind]):,} values; the limit is {limits.numbers:,}")
     return tuple(
@@ -182,10 +181,10 @@ def _attribute(attribute: Any, place: str, reader: Reader, limits: GraphLimits) 
 
 
 def _text(text: str, limits: GraphLimits) -> str:
-    if type(text) is not str:  # bytes where they are not UTF-8
+    if type(text) is not str:  # protobuf returns bytes for text that is not UTF-8
         raise Refusal("it holds a name that is not text")
     if len(text) > min(limits.text_bytes, 1024):
-        raise Refusal(f"it holds a name of {len(text):,} letters, {quote(text)}")
+        raise Refusal(f"it holds a name of {len(text):,} characters, {quote(text)}")
     return text
 
 
@@ -196,7 +195,7 @@ def _decode(text: bytes, limits: GraphLimits) -> str:
 
 
 def _check_order(graph: Any, nodes: tuple[Node, ...], tensors: dict[str, np.ndarray]) -> None:
-    """Every value is made once, and before it is read."""
+    """Raises Refusal unless every value is computed once, and before it is read."""
     known = {*tensors, *(value.name for value in graph.input)}
     for node in nodes:
         if not any(node.outputs[:1]):
@@ -221,10 +220,11 @@ def _graph(
     model: Any, nodes: tuple[Node, ...], tensors: dict[str, np.ndarray], limits: GraphLimits
 ) -> Graph:
     graph = model.graph
+    # before IR version 4 the stored tensors are listed among the inputs
     inputs = [value for value in graph.input if value.name not in tensors]
     if len(inputs) != 1:
         names = ", ".join(quote(value.name) for value in inputs[:3])
-        raise Refusal(f"it has {len(inputs)} inputs ({names}); a classifier takes images alone")
+        raise Refusal(f"it has {len(inputs)} inputs ({names}); a classifier takes only images")
     shape, dtype = _shape(inputs[0])
     outputs = tuple(output.name for output in graph.output)
     logits, answer = before_answer(nodes, choose_output(graph.output, nodes))
@@ -249,7 +249,7 @@ def _graph(
 
 
 def choose_output(outputs: Iterable[Any], nodes: tuple[Node, ...]) -> str:
-    """Name of the first output that may be logits: two axes, or none stated."""
+    """Name of the first output that may be logits: with two axes, or with no stated shape."""
     named = [output for output in outputs if any(output.name in node.outputs for node in nodes)]
     for output in named:
         kind = output.type.tensor_type
@@ -259,7 +259,7 @@ def choose_output(outputs: Iterable[Any], nodes: tuple[Node, ...]) -> str:
 
 
 def _shape(value: Any) -> tuple[tuple[int | None, ...], np.dtype]:
-    """Stated dimensions and element type of the graph's input."""
+    """Stated dimensions and element type of the graph's input; open dimensions are None."""
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type") or kind.elem_type not in TYPES:
         raise Refusal(f"its input {quote(value.name)} is not a tensor of numbers")

@@ -1,4 +1,4 @@
-"""Counts what a protocol buffer holds before it is parsed, so that a small file cannot become
+"""Counts the contents of a protocol buffer before it is parsed, so that a small file cannot become
 gigabytes of objects."""
 
 from typing import Any
@@ -8,19 +8,19 @@ from jaxbd.limits import Refusal
 
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5
 INTEGERS = frozenset({3, 4, 5, 8, 13, 14, 17, 18})
-"""Type numbers of protocol buffers that are stored as varints."""
+"""Numbers of the protocol buffer types that are stored as varints."""
 MESSAGE = 11
 
 
 def check_size(data: bytes, descriptor: Any, limits: GraphLimits) -> None:
-    """Raises Refusal unless `data`, a message of the type `descriptor`, stays within the limits.
+    """Raises Refusal unless `data`, a message of type `descriptor`, stays within the limits.
 
-    A field that the type does not know is refused: readers of other versions could take it for
-    something.
+    An unknown field is refused: a reader of another version could give it a meaning.
     """
     fields = packed = 0
     deadline = limits.plain.deadline("it", len(data))
-    # (position, end, type, fields that were met): only as many as messages are nested
+    # (position, end, type, fields seen so far) of each open message; no recursion, since the file
+    # decides how deep messages are nested
     stack: list[tuple[int, int, Any, set[int]]] = [(0, len(data), descriptor, set())]
     while stack:
         position, end, kind, seen = stack.pop()
@@ -55,7 +55,7 @@ def check_size(data: bytes, descriptor: Any, limits: GraphLimits) -> None:
 
 
 def _value(data: bytes, position: int, end: int, wire: int) -> tuple[int, int]:
-    """(begin, end) of a field's value."""
+    """(begin, end) of the value of a field with wire type `wire`."""
     start = position
     if wire == VARINT:
         position = _varint(data, position, end)[1]

@@ -1,4 +1,5 @@
-"""ONNX tensors as NumPy arrays, from the file itself or from files of external data beside it."""
+"""Reads ONNX tensors as NumPy arrays, from the file itself or from external data files beside
+it."""
 
 import math
 import os
@@ -26,7 +27,8 @@ TYPES: dict[int, np.dtype] = {
     13: np.dtype(np.uint64),
     16: np.dtype(ml_dtypes.bfloat16),
 }
-"""Number of an ONNX element type -> NumPy's; others (text, complex, quantised) are refused."""
+"""Number of an ONNX element type -> NumPy dtype; others (strings, complex, quantised) are
+refused."""
 FIELDS = {"f": "float_data", "i": "int32_data", "u": "int32_data", "b": "int32_data"}
 WIDE = {7: "int64_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data"}
 HALVES = (10, 16)
@@ -34,11 +36,11 @@ EXTERNAL = 1
 
 
 class Reader:
-    """Reads the tensors of one file and adds up what they cost.
+    """Reads the tensors of one file and adds up their cost.
 
     Attributes:
-      folder: where files of external data may lie; None where there may be none.
-      files: those that were read.
+      folder: folder of external data files; None if they are not allowed.
+      files: the external data files that were read.
     """
 
     def __init__(self, limits: GraphLimits, folder: pathlib.Path | None):
@@ -48,7 +50,7 @@ class Reader:
         self.external, self.sizes = 0, dict[pathlib.Path, int]()
 
     def read(self, tensor: Any, name: str) -> np.ndarray:
-        """`tensor`, a TensorProto, as an array of its own. Raises Refusal naming `name`."""
+        """Converts `tensor`, a TensorProto, to an array. Raises Refusal naming `name`."""
         dtype, shape = self._read_header(tensor, name)
         size = math.prod(shape) * dtype.itemsize
         self.count, self.total = self.count + 1, self.total + size
@@ -63,7 +65,7 @@ class Reader:
             return np.frombuffer(self._external(tensor, name, size), dtype).reshape(shape)
         if tensor.HasField("raw_data"):
             if dtype == np.bool_ and np.frombuffer(tensor.raw_data, np.uint8).max(initial=0) > 1:
-                raise Refusal(f"tensor {quote(name)} holds truth values that are neither 0 nor 1")
+                raise Refusal(f"tensor {quote(name)} holds booleans that are neither 0 nor 1")
             if len(tensor.raw_data) != size:
                 raise Refusal(
                     f"tensor {quote(name)} has {len(tensor.raw_data):,} bytes where {size:,} are "
@@ -76,7 +78,7 @@ class Reader:
         dtype, shape = TYPES.get(tensor.data_type), tuple(tensor.dims)
         if dtype is None:
             raise Refusal(
-                f"tensor {quote(name)} has elements of type {tensor.data_type}, which are not read"
+                f"tensor {quote(name)} has elements of the unsupported type {tensor.data_type}"
             )
         if len(shape) > MOST_AXES or any(dim < 0 for dim in shape) or tensor.HasField("segment"):
             raise Refusal(f"tensor {quote(name)} has the shape {quote(shape)}")
@@ -85,7 +87,7 @@ class Reader:
     def _read_elements(
         self, tensor: Any, dtype: np.dtype, shape: tuple[int, ...], name: str
     ) -> np.ndarray:
-        """Elements that stand one by one, in the field that their type has."""
+        """Reads elements that are stored individually, in the field for their type."""
         values = getattr(
             tensor,
             WIDE.get(tensor.data_type)
@@ -96,16 +98,16 @@ class Reader:
                 f"tensor {quote(name)} has {len(values):,} elements where {math.prod(shape):,} are "
                 "described"
             )
-        if tensor.data_type in HALVES:
+        if tensor.data_type in HALVES:  # their bits are stored as integers
             return np.array(values, np.int32).astype(np.uint16).view(dtype).reshape(shape)
         return np.array(values).astype(dtype).reshape(shape)
 
     def _external(self, tensor: Any, name: str, size: int) -> bytes:
-        """`size` bytes of a file of external data, which must lie in the model's own folder."""
+        """Reads `size` bytes of an external data file, which must be inside the model's folder."""
         stated = {entry.key: entry.value for entry in tensor.external_data}
         location = stated.get("location", "")
         if self.folder is None:
-            raise Refusal(f"tensor {quote(name)} lies in another file, {quote(location)}")
+            raise Refusal(f"tensor {quote(name)} is in another file, {quote(location)}")
         offset, length = (
             _whole(stated.get(key, str(default)), name)
             for key, default in (("offset", 0), ("length", size))
@@ -114,13 +116,14 @@ class Reader:
             raise Refusal(f"tensor {quote(name)} has {length:,} bytes where {size:,} are described")
         path = _inside(self.folder, location)
         if not path.exists():
-            raise Refusal(f"its weights are in {quote(location)}, which is not beside it")
+            raise Refusal(f"its weights are in {quote(location)}, which is missing from its folder")
         self.files.add(path)
         with opened(path, Limits(file_bytes=self.limits.file_bytes)) as (file, _):
             file.seek(offset)
             data = file.read(size)
         self.sizes[path] = path.stat().st_size
         self.external += size
+        # many tensors may refer to the same bytes, so the total is compared with the files' sizes
         if self.external > self.limits.plain.unpacked(sum(self.sizes.values())):
             raise Refusal(f"its tensors are many times larger than its files; first {quote(name)}")
         if len(data) != size:
@@ -135,8 +138,8 @@ def _whole(text: str, name: str) -> int:
 
 
 def _inside(folder: pathlib.Path, location: str) -> pathlib.Path:
-    """The file `location` in `folder`, however the name is made up; links that lead elsewhere are
-    refused."""
+    """The file `location` in `folder`. Raises Refusal if the name or a link leads outside the
+    folder."""
     parts = pathlib.PurePosixPath(location).parts
     path = folder.joinpath(*parts) if parts else folder
     outside = (
@@ -149,6 +152,7 @@ def _inside(folder: pathlib.Path, location: str) -> pathlib.Path:
     if (
         outside
         or "\0" in location
+        # realpath follows links, which may lead outside
         or not os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
     ):
         raise Refusal(f"it asks for data outside its folder, {quote(location)}")

@@ -1,4 +1,4 @@
-"""A graph brought into the form in which its weights are found."""
+"""Normalises a graph so that its weights can be found."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +10,11 @@ BATCH_NORM = "BatchNormalization"
 
 
 def tidy(graph: Graph) -> Graph:
-    """`graph` with weights as tensors of their own.
+    """Gives every weight of `graph` its own tensor.
 
-    Constants that are weights become tensors; a copy of a tensor (exporters store equal tensors
-    once) becomes a tensor under the copy's name; moments that several normalisations share become
-    one set for each.
+    Constant nodes that hold weights become tensors. An Identity of a tensor (exporters store equal
+    tensors once) becomes a tensor with the copy's name. Parameters that several normalisations
+    share are copied for each of them.
     """
     tensors, nodes, used = dict(graph.tensors), [], set()
     for node in graph.nodes:
@@ -34,16 +34,16 @@ def tidy(graph: Graph) -> Graph:
             tensors[node.outputs[0]] = tensors[node.inputs[0]]
             continue
         if node.op == BATCH_NORM:
-            inputs = [_own(name, used, tensors) for name in node.inputs[1:]]
+            inputs = [_claim(name, used, tensors) for name in node.inputs[1:]]
             node = node._replace(inputs=(node.inputs[0], *inputs))
         nodes.append(node)
     read = {value for node in nodes for value in node.inputs} | set(graph.outputs)
-    kept = {name: array for name, array in tensors.items() if name in read}
-    return graph._replace(nodes=tuple(nodes), tensors=kept)
+    needed = {name: array for name, array in tensors.items() if name in read}
+    return graph._replace(nodes=tuple(nodes), tensors=needed)
 
 
-def _own(name: str, used: set[str], tensors: dict[str, np.ndarray]) -> str:
-    """`name`, or that of a copy where another normalisation has taken it."""
+def _claim(name: str, used: set[str], tensors: dict[str, np.ndarray]) -> str:
+    """`name`, or the name of a new copy if another normalisation already uses the tensor."""
     if name in used and name in tensors:
         copy = unique(f"{name}_copy", tensors)
         tensors[copy], name = tensors[name], copy

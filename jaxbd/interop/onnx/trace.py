@@ -1,5 +1,5 @@
-"""Nets of jaxbd as graphs: JAX's own trace of a net, each primitive as nodes of ONNX, weights under
-PyTorch's names."""
+"""Converts jaxbd's own nets to graphs: traces the net with JAX and turns each primitive into ONNX
+nodes, with weights under PyTorch's names."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,15 +26,15 @@ def to_graph(
     image_shape: tuple[int, int, int],
     names: Mapping[str, str] | None = None,
 ) -> Graph:
-    """The graph that `net` is with `variables`, its input normalisation and activation bounds
-    included.
+    """The graph of `net` with `variables`, including input normalisation and activation bounds.
 
     Args:
-      names: path of an array ("params/conv1/kernel") -> name of the tensor ("conv1.weight"); by
-        default the path's.
-    Raises: UserError naming an operation that has no counterpart.
+      names: path of an array ("params/conv1/kernel") -> name of the tensor ("conv1.weight"). Paths
+        without an entry are used themselves, with "." for "/".
+    Raises: UserError naming an operation that has no counterpart in ONNX.
     """
     flat: Any = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)), sep="/")
+    # a symbolic batch size, so that the graph takes any number of images
     (count,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((count, *image_shape), jnp.float32)
     nest = lambda arrays: {"batch_stats": {}, **flax.traverse_util.unflatten_dict(arrays, sep="/")}
@@ -73,7 +73,7 @@ def to_graph(
 
 
 def _normalise_in_one(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Flax interceptor: BatchNorm as one primitive; its bounds follow."""
+    """Flax interceptor that traces a BatchNorm as a single primitive, followed by its bounds."""
     module = context.module
     if not isinstance(module, BatchNorm) or context.method_name != "__call__":
         return call(*args, **kwargs)

@@ -1,6 +1,6 @@
-"""A jaxpr as a graph of ONNX, given how each primitive becomes nodes.
+"""Converts a jaxpr to an ONNX graph, given a converter for each primitive.
 
-Images stay [B, C, H, W] inside, as ONNX wants them; a BatchNorm stays one node.
+Inside the graph activations are [B, C, H, W], as ONNX expects; a BatchNorm stays a single node.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,23 +16,27 @@ from jaxbd.limits import Refusal
 
 TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
-"""Parameters of an equation that hold a program of its own."""
+"""Parameters of an equation that hold an inner jaxpr."""
 
 batch_norm_p = Primitive("jaxbd_batch_norm")
 batch_norm_p.def_abstract_eval(lambda x, *others, epsilon: x)
 
 
 class Dynamic(NamedTuple):
-    """A value that depends on the image: its name, and whether the graph has its channels first,
-    unlike the net."""
+    """A value that depends on the image.
+
+    Attributes:
+      name: its name in the graph.
+      first: whether it is [B, C, H, W] in the graph while the net has [B, H, W, C].
+    """
 
     name: str
     first: bool = False
 
 
 class Known(NamedTuple):
-    """An array that does not; `origin` is the weight that it is, if it is one as it stands but for
-    axes of size 1."""
+    """An array that does not depend on the image. `origin` is the name of the weight that it equals
+    up to axes of size 1, or ""."""
 
     array: np.ndarray
     origin: str = ""
@@ -50,8 +54,8 @@ class Tracer(Builder):
         self._convert = convert
 
     def run(self, jaxpr: Any, consts: Any, given: list[Any]) -> list[Any]:
-        """The outputs of `jaxpr` for `given`. Raises Refusal naming a primitive that is not
-        known."""
+        """Converts `jaxpr` with the inputs `given`; returns its outputs. Raises Refusal naming a
+        primitive that is not known."""
         values = dict(zip(jaxpr.constvars, (Known(np.asarray(c)) for c in consts), strict=True))
         values |= dict(zip(jaxpr.invars, given, strict=True))
         read = lambda atom: (
@@ -62,8 +66,9 @@ class Tracer(Builder):
             inner = next((equation.params[key] for key in INNER if key in equation.params), None)
             if inner is not None:
                 results = self.run(inner.jaxpr, inner.consts, inputs)
+            # batch_norm_p cannot be computed, it has no implementation
             elif all(isinstance(x, Known) for x in inputs) and name != batch_norm_p.name:
-                results = self._at_once(equation, inputs)
+                results = self._compute_known(equation, inputs)
             elif name in self._convert:
                 results = [self._convert[name](self, equation, *inputs)]
             else:
@@ -71,12 +76,14 @@ class Tracer(Builder):
             values |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _at_once(self, equation: Any, inputs: list[Known]) -> list[Known]:
+    def _compute_known(self, equation: Any, inputs: list[Known]) -> list[Known]:
+        """Computes an equation with known inputs."""
         with jax.ensure_compile_time_eval():
             made = equation.primitive.bind(
                 *(jnp.asarray(x.array) for x in inputs), **equation.params
             )
         arrays = [np.asarray(x) for x in (made if equation.primitive.multiple_results else [made])]
+        # still the same weight if only axes of size 1 were added or removed
         origin = (
             inputs[0].origin
             if inputs and equation.primitive.name in ("reshape", "convert_element_type", "squeeze")
@@ -93,7 +100,7 @@ class Tracer(Builder):
         axes: tuple[int, ...] | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> str:
-        """The name of a tensor that holds `value`, its axes turned or its form changed."""
+        """The name of a tensor that holds `value`, with its axes permuted or its shape changed."""
         array = value.array if axes is None else value.array.transpose(axes)
         array = np.ascontiguousarray(array if shape is None else array.reshape(shape))
         array = array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
@@ -101,6 +108,7 @@ class Tracer(Builder):
             name = self.constant(array)
             self.store(name)
             return name
+        # a shared weight is stored once
         if value.origin in self.tensors and self.tensors[value.origin].shape == array.shape:
             return value.origin
         name = self.name(value.origin)
@@ -108,7 +116,8 @@ class Tracer(Builder):
         return name
 
     def operands(self, *values: Any) -> tuple[list[str], bool]:
-        """(names, whether channels come first) of values that meet element by element."""
+        """(names, whether channels come first) of the operands of an elementwise operator, all
+        brought to the same order of axes."""
         first = any(isinstance(value, Dynamic) and value.first for value in values)
         names = []
         for value in values:
@@ -118,6 +127,7 @@ class Tracer(Builder):
                     if value.first == first
                     else self.add("Transpose", [value.name], perm=TO_FIRST)
                 )
+            # JAX broadcasts explicitly: constants of any other rank are scalars
             elif first and value.array.ndim == 4:
                 names.append(self.weight(value, TO_FIRST))
             else:
@@ -125,7 +135,7 @@ class Tracer(Builder):
         return names, first
 
     def last(self, value: Dynamic) -> str:
-        """The name of `value` with its axes in the net's own order."""
+        """The name of `value` with the net's own order of axes (channels last)."""
         return self.add("Transpose", [value.name], perm=TO_LAST) if value.first else value.name
 
     def to_first(self, value: Any) -> str:

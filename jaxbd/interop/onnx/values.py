@@ -1,5 +1,5 @@
-"""Values on their way through a graph: NumPy where they do not depend on image or weights, JAX
-otherwise."""
+"""Values that flow through a graph: NumPy arrays if they depend on neither image nor weights, JAX
+arrays otherwise."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,43 +17,48 @@ Value = Any
 
 
 def is_static(*values: Value) -> bool:
-    """Whether all of `values` that are given are known without image and weights."""
+    """Whether all `values` are known without image and weights; None is ignored."""
     return all(isinstance(value, np.ndarray | np.generic) for value in values if value is not None)
 
 
 def library(*values: Value) -> Any:
-    """The library that computes with `values`: NumPy where all are static, else jax.numpy."""
+    """The library to compute with: NumPy if all `values` are static, otherwise jax.numpy."""
     return np if is_static(*values) else jnp
 
 
 def static(value: Value, what: str) -> np.ndarray:
-    """`value` as NumPy. Raises Refusal where it depends on image or weights."""
+    """`value` as a NumPy array. Raises Refusal if it depends on image or weights."""
     if not is_static(value):
         raise Refusal(f"{what} depends on the image or the weights")
     return np.asarray(value)
 
 
 def whole(value: Value, what: str) -> tuple[int, ...]:
-    """A static vector of integers."""
+    """A static vector as a tuple of integers. Raises Refusal, naming `what`, if it is not
+    static."""
     return tuple(int(number) for number in static(value, what).reshape(-1))
 
 
 def check_size(shape: Sequence[int], most: int = MOST_ELEMENTS) -> None:
-    """Raises Refusal where a value of `shape` would be too large to make."""
+    """Raises Refusal if a value of `shape` would have too many axes or elements."""
     if len(shape) > MOST_AXES or any(dim < 0 for dim in shape) or math.prod(map(int, shape)) > most:
         raise Refusal(f"a value of shape {'x'.join(str(dim)[:12] for dim in shape)} is too large")
 
 
 def limit(*values: Value) -> int:
-    """Most elements of what is made of `values`: fewer where it is computed at once."""
+    """Maximum elements of a result computed from `values`; lower for static results, which are
+    computed immediately."""
     return MOST_STATIC if is_static(*values) else MOST_ELEMENTS
 
 
 def aligned(*values: Value) -> tuple[Any, list[Value]]:
-    """(library, values of one rank and kind) for an operator that broadcasts as NumPy does.
+    """(library, values brought to the same rank and float type), for an operator that broadcasts
+    like NumPy.
 
-    Static floats take the type of the others, so that a constant in float64 changes no precision.
+    Static floats take the type of the others, so that a float64 constant does not change the
+    precision.
     """
+    # before anything of the broadcast size is allocated
     check_size(np.broadcast_shapes(*(np.shape(value) for value in values)), limit(*values))
     rank = max(np.ndim(value) for value in values)
     ranked = [
@@ -82,8 +87,8 @@ def _array(value: Value) -> Value:
 
 
 def computed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, written in JAX, for operators that rarely meet static values: those are computed
-    at once."""
+    """Wraps an operator written in JAX: with static inputs it is computed immediately and gives
+    NumPy arrays."""
 
     def run(node: Any, *inputs: Value) -> Any:
         if not is_static(*inputs):
@@ -100,21 +105,21 @@ def computed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def axis_of(axis: int, rank: int) -> int:
-    """A possibly negative axis as one in 0..rank-1."""
+    """Converts a possibly negative axis to one in 0..rank-1."""
     if not -rank <= axis < max(rank, 1):
         raise Refusal(f"axis {axis} of a value with {rank} axes")
     return axis % max(rank, 1)
 
 
 class Budget:
-    """Adds up the elements of all values that are computed, so that many large ones are refused
-    too."""
+    """Adds up the elements of all computed values, so that many large values are refused as
+    well."""
 
     def __init__(self, images: int = 1):
         self._images, self._static, self._computed = images, 0, 0
 
     def spend(self, value: Value) -> None:
-        """Counts `value`. Raises Refusal where the sum is too large."""
+        """Adds `value`. Raises Refusal if the sum is too large."""
         size = math.prod(np.shape(value))
         if is_static(value):
             self._static += size

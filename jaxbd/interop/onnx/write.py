@@ -1,5 +1,5 @@
-"""Graphs as ONNX files: repaired weights in place of the stored ones, activation bounds as
-nodes."""
+"""Writes graphs as ONNX files, with repaired weights instead of the stored ones and activation
+bounds as nodes."""
 
 import pathlib
 from collections.abc import Mapping
@@ -20,29 +20,28 @@ from jaxbd.interop.onnx.tensors import TYPES
 from jaxbd.interop.onnx.tidying import tidy
 
 MOST_BYTES = (2 << 30) - (1 << 20)
-"""A protocol buffer holds 2 GiB."""
+"""Size limit of a file: a protocol buffer cannot exceed 2 GiB."""
 OPEN = 1e38
-"""Bounds beyond this clip nothing and become no node."""
+"""Bounds beyond this do not clip and get no node."""
 
 
 class Parts(NamedTuple):
-    """Nodes and tensors of a graph to be written."""
+    """Nodes and tensors of a graph to write."""
 
     nodes: list[Node]
     tensors: dict[str, np.ndarray]
 
 
 def parts_of(graph: Graph) -> Parts:
-    """The nodes and tensors of a graph as it is."""
+    """The nodes and tensors of a graph, unchanged."""
     return Parts(list(graph.nodes), graph.tensors)
 
 
 def write(path: pathlib.Path, found: Opened, variables: Variables) -> None:
-    """Writes the graph of `found` with `variables` in the place of its own weights, moments and
-    bounds.
+    """Writes the graph of `found` with `variables` instead of its own weights, moments and bounds.
 
-    Raises: UserError where the package onnx is missing, the file would be too large, or onnx finds
-      fault with it.
+    Raises: UserError if the package onnx is missing, the file would be too large, or onnx rejects
+      the graph.
     """
     graph, layout = prepare(found)
     parts = with_variables(graph, layout, variables, ranks_of(found, variables))
@@ -50,26 +49,27 @@ def write(path: pathlib.Path, found: Opened, variables: Variables) -> None:
 
 
 def prepare(found: Opened) -> tuple[Graph, Layout]:
+    """The tidied graph and its layout."""
     graph = tidy(found.graph)
     return graph, lay_out(graph)
 
 
 def ranks_of(found: Opened, variables: Variables) -> dict[str, int]:
-    """Number of axes of every layer's output; empty where no bounds need it."""
+    """Number of axes of every layer's output; empty if there are no bounds to place."""
     if not variables.get("bounds"):
         return {}
     net, _ = interpret.to_net(found.graph, channels_first=found.channels_first, batch=found.batch)
     images = jax.ShapeDtypeStruct((found.batch, *found.image_shape), jnp.float32)
     plain = {name: tree for name, tree in variables.items() if name != "bounds"}
     assert net.outputs is not None
-    shown = jax.eval_shape(net.outputs, plain, images)[1]
-    return {name: values.ndim for name, values in shown.items()}
+    outputs = jax.eval_shape(net.outputs, plain, images)[1]
+    return {name: values.ndim for name, values in outputs.items()}
 
 
 def with_variables(
     graph: Graph, layout: Layout, variables: Variables, ranks: Mapping[str, int]
 ) -> Parts:
-    """Nodes and tensors of `graph` with the arrays of `variables`, bounds as nodes after their
+    """Nodes and tensors of `graph` with the arrays of `variables`; bounds become nodes after their
     layers."""
     tensors = {
         name: updated(graph.tensors[name], layout, name, variables) for name in graph.tensors
@@ -88,6 +88,7 @@ def with_variables(
             nodes.append(node)
             continue
         dtype = kinds.get(layer.name, common)
+        # the layer's own output is renamed, so that all its readers get the corrected one
         raw = f"{layer.value}.uncorrected"
         nodes.append(
             node._replace(outputs=tuple(raw if v == layer.value else v for v in node.outputs))
@@ -106,12 +107,13 @@ def with_variables(
 
 
 def _corrections(bounds: Mapping[str, Any]) -> list[tuple[str, str, np.ndarray]]:
-    """(operator, name, constant) of h(z) = max(min((z - mean) / std, upper), lower), as jaxbd
-    computes it."""
+    """The steps (operator, name, constant) of h(z) = max(min((z - mean) / std, upper), lower), in
+    the order in which jaxbd computes them."""
     steps = []
     if "mean" in bounds:
         steps += [("Sub", "mean", bounds["mean"]), ("Div", "std", bounds["std"])]
     if "upper" in bounds and np.any(np.asarray(bounds["lower"]) > -OPEN):
+        # Max and Min, because Clip takes only scalar bounds
         steps.append(("Max", "lower", bounds["lower"]))
     if "upper" in bounds and np.any(np.asarray(bounds["upper"]) < OPEN):
         steps.append(("Min", "upper", bounds["upper"]))
@@ -119,7 +121,8 @@ def _corrections(bounds: Mapping[str, Any]) -> list[tuple[str, str, np.ndarray]]
 
 
 def updated(original: np.ndarray, layout: Layout, name: str, variables: Variables) -> np.ndarray:
-    """The tensor's new value in its own type; the stored one, bit by bit, where nothing changed."""
+    """The tensor's new value in its original type. An unchanged tensor is returned as stored, bit
+    by bit."""
     slot = layout.slots.get(name)
     if slot is None:
         return original
@@ -131,7 +134,7 @@ def updated(original: np.ndarray, layout: Layout, name: str, variables: Variable
     array = np.asarray(array)
     if array.shape != slot.to_variable(original).shape:
         raise UserError(
-            f"{'/'.join(slot.path)} has the shape {array.shape}, not that of the graph's"
+            f"{'/'.join(slot.path)} has the shape {array.shape}, not the one in the graph"
         )
     if np.array_equal(slot.to_variable(original), array, equal_nan=True):
         return original
@@ -149,7 +152,7 @@ def make_node(
 
 
 def as_model(graph: Graph, parts: Parts, classes: int, more: tuple[str, ...] = ()) -> Any:
-    """The whole as a protocol buffer."""
+    """The model as a protocol buffer; `more` names additional outputs."""
     onnx = import_onnx()
     from onnx import helper, numpy_helper
 
@@ -163,7 +166,7 @@ def as_model(graph: Graph, parts: Parts, classes: int, more: tuple[str, ...] = (
         name, onnx.TensorProto.FLOAT, [dims[0], classes]
     )
     stated = [onnx.ValueInfoProto.FromString(info) for info in graph.output_info]
-    # a file may leave shapes of outputs out, which onnx does not let pass when it is written
+    # a file may omit the shapes of its outputs, but onnx's checker refuses to write it that way
     complete = [
         value if value.type.tensor_type.HasField("shape") else logits(value.name)
         for value in stated
@@ -187,7 +190,7 @@ def as_model(graph: Graph, parts: Parts, classes: int, more: tuple[str, ...] = (
 
 
 def _drop_repeated_names(nodes: list[Node]) -> list[Node]:
-    """`nodes` without a name that stands twice, which onnxruntime refuses."""
+    """`nodes` with repeated names removed, since onnxruntime refuses duplicate node names."""
     seen: set[str] = set()
     named = []
     for node in nodes:
@@ -202,7 +205,7 @@ def _proto(helper: Any, numpy_helper: Any, node: Node) -> Any:
     )
     attributes = {name: as_proto(value) for name, value in node.attributes.items()}
     made = helper.make_node(node.op, node.inputs, node.outputs, node.name or None)
-    # of lists that may be empty, only lists of integers are met
+    # the type of an empty list cannot be inferred: only lists of integers (7) occur empty
     made.attribute.extend(
         helper.make_attribute(
             name, value, attr_type=7 if isinstance(value, tuple) and not value else None
@@ -216,15 +219,13 @@ def save(path: pathlib.Path, model: Any) -> None:
     onnx = import_onnx()
     if model.ByteSize() > MOST_BYTES:
         raise UserError(
-            f"{path.name}: the model has {model.ByteSize():,} bytes; ONNX files hold 2 GiB; write "
-            ".safetensors"
+            f"{path.name}: the model has {model.ByteSize():,} bytes, but an ONNX file holds at most"
+            " 2 GiB; write .safetensors"
         )
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path.name}: not written, onnx finds fault with the graph: {reason}"
-        ) from None
+        raise UserError(f"{path.name}: not written, onnx rejects the graph: {reason}") from None
     with replacing(path) as sibling:
         sibling.write_bytes(model.SerializeToString())

@@ -1,4 +1,4 @@
-"""The guarded net as one ONNX graph: the suspect, and a corrected copy for every detected
+"""Writes a guarded net as one ONNX graph: the suspect, and a corrected copy for every detected
 target."""
 
 import pathlib
@@ -20,7 +20,7 @@ from jaxbd.interop.onnx.write import (
 )
 
 SUSPECT = "suspect_logits"
-"""Name of the suspect's own answer."""
+"""Name of the output with the suspect's own logits."""
 
 
 def write_guarded(
@@ -46,11 +46,12 @@ def save_guarded(
     targets: Sequence[int],
     classes: int,
 ) -> None:
-    """Writes the guarded net: where `suspect` answers `targets[i]`, `corrected[i]`'s answer stands.
+    """Writes the guarded net: if `suspect` predicts `targets[i]`, the logits are those of
+    `corrected[i]`.
 
-    The suspect's own logits are a last output, "suspect_logits": where the classes of both differ,
-    the input is flagged as triggered (Li et al. 2023, section 4.2). Every net is computed for every
-    image.
+    The suspect's own logits are an additional last output, "suspect_logits". An input for which the
+    two predicted classes differ is flagged as triggered (Li et al. 2023, section 4.2). Every net is
+    computed for every image.
     """
     whole = combine(graph, suspect, corrected, targets)
     save(path, as_model(graph, whole, classes, more=(SUSPECT,)))
@@ -59,9 +60,12 @@ def save_guarded(
 def combine(
     graph: Graph, suspect: Parts, corrected: Sequence[Parts], targets: Sequence[int]
 ) -> Parts:
-    """The suspect's nodes and a copy of the corrected ones for every target, with the choice."""
+    """The suspect's nodes, a copy of the corrected net for every target, and the nodes that choose
+    between them."""
+    # the name of the logits goes to the chosen answer, so that nodes after it (a softmax) use that
     rename = lambda value: SUSPECT if value == graph.logits else value
     nodes = [node._replace(outputs=tuple(map(rename, node.outputs))) for node in suspect.nodes]
+    # the copies go right after the suspect's logits, before the nodes that read the chosen answer
     position = 1 + next(i for i, node in enumerate(nodes) if SUSPECT in node.outputs)
     tensors, chosen = dict(suspect.tensors), SUSPECT
     added = [make_node("ArgMax", (SUSPECT,), "guard.label", graph, axis=1, keepdims=1)]
@@ -83,7 +87,8 @@ def combine(
 def _copy_parts(
     parts: Parts, tensors: Mapping[str, np.ndarray], prefix: str, graph: Graph
 ) -> Parts:
-    """What the logits depend on under names of its own; tensors that are equal stay shared."""
+    """A copy of the nodes and tensors that the logits depend on, with `prefix` before their names.
+    Tensors equal to those in `tensors` stay shared."""
     own = {
         n
         for n, array in parts.tensors.items()

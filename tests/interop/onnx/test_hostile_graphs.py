@@ -91,14 +91,14 @@ def with_outside(location, **more):
 REFUSALS = {
     "custom domain": (
         changed(with_domain),
-        "'Flatten' of node '' is of the custom domain 'com.microsoft'",
+        "'Flatten' of node '' is from the custom domain 'com.microsoft'",
     ),
     "functions": (changed(with_function), "functions of its own"),
     "control flow": (changed(with_branch), "'If' of node 'branch' is control flow"),
     "sparse": (changed(with_sparse), "sparse weights"),
     "unknown operator": (
         changed(lambda m: setattr(m.graph.node[0], "op_type", "NonMaxSuppression")),
-        "'NonMaxSuppression' of node 'pool' is not known .the file is of opset 17.",
+        "'NonMaxSuppression' of node 'pool' is not known .the file uses opset 17.",
     ),
     "quantised": (
         changed(lambda m: setattr(m.graph.node[0], "op_type", "QLinearConv")),
@@ -109,7 +109,7 @@ REFUSALS = {
     "no opset": (changed(lambda m: m.ClearField("opset_import")), "0 opsets"),
     "two opsets": (changed(lambda m: m.opset_import.append(helper.make_opsetid("", 9))), "opsets"),
     "training": (changed(lambda m: m.training_info.add()), "training graph"),
-    "external data": (changed(with_outside("w.bin")), "lies in another file"),
+    "external data": (changed(with_outside("w.bin")), "is in another file"),
     "a tensor of other size": (
         changed(lambda m: setattr(m.graph.initializer[0], "raw_data", b"12345678")),
         "8 bytes where 48",
@@ -225,7 +225,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, location):
 def test_external_data_beside_the_file_is_read(tmp_path):
     path, other = tmp_path / "m.onnx", tmp_path / "w.bin"
     path.write_bytes(changed(with_outside("w.bin", offset=8, length=48)).SerializeToString())
-    with pytest.raises(UserError, match=r"'w\.bin', which is not beside it"):
+    with pytest.raises(UserError, match=r"'w\.bin', which is missing from its folder"):
         graphs.open_graph(path)
     other.write_bytes(bytes(8) + W.tobytes())
     found = graphs.open_graph(path)
