@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import numpy as np
 
+from jaxbd import files
 from jaxbd.attacks.given import Apply, Loaded
 from jaxbd.base import UserError
 from jaxbd.data import bounded, npz_archive
@@ -70,13 +71,10 @@ def save(path: pathlib.Path, trigger: Loaded) -> None:
     Raises: UserError when the file cannot be written.
     """
     arrays = to_arrays(trigger)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(path) as sibling, sibling.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror}; choose a writable folder with space"
         ) from None

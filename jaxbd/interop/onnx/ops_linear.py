@@ -142,9 +142,23 @@ def _softmax(function: Callable[..., Value]) -> Callable[..., Value]:
     return computed(run)
 
 
-def _reduction(name: str, since: int, before: str = "", after: str = "") -> Callable[..., Value]:
-    """A reduction with `xp.name`; the axes are an attribute before opset `since` and an input from
-    then on."""
+def _log_sum_exp(xp: Any) -> Callable[..., Value]:
+    def reduce(x: Value, axis: tuple[int, ...] | None, keepdims: bool) -> Value:
+        largest = xp.max(x, axis=axis, keepdims=True)  # exp of a large number overflows
+        total = xp.log(xp.sum(xp.exp(x - largest), axis=axis, keepdims=keepdims))
+        return total + (largest if keepdims else xp.squeeze(largest, axis))
+
+    return reduce
+
+
+def _reduction(
+    name: str | Callable[[Any], Callable[..., Value]],
+    since: int,
+    before: str = "",
+    after: str = "",
+) -> Callable[..., Value]:
+    """A reduction with `xp.name`, or with `name(xp)`; the axes are an attribute before opset
+    `since` and an input from then on."""
 
     def run(node: Node, x: Value, *more: Value) -> Value:
         xp, axes = library(x), listed(node, (x, *more), 1, "axes", since)
@@ -152,7 +166,8 @@ def _reduction(name: str, since: int, before: str = "", after: str = "") -> Call
             return x
         axes = tuple(axis_of(axis, x.ndim) for axis in axes) if axes else None
         x = getattr(xp, before)(x) if before else x
-        y = getattr(xp, name)(x, axis=axes, keepdims=bool(node.get("keepdims", 1)))
+        reduce = getattr(xp, name) if isinstance(name, str) else name(xp)
+        y = reduce(x, axis=axes, keepdims=bool(node.get("keepdims", 1)))
         return getattr(xp, after)(y) if after else y
 
     return run
@@ -194,7 +209,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "ReduceL1": _reduction("sum", 18, before="abs"),
     "ReduceL2": _reduction("sum", 18, before="square", after="sqrt"),
     "ReduceSumSquare": _reduction("sum", 18, before="square"),
-    "ReduceLogSumExp": _reduction("sum", 18, before="exp", after="log"),
+    "ReduceLogSumExp": _reduction(_log_sum_exp, 18),
     "ArgMax": _extreme("argmax"),
     "ArgMin": _extreme("argmin"),
     "CumSum": cumsum,

@@ -275,6 +275,8 @@ CASES += [
     ("ReduceL2", 17, {"axes": [1]}, [X], 1),
     ("ReduceSumSquare", 17, {"axes": [1]}, [X], 1),
     ("ReduceLogSumExp", 17, {"axes": [1]}, [X], 1),
+    ("ReduceLogSumExp", 17, {"axes": [1, 3], "keepdims": 0}, [X], 1),
+    ("ReduceLogSumExp", 17, {}, [X + 200], 1),
     ("ArgMax", 17, {"axis": 1}, [X], 1),
     ("ArgMin", 17, {"axis": 2, "keepdims": 0}, [X], 1),
     ("Attention", 23, {}, [SQUARE, SQUARE + 1, SQUARE - 1], 1),
