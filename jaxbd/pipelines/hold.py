@@ -17,7 +17,7 @@ from jaxbd.pipelines import checks, fresh
 from jaxbd.pipelines import repair as repairs
 from jaxbd.pipelines.checks import Limits, Round
 from jaxbd.pipelines.repair import Repaired
-from jaxbd.repairs import mixture
+from jaxbd.repairs import choose, mixture
 from jaxbd.repairs.vary import vary
 from jaxbd.training.program import Seconds, total_seconds
 from jaxbd.training.run import Run
@@ -140,7 +140,9 @@ def repair(
     if found.guards:
         raise UserError(f"{method} changes no weights, so it cannot be repeated in rounds")
     repairs.check_needs(method, found.needs | {"trigger"}, clean, evidence)
-    fitting, held = split(jax.random.fold_in(key, 0), clean, config)
+    clean = Batch(np.asarray(clean.images), np.asarray(clean.labels))
+    parts_key, share = jax.random.fold_in(key, 0), config.held_share
+    fitting, held = choose.split(parts_key, clean, share, config.most_held, "repair")
     if settings is None:
         settings = found.preset(PRESET if PRESET in found.presets else None)
     lab = fresh.Lab(run, suspect, fitting, held, config.search)
@@ -149,25 +151,6 @@ def repair(
     label = f"{task.label}, other classes"
     limits, spent = checks.compare(lab, jax.random.fold_in(key, 1), targets, norms, label)
     return _go_on(task, key, list(evidence), limits, spent)
-
-
-def split(key: Key, clean: Batch, config: Config) -> tuple[Batch, Batch]:
-    """Splits the images at random into (images to repair with, images to check with).
-
-    Raises: UserError when either part would be empty.
-    """
-    count = len(clean.labels)
-    held = min(round(config.held_share * count), config.most_held)
-    if not 0 < held < count:
-        raise UserError(
-            f"{count} clean images cannot be divided into a part to repair with and a part to check"
-            " with; give more images"
-        )
-    order = np.asarray(jax.random.permutation(key, count))
-    parts = (order[held:], order[:held])
-    images, labels = np.asarray(clean.images), np.asarray(clean.labels)
-    fitting, checking = (Batch(images[rows], labels[rows]) for rows in parts)
-    return fitting, checking
 
 
 def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: Seconds) -> Held:
