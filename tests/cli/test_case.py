@@ -167,7 +167,7 @@ def test_a_trigger_that_changed_or_lies_elsewhere_is_refused(place, capsys):
     (row,) = content["trigger_files"]
     for name in ("../model/trigger.npz", "/etc/passwd", "triggers/../../x.npz", 3, None):
         change(case / "scan.json", trigger_files=[row | {"file": name}])
-        assert "is no trigger of the case" in refusal(capsys, "repair", case, *REPAIR)
+        assert "is not a trigger of the case" in refusal(capsys, "repair", case, *REPAIR)
     change(case / "scan.json", trigger_files=[row], files={row["file"]: "0" * 64})
     assert "was changed since the scan" in refusal(capsys, "repair", case, *REPAIR)
     change(case / "scan.json", trigger_files=[])
