@@ -296,7 +296,7 @@ def test_a_page_of_what_was_generated(victim, whole, tmp_path, monkeypatch, caps
     told, made, steps = page(place), pictures(place), shown(place)
     assert (
         "nothing was measured" in told
-        and "The run went on" not in told
+        and "This run was stopped" not in told
         and steps == [0, 3, 8, STEPS]
     )
     assert len(set(made)) == len(made) == 8
@@ -314,7 +314,7 @@ def test_a_page_of_what_was_generated(victim, whole, tmp_path, monkeypatch, caps
     assert main(command(victim, out, *report, "--resume")) == 0
     assert_same(out, whole)
     stopped = read(out / "repair.json")["resumed"]["step"]
-    assert f"The run went on from iteration {stopped}, which" in page(place)
+    assert f"This run was stopped at iteration {stopped} after" in page(place)
     after = [step for step in steps if step > stopped]
     assert shown(place) == after and pictures(place) == made[-2 * len(after) :]
     assert f"over {STEPS} recorded steps" in place.read_text()
