@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from jaxbd.cli import brief, machines
 
 VERBS = {
-    "demo": "plant a backdoor in a small model, find it, remove it, and report it all on one page",
+    "demo": "plant, find and remove a backdoor in a small model; one-page report",
     "scan": "look for a backdoor in a model and name the class it targets",
     "calibrate": "scan models you know to be clean, as a baseline for later scans",
     "repair": "remove a backdoor and write the repaired model",
-    "guard": "flag images that carry the trigger, with a model from `repair --method bna`",
-    "evaluate": "measure clean accuracy, and the attack success rate of a given trigger",
+    "guard": "flag triggered images, with a model from `repair --method bna`",
+    "evaluate": "measure clean accuracy and a given trigger's attack success rate",
     "attack": "train a backdoored (or clean) model to try the other verbs on",
     "inspect": "show what is in a model file, without executing anything in it",
     "verify": "check that files are unchanged since a result was recorded",
@@ -35,13 +35,14 @@ Finds and removes backdoors in image classifiers.
 
 {verbs}
 
-`jaxbd VERB --help` explains a verb, `--help-all` lists all its flags. Every verb also takes:
+`jaxbd VERB --help` explains a verb, `--help-all` lists all its flags.
+Every verb also takes:
   --devices N    use N devices of this machine (default: all)
-  --distributed  share the work with the same command on other machines (Slurm, cloud TPU, or
-                 JAX_COORDINATOR_ADDRESS)
+  --distributed  share the work with the same command on other machines
+                 (Slurm, cloud TPU, or JAX_COORDINATOR_ADDRESS)
 
-Exit codes: 0 done (scan: clean), 1 scan found a backdoor, 3 scan inconclusive, 2 could not run,
-130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 done (scan: clean), 1 scan found a backdoor,
+3 scan inconclusive, 2 could not run, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 INTERRUPTED = 130
 

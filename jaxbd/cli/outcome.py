@@ -151,7 +151,9 @@ def describe_rows(rows: list[Row]) -> dict[str, Any]:
     return found
 
 
-def say(rows: list[Row], content: dict[str, Any], names: tuple[str, ...], whose: str) -> None:
+def say(
+    rows: list[Row], content: dict[str, Any], names: tuple[str, ...], trigger_name: str
+) -> None:
     """Prints the figures before and after, what is flagged, and which triggers they refer to."""
     table, flags = [], []
     for row in rows:
@@ -169,7 +171,7 @@ def say(rows: list[Row], content: dict[str, Any], names: tuple[str, ...], whose:
         show.table(columns, flags)
     judged = content["data"]["held_out"]
     if rows[0].before.attack_success_rate is not None:
-        show.say(f"Attack success rates use {whose}, on {judged} held-out images.")
+        show.say(f"Attack success rates use {trigger_name}, on {judged} held-out images.")
 
 
 def _label(known: Evidence, names: tuple[str, ...]) -> str:

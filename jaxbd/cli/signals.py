@@ -28,8 +28,8 @@ class Watch:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._woken = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in heeded}
+        watched = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in watched}
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         return self

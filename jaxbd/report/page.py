@@ -165,21 +165,21 @@ def _pairs_view(pairs: PairScores) -> dict[str, Any]:
     }
 
 
-def _neuron_view(shown: Activations) -> dict[str, Any]:
+def _neuron_view(neuron: Activations) -> dict[str, Any]:
     """One histogram per net on common axes, and the two total variations."""
-    panels = (shown.suspect, shown.corrected, *shown.others)
+    panels = (neuron.suspect, neuron.corrected, *neuron.others)
     values = np.concatenate(
         [plots.finite(part) for panel in panels for part in (panel.clean, panel.triggered)]
     )
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
     margin = 0.03 * (high - low) or 0.5
-    both = [shown.suspect.total_variation, shown.corrected.total_variation]
+    both = [neuron.suspect.total_variation, neuron.corrected.total_variation]
     return {
-        "layer": shown.layer,
-        "channel": shown.suspect.channel,
+        "layer": neuron.layer,
+        "channel": neuron.suspect.channel,
         "before_after": None if None in both else tuple(f"{value:.2f}" for value in both),
         "panels": [
-            _panel_of(shown.layer, panel, (low - margin, high + margin)) for panel in panels
+            _panel_of(neuron.layer, panel, (low - margin, high + margin)) for panel in panels
         ],
     }
 
@@ -199,9 +199,9 @@ def _panel_of(layer: str, panel: Panel, span: tuple[float, float]) -> dict[str, 
     return {"net": panel.net, "caption": caption, "note": panel.note, "chart": chart}
 
 
-def _view_erasure(shown: Erased) -> dict[str, Any]:
+def _view_erasure(erasure: Erased) -> dict[str, Any]:
     """Pictures and chart for the section on an erasure."""
-    view = erased.view(shown)
+    view = erased.view(erasure)
     return {**view, "chart": view["chart"] and _markup(view["chart"])}
 
 

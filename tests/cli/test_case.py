@@ -256,10 +256,10 @@ def test_force_replaces_a_case_and_nothing_else(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--out", "found.txt"], "--out found.txt has no known ending; end it with .json, or with"),
-        (["--report", "found.pdf"], "end it with .html or .htm"),
-        (["--sarif", "found"], "end it with .sarif or .json"),
-        (["--mlbom", "found.xml"], "end it with .json"),
+        (["--out", "found.txt"], "--out found.txt has no known ending; use .json, or no"),
+        (["--report", "found.pdf"], "use .html or .htm"),
+        (["--sarif", "found"], "use .sarif or .json"),
+        (["--mlbom", "found.xml"], "use .json"),
         (["--sarif", "a.json", "--mlbom", "a.json"], "is also another input or output"),
     ],
 )

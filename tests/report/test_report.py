@@ -268,8 +268,8 @@ def test_page_shows_pairs_and_a_neuron(text):
     seen = Page(text)
     words = " ".join(seen.text.split())
     assert (
-        "One cell a pair; 2 of 12 pairs are called attacked" in words
-        and "score exceeds 7 is suspected" in words
+        "One cell per pair; 2 of 12 pairs are called attacked" in words
+        and "a score above 7 is suspected" in words
     )
     assert words.index("13.25") < words.index("12.25")  # the table starts with the highest
     assert [row.get("class") for row in seen.named("tr")].count(

@@ -567,9 +567,9 @@ def _as_record(
 
 def _say(args: Any, content: dict[str, Any], rows: list[outcome.Row], there: Opened) -> None:
     """Prints the figures, the time, and the next step."""
-    whose = "the given trigger" if args.given.trigger else "the recovered triggers"
+    trigger_name = "the given trigger" if args.given.trigger else "the recovered triggers"
     if rows and there.opened is not None:
-        outcome.say(rows, content, common.class_names(there.opened), whose)
+        outcome.say(rows, content, common.class_names(there.opened), trigger_name)
     times = show.seconds(content["seconds"])
     without = " without any data" if args.data is None else ""
     show.say(f"The repair{without} took {times}. Scan the repaired model before you use it.")
