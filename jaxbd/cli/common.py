@@ -50,7 +50,7 @@ class Reading:
 
     Attributes:
       arch: architecture of a foreign model file; by default recognised from its tensors.
-        "package.module:make" names your own code: `make` is imported and called; see the
+        Use "package.module:make" to name your own code: `make` is imported and called; see the
         documentation of `jaxbd.interop.own`.
       key: name of the net in a file that holds several, for example "netC" or "student".
       form: choice that neither the weights nor the images determine, NAME=VALUE.

@@ -16,8 +16,8 @@ class Trigger:
     """A trigger you have.
 
     Attributes:
-      trigger: a picture (its transparency is the mask), an .npz with `pattern` or, for a warp,
-        `grid` (`jaxbd attack` writes both), or white:HxW.
+      trigger: a picture (its transparency is the mask), an .npz with `pattern` or, for a
+        warp, `grid` (`jaxbd attack` writes both), or white:HxW.
       apply: overwrite the image's pixels, or add to them and clip. Default: from the .npz, else
         overwrite.
       place: ROW,COLUMN of the top-left corner, or "random". Default: from the .npz; 0,0 for a

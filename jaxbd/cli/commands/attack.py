@@ -59,8 +59,9 @@ class Args(Generic[Planting]):
       picture: picture that the blend attack blends in, of any size; by default random pixels.
       poison: "dynamic" stamps different images in every batch; "static" stamps the same images
         once, before they are cropped or mirrored. Clean-label is always static.
-      poison_count: how many images static poisoning stamps. Default: 50, or the number from
-        --paper-counts or --recipe; for clean-label, the share --poison-rate of the target class.
+      poison_count: how many images static poisoning stamps. Default: 50, or the number that
+        comes with --paper-counts or --recipe; for clean-label, the share --poison-rate of the
+        target class.
       per_class: apply --poison-count to each source class instead of to all images.
       paper_counts: poison as many images per class as the BNA paper does on that data set (Li et
         al. 2023), with its target and trigger size as defaults; needs --poison static.
@@ -70,8 +71,8 @@ class Args(Generic[Planting]):
       normalisation: the model's first operation on pixels in [0, 1].
       image_shape: height, width, channels; by default the data's own.
       batch_size: images per training step.
-      crop_padding: random crops after padding by this many pixels. Default: 0, or the value from
-        --recipe.
+      crop_padding: random crops after padding by this many pixels. Default: 0, or the value
+        from --recipe.
       flip: random left-right mirroring.
       limit: use at most this many images of the data.
       download: let tfds:NAME fetch and prepare a data set; nothing else uses the network.

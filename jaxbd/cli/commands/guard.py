@@ -30,17 +30,18 @@ class Args:
 
     A guarded model runs the attacked net first. If the answer is a class that a backdoor leads to,
     it also runs a net corrected for that class; the corrected answer counts, and if the two differ
-    the image is flagged. Every image becomes a line of JSON: `index` (among the images read),
-    `file` if known, `label` (the answer), `suspect_label` (the attacked net's answer), `asked`
-    (whether a corrected net was run), `flagged`, `true_label` if known.
+    the image is flagged. Every image becomes a line of JSON with the fields `index` (among the
+    images read), `file` if known, `label` (the answer), `suspect_label` (the attacked net's
+    answer), `asked` (whether a corrected net was run), `flagged`, and `true_label` if known.
 
     Attributes:
       model: guarded model: a folder written by `jaxbd repair --method bna`.
       data: the images: a picture, a folder of pictures or a .npz with only images, or any source
         with labels, see `jaxbd scan --help`.
       out: write the lines here; otherwise they go to stdout, and the summary to stderr.
-      strip: clean images (a source with labels) for a second opinion from STRIP, which adds
-        `strip_entropy` in bits and `strip_flagged` to each line. Takes a hundred passes per image.
+      strip: clean images (a source with labels) for a second opinion from STRIP, which
+        adds `strip_entropy` in bits and `strip_flagged` to each line. Takes a hundred passes per
+        image.
       comparing: settings of STRIP.
       batch_size: images per pass.
       force: replace an existing output.

@@ -53,10 +53,10 @@ class Args(Generic[Settings, Search]):
     """Removes a backdoor and writes the repaired model.
 
     A method that needs a trigger first recovers one with a scan, unless you give a trigger or the
-    result of an earlier scan. `jaxbd methods` lists the methods and what each needs; `jaxbd repair
-    --method NAME --help` shows a method's flags: --with.… are its settings, --search.… those of the
-    scan. A method that guards writes a folder with the original model and its corrections; see
-    `jaxbd guard`.
+    result of an earlier scan. `jaxbd methods` lists the methods and what each needs;
+    for a method's flags, see `jaxbd repair --method NAME --help`: --with.… are its settings,
+    and --search.… those of the scan. A method that guards writes a folder with the original model
+    and its corrections; see `jaxbd guard`.
 
     During the repair, the folder OUT.run next to the output holds checkpoints, and losses go to
     OUT.metrics.jsonl as lines of JSON. Ctrl-C or SIGTERM stops it after the current steps, saves,
@@ -66,9 +66,9 @@ class Args(Generic[Settings, Search]):
     --search.memory-budget takes units: 500MB, 2GiB, or plain bytes.
 
     Attributes:
-      model: a PyTorch file, .safetensors, or a jaxbd model folder; or a case, the folder written by
-        `jaxbd scan --out`. A case needs no other flag: it provides model, data and triggers, and
-        the repaired model, its figures and a new scan of it are written into the case.
+      model: a PyTorch file, .safetensors, or a jaxbd model folder; or a case, the folder written
+        by `jaxbd scan --out`. A case needs no other flag: it provides model, data and triggers,
+        and the repaired model, its figures and a new scan of it are written into the case.
       out: the repaired model: .pth or .safetensors with the source's keys and layout, or a model
         folder. The figures go next to it as <name>.repair.json, or into the folder as repair.json.
       data: clean images with labels, see `jaxbd scan --help`. A quarter of them are held out to
@@ -76,8 +76,8 @@ class Args(Generic[Settings, Search]):
       test_data: images to measure the repair on instead. For methods that repair without images
         these are the only images, and they are read after the repaired model is written.
       report: write a self-contained HTML page here, with --method dhbe. It shows the generated
-        images over time, the losses, and, with --test-data, the figures before and after; if
-        --trigger is a patch, also for 4 and 9 copies on an image (see `jaxbd evaluate --help`).
+        images over time, the losses, and, with --test-data, the figures before and after; if the
+        trigger is a patch, also for 4 and 9 copies on an image (see `jaxbd evaluate --help`).
         After --resume, earlier generated images are missing.
       method: repair method, a name from `jaxbd methods`. "auto" unlearns the triggers that the scan
         recovered and checks itself, see --rounds; if the scan recovered none but does not say

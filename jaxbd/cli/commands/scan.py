@@ -35,8 +35,8 @@ class Common:
       report: write a self-contained HTML page here.
       sarif: write the result here as SARIF 2.1.0, for code scanning.
       mlbom: write a CycloneDX bill of materials here, with the model and the verdict.
-      compute_dtype: compute type of the model during the search: "stored" is the one in its file;
-        "bfloat16" is faster on GPUs and TPUs; sums and losses are always float32.
+      compute_dtype: compute type of the model during the search: "stored" is the one in its
+        file; "bfloat16" is faster on GPUs and TPUs; sums and losses are always float32.
       reading: how the model and the data are read.
     """
 
@@ -90,8 +90,8 @@ class ByPair(Common):
     """Scans every ordered pair of classes for a trigger that turns one class into the other.
 
     A trigger much smaller than those of the other pairs reveals a backdoor. K classes take
-    K (K - 1) searches. --save-every counts the steps of all pairs together; for the rest, see
-    `jaxbd scan --help`.
+    K (K - 1) searches. --save-every counts the steps of all pairs together; for the rest,
+    see `jaxbd scan --help`.
 
     Attributes:
       search: what is searched, and for how long.
