@@ -174,7 +174,7 @@ def test_a_trigger_that_changed_or_lies_elsewhere_is_refused(place, capsys):
     change(case / "scan.json", trigger_files=[row], files={row["file"]: "0" * 64})
     assert "was changed since the scan" in refusal(capsys, "repair", case, *REPAIR)
     change(case / "scan.json", trigger_files=[])
-    assert "keeps no trigger of class 3" in refusal(capsys, "repair", case, *REPAIR)
+    assert "has no trigger for class 3" in refusal(capsys, "repair", case, *REPAIR)
     change(case / "scan.json", targets=[], verdict="clean")
     assert main(["repair", str(case), *REPAIR]) == 0
     assert "nothing to repair" in capsys.readouterr().out and not (case / "repaired").exists()
