@@ -981,7 +981,7 @@ def test_the_demo_writes_all_it_names(tmp_path, monkeypatch, capsys):
     assert main(["demo", *few, "--out", str(place)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("After ") and lines[0].endswith("the suspect: backdoored, class 7.")
-    assert "planted was class 7, and the twin is clean" in lines[-3]
+    assert "in fact class 7 was attacked and the twin is clean" in lines[-3]
     assert lines[-2].startswith("Repaired: attack success")
     assert lines[-1] == f"open {place / 'report.html'}"
     written = "repair.json repaired report.html scan-twin.json scan.json suspect twin"
