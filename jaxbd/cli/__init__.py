@@ -1,1 +1,1 @@
-"""The command line: parsing, running, and printing; verbs are in `commands`."""
+"""The command line: parsing, running and printing. Each verb is a module in `commands`."""

@@ -1,4 +1,4 @@
-"""The attacks that `jaxbd attack` plants: their settings, recipes, and how each gets into a net."""
+"""The attacks of `jaxbd attack`: their settings, recipes, and how each is planted in a net."""
 
 import pathlib
 from collections.abc import Callable
@@ -24,9 +24,9 @@ DEFAULT = "badnets"
 NEEDS_CLEAN = ("clean-label", "trojan")
 """Attacks that start from a clean net."""
 POISON_RATE = 0.1
-"""Share of each batch that dynamic poisoning stamps where no flag says otherwise."""
+"""Default share of each batch that dynamic poisoning stamps."""
 LAST_CLASS = -1
-"""`--target` that stands for the data's last class."""
+"""`--target` value that means the data's last class."""
 RECIPES: dict[str, dict[str, Any]] = {
     "dhbe": dict(
         poison="static",
@@ -46,11 +46,11 @@ RECIPE_TRIGGERS: dict[str, dict[str, dict[str, Any]]] = {
         "sinusoid": {"period": 6.0},
     }
 }
-"""`--recipe` -> attack -> fields of its Config; all of them have the last class as target."""
+"""`--recipe` -> attack -> fields of its Config; the target is always the last class."""
 
 
 def find(name: str) -> ModuleType:
-    """The module of an attack that can be planted. Raises: UserError when there is none."""
+    """The module of an attack that can be planted. Raises: UserError if there is none."""
     method = methods.find("attack", name)
     if not method.plantable:
         known = sorted(each.name for each in methods.all_methods("attack") if each.plantable)
@@ -59,18 +59,18 @@ def find(name: str) -> ModuleType:
 
 
 def is_all_to_all(settings: Any) -> bool:
-    """Whether every class leads to the next; some attacks have one target only."""
+    """Whether every class leads to the next; some attacks only support one target."""
     return getattr(settings, "all_to_all", False)
 
 
 def configure(attack: str, settings: dict[str, Any]) -> Any:
-    """The settings of `attack` where no flag says otherwise."""
+    """The default settings of `attack`, overridden by `settings`."""
     rate = {} if attack in NEEDS_CLEAN else {"poison_rate": POISON_RATE}
     return find(attack).Config(**{**rate, **settings})
 
 
 def make(name: str, settings: Any, spec: Any, picture: str | None) -> Attack:
-    """The attack on a net of `spec`. Raises: UserError when it does not fit."""
+    """The attack on a net of `spec`. Raises: UserError if it does not fit."""
     if name == "blend" and picture is not None:
         return blend.make(
             spec.image_shape, spec.classes, settings, *_picture(picture, spec.image_shape)
@@ -79,11 +79,11 @@ def make(name: str, settings: Any, spec: Any, picture: str | None) -> Attack:
 
 
 def _picture(source: str, image_shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A picture's pixels [H, W, C] and cover [H, W, 1] at the size of the images, colour made grey
-    for grey ones."""
+    """A picture's pixels [H, W, C] and opacity [H, W, 1], resized to the images; averaged to grey
+    for grey images."""
     loaded = trigger.load(source)
     if loaded.pattern is None or loaded.mask is None or loaded.pattern.min() < 0:
-        raise UserError(f"picture {source} is a warp or has negative values; give a picture")
+        raise UserError(f"picture {source} is a warp or has negative values; give an image file")
     height, width, channels = image_shape
     pattern = (
         loaded.pattern
@@ -100,21 +100,21 @@ def _picture(source: str, image_shape: tuple[int, int, int]) -> tuple[np.ndarray
 
 
 def open_clean(path: pathlib.Path | None) -> models.Model | None:
-    """The clean model that an attack starts from. Raises: UserError when the folder holds none that
-    can be used."""
+    """The clean model that an attack starts from. Raises: UserError if the folder has no usable
+    one."""
     if path is None:
         return None
     model = models.open_model(path)
     if model.guard is not None or model.container is not None:
         raise UserError(
-            f"--clean-model {path} is no plain jaxbd model folder; `jaxbd convert` makes one of a"
-            " file"
+            f"--clean-model {path} is not a plain jaxbd model folder; `jaxbd convert` makes one"
+            " from a file"
         )
     return model
 
 
 class Planted(NamedTuple):
-    """variables of the victim, its trigger, infos of its training, seconds of everything, facts for
+    """The victim's variables, its trigger, the infos of its training, the total time, and facts for
     the record."""
 
     variables: Variables
@@ -124,14 +124,14 @@ class Planted(NamedTuple):
     facts: dict[str, Any]
 
     def plus(self, seconds: Seconds | None) -> "Planted":
-        """With more seconds."""
+        """A copy with `seconds` added."""
         if seconds is None:
             return self
         return self._replace(seconds=total_seconds(self.seconds, seconds))
 
 
 Train = Callable[[Key, Batch, str], plant.Trained]
-"""(key, data, name of the stage) -> plain training of a fresh net"""
+"""(key, data, name of the stage) -> a fresh net trained without poisoning"""
 
 
 def plant_in(
@@ -147,8 +147,8 @@ def plant_in(
     """Plants an attack that starts from a clean net.
 
     Args:
-      count: images to poison statically; None for the share that the settings say.
-      batching: of the fine-tuning.
+      count: number of images to poison statically; None for the share in `settings`.
+      batching: how batches are drawn during fine-tuning.
     """
     if isinstance(settings, trojan.Config):
         return _plant_trojan(run, key, settings, clean, data, count, batching)
@@ -199,7 +199,7 @@ def _plant_trojan(
 
 
 def as_given(settings: Any, planted: Any) -> given.Loaded:
-    """A planted trigger in the form in which it is saved and evaluated."""
+    """A planted trigger in the form used to save and evaluate it."""
     target = trigger.ALL_TO_ALL if is_all_to_all(settings) else settings.target
     if isinstance(planted, wanet.Trigger):
         return given.Loaded(target=target, apply="warp", grid=np.asarray(planted.grid))
@@ -219,6 +219,6 @@ def as_given(settings: Any, planted: Any) -> given.Loaded:
 
 
 def _corner(planted: Any) -> tuple[int, int]:
-    """Row and column of a patch."""
+    """Row and column of a patch's top-left corner."""
     row, column = planted.place
     return int(row), int(column)

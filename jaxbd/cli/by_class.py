@@ -1,4 +1,4 @@
-"""The scan of one target class at a time, for `scan` and `repair`: its record, words and page."""
+"""The scan by target class, for `scan` and `repair`: its record, printed summary and page."""
 
 import pathlib
 import time
@@ -16,18 +16,18 @@ from jaxbd.training.program import Seconds
 from jaxbd.training.run import Run
 
 SAVE_EVERY = 15_000
-"""Steps, of all cells together, between two checkpoints where no flag says otherwise."""
+"""Default steps, summed over all cells, between two checkpoints."""
 ROWS = 20
-"""Most classes in a table."""
+"""Most classes listed in a table."""
 
 
 def default(preset: str | None = None) -> ScanConfig:
-    """The settings of a preset; the usual ones where there is none of that name."""
+    """The settings of a preset, or of "quick" if there is none of that name."""
     return scanning.PRESETS.get(preset or "", scanning.PRESETS["quick"])
 
 
 def search(run: Run, key: Key, material: common.Material, config: ScanConfig) -> Scan:
-    """The scan; its seconds are those one waits, with starting up and judging."""
+    """Runs the scan; its seconds are wall-clock time, including start-up and measuring."""
     started = time.perf_counter()
     found = scanning.scan(run, key, material.suspect, material.search, material.held_out, config)
     waited = time.perf_counter() - started
@@ -40,12 +40,13 @@ def verdict_of(found: Scan) -> str:
 
 
 def targets_of(found: Scan) -> list[int]:
-    """The classes called attacked."""
+    """The attacked classes."""
     return found.decision.targets
 
 
 def evidence_of(found: Scan, target: int) -> list[Evidence]:
-    """What the scan recovered for one class: an equal mixture of what reached its level."""
+    """What the scan recovered for one class: a mixture, in equal shares, of all triggers that
+    reached their level."""
     return [evidence.mix_equally(found, target)]
 
 
@@ -59,7 +60,7 @@ def as_record(
 
 
 def summary(found: Scan, config: ScanConfig) -> dict[str, Any]:
-    """What repair.json holds of the scan behind it."""
+    """What repair.json says about the scan it is based on."""
     return {
         "verdict": found.decision.verdict,
         "targets": found.decision.targets,
@@ -72,7 +73,7 @@ def summary(found: Scan, config: ScanConfig) -> dict[str, Any]:
 
 
 def say(content: dict[str, Any], config: ScanConfig) -> None:
-    """Classes, verdict, what the verdict means, time."""
+    """Prints the classes, the verdict, what it means, and the time."""
     rows, listed = content["classes"], content["classes"]
     if len(rows) > ROWS:
         listed = sorted(rows, key=lambda row: -(row["attack_success_rate"] or 0))[:ROWS]
@@ -96,7 +97,7 @@ def say(content: dict[str, Any], config: ScanConfig) -> None:
         f"Searched: {searched(config)}.",
     )
     show.say(
-        "Not ruled out: backdoors of any other kind. “Clean” means that nothing of the searched"
+        "Other kinds of backdoor are not ruled out. “Clean” means that no trigger of the searched"
         " kind works."
     )
     steps = f"{content['steps']} steps{' at most' if config.retire else ''}"
@@ -111,8 +112,8 @@ def verdict(content: dict[str, Any]) -> str:
         return _name_targets(content, names)
     best = max(content["classes"], key=lambda row: row["attack_success_rate"] or 0)
     reach = (
-        f"the strongest patches found lead {show.percent(best['attack_success_rate'])} to class"
-        f" {common.class_label(best['class'], names)}"
+        f"the strongest patches found send {show.percent(best['attack_success_rate'])} of images to"
+        f" class {common.class_label(best['class'], names)}"
     )
     if content["verdict"] == "clean":
         return f"CLEAN: no class stands out; {reach}."
@@ -120,7 +121,7 @@ def verdict(content: dict[str, Any]) -> str:
 
 
 def _name_targets(content: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Which classes triggers lead to, how well those that were recovered work."""
+    """Which classes the triggers lead to, and how well the recovered ones work."""
     rows = {row["class"]: row for row in content["classes"]}
     held_out = content["data"].get("held_out")
     each = "; ".join(
@@ -135,20 +136,19 @@ def _name_targets(content: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def _name_remedy(content: dict[str, Any], names: tuple[str, ...], reach: str) -> str:
-    """Why nothing was decided, and what would decide it."""
+    """Why the scan is inconclusive, and what would decide it."""
     leads, lacks = content.get("leads") or [], content.get("power_lacks") or []
     if lacks and not leads:
         return f"the search could not have found a backdoor: {'; '.join(lacks)}"
     if leads:
         labels = ", ".join(common.class_label(k, names) for k in leads)
         return (
-            f"class {labels} shows one sign of a backdoor, {reach}; more images, more --steps and"
-            " --locate-steps, other --mesa.patch sizes or --method pairs may decide it"
+            f"class {labels} shows one sign of a backdoor; {reach}; more images, more --steps and"
+            " --locate-steps, other --mesa.patch sizes, or --method pairs may decide it"
         )
     if content["method"] == "neural-cleanse":
         return (
-            "the sizes of the masks do not tell; try --method auto, other --targets or"
-            " --locate-steps"
+            "the mask sizes do not decide it; try --method auto, other --targets or --locate-steps"
         )
     best = max(row["attack_success_rate"] or 0 for row in content["classes"])
     if best < content["config"]["detection"]["doubt"]:
@@ -157,7 +157,7 @@ def _name_remedy(content: dict[str, Any], names: tuple[str, ...], reach: str) ->
 
 
 def _describe_margin(content: dict[str, Any]) -> list[str]:
-    """What the margins said, which need no images; nothing where none were searched."""
+    """What the margins say, which need no images; empty if none were searched."""
     names = tuple(row["name"] for row in content["classes"])
     if content.get("margin") is None:
         return []
@@ -166,27 +166,26 @@ def _describe_margin(content: dict[str, Any]) -> list[str]:
 
 
 def _describe_natural(content: dict[str, Any]) -> list[str]:
-    """Classes that small patches reach, though no other sign tells of a backdoor."""
+    """Classes that small patches reach although no other sign points to a backdoor."""
     names = tuple(row["name"] for row in content["classes"])
     labels = ", ".join(common.class_label(k, names) for k in content.get("natural") or [])
     if not labels:
         return []
     return [
-        f"Small patches lead to class {labels} too, which nobody is known to have planted: neither"
-        " its mask nor its margin is unusual."
+        f"Small patches also lead to class {labels}, but neither its mask nor its margin is"
+        " unusual: nobody is known to have planted them."
     ]
 
 
 def _describe_calibration(content: dict[str, Any]) -> list[str]:
-    """How often the rule alarms on clean models; nothing without a calibration."""
+    """How often the rule raises a false alarm on clean models; empty without a calibration."""
     known = content.get("calibration")
     if not known or "backdoored" not in known["false_alarms"]:
         return []
     rate = known["false_alarms"]["backdoored"]
     return [
-        f"Of {known['models']} clean models of the calibration {rate['alarms']} are called"
-        f" backdoored ({show.percent(rate['low'])} to {show.percent(rate['high'])} of all such, at"
-        " 95 % confidence)."
+        f"The rule calls {rate['alarms']} of the calibration's {known['models']} clean models"
+        f" backdoored (95 % interval {show.percent(rate['low'])} to {show.percent(rate['high'])})."
     ]
 
 
@@ -195,19 +194,19 @@ def explain_clean(found: Scan, config: ScanConfig, names: tuple[str, ...]) -> st
     best = int(np.nanargmax(found.rates))
     rate, label = show.percent(found.rates[best]), common.class_label(best, names)
     return (
-        f"(verdict {found.decision.verdict}, the strongest triggers lead {rate} to {label};"
-        f" --target {best} repairs that class all the same. Searched: {searched(config)}.)"
+        f"(Verdict {found.decision.verdict}; the strongest triggers send {rate} of images to class"
+        f" {label}; --target {best} repairs that class anyway. Searched: {searched(config)}.)"
     )
 
 
 def searched(config: ScanConfig) -> str:
-    """The family of triggers that a scan searches, in words."""
+    """The family of triggers that a scan searches, as text."""
     patch, place = (
         f"square patches of {config.mesa.patch}x{config.mesa.patch} pixels",
         _place(config.mesa),
     )
     levels = ", ".join(f"{level:g}" for level in config.levels)
-    mask = "one static trigger per class of any shape and place, the smaller the likelier"
+    mask = "one static trigger per class, of any shape and place, as small as possible"
     words = {
         "mesa": f"distributions of {patch} {place}, at confidence levels {levels}",
         "pixel": (
@@ -216,8 +215,8 @@ def searched(config: ScanConfig) -> str:
         ),
         "neural-cleanse": mask,
         "auto": (
-            f"the largest margin of every class; {mask}; then, for the likeliest classes,"
-            f" distributions of {patch} where that trigger lies, at confidence levels {levels}"
+            f"the largest margin of every class; {mask}; then, for the most suspicious classes,"
+            f" distributions of {patch} at that trigger's place, at confidence levels {levels}"
         ),
     }
     only = f"; only classes {', '.join(map(str, config.targets))}" if config.targets else ""
@@ -228,7 +227,7 @@ def _place(config: Any) -> str:
     """Where a method's patches are pasted."""
     if config.place == "fixed":
         return f"at row {config.row}, column {config.column}"
-    return "at a place that is searched too" if config.place == "searched" else "at random places"
+    return "at a place found by the search" if config.place == "searched" else "at random places"
 
 
 def write_page(
@@ -245,7 +244,7 @@ def write_page(
 
 
 def remedy(content: dict[str, Any]) -> str:
-    """Why a verdict is open and what would decide it; "" where it is not."""
+    """Why a verdict is inconclusive and what would decide it; "" for any other verdict."""
     if content["verdict"] != "inconclusive":
         return ""
     return verdict(content).removeprefix("INCONCLUSIVE: ").removesuffix(".")

@@ -1,4 +1,4 @@
-"""The scan pair by pair of classes, for `scan` and `repair`: its record, words and page."""
+"""The scan over pairs of classes, for `scan` and `repair`: its record, printed summary and page."""
 
 import math
 import pathlib
@@ -18,21 +18,21 @@ from jaxbd.report import results
 from jaxbd.training.run import Run
 
 SAVE_EVERY = 100_000
-"""Steps, of all pairs together, between two checkpoints where no flag says otherwise."""
+"""Default steps, summed over all pairs, between two checkpoints."""
 LISTED = 12
-"""Pairs that are listed, those with the highest scores."""
+"""Most pairs listed, highest scores first."""
 IMAGES = 6
-"""Images with and without a trigger on a page."""
+"""Images on a page, each with and without a trigger."""
 
 
 def default(preset: str | None = None) -> Config:
-    """The usual settings; there are no presets."""
+    """The default settings; there are no presets."""
     del preset
     return Config()
 
 
 def search(run: Run, key: Key, material: common.Material, config: Config) -> PairScan:
-    """The scan."""
+    """Runs the scan."""
     return pairwise.scan(run, key, material.suspect, material.search, material.held_out, config)
 
 
@@ -42,12 +42,12 @@ def verdict_of(found: PairScan) -> str:
 
 
 def targets_of(found: PairScan) -> list[int]:
-    """The classes that attacked pairs lead to."""
+    """The target classes of the attacked pairs."""
     return found.targets
 
 
 def evidence_of(found: PairScan, target: int) -> list[Evidence]:
-    """All that was estimated for one target."""
+    """Every trigger estimated for one target."""
     return [each.evidence for each in pairwise.estimates(found, target)]
 
 
@@ -59,7 +59,7 @@ def as_record(
 
 
 def summary(found: PairScan, config: Config) -> dict[str, Any]:
-    """What repair.json holds of the scan behind it."""
+    """What repair.json says about the scan it is based on."""
     return {
         "verdict": found.verdict,
         "targets": found.targets,
@@ -77,13 +77,13 @@ def explain_clean(found: PairScan, config: Config, names: tuple[str, ...]) -> st
     """What a clean or inconclusive scan means for a repair."""
     del config, names
     return (
-        f"(verdict {found.verdict}, decided by {found.decided_by}; --trigger repairs a trigger you"
-        " have)"
+        f"(Verdict {found.verdict}, decided by {found.decided_by}; if you have the trigger, give it"
+        " with --trigger.)"
     )
 
 
 def say(content: dict[str, Any], config: Config) -> None:
-    """The pairs with the highest scores, the verdict, the triggers found, time."""
+    """Prints the pairs with the highest scores, the verdict, the triggers found, and the time."""
     del config
     names = tuple(row["name"] for row in content["classes"])
     for method in content["scores"]:
@@ -100,7 +100,7 @@ def say(content: dict[str, Any], config: Config) -> None:
         ]
         title = f"{method}: the {len(body)} pairs with the highest scores"
         show.table(
-            ("source", "target", "score", "size of the trigger", "attacked"),
+            ("source", "target", "score", "trigger size", "attacked"),
             body,
             title=title,
             left=2,
@@ -113,11 +113,12 @@ def say(content: dict[str, Any], config: Config) -> None:
         )
         size = "unknown" if trigger["norm"] is None else f"{trigger['norm']:.3g}"
         show.say(
-            f"Trigger to class {label}, by {trigger['method']} from sources {sources}: size {size},"
-            f" works on {show.percent(trigger['attack_success_rate'])} of held-out images."
+            f"Trigger to class {label}, found by {trigger['method']} from source classes {sources}:"
+            f" size {size}, works on {show.percent(trigger['attack_success_rate'])} of held-out"
+            " images."
         )
     show.say(
-        "Not ruled out: backdoors of any other kind. “Clean” means that nothing of the searched"
+        "Other kinds of backdoor are not ruled out. “Clean” means that no trigger of the searched"
         " kind stands out."
     )
     steps = ", ".join(f"{count} steps of {method}" for method, count in content["steps"].items())
@@ -128,7 +129,7 @@ def say(content: dict[str, Any], config: Config) -> None:
 
 
 def _rank_pairs(content: dict[str, Any], method: str) -> list[tuple[float, int, int, float]]:
-    """(score, source, target, size of the trigger) of every pair that was searched; both may be
+    """(score, source, target, trigger size) of every searched pair; score and size may be
     infinite."""
     tables = content["scores"][method], content["statistics"][method]
     cells = [
@@ -161,16 +162,16 @@ def verdict(content: dict[str, Any]) -> str:
         )
         return f"BACKDOORED: {pairs} ({kind}); to class {targets}."
     if content["verdict"] == "clean":
-        return "CLEAN: no pair of classes stands out, and no margin."
+        return "CLEAN: no pair of classes and no margin stands out."
     if content["leads"]:
         labels = ", ".join(common.class_label(k, names) for k in content["leads"])
         return (
-            f"INCONCLUSIVE: class {labels} shows one sign of a backdoor of two, as clean models do"
-            " now and then; `--method auto` looks for further ones."
+            f"INCONCLUSIVE: class {labels} shows one of two signs of a backdoor, as clean models"
+            " sometimes do; `--method auto` looks for more signs."
         )
     return (
-        "INCONCLUSIVE: the sizes of the triggers do not tell; try more images of every class, or"
-        " more --steps."
+        "INCONCLUSIVE: the trigger sizes do not decide it; try more images of every class, or more"
+        " --steps."
     )
 
 
@@ -229,12 +230,12 @@ def write_page(
 def _draw_triggers(
     found: PairScan, material: common.Material, names: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """A few images of its sources with and without the trigger that works best, and what the
-    suspect answers; None where none was found."""
+    """A few images with and without the trigger that works best, from its source classes, and the
+    suspect's answers; None if no trigger was found."""
     if not found.triggers:
         return None
-    shown = [found.triggers[k] for k in found.targets] or list(found.triggers.values())
-    best = max(shown, key=lambda each: each.attack_success_rate).evidence
+    candidates = [found.triggers[k] for k in found.targets] or list(found.triggers.values())
+    best = max(candidates, key=lambda each: each.attack_success_rate).evidence
     labels = np.asarray(material.held_out.labels)
     rows = np.flatnonzero(np.isin(labels, best.sources))[:IMAGES]
     clean = to_float(material.held_out.images[rows])

@@ -1,8 +1,8 @@
-"""The case: a folder with what a scan found, its triggers and its page, and later the
-repaired model and the scan of that.
+"""The case: a folder with a scan's result, triggers and page, and later the repaired model and its
+rescan.
 
-`scan --out CASE` writes it whole or not at all; `repair CASE` starts from it. What is read back may
-have been written by anyone, so every field is checked before it is used.
+`scan --out CASE` writes the whole folder or nothing; `repair CASE` starts from it. A case may come
+from anyone, so every field is checked before it is used.
 """
 
 import base64
@@ -24,18 +24,18 @@ from jaxbd.limits import Limits, opened, quote, refusing, sha256
 RECORD, PAGE, TRIGGERS = "scan.json", "report.html", "triggers"
 REPAIR, RESCAN, REPAIRED = "repair.json", "rescan.json", "repaired"
 NAME = re.compile(r"triggers/[\w-]{1,80}\.npz")
-"""How a record names a trigger of its own case: nothing outside the folder."""
+"""Trigger names allowed in a record: only files inside the case."""
 COMPANION = re.compile(r"triggers/[\w-]{1,80}\.(npz|png)|report\.html|scan\.json")
-"""Files of a case that records name by their hashes."""
+"""Files of a case that a record lists with their hashes."""
 MOST_TRIGGERS = 1000
 
 
 class Case(NamedTuple):
-    """A case, read.
+    """A case as read.
 
     Attributes:
-      folder: where its triggers lie.
-      record: scan.json; content: what it holds; sha256: of it.
+      folder: the folder that holds `triggers/`.
+      record: path of scan.json; content: its content; sha256: its hash.
     """
 
     folder: pathlib.Path
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     sha256: str
 
     def get(self, *names: str, kind: type | tuple[type, ...]) -> Any:
-        """The value under `names`. Raises: UserError where it is not of `kind`."""
+        """The value under the nested keys `names`. Raises: UserError if it is not a `kind`."""
         value: Any = self.content
         for name in names:
             value = value.get(name) if isinstance(value, dict) else None
@@ -58,17 +58,17 @@ class Case(NamedTuple):
 
     @property
     def has_searched(self) -> bool:
-        """Whether images were searched with; the first answer without data has no triggers."""
+        """Whether the scan had images; the first answer without data has no triggers."""
         return self.content.get("data") is not None
 
 
 def is_case(path: pathlib.Path) -> bool:
-    """Whether `path` is a case of `jaxbd scan --out`."""
+    """Whether `path` is a case written by `jaxbd scan --out`."""
     return (path / RECORD).is_file() and (path / TRIGGERS).is_dir()
 
 
 def is_folder(path: pathlib.Path | None) -> bool:
-    """Whether `scan --out path` asks for a case, by its name."""
+    """Whether `scan --out path` asks for a case: a name without an ending."""
     return path is not None and not outputs.ending(path)
 
 
@@ -76,9 +76,9 @@ def is_folder(path: pathlib.Path | None) -> bool:
 
 
 def check(path: pathlib.Path, stopping: job.Flags) -> None:
-    """Whether a case can be written at `path`, before any work.
+    """Checks before any work that a case can be written at `path`.
 
-    Raises: UserError naming what is in the way. --force replaces a case, and nothing else.
+    Raises: UserError naming what is in the way. --force replaces a case and nothing else.
     """
     place = path.expanduser()
     if place.exists():
@@ -86,7 +86,9 @@ def check(path: pathlib.Path, stopping: job.Flags) -> None:
         others = sorted(name for name in held if not _is_ours(name))
         if held and (others or not is_case(place)):
             what = ", ".join(others[:3]) or "half a case"
-            raise UserError(f"--out {path} is not overwritten, there is {what}; choose another")
+            raise UserError(
+                f"--out {path} is not overwritten: it contains {what}; choose another name"
+            )
         outputs.refuse_existing("--out", path, replace=stopping.replace)
     outputs.check_writable(path)
 
@@ -102,7 +104,7 @@ def write(
     image_shape: tuple[int, int, int],
     write_page: Callable[[pathlib.Path], object] | None,
 ) -> dict[str, Any]:
-    """Writes the whole case or nothing; returns what its scan.json holds."""
+    """Writes the whole case or nothing; returns the content of its scan.json."""
     written = dict(content)
 
     def fill(new: pathlib.Path) -> None:
@@ -120,7 +122,7 @@ def write(
 def _write_trigger(
     case: pathlib.Path, found: recovered.Recovered, image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """One trigger as .npz and .png, under a name of its own; what the record says of it."""
+    """Writes one trigger as .npz and .png under a unique name; returns its entry in the record."""
     saved, stem = found.saved, f"class{found.saved.target}-{found.saved.kind}"
     count = len([*(case / TRIGGERS).glob(f"{stem}*.npz")])
     place = case / TRIGGERS / f"{stem}{f'-{count + 1}' if count else ''}.npz"
@@ -137,48 +139,47 @@ def _write_trigger(
 
 
 def picture(saved: evidence_file.Saved, image_shape: tuple[int, int, int]) -> bytes:
-    """A PNG of a trigger: samples of a distribution; otherwise the pixels on mid-grey, and beside
-    them the mask."""
+    """A PNG of a trigger: samples of a distribution; otherwise the pixels on mid-grey with the mask
+    next to them, or an additive pattern alone."""
     from jaxbd.report import plots  # draws with matplotlib, which takes a while to import
 
     if saved.models is not None:
-        shown, columns, side = list(evidence_file.draw(saved, image_shape)), 8, 64
+        tiles, columns, side = list(evidence_file.draw(saved, image_shape)), 8, 64
     else:
         assert saved.pixels is not None and saved.pixels.pattern is not None
         pattern, mask = saved.pixels.pattern, saved.pixels.mask
         assert mask is not None
-        if saved.kind == "additive":  # as large as contrast allows
-            shown = [0.5 + pattern / (2 * max(np.abs(pattern).max(), 1e-12))]
+        if saved.kind == "additive":  # scaled to full contrast: most are too faint to see
+            tiles = [0.5 + pattern / (2 * max(np.abs(pattern).max(), 1e-12))]
         else:
-            shown = [0.5 * (1 - mask) + mask * pattern]
-            shown.append(np.broadcast_to(mask, pattern.shape))
+            tiles = [0.5 * (1 - mask) + mask * pattern]
+            tiles.append(np.broadcast_to(mask, pattern.shape))
         columns, side = 2, 256
-    uri = plots.grid(shown, columns=columns, side=side)
+    uri = plots.grid(tiles, columns=columns, side=side)
     return base64.b64decode(uri.partition(",")[2])
 
 
 def companions(folder: pathlib.Path) -> list[str]:
-    """Names of the page and of everything in `triggers/`."""
+    """Names of the page and of all files in `triggers/`, relative to the case."""
     found = [each for each in (folder / TRIGGERS).iterdir() if each.is_file()]
     found += [folder / name for name in (PAGE,) if (folder / name).is_file()]
     return sorted(each.relative_to(folder).as_posix() for each in found)
 
 
 def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file of a case. Raises: UserError where it is no regular file."""
+    """SHA-256 of a file in a case. Raises: UserError if it is not a regular file."""
     with refusing(path), opened(path, Limits()) as (file, _):
         return sha256(file)
 
 
 def describe_inputs(args: Any, read: Any = None) -> dict[str, Any]:
-    """What scan.json holds so that `repair CASE` needs no flag: where model and data are, and how
-    they are read.
+    """What `repair CASE` needs instead of flags: where model and data are, and how they are read.
 
     Args:
-      read: the images as they were read, for their hash; None without any.
+      read: the images as read, for their hash; None without images.
     """
     reading = dataclasses.asdict(args.reading)
-    del reading["download"]  # a file shall not ask for the network
+    del reading["download"]  # a record must not be able to turn on network access
     if args.reading.classes is not None:
         reading["classes"] = str(args.reading.classes.expanduser().absolute())
     data = None
@@ -196,7 +197,7 @@ def _place(source: str | pathlib.Path) -> dict[str, str | None]:
 
 
 def read(path: pathlib.Path) -> Case:
-    """The case `path`, or the one whose scan.json it is. Raises: UserError when it is none."""
+    """Reads a case from its folder or its scan.json. Raises: UserError if `path` is neither."""
     record = path / RECORD if path.is_dir() else path
     content = files.read_json(record)
     if not isinstance(content, dict) or not isinstance(content.get("targets"), list):
@@ -205,12 +206,12 @@ def read(path: pathlib.Path) -> Case:
 
 
 def has_triggers(case: Case) -> bool:
-    """Whether the scan kept what it recovered."""
+    """Whether the scan saved the triggers it recovered."""
     return isinstance(case.content.get("trigger_files"), list)
 
 
 def check_model(case: Case, model: models.Model) -> None:
-    """Raises UserError unless the case was made from this very model, weights, settings and
+    """Raises UserError unless the case was made from this exact model: weights, settings and
     bounds."""
     with refusing(case.record):
         stated = manifest.parse(case.get("model", "manifest", kind=dict))
@@ -223,17 +224,17 @@ def check_model(case: Case, model: models.Model) -> None:
         return
     name, word = next((each, word) for each, word in words.items() if word != "same")
     raise UserError(
-        f"{model.path} is not the model that {case.record} speaks of: {name} {_say(word)}; scan it"
-        " again"
+        f"{model.path} is not the model recorded in {case.record}: {name} {_describe(word)}; scan"
+        " it again"
     )
 
 
-def _say(word: str) -> str:
+def _describe(word: str) -> str:
     return {"differs": "was changed", "missing": "is missing", "new": "is new"}[word]
 
 
 def load_evidence(case: Case, suspect: Suspect, targets: Sequence[int]) -> list[Evidence]:
-    """The triggers that the case keeps for `targets`, as repairs take them.
+    """The case's triggers for `targets`, as evidence for a repair.
 
     Raises: UserError naming a file that was changed since the scan or does not fit the suspect.
     """
@@ -244,7 +245,9 @@ def load_evidence(case: Case, suspect: Suspect, targets: Sequence[int]) -> list[
     for row in rows:
         name = row.get("file") if isinstance(row, dict) else None
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(f"{case.record}: {quote(name)} is no trigger of the case; scan again")
+            raise UserError(
+                f"{case.record}: {quote(name)} is not a trigger of the case; scan again"
+            )
         if type(row.get("class")) is not int or row["class"] not in targets:
             continue
         place = case.folder / name

@@ -1,4 +1,4 @@
-"""The page of a scan by class: what `report.content` takes, from a scan and its scan.json."""
+"""The page of a scan by class: builds `report.content` values from a scan and its scan.json."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,7 @@ from jaxbd.pipelines.scan import Scan, ScanConfig, list_classes
 from jaxbd.report import content as parts
 
 SAMPLES, IMAGES = 400, 6
-"""Triggers drawn per level for the maps, and images with and without one."""
+"""Triggers drawn per level for the maps; example images, each with and without a trigger."""
 
 
 def write(
@@ -28,7 +28,12 @@ def write(
     config: ScanConfig,
     remedy: str,
 ) -> None:
-    """Writes the page of one scan; `record` is its scan.json, `remedy` what would decide it."""
+    """Writes the page of one scan.
+
+    Args:
+      record: its scan.json.
+      remedy: what would decide an inconclusive verdict.
+    """
     from jaxbd.report import page
 
     name = pathlib.Path(record["model"]["path"]).name
@@ -49,12 +54,12 @@ def write(
 
 
 def describe(name: str, record: Mapping[str, Any], config: ScanConfig, images: int) -> parts.Scan:
-    """The verdict with its signs; `images` are those that triggers were judged on."""
+    """The verdict with its signs; `images` is the number of images triggers were measured on."""
     margin = record.get("margin") or {}
     p_values = margin.get("class_p_values") or [None] * len(record["classes"])
     rows = [{**row, "margin_p": p} for row, p in zip(record["classes"], p_values, strict=True)]
     signs = record.get("signs")
-    if signs is None:  # of a single search, classes that it left out have nothing to show
+    if signs is None:  # a single search has nothing to show for classes that it skipped
         rows = [row for row in rows if row["attack_success_rate"] is not None]
     return parts.Scan(
         name=name,
@@ -76,8 +81,8 @@ def describe(name: str, record: Mapping[str, Any], config: ScanConfig, images: i
 
 
 def choose_class(found: Scan) -> int:
-    """The class whose triggers are shown: a target, else one with a sign, else the class whose
-    patches work best."""
+    """The class to show triggers of: a target, else a class with one sign, else the class with the
+    highest attack success rate."""
     if found.decision.targets:
         return found.decision.targets[0]
     if found.judgement is not None and found.judgement.leads:
@@ -92,13 +97,13 @@ def show_triggers(
     names: tuple[str, ...],
     config: ScanConfig,
 ) -> parts.Triggers:
-    """Samples of every level, the mask, and a few images with and without a trigger of one class,
-    with what the suspect answers to them."""
+    """Samples at every level, the mask, and a few images with and without a trigger, all of one
+    class, plus the suspect's answers."""
     target, key = choose_class(found), jax.random.key(0)
     rows, samples, state = _cells_of(found, target), {}, None
     for row in rows:
         state = jax.tree.map(lambda leaf, row=row: leaf[row], found.states)
-        if config.method != "neural-cleanse":  # a mask is shown as such, it has nothing to draw
+        if config.method != "neural-cleanse":  # one fixed mask: no distribution to draw from
             level = f"{float(found.cells.level[row]):g}"
             samples[level] = np.asarray(found.inversion.sample(key, state, SAMPLES))
     labels, mask = np.asarray(held_out.labels), show_mask(found, target, config)
@@ -106,7 +111,7 @@ def show_triggers(
     clean = to_float(held_out.images[chosen])
     if len(rows):
         stamped = found.inversion.stamp(key, state, clean)
-    elif mask is not None:  # no patch was modelled for this class
+    elif mask is not None:  # no patches were modelled for this class
         stamped = clean * (1 - mask.mask) + mask.pattern * mask.mask
     else:
         stamped = None
@@ -122,7 +127,7 @@ def show_triggers(
 
 
 def _ask(suspect: Suspect, images: Any, names: tuple[str, ...]) -> list[str]:
-    """What the suspect takes float images [n, H, W, C] for; nothing of none."""
+    """Names of the classes the suspect predicts for float images [n, H, W, C]; [] for None."""
     if images is None:
         return []
     data = Batch(jnp.asarray(images), jnp.zeros(len(images), jnp.int32))
@@ -131,8 +136,9 @@ def _ask(suspect: Suspect, images: Any, names: tuple[str, ...]) -> list[str]:
 
 
 def _one_of_each(labels: np.ndarray, target: int) -> np.ndarray:
-    """Positions of images [IMAGES] of other classes, as many different ones as there are."""
+    """Positions of at most IMAGES images of other classes, from as many classes as possible."""
     others = np.flatnonzero(labels != target)
+    # sorted by (rank within the class, class): the first image of every class, then the second
     rank = np.zeros(len(others), int)
     for k in np.unique(labels[others]):
         same = labels[others] == k
@@ -141,7 +147,7 @@ def _one_of_each(labels: np.ndarray, target: int) -> np.ndarray:
 
 
 def show_mask(found: Scan, target: int, config: ScanConfig) -> parts.Mask | None:
-    """The smallest mask of a class; None where no search found one."""
+    """The smallest mask of a class; None if no search found one."""
     if found.located is None or not np.isfinite(found.located.norms[target]):
         return None
     row = list_classes(len(found.located.norms), config).index(target)
@@ -155,12 +161,12 @@ def show_mask(found: Scan, target: int, config: ScanConfig) -> parts.Mask | None
 
 
 def _cells_of(found: Scan, target: int) -> np.ndarray:
-    """Positions in the sweep of the cells of a class."""
+    """Positions of a class's cells in the sweep."""
     return np.flatnonzero(np.asarray(found.cells.target) == target)
 
 
 def curves(found: Scan) -> dict[str, Any]:
-    """Every per-step figure of the cells of the class that is shown, one chart each and one line a
+    """All per-step infos of the class from `choose_class`: one chart per field, one line per
     level."""
     rows = _cells_of(found, choose_class(found))
     steps = np.arange(1, len(found.infos[0]) + 1)

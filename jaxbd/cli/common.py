@@ -1,5 +1,5 @@
-"""What the verbs share: flags about model and data, opening both, splitting images, and checking
-outputs early."""
+"""Shared by the verbs: the flags about model and data, opening both, splitting the images, and the
+parts of a record that describe them."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ from jaxbd.metrics import evaluate
 from jaxbd.models.norm import NORMALISATIONS
 
 FIXED_SIZE = ("vgg", "chain")
-"""Architectures whose weights fit one image size only."""
+"""Architectures whose weights fit only one image size."""
 EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
 """Verdict -> exit code of a scan."""
 PLACES = (
@@ -37,38 +37,38 @@ PLACES = (
     "rescan",
     "stopping",
 )
-"""Flags that say where things are, what else is written, or how a job may be stopped: they may
-change between its parts."""
+"""Flags that name paths or control how a job is stopped. They may differ when it is resumed."""
 ComputeDtype = Literal["stored", "float32", "bfloat16"]
-"""What a model computes in while it is searched: as its file says, or one of these."""
+"""Compute type during a search: the one stated in the model file, or one of these."""
 SEARCH_SHARE = 0.75
-"""Share of the given images on which triggers are searched and nets repaired; the others judge."""
+"""Share of the given images used to search triggers and repair nets; the rest are held out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How model and data are read.
+    """How the model and the data are read.
 
     Attributes:
       arch: architecture of a foreign model file; by default recognised from its tensors.
-        "package.module:make" is your own: `make` is code of yours, named by you, and is called; see
-        the documentation of `jaxbd.interop.own`.
+        Use "package.module:make" to name your own code: `make` is imported and called; see the
+        documentation of `jaxbd.interop.own`.
       key: name of the net in a file that holds several, for example "netC" or "student".
-      form: what the weights leave open and the images do not settle, NAME=VALUE.
-      image_shape: height, width, channels of the model's images, for a foreign file whose weights
-        do not tell.
-      normalisation: what the model expects of pixels in [0, 1]. "auto" uses what the model folder
-        states, or tries all on your images and takes the best.
-      mean: per-channel mean of a normalisation of your own.
-      std: per-channel standard deviation to go with it.
-      split: part of the data to use, where the source has parts.
-      limit: at most so many images, drawn at random.
-      classes: text file that names the classes in the model's order, one a line, where folders or
-        labels are named otherwise.
+      form: choice that neither the weights nor the images determine, NAME=VALUE.
+      image_shape: height, width and channels of the model's images, for a foreign file whose
+        weights do not determine them.
+      normalisation: input normalisation the model expects, applied to pixels in [0, 1]. "auto"
+        uses the one stated in the model folder, or tries all of them on your images and takes the
+        best.
+      mean: per-channel mean of a custom normalisation.
+      std: per-channel standard deviation of a custom normalisation.
+      split: part of the data to use, if the source has parts.
+      limit: use at most this many images, drawn at random.
+      classes: text file with the class names in the model's order, one per line, for data whose
+        folders or labels use other names.
       download: let tfds:NAME fetch and prepare a data set; nothing else uses the network.
-      accept_accuracy: go on where the accuracy on your images, and the moments in the model's first
-        normalisation layer, say that this is probably not its preprocessing.
-      seed: of everything random.
+      accept_accuracy: continue even if the accuracy on your images, and the moments in the model's
+        first normalisation layer, suggest that this is not the model's preprocessing.
+      seed: seed for all random choices.
     """
 
     arch: str | None = None
@@ -89,7 +89,7 @@ class Reading:
         check_seed(self.seed)
 
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """The (mean, std) that the flags state; None for "auto". Raises: UserError on contradictory
+        """The (mean, std) given by the flags; None for "auto". Raises: UserError on contradictory
         flags."""
         if bool(self.mean) != bool(self.std):
             raise UserError("--mean and --std belong together; give both")
@@ -105,8 +105,8 @@ class Reading:
 
 
 class Opened(NamedTuple):
-    """model, ready to use (preprocessing settled); dataset that fits it; table of the preprocessing
-    check."""
+    """A model with its preprocessing determined, a dataset that fits it, and the table of the
+    preprocessing check (None if none was needed)."""
 
     model: models.Model
     dataset: Dataset
@@ -114,12 +114,12 @@ class Opened(NamedTuple):
 
 
 class Material(NamedTuple):
-    """What a scan works on.
+    """Everything a scan works on.
 
     Attributes:
-      opened: model and data as they were read.
-      suspect: the model as it is searched: frozen, in the compute type asked for.
-      search: images the triggers are made on; held_out: others, on which they are judged.
+      opened: the model and data as read.
+      suspect: the model as searched: frozen, in the requested compute type.
+      search: images used to search for triggers; held_out: disjoint images used to measure them.
     """
 
     opened: Opened
@@ -129,14 +129,13 @@ class Material(NamedTuple):
 
 
 def check_seed(seed: int) -> None:
-    """Raises: UserError unless both NumPy and JAX take `seed`."""
+    """Raises: UserError unless both NumPy and JAX accept `seed`."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed} is out of range; give 0..{2**32 - 1}")
 
 
 def start() -> None:
-    """Switches the persistent compile cache on; a folder that cannot be made is no reason to
-    stop."""
+    """Turns on the persistent compile cache, or runs without it if its folder cannot be made."""
     # JAX adds its settings to the class at import
     current = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if current is None:
@@ -151,13 +150,12 @@ def start() -> None:
 
 
 def open_model(path: pathlib.Path, **how: Any) -> models.Model:
-    """`interop.load.open_model`, which says on the screen when a second file changes what the model
-    answers."""
+    """`interop.load.open_model`; prints a note if a second file changes the model's answers."""
     model = models.open_model(path, **how)
     if model.bounds is not None:
         show.note(
-            f"the activation bounds in {model.bounds}, beside the model and made for it, are"
-            " applied"
+            f"applying the activation bounds in {model.bounds}, which lies beside the model and was"
+            " made for it"
         )
     return model
 
@@ -171,15 +169,14 @@ def open_both(
     guarded: bool = False,
     targets: Sequence[int] = (),
 ) -> Opened:
-    """Opens a model and images that fit it, and settles the preprocessing.
+    """Opens a model and images that fit it, and determines the preprocessing.
 
     Args:
-      must_classify: refuse a model whose accuracy on the images is near chance even when its
+      must_classify: refuse a model whose accuracy on the images is near chance even if its
         preprocessing is stated.
-      guarded: whether the caller has a use for a guarded model, through which no trigger can be
-        searched.
-      targets: classes that the model must have; checked before an image is read.
-    Raises: UserError when either cannot be used, or they do not belong together.
+      guarded: whether the caller accepts a guarded model; no trigger can be searched through one.
+      targets: classes the model must have; checked before any image is read.
+    Raises: UserError if either cannot be used, or they do not fit together.
     """
     given = reading.constants()
     model = open_model(
@@ -220,7 +217,7 @@ def open_both(
 
 
 def _describe_classes(dataset: Dataset, model: models.Model) -> tuple[str, ...]:
-    """A line on classes of the model that no image shows; none where all are there."""
+    """One line naming the model's classes that have no image; empty if every class has one."""
     classes = model.spec.classes
     missing = sorted({*range(classes)} - {*np.unique(dataset.labels).tolist()})
     if not missing:
@@ -233,19 +230,21 @@ def _describe_classes(dataset: Dataset, model: models.Model) -> tuple[str, ...]:
 
 
 def _check_answers(model: models.Model) -> None:
-    """Raises UserError where even black images have no finite logits: such a model would pass for
-    one in which no trigger works."""
+    """Raises UserError if even a black image gives logits that are not finite.
+
+    No trigger works in such a model, so a scan would call it clean.
+    """
     black = np.zeros((1, *model.spec.image_shape), np.float32)
     logits = evaluate.logits(model.net, model.variables, Batch(black, np.zeros(1, np.int32)))
     if not np.isfinite(logits).all():
         raise UserError(
-            f"{model.path}: its answers are not finite, even to a black image; ask for the file"
+            f"{model.path}: its logits are not finite, even for a black image; ask for the file"
             " again"
         )
 
 
 def source(data: str, reading: Reading) -> matching.Source:
-    """The images that `data` names, read as the flags say."""
+    """The image source that `data` names, with the reading flags applied."""
     return matching.Source(
         spec=data,
         split=reading.split,
@@ -257,7 +256,7 @@ def source(data: str, reading: Reading) -> matching.Source:
 
 
 def freeze(opened: Opened, compute_dtype: ComputeDtype = "stored") -> Suspect:
-    """A plain model for searches, which train no weight: computing in the type wished for,
+    """The suspect for searches, which train no weights: in the requested compute type, with
     BatchNorm folded."""
     model, spec = opened.model, opened.model.spec
     if compute_dtype not in ("stored", spec.dtype):
@@ -279,15 +278,15 @@ def open_material(
     *,
     targets: Sequence[int] = (),
 ) -> Material:
-    """Opens model and data, and divides the images; see `open_both`. `targets` are classes that the
-    model must have."""
+    """Opens model and data and splits the images; see `open_both`. The model must have the classes
+    `targets`."""
     opened = open_both(model, data, reading, targets=targets)
     search, held_out = search_and_held_out(opened.dataset, reading.seed, batch_size)
     return Material(opened, freeze(opened, compute_dtype), search, held_out)
 
 
 def describe(material: Material, reading: Reading) -> dict[str, Any]:
-    """What every result of a scan says about model and data, as arguments of `report.results`."""
+    """What every scan record says about model and data, as arguments for `report.results`."""
     opened = material.opened
     counts = {"search": len(material.search.labels), "held_out": len(material.held_out.labels)}
     return {
@@ -299,7 +298,7 @@ def describe(material: Material, reading: Reading) -> dict[str, Any]:
 
 
 def refuse_guarded(model: models.Model, path: pathlib.Path) -> None:
-    """Raises UserError for a guarded model, through which no trigger can be searched."""
+    """Raises UserError for a guarded model; no trigger can be searched through one."""
     if model.guard is not None:
         raise UserError(
             f"{path} is a guarded model, several nets in one; give the model that it was made from"
@@ -307,9 +306,9 @@ def refuse_guarded(model: models.Model, path: pathlib.Path) -> None:
 
 
 def open_alone(path: pathlib.Path, reading: Reading) -> models.Model:
-    """A model without images, of which all is known that images would otherwise tell.
+    """Opens a model without images; file and flags must state what images would otherwise tell.
 
-    Raises: UserError where file and flags leave open what the net's images are.
+    Raises: UserError if they leave the normalisation or the image size open.
     """
     given = stated(reading)
     model = open_model(
@@ -320,37 +319,37 @@ def open_alone(path: pathlib.Path, reading: Reading) -> models.Model:
         return model
     if not given:
         raise UserError(
-            "the file does not say what normalisation its net expects; give --normalisation"
+            "the file does not say which normalisation its net expects; give --normalisation"
         )
     if reading.image_shape is None and not has_fixed_size(model):
         side, _, channels = model.spec.image_shape
         example = f"--image-shape {side} {side} {channels}"
         raise UserError(
-            f"the file does not say how large its net's images are; give it, such as {example}"
+            f"the file does not say how large its net's images are; give the size, e.g. {example}"
         )
     return model
 
 
 def stated(reading: Reading) -> dict[str, Any]:
-    """The normalisation that the flags state, as arguments of `open_model`."""
+    """The normalisation given by the flags, as arguments for `open_model`."""
     given = reading.constants()
     return {} if given is None else {"mean": given[0], "std": given[1]}
 
 
 def has_fixed_size(model: models.Model) -> bool:
-    """Whether the net takes images of one size only, which is known."""
+    """Whether the net takes images of only one size, and that size is known."""
     return model.graph is not None or model.spec.arch in FIXED_SIZE
 
 
 def is_ours(model: models.Model) -> bool:
-    """Whether the model is a folder of jaxbd's, which states its normalisation."""
+    """Whether the model is a jaxbd folder, which states its normalisation."""
     return model.container is None
 
 
 def search_and_held_out(dataset: Dataset, seed: int, batch_size: int) -> tuple[Batch, Batch]:
-    """Two disjoint random parts: to search triggers on (`SEARCH_SHARE`) and to judge by.
+    """Splits the images at random into a search part (`SEARCH_SHARE`) and a held-out part.
 
-    Raises: UserError when the first has fewer images than a batch.
+    Raises: UserError if the search part has fewer images than a batch.
     """
     total = len(dataset.labels)
     count = int(total * SEARCH_SHARE)
@@ -364,7 +363,7 @@ def search_and_held_out(dataset: Dataset, seed: int, batch_size: int) -> tuple[B
 
 
 def model_record(model: models.Model) -> dict[str, Any]:
-    """What results say about the model."""
+    """What a record says about the model."""
     spec = model.spec
     return {
         "path": str(model.path),
@@ -379,19 +378,19 @@ def model_record(model: models.Model) -> dict[str, Any]:
 
 
 def without_place(record: dict[str, Any]) -> dict[str, Any]:
-    """A `model_record` that is the same wherever the files lie and however they are called."""
+    """A `model_record` that does not depend on where the files are or what they are called."""
     return {**record, "path": None, "manifest": record["manifest"]["subject"][0]["digest"]}
 
 
 def output_record(written: pathlib.Path, path: pathlib.Path) -> dict[str, str | dict[str, Any]]:
-    """What a record says of the model `written`, which will lie at `path`: where, as seen from the
-    record, and its hashes."""
+    """What a record says about the model `written` that will be moved to `path`: its path relative
+    to the record, and its hashes."""
     place = "." if written.is_dir() else path.name
     return {"path": place, "manifest": manifest.statement(path.name, manifest.of(written))}
 
 
 def data_record(dataset: Dataset, reading: Reading, **counts: int) -> dict[str, Any]:
-    """What results say about the images; `counts` are numbers of images by use."""
+    """What a record says about the images; `counts` are the numbers of images per use."""
     return {
         "source": dataset.name,
         "split": reading.split,
@@ -404,8 +403,8 @@ def data_record(dataset: Dataset, reading: Reading, **counts: int) -> dict[str, 
 def identity(
     verb: str, args: Any, model: dict[str, Any] | None, **read: ArrayTree
 ) -> dict[str, Any]:
-    """What a job depends on, for its checkpoints: flags, the `model_record`, contents of what was
-    read, versions."""
+    """Everything a job's checkpoints depend on: flags, `model_record`, hashes of the arrays read,
+    versions."""
     given = {name: value for name, value in dataclasses.asdict(args).items() if name not in PLACES}
     contents = {name: digest(arrays) for name, arrays in read.items()}
     known = None if model is None else without_place(model)
@@ -419,7 +418,7 @@ def identity(
 
 
 def digest(arrays: ArrayTree) -> str:
-    """SHA-256 of the arrays' types, shapes and values; of what is no array, as it is written."""
+    """SHA-256 of the arrays' types, shapes and values; text is hashed as its `str`."""
     made = hashlib.sha256()
     for leaf in map(np.asarray, jax.tree.leaves(arrays)):
         made.update(f"{leaf.dtype} {leaf.shape} ".encode())
@@ -430,12 +429,12 @@ def digest(arrays: ArrayTree) -> str:
 
 
 def class_names(opened: Opened) -> tuple[str, ...]:
-    """The K names of the classes: the model's own, else the data's, else numbers."""
+    """The K class names: the model's own, else the data's, else the class numbers."""
     spec, names = opened.model.spec, opened.dataset.class_names
     known = spec.class_names or (names if len(names) == spec.classes else ())
     return tuple(known) or tuple(str(k) for k in range(spec.classes))
 
 
 def class_label(number: int, names: tuple[str, ...]) -> str:
-    """How people read a class: `8 (ship)`, or the number alone where the name says no more."""
+    """A class for display: `8 (ship)`, or only the number if the name is the number."""
     return str(number) if names[number] == str(number) else f"{number} ({names[number]})"

@@ -1,5 +1,5 @@
-"""What `repair --method dhbe` adds to a repair: a warning before it, and a page of what was
-generated."""
+"""What `repair --method dhbe` adds to a repair: a warning before it starts, and a page with the
+generated images."""
 
 import contextlib
 import pathlib
@@ -22,25 +22,25 @@ from jaxbd.training import checkpoint
 from jaxbd.training.run import Run
 
 COPIES = (1, 4, 9)
-"""How often the trigger stands on an image where a backdoor's remains are looked for, see
+"""Copies of the trigger per image when checking for remains of a backdoor, see
 `attacks.amplified`."""
 CURVE = 200
-"""Most points of a curve; the file of metrics has all of them."""
+"""Most points of a curve; the metrics file has all of them."""
 ONE_ANSWER = 0.85
-"""Share of untrained generators' images with one and the same answer from which on a person is
-warned: between nets that were erased and a published one that was not (docs/results.md)."""
+"""Warn if at least this share of untrained generators' images get the same answer. It lies between
+nets that were erased successfully and a published one that was not (docs/results.md)."""
 
 
 def repair_key(seed: int) -> Key:
-    """The key of a repair with --seed."""
+    """The key of a repair for a given --seed."""
     return jax.random.fold_in(jax.random.key(seed), 10)
 
 
 class Watch:
-    """Watches one erasure: what the suspect answers to generated images, and pictures on the way.
+    """Watches one erasure: the suspect's answers to generated images, and pictures over time.
 
     Attributes:
-      facts: for repair.json: `one_answer`, the answer that generated images get oftenest.
+      facts: for repair.json: `one_answer`, the most frequent answer to generated images.
     """
 
     def __init__(self, run: Run, suspect: Suspect, config: dhbe.Config, seed: int, pictures: bool):
@@ -51,7 +51,7 @@ class Watch:
         if share >= ONE_ANSWER:
             show.note(
                 f"warning: the model answers {share:.0%} of untrained generators' images with"
-                f" class {label}; such images tell little about it, and erasing without data is"
+                f" class {label}; such images reveal little about it, and erasing without data is"
                 " likely to fail"
             )
         self.album = erase.Album(jax.random.fold_in(key, 2), suspect, config)
@@ -62,9 +62,9 @@ class Watch:
             run.observers = (*run.observers, self.album.observe)
 
     def write_page(self, path: pathlib.Path, content: dict[str, Any]) -> None:
-        """The page; `content` is repair.json.
+        """Writes the page; `content` is the content of repair.json.
 
-        Raises: UserError when it cannot be written.
+        Raises: UserError if it cannot be written.
         """
         from jaxbd.report import erased, page
 
@@ -82,8 +82,8 @@ def measure_copies(
     loaded: given.Loaded,
     seed: int,
 ) -> dict[int, tuple[float | None, float | None]] | None:
-    """`compare_copies` of the given trigger, for as many copies as fit; None where it is no patch
-    that can be copied."""
+    """`compare_copies` for the given trigger, with as many copies as fit; None if the trigger is
+    not a patch that can be repeated."""
     config = triggers.settle(opened, flags, loaded, all_to_all=True)
     attacks: dict[int, tuple[Attack, Any]] = {1: triggers.make_attack(opened, config, loaded)}
     for copies in COPIES[1:]:
@@ -113,13 +113,13 @@ def compare_copies(
 
 
 def as_moments(pictures: Iterable[erase.Picture]) -> list[Moment]:
-    """An album's pictures as a page takes them."""
+    """An album's pictures in the form a page needs."""
     return [Moment(**picture._asdict()) for picture in pictures]
 
 
 def curves(infos: dhbe.Info) -> dict[str, list[float]]:
-    """Every field of infos [steps], averaged over at most `CURVE` parts that end at the iterations
-    `step`."""
+    """Every field of infos [steps], averaged over at most `CURVE` intervals; `step` is the last
+    iteration of each."""
     steps = np.arange(1, len(infos.discrepancy) + 1)
     parts = np.array_split(steps, min(CURVE, len(steps)))
     means = {

@@ -1,4 +1,4 @@
-"""Where a scan's result goes: one JSON file or a case, a page, SARIF, a bill of materials."""
+"""Writes a scan's result: a JSON file or a case, a page, SARIF, a bill of materials."""
 
 import pathlib
 from types import ModuleType
@@ -15,11 +15,12 @@ ENDINGS = {
     "sarif": (".sarif", ".json"),
     "mlbom": (".json",),
 }
-"""Flag -> endings of what it names."""
+"""Flag -> file endings it accepts; "" is a folder."""
 
 
 class Found(NamedTuple):
-    """A scan with images: `by_class` or `by_pair`, its result, what it worked on."""
+    """A scan with images: the module that ran it (`by_class` or `by_pair`), its result, and what it
+    worked on."""
 
     kind: ModuleType
     result: Any
@@ -27,14 +28,15 @@ class Found(NamedTuple):
 
 
 def paths(args: Any) -> tuple[pathlib.Path | None, ...]:
-    """Everything that is to be written, None where a flag is not given."""
+    """All output paths; None for a flag that was not given."""
     return tuple(getattr(args, flag) for flag in ENDINGS)
 
 
 def check(args: Any) -> None:
-    """Whether all outputs can be written, before anything is read.
+    """Checks that all outputs can be written, before anything is read.
 
-    Raises: UserError naming the first that cannot, or lies where another or the model does.
+    Raises: UserError naming the first output that cannot, or whose path is also another output or
+      the model.
     """
     taken = [pathlib.Path(args.model)]
     for flag, endings in ENDINGS.items():
@@ -55,7 +57,7 @@ def check(args: Any) -> None:
 
 
 def write(args: Any, content: dict[str, Any], found: Found | None) -> None:
-    """Writes what was asked for; `found` is None for the answer without data, which has neither
+    """Writes the requested outputs; `found` is None for the answer without data, which has neither
     triggers nor a page."""
     if case.is_folder(args.out):
         _write_case(args, content, found)

@@ -1,4 +1,4 @@
-"""The first answer of `jaxbd scan`: margins, for which no image is needed."""
+"""The first answer of `jaxbd scan`: margins, which need no images."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ from jaxbd.report import results
 from jaxbd.training.run import Run
 
 BLIND = (
-    "Not seen by margins: triggers that depend on the image or hardly move the logits, and several"
-    " targets at once. Nothing here was checked on images: give --data for a verdict."
+    "Margins miss triggers that depend on the image or hardly move the logits, and backdoors with"
+    " several targets at once. Nothing here was checked on images: give --data for a verdict."
 )
-"""What no data-free answer can say."""
+"""Limits of any answer without data."""
 
 
 def open_suspect(path: Any, reading: common.Reading) -> models.Model:
-    """The model; what only images would tell is assumed, and said.
+    """Opens the model; assumes what only images could tell, and prints a note about it.
 
-    Raises: UserError for a guarded model, through which no margin can be searched.
+    Raises: UserError for a guarded model; no margin can be searched through one.
     """
     given = common.stated(reading)
     model = common.open_model(
@@ -31,12 +31,12 @@ def open_suspect(path: Any, reading: common.Reading) -> models.Model:
     common.refuse_guarded(model, path)
     if not given and not model.states_normalisation():
         show.note(
-            "note: the file does not say what normalisation its net expects; pixels go in as they"
-            " are, in [0, 1] (--normalisation says otherwise, --data finds out)"
+            "note: the file does not say which normalisation its net expects; assuming none, pixels"
+            " in [0, 1] (set it with --normalisation, or give --data to find it)"
         )
     if reading.image_shape is None and not (common.is_ours(model) or common.has_fixed_size(model)):
         height, width, _ = model.spec.image_shape
-        show.note(f"note: the file does not say how large images are; {height}x{width} is assumed")
+        show.note(f"note: the file does not say how large images are; assuming {height}x{width}")
     return model
 
 
@@ -50,8 +50,8 @@ def search(
     found, why_not = None, ""
     if spec.classes < margins.LEAST_CLASSES:
         why_not = (
-            f"a model of {spec.classes} classes has no margins to compare: those of two classes"
-            " mirror each other"
+            f"a model with {spec.classes} classes has no margins to compare: with two classes, one"
+            " margin mirrors the other"
         )
     else:
         found = margin_scan.scan(run, jax.random.key(reading.seed), suspect, config)
@@ -67,7 +67,7 @@ def search(
 
 
 def say(content: dict[str, Any]) -> None:
-    """What stands out, and what that does not say."""
+    """Prints what stands out, and the limits of this answer."""
     names = tuple(row["name"] for row in content["classes"])
     show.say(headline(content["margin"], names, content["decided_by"]), BLIND)
     if content["margin"] is not None:
@@ -78,11 +78,11 @@ def say(content: dict[str, Any]) -> None:
 def headline(margin: dict[str, Any] | None, names: tuple[str, ...], why_not: str) -> str:
     """What the margins say, in one sentence."""
     if margin is None:
-        return f"INCONCLUSIVE: {why_not}; give --data, so that triggers can be searched."
+        return f"INCONCLUSIVE: {why_not}; give --data to search for triggers."
     if margin["p_value"] is None:
         return "INCONCLUSIVE: too few classes have a margin to compare; give --data."
     p_value = f"p = {margin['p_value']:.2g}"
     if margin["classes"]:
         labels = ", ".join(common.class_label(k, names) for k in margin["classes"])
-        return f"SUSPICIOUS: class {labels}: its largest margin stands out, {p_value}."
+        return f"SUSPICIOUS: class {labels}: the largest margin stands out, {p_value}."
     return f"NOTHING STANDS OUT: no class has an unusual margin, {p_value}."

@@ -1,5 +1,5 @@
-"""`repair` from a case: what its flags would have said, its triggers in place of a search, and the
-scan of what was repaired."""
+"""`repair` from a case: takes flags and triggers from the case instead of a search, and rescans the
+repaired model."""
 
 import dataclasses
 import pathlib
@@ -24,8 +24,8 @@ class Past(NamedTuple):
 
     Attributes:
       case: the scan, with its triggers.
-      is_own: whether the case is what is repaired, so that everything goes into it.
-      stated: whether the images are those that the case names, which are checked then.
+      is_own: whether the repair was called on this case, so that all outputs go into it.
+      stated: whether the images are the ones named in the case; if so, their hash is checked.
     """
 
     case: Case
@@ -34,12 +34,12 @@ class Past(NamedTuple):
 
 
 def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past | None]:
-    """The flags of `repair CASE`, or `args` as they are, and the earlier scan, if any keeps
-    triggers.
+    """For `repair CASE`, the flags completed from the case, and the case; otherwise `args`
+    unchanged, and the case in --scan if it has triggers.
 
     Args:
-      usual: how model and data are read where no flag says otherwise; other values are the user's.
-    Raises: UserError where the case does not say enough, or --out is missing.
+      usual: default reading settings; a value that differs from them was given by the user.
+    Raises: UserError if the case lacks something, or --out is missing.
     """
     if not case.is_case(args.model):
         if args.out is None:
@@ -47,7 +47,7 @@ def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past
         earlier = None if args.scan is None else case.read(args.scan)
         return args, Past(earlier) if earlier and case.has_triggers(earlier) else None
     if args.scan is not None:
-        raise UserError("a case is its own scan; leave --scan out")
+        raise UserError("a case already is a scan; leave --scan out")
     found = case.read(args.model)
     model = _find_model(found)
     changes: dict[str, Any] = {
@@ -55,7 +55,7 @@ def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past
         "out": args.out or found.folder / _name_output(model, method),
         "reading": _fill_reading(found, args.reading, usual),
     }
-    # what repairs without images is measured on those of the scan
+    # a method that repairs without images is measured on the scan's images
     flag = "data" if "clean" in method.needs else "test_data"
     stated = getattr(args, flag) is None and found.content.get("data") is not None
     if stated:
@@ -63,12 +63,12 @@ def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past
     if "clean" not in method.needs:
         changes["reading"] = _state_preprocessing(found, changes["reading"])
     past = Past(found, is_own=True, stated=stated and flag == "data")
-    # a first answer without data has searched for no trigger, so the repair does
+    # a first answer without data has no triggers, so the repair searches for them
     return dataclasses.replace(args, **changes), past if found.has_searched else None
 
 
 def _find_model(found: Case) -> pathlib.Path:
-    """Where the model lies: as recorded in full, as it was named, or beside the case."""
+    """Finds the model: at its absolute path, at the path as given, or beside the case."""
     given = pathlib.Path(found.get("inputs", "model", "given", kind=str))
     full = found.get("inputs", "model", "absolute", kind=(str, type(None)))
     places = [*([pathlib.Path(full)] if full else []), given, found.folder.parent / given.name]
@@ -76,7 +76,7 @@ def _find_model(found: Case) -> pathlib.Path:
         if place.exists():
             return place
     raise UserError(
-        f"{found.record}: its model {given} is nowhere to be found; put it beside the case, or use"
+        f"{found.record}: its model {given} cannot be found; put it beside the case, or use"
         f" `jaxbd repair MODEL --scan {found.folder}`"
     )
 
@@ -88,11 +88,11 @@ def _find_data(found: Case) -> str:
 
 
 def _name_output(model: pathlib.Path, method: Method) -> str:
-    """A name whose ending asks for the suspect's own form."""
+    """A name for the repaired model, with the ending of the suspect's own format."""
     if model.is_dir():
         return case.REPAIRED if hub.weights_of(model) is None else f"{case.REPAIRED}.safetensors"
     if method.guards and model.suffix != ".onnx":
-        return case.REPAIRED  # several nets in one make a folder
+        return case.REPAIRED  # a guarded model holds several nets, so it is a folder
     if model.suffix == ".pt2":
         return f"{case.REPAIRED}.onnx"  # a graph stays a graph
     ending = model.suffix if model.suffix in outputs.MODEL_SUFFIXES else ".pth"
@@ -100,23 +100,22 @@ def _name_output(model: pathlib.Path, method: Method) -> str:
 
 
 def _fill_reading(found: Case, given: common.Reading, usual: common.Reading) -> common.Reading:
-    """How model and data were read by the scan, except for what flags say now."""
+    """The scan's reading settings, overridden by the flags given now."""
     recorded = rebuild(
         common.Reading, found.get("inputs", "reading", kind=dict), f"{found.record}: reading"
     )
     names = [field.name for field in dataclasses.fields(common.Reading)]
     stated = {name for name in names if getattr(given, name) != getattr(usual, name)}
     if recorded.arch and ":" in recorded.arch and "arch" not in stated:
-        # its code would be imported because a file says so
+        # a record may come from anyone: code it names must not be imported without the user's word
         raise UserError(
-            f"{found.record} names {recorded.arch}, an architecture of your own; give it again with"
-            " --arch"
+            f"{found.record} names your own architecture {recorded.arch}; give it again with --arch"
         )
     return dataclasses.replace(recorded, **{name: getattr(given, name) for name in stated})
 
 
 def _state_preprocessing(found: Case, reading: common.Reading) -> common.Reading:
-    """What the scan found out with images, for methods that read the model without any."""
+    """Adds the normalisation and image size the scan found, for methods that read no images."""
     if reading.constants() is None:
         norm = {
             name: tuple(found.get("model", "normalisation", name, kind=list))
@@ -131,22 +130,22 @@ def _state_preprocessing(found: Case, reading: common.Reading) -> common.Reading
 
 
 def check(past: Past, model: models.Model, material: common.Material | None) -> None:
-    """Raises UserError unless model and images are those that the scan worked on."""
+    """Raises UserError unless model and images are the ones the scan worked on."""
     case.check_model(past.case, model)
     if not past.stated or material is None:
         return
     stated = past.case.get("inputs", "data", "sha256", kind=str)
     if common.digest((material.search, material.held_out)) != stated:
         raise UserError(
-            f"{material.opened.dataset.name}: not the images of {past.case.record}; give others"
-            " with --data, or scan again"
+            f"{material.opened.dataset.name}: not the images of {past.case.record}; give other"
+            " images with --data, or scan again"
         )
 
 
 def recall(past: Past, suspect: Suspect, named: int | None) -> known.Known:
-    """What the case knows of triggers, for the classes it calls attacked or for `named`.
+    """The case's triggers for its attacked classes, or for the class `named`.
 
-    Raises: UserError where it has no trigger of a named class.
+    Raises: UserError if it has no trigger for one of these classes.
     """
     found = past.case
     targets = found.get("targets", kind=list) if named is None else [named]
@@ -154,14 +153,14 @@ def recall(past: Past, suspect: Suspect, named: int | None) -> known.Known:
     missing = sorted({*targets} - {each.target for each in evidence})
     if missing:
         raise UserError(
-            f"{found.record}: it keeps no trigger of class {missing[0]}; repair the model itself,"
-            " which searches for it"
+            f"{found.record}: it has no trigger for class {missing[0]}; repair the model itself,"
+            " which searches for one"
         )
     return known.Known(evidence, past=found, norms=_list_norms(found, suspect.classes))
 
 
 def summary(found: Case) -> dict[str, Any]:
-    """What repair.json holds of the scan behind it."""
+    """What repair.json says about the scan it is based on."""
     names = ("verdict", "targets", "decided_by", "config", "steps", "seconds")
     return {
         **{name: found.content.get(name) for name in names},
@@ -170,7 +169,7 @@ def summary(found: Case) -> dict[str, Any]:
 
 
 def _list_norms(found: Case, classes: int) -> np.ndarray | None:
-    """Sizes [K] of the smallest masks; nan where none was found, None where none was sought."""
+    """Sizes [K] of the smallest masks, nan for a class without one; None if no class has one."""
     norms = np.full(classes, np.nan)
     for row in found.get("classes", kind=list):
         number, norm = (
@@ -182,7 +181,7 @@ def _list_norms(found: Case, classes: int) -> np.ndarray | None:
 
 
 def is_repaired(args: Any, past: Past | None) -> bool:
-    """Whether --resume finds the repair of a case done, and its rescan begun or to be begun."""
+    """Whether --resume finds the repair of a case finished, with only its rescan left to do."""
     if past is None or not past.is_own or not args.stopping.resume:
         return False
     unfinished = args.out.with_name(f"{args.out.name}.run").exists()
@@ -191,9 +190,9 @@ def is_repaired(args: Any, past: Past | None) -> bool:
 
 
 def rescan(args: Any, past: Past) -> None:
-    """Scans the repaired model as the suspect was scanned, into the case.
+    """Scans the repaired model with the suspect's settings and writes the result into the case.
 
-    Raises: UserError saying that the repaired model stands.
+    Raises: UserError, which says that the repaired model is already written.
     """
     found = past.case
     method = found.get("config", "method", kind=str)
@@ -216,10 +215,10 @@ def rescan(args: Any, past: Past) -> None:
         search=config,
         stopping=stopping,
         compute_dtype=found.content.get("compute_dtype") or "stored",
-        # what a repair cost in accuracy is in repair.json; it does not make the images others
+        # the repair may have cost accuracy, but the images and the preprocessing are the same
         reading=dataclasses.replace(args.reading, accept_accuracy=True),
     )
-    show.say("", "The repaired model, scanned as the suspect was:")
+    show.say("", "Rescan of the repaired model, with the suspect's settings:")
     try:
         scanning.run(flags)
     except UserError as error:

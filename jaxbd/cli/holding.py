@@ -1,5 +1,5 @@
-"""The repair that checks itself, for `repair`: when it runs, its record, and what may be said of
-it."""
+"""The repair that checks itself, for `jaxbd repair`: when it runs, its record and its printed
+summary."""
 
 import dataclasses
 from typing import Any
@@ -14,22 +14,22 @@ from jaxbd.training.run import Run
 
 AUTO = "auto"
 BASE, WITHOUT = "unlearn", "clip"
-"""What `AUTO` does with a trigger, and where the scan recovered none."""
+"""Methods `AUTO` uses: with a trigger, and if the scan recovered none."""
 ROUNDS = hold.Config().rounds
 SEARCHED = (
-    "Searched again: masks from large and from small starts, square patches where they lie, and"
-    " additive patterns, for these classes alone; other kinds of trigger may be left."
+    "The fresh search covered masks (from large and small starts), square patches at their places,"
+    " and additive patterns, for these classes only; other kinds of trigger may remain."
 )
 NAMES = {"mask": "a mask", "patch": "square patches", "additive": "an additive pattern"}
 
 
 def find(name: str) -> methods.Method:
-    """The repair of that name; for `AUTO` the one it does with a trigger."""
+    """The repair of that name; for `AUTO`, the one it uses with a trigger."""
     return methods.find("repair", BASE if name == AUTO else name)
 
 
 def pick_preset(name: str, preset: str | None) -> str | None:
-    """The preset that a person gives; for `AUTO` without one that for rounds."""
+    """The preset given by the user; for `AUTO` without one, the preset for rounds."""
     return hold.PRESET if name == AUTO and preset is None else preset
 
 
@@ -39,11 +39,11 @@ def is_asked(args: Any) -> bool:
 
 
 def check(args: Any, method: methods.Method) -> None:
-    """Raises UserError where the flags cannot be met, before anything is read."""
+    """Raises UserError on flags that cannot work together, before anything is read."""
     if is_asked(args):
         if method.guards or "trigger" not in method.needs:
             raise UserError(
-                "--rounds is for repairs that start from a trigger and change weights;"
+                "--rounds needs a repair that starts from a trigger and changes weights;"
                 f" {method.name} does not, leave --rounds out"
             )
         configure(args)
@@ -52,25 +52,27 @@ def check(args: Any, method: methods.Method) -> None:
 
 
 def configure(args: Any) -> hold.Config:
-    """The settings that the flags state."""
+    """The settings given by the flags."""
     rounds = ROUNDS if args.rounds is None else args.rounds
     return hold.Config(max_drop=args.max_drop, rounds=rounds)
 
 
 def pick_without_trigger(args: Any, found: known.Known) -> tuple[methods.Method, Any] | None:
-    """(method, settings) where a scan recovered no trigger; None where it says clean, or the person
-    chose another method."""
+    """(method, settings) to use if a scan recovered no trigger; None if the verdict is clean or the
+    user chose another method."""
     if args.method != AUTO or found.verdict() in (None, "clean"):
         return None
     method = methods.find("repair", WITHOUT)
-    show.say(f"The scan is inconclusive and recovered no trigger; repairing by {WITHOUT} instead.")
+    show.say(
+        f"The scan is inconclusive and recovered no trigger; repairing with {WITHOUT} instead."
+    )
     return method, dataclasses.replace(method.preset(), max_drop=args.max_drop)
 
 
 def repair(
     run: Run, key: Key, suspect: Suspect, clean: Batch, found: known.Known, settings: Any, args: Any
 ) -> hold.Held:
-    """Repairs in rounds, from every trigger of the scan that worked, or from the given one."""
+    """Repairs in rounds, from every working trigger of the scan, or from the given one."""
     triggers, norms = found.evidence, found.norms
     if isinstance(found.scan, Scan):
         if found.scan.located is not None:
@@ -93,7 +95,7 @@ def repair(
 
 
 def as_record(held: hold.Held) -> dict[str, Any]:
-    """What repair.json holds of the rounds; number 0 is the suspect."""
+    """What repair.json says about the rounds; round 0 is the suspect."""
     rounds = [
         {
             "accuracy": each.accuracy,
@@ -118,25 +120,25 @@ def as_record(held: hold.Held) -> dict[str, Any]:
 
 
 def say(held: hold.Held, args: Any) -> None:
-    """Which end it was, and what was measured at that end."""
+    """Prints why the repair ended, and what was measured then."""
     count, last = len(held.rounds) - 1, held.last
     many = "1 round" if count == 1 else f"{count} rounds"
     highest = max((rate for _, rate in last.rates), default=0.0)
     figures = (
-        f"On {held.checked_on} images that repaired nothing, the known triggers reach at most"
+        f"On {held.checked_on} images not used for the repair, the known triggers reach at most"
         f" {show.percent(highest)}; accuracy went from {show.percent(held.rounds[0].accuracy)} to"
         f" {show.percent(last.accuracy)}."
     )
     left = "; ".join(
-        f"{NAMES[each.kind]} that leads {show.percent(each.rate)} to class {each.evidence.target}"
+        f"{NAMES[each.kind]} that sends {show.percent(each.rate)} to class {each.evidence.target}"
         for each in last.left
     )
     still = f" Still working: {left}." if left else ""
     if held.end == "nothing left":
-        why = "a fresh search found nothing unusually small that works"
+        why = "a fresh search found no unusually small trigger that works"
     elif held.end == "rounds":
-        why = "the rounds are over"
+        why = "no rounds are left"
     else:
-        why = f"even a part of the last would cost more than --max-drop {args.max_drop:g}"
-        why += "; the model is as it came" if count == 1 else " and was undone"
+        why = f"even part of the last round would cost more than --max-drop {args.max_drop:g}"
+        why += "; the model is unchanged" if count == 1 else ", so it was undone"
     show.say(f"The repair ended after {many}: {why}.{still}", figures, SEARCHED)

@@ -1,8 +1,8 @@
 """Runs that can be stopped and resumed: checkpoints beside the output, metrics, signals.
 
-A verb adds `Flags` to its own, calls `prepare` before any work, works inside `open_run`, and calls
-`finish` once the output is written. Beside an output `OUT` lie `OUT.run`, the checkpoints of an
-unfinished run, and `OUT.metrics.jsonl`.
+A verb adds `Flags` to its own flags, calls `prepare` before any work, works inside `open_run`, and
+calls `finish` once the output is written. Next to an output `OUT` are `OUT.run`, the checkpoints of
+an unfinished run, and `OUT.metrics.jsonl`.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from jaxbd.training.run import Checkpoints, Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """How a run may be stopped.
+    """How a run is stopped and resumed.
 
     Attributes:
-      resume: go on with the run in OUT.run; on the same kind of machine the result is the same bit
+      resume: continue the run in OUT.run; on the same kind of machine the result is the same bit
         for bit.
-      save_every: steps between two checkpoints; there is also one after ten minutes without any.
-      force: replace what lies where the output goes.
+      save_every: steps between two checkpoints; one is also written after ten minutes without any.
+      force: replace an existing output.
     """
 
     resume: bool = False
@@ -38,7 +38,7 @@ class Flags:
 
     @property
     def replace(self) -> bool:
-        """Whether an output that is there may be replaced."""
+        """Whether an existing output may be replaced."""
         return self.force or self.resume
 
     def __post_init__(self):
@@ -47,23 +47,23 @@ class Flags:
 
 
 class Paths(NamedTuple):
-    """Folder of the checkpoints, file of the metrics."""
+    """The folder of checkpoints and the metrics file."""
 
     checkpoints: pathlib.Path
     metrics: pathlib.Path
 
 
 def prepare(out: pathlib.Path | None, flags: Flags) -> Paths | None:
-    """Finds out whether a run for `out` may start or go on; changes nothing.
+    """Checks whether a run for `out` may start or resume; changes nothing.
 
-    Returns: None without an output, which leaves no place for checkpoints.
-    Raises: UserError when another process works on `out`; when there is an unfinished run and no
-      --resume, --resume and only a finished one, or --resume and no output.
+    Returns: None without an output, since there is then no place for checkpoints.
+    Raises: UserError if another process works on `out`; if there is an unfinished run but no
+      --resume; with --resume, if there is only a finished run, or no output.
     """
     if out is None:
         if flags.resume:
             raise UserError(
-                "--resume goes on with what lies beside the output; give the same --out as before"
+                "--resume continues the run beside the output; give the same --out as before"
             )
         return None
     out = out.expanduser().absolute()
@@ -71,22 +71,22 @@ def prepare(out: pathlib.Path | None, flags: Flags) -> Paths | None:
     lock.check(paths.checkpoints)
     _check_state(out, paths, flags)
     if flags.resume and not checkpoint.is_started(paths.checkpoints):
-        show.note(f"nothing to resume at {paths.checkpoints}: this run starts at the beginning")
+        show.note(f"nothing to resume at {paths.checkpoints}: starting from the beginning")
     return paths
 
 
 def _check_state(out: pathlib.Path, paths: Paths, flags: Flags) -> None:
-    """Raises UserError where an unfinished run or its lack contradicts --resume."""
+    """Raises UserError if there is an unfinished run but no --resume, or the other way round."""
     started = checkpoint.is_started(paths.checkpoints)
     if started and not flags.resume:
         raise UserError(
-            f"{paths.checkpoints} is an unfinished run; give --resume to go on, or delete it to"
-            " start over"
+            f"{paths.checkpoints} is an unfinished run; give --resume to continue it, or delete it"
+            " to start over"
         )
     if flags.resume and not started and out.exists():
         raise UserError(
-            f"nothing to resume: {out} is there, without an unfinished run beside it; leave"
-            " --resume out"
+            f"nothing to resume: {out} exists, without an unfinished run beside it; leave --resume"
+            " out"
         )
 
 
@@ -94,7 +94,7 @@ def _check_state(out: pathlib.Path, paths: Paths, flags: Flags) -> None:
 def open_run(
     paths: Paths | None, flags: Flags, identity: dict[str, Any], *, with_metrics: bool = False
 ) -> Iterator[Run]:
-    """A `Run` with a progress bar; with checkpoints, and an ear for signals, where there are paths.
+    """A `Run` with a progress bar; if there are `paths`, it also checkpoints and handles signals.
 
     Without a place for checkpoints a signal ends the program at once.
 
@@ -113,9 +113,9 @@ def open_run(
         stack.enter_context(lock.hold(paths.checkpoints))
         started = checkpoint.is_started(paths.checkpoints)
         if devices.is_first() and not started:
-            # killed before its first checkpoint, it binds nobody
+            # left by a run that was killed before its first checkpoint
             checkpoint.discard(paths.checkpoints)
-        devices.from_all(0.0)  # no process looks at the folder before that is done
+        devices.from_all(0.0)  # barrier: no process may read the folder before it is discarded
         watch = stack.enter_context(signals.Watch())
         observers = ()
         if with_metrics:
@@ -130,8 +130,8 @@ def open_run(
 
 
 def describe_resumed(run: Run, paths: Paths) -> dict[str, Any] | None:
-    """Stage and step at which this process went on, and the seconds that the run had taken by then;
-    None where this process did all."""
+    """Stage and step at which this process resumed, and the seconds the run had taken by then; None
+    if this process did the whole run."""
     if run.resumed is None:
         return None
     seconds = metrics.seconds_at(paths.metrics, run.resumed["stage"], run.resumed["step"])
@@ -139,6 +139,6 @@ def describe_resumed(run: Run, paths: Paths) -> dict[str, Any] | None:
 
 
 def finish(paths: Paths | None) -> None:
-    """Removes the checkpoints: the output is written."""
+    """Removes the checkpoints; call it once the output is written."""
     if paths is not None:
         checkpoint.discard(paths.checkpoints)

@@ -1,4 +1,4 @@
-"""What `repair` knows of a trigger: one that the user gives, or what a scan recovers."""
+"""What `repair` knows about triggers: one given by the user, or those that a scan recovers."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -24,12 +24,13 @@ class Known(NamedTuple):
     """What is known before a repair.
 
     Attributes:
-      evidence: of every target; one target may have several pieces.
-      scan: the result of the scan behind it; None for a given trigger.
+      evidence: evidence for every target; one target may have several pieces.
+      scan: the result of the scan it comes from; None for a given trigger.
       kind: `by_class` or `by_pair`, the module that ran the scan.
-      search_again: how to look for what still leads to a target of the scan.
-      past: the case that the evidence is from, see `cli.case`.
-      norms: sizes [K] of the smallest masks of all classes, where such a case has them.
+      search_again: searches a repaired net for triggers that still lead to one of the scan's
+        targets.
+      past: the case the evidence comes from, see `cli.case`.
+      norms: sizes [K] of the smallest mask of each class, if the case has them.
     """
 
     evidence: list[Evidence]
@@ -40,18 +41,18 @@ class Known(NamedTuple):
     norms: np.ndarray | None = None
 
     def verdict(self) -> str | None:
-        """What the scan says, this one or an earlier one; None for a given trigger."""
+        """The verdict of the scan, this one or an earlier one; None for a given trigger."""
         if self.past is not None:
             return self.past.verdict
         return None if self.kind is None else self.kind.verdict_of(self.scan)
 
 
 def take_given(opened: common.Opened, flags: Any, loaded: Any, guards: bool) -> Known:
-    """The given trigger, as evidence for each class that it leads to.
+    """The given trigger, as evidence for each class it leads to.
 
     Args:
-      guards: whether the method treats each target by itself, so that the trigger may have several.
-    Raises: UserError where the trigger's place or target is not known.
+      guards: whether the method treats each target separately, so the trigger may have several.
+    Raises: UserError if the trigger's place or target is not known.
     """
     config = triggers.settle(opened, flags, loaded, all_to_all=guards)
     attack, pixels = triggers.make_attack(opened, config, loaded)
@@ -70,7 +71,7 @@ def take_given(opened: common.Opened, flags: Any, loaded: Any, guards: bool) -> 
 def search(
     run: Run, kind: ModuleType, material: common.Material, args: Any, named: tuple[int, ...]
 ) -> Known:
-    """Scans, and takes what was recovered for each class called attacked, and for those `named`."""
+    """Scans, and takes what was recovered for each attacked class and for the classes `named`."""
     key = jax.random.key(args.reading.seed)
     found = kind.search(run, key, material, args.search)
     targets = sorted({*kind.targets_of(found), *named})
@@ -80,7 +81,7 @@ def search(
 
 
 def _choose_evidence(found: Any, kind: ModuleType, target: int, args: Any) -> list[Evidence]:
-    """What a scan recovered for one class, in the form that --evidence asks for."""
+    """What a scan recovered for one class, in the form selected by --evidence."""
     if not isinstance(found, Scan) or args.evidence == "mixture":
         return kind.evidence_of(found, target)
     if args.evidence == "entropy":
@@ -89,7 +90,7 @@ def _choose_evidence(found: Any, kind: ModuleType, target: int, args: Any) -> li
 
 
 def _pair_search(material: common.Material, config: Any, found: pair_scan.PairScan) -> SearchAgain:
-    """The search of a scan by pairs, for what leads to a target in a corrected net."""
+    """The pair search, rerun on a corrected net for one target."""
 
     def again(
         run: Run, key: Key, suspect: Suspect, first: Evidence, name: str
@@ -104,9 +105,9 @@ def _pair_search(material: common.Material, config: Any, found: pair_scan.PairSc
 
 
 def classes_to_search(args: Any) -> tuple[int, ...]:
-    """Classes to search: `--target`, or those of an earlier scan; none stands for all.
+    """Classes to search: `--target`, or those of an earlier scan; empty means all.
 
-    Raises: UserError when the earlier scan's file is none, or names no class.
+    Raises: UserError if the file in --scan is not a scan or names no class.
     """
     if args.given.target is not None:
         return (args.given.target,)
@@ -115,7 +116,7 @@ def classes_to_search(args: Any) -> tuple[int, ...]:
     earlier = case.read(args.scan)
     targets = earlier.get("targets", kind=list)
     if not all(type(target) is int for target in targets):
-        raise UserError(f"{earlier.record}: its targets are no classes; scan again")
+        raise UserError(f"{earlier.record}: its targets are not classes; scan again")
     if not targets:
         raise UserError(
             f"{args.scan} names no target class, so there is nothing to repair; leave --scan out to"

@@ -1,9 +1,9 @@
-"""Many machines: the same command on every one, joined by `jax.distributed` into one run. Quick to
+"""Many machines: the same command on each, joined by `jax.distributed` into one run. Quick to
 import.
 
-Asked for by `--distributed`, or by an address in JAX_COORDINATOR_ADDRESS. Slurm and cloud TPUs are
-recognised; elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. Process 0 alone writes
-and prints; the others say what went wrong.
+Requested by `--distributed`, or by an address in JAX_COORDINATOR_ADDRESS. Slurm and cloud TPUs are
+recognised; elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID give the number of processes and the
+index of each. Only process 0 writes files and prints; the others report errors.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from jaxbd.cli import signals
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 NUMBERS = (NUMBER, "SLURM_PROCID", "CLOUD_TPU_TASK_ID")
-"""Variables that may tell which process this is before it has joined."""
+"""Variables that may hold this process's index before it has joined."""
 JOINING, HEARTBEAT, LEAVING = 300, 30, 24 * 3600
-"""Seconds until: one gives up waiting for the others at the start; silence means that a process is
-lost; those that are done stop waiting for the first, which writes."""
+"""Timeouts in seconds. JOINING: wait for the other processes at the start. HEARTBEAT: a process
+silent this long counts as lost. LEAVING: finished processes wait for process 0, which writes."""
 LOST = (
-    "another process was lost, its own output may say why; what was saved is whole: start the same"
-    " command on every machine again, with --resume to go on from the last checkpoint"
+    "another process was lost, its own output may say why; the checkpoints are intact: start the"
+    " same command on every machine again, with --resume to continue from the last one"
 )
 SIGNS_OF_LOSS = re.compile(
     r"gloo|nccl|coordination|UNAVAILABLE|connection (closed|reset|refused)|heartbeat", re.I
@@ -35,8 +35,7 @@ DIE_WITH_PARENT = 1
 
 
 def take_flags(argv: list[str]) -> tuple[bool, str | None, list[str]]:
-    """(whether to join other machines, devices to use on this one, `argv` without the flags that
-    say so)."""
+    """(whether to join other machines, devices to use on this one, `argv` without these flags)."""
     rest, devices, joins = [], None, bool(os.environ.get(ADDRESS))
     words = iter(argv)
     for word in words:
@@ -51,10 +50,10 @@ def take_flags(argv: list[str]) -> tuple[bool, str | None, list[str]]:
 
 
 def supervise(work: Callable[[], int]) -> int:
-    """The exit code of `work`, run in a child process, since the runtime aborts a process whose
-    peers are lost.
+    """Runs `work` in a child process and returns its exit code.
 
-    What ends the child by force is told in one line, with exit code 2.
+    The runtime aborts a process that loses its peers; the parent survives, says in one line what
+    killed the child, and returns exit code 2.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -65,12 +64,12 @@ def supervise(work: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             code, agreed = 128 + signal.SIGINT, False
         _end(code, agreed)
-    # Slurm gives a signal to every process of its own accord; a second one would end the child
-    # without saving
+    # Slurm signals every process itself; a forwarded copy would count as the second signal, which
+    # ends the child without saving
     forwarded = "SLURM_JOB_ID" not in os.environ
 
     def forward(number: int, _) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError):  # the child has just ended
             if forwarded:
                 os.kill(child, number)
 
@@ -81,7 +80,7 @@ def supervise(work: Callable[[], int]) -> int:
         return code
     name = signal.Signals(-code).name
     own: dict[int, str] = {
-        signal.SIGKILL: f"ended by {name}, for lack of memory perhaps",
+        signal.SIGKILL: f"ended by {name}, possibly out of memory",
         signal.SIGABRT: LOST,
     }
     _say(f"jaxbd: {_own_name()}{own.get(-code, f'ended by {name}')}")
@@ -89,8 +88,8 @@ def supervise(work: Callable[[], int]) -> int:
 
 
 def _alone(work: Callable[[], int]) -> int:
-    """`work` in a session of its own, so that the terminal's Ctrl-C reaches it once, and not
-    outliving its parent."""
+    """Runs `work` in its own session, so that Ctrl-C reaches it only once, through the parent; it
+    dies with its parent."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
@@ -100,7 +99,8 @@ def _alone(work: Callable[[], int]) -> int:
 
 
 def _silence_native_code() -> None:
-    """Python's own stdout and stderr stay; the runtime's stack traces and remarks go nowhere."""
+    """Sends the runtime's own output (stack traces, remarks) to /dev/null; Python's stdout and
+    stderr are kept."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for name, number in (("stdout", 1), ("stderr", 2)):
@@ -111,7 +111,7 @@ def _silence_native_code() -> None:
 def join() -> None:
     """Waits for the other processes and joins them.
 
-    Raises: UserError when it is not known who they are, or they do not come.
+    Raises: UserError if the processes are not defined, or they do not appear in time.
     """
     import jax
 
@@ -123,7 +123,7 @@ def join() -> None:
     }
     wrong = [f"{COUNT}={numbers['num_processes']}", f"{NUMBER}={numbers['process_id']}"]
     if not all(value is None or value.isdecimal() for value in numbers.values()):
-        raise UserError(f"{' and '.join(wrong)} are to be numbers")
+        raise UserError(f"{' and '.join(wrong)} must be numbers")
     try:
         jax.distributed.initialize(
             num_processes=_as_int(numbers["num_processes"]),
@@ -134,8 +134,8 @@ def join() -> None:
         )
     except (ValueError, TypeError):
         raise UserError(
-            f"no Slurm, no cloud TPU: {ADDRESS} (host:port of process 0), {COUNT} and {NUMBER} must"
-            " say who is who"
+            f"neither Slurm nor a cloud TPU was found: set {ADDRESS} (host:port of process 0),"
+            f" {COUNT} and {NUMBER}"
         ) from None
     except RuntimeError as error:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from None
@@ -150,7 +150,7 @@ def is_joined() -> bool:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether `error` is what an exchange with a process that is gone raises."""
+    """Whether `error` looks like the failure of an exchange with a lost process."""
     return is_joined() and bool(SIGNS_OF_LOSS.search(str(error)))
 
 
@@ -159,7 +159,7 @@ def _as_int(text: str | None) -> int | None:
 
 
 class _Complaints(io.TextIOBase):
-    """A stream that passes on lines that begin with "jaxbd: " alone, and says whose they are."""
+    """A stream that passes on only lines beginning with "jaxbd: ", prefixed with the process."""
 
     def __init__(self, stream: io.TextIOBase):
         self._stream, self._line = stream, ""
@@ -174,19 +174,18 @@ class _Complaints(io.TextIOBase):
 
 
 def _own_name() -> str:
-    """ "process 1: ", as far as that is known."""
+    """ "process 1: ", or "" if the index is not known."""
     if is_joined():
         return f"process {sys.modules['jax'].process_index()}: "
     return next((f"process {os.environ[name]}: " for name in NUMBERS if name in os.environ), "")
 
 
 def _end(code: int, agreed: bool) -> None:
-    """Ends this process with `code`; where all went well or was agreed, when the others have come
-    to their end too."""
+    """Ends this process with `code`; after success, or a stop agreed by all, waits for the others
+    first."""
     if code != 2 and agreed and is_joined():
-        with contextlib.suppress(
-            Exception
-        ):  # the work is done; a process that goes now takes nothing with it
+        # the work is done, so a process that is lost from here on does no harm
+        with contextlib.suppress(Exception):
             sys.modules["jax"].distributed.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

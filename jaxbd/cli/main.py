@@ -1,6 +1,6 @@
-"""`jaxbd VERB …`: runs one verb, and turns what went wrong into one line on stderr and exit code 2.
+"""`jaxbd VERB …`: runs one verb; an error becomes one line on stderr and exit code 2.
 
-Only the module of the verb that was asked for is imported, so that the help is there at once.
+Imports only the module of the requested verb, so help appears at once.
 """
 
 import importlib
@@ -14,19 +14,17 @@ from collections.abc import Sequence
 from jaxbd.cli import brief, machines
 
 VERBS = {
-    "demo": "plant a backdoor in a small model, find it, remove it, and show all of it on one page",
-    "scan": "is there a backdoor in this model? Which class does it lead to?",
-    "calibrate": "scan models you know to be clean, so that others can be compared with them",
-    "repair": "remove the backdoor and write the repaired model",
-    "guard": (
-        "which of these images carry the trigger? Asks a model that `repair --method bna` wrote"
-    ),
-    "evaluate": "clean accuracy, and the attack success rate of a trigger you have",
-    "attack": "train a model with a backdoor (or a clean one) to try the other verbs on",
-    "inspect": "what is in this model file? Nothing in it is executed",
-    "verify": "are the files still those that a record speaks of?",
+    "demo": "plant, find and remove a backdoor in a small model; one-page report",
+    "scan": "look for a backdoor in a model and name the class it targets",
+    "calibrate": "scan models you know to be clean, as a baseline for later scans",
+    "repair": "remove a backdoor and write the repaired model",
+    "guard": "flag triggered images, with a model from `repair --method bna`",
+    "evaluate": "measure clean accuracy and a given trigger's attack success rate",
+    "attack": "train a backdoored (or clean) model to try the other verbs on",
+    "inspect": "show what is in a model file, without executing anything in it",
+    "verify": "check that files are unchanged since a result was recorded",
     "convert": "write a model in another format",
-    "methods": "all methods, with links to their papers",
+    "methods": "list all methods, with links to their papers",
 }
 """Verb -> what it does; the verb's module is `jaxbd.cli.commands.<verb>`, with a dataclass `Args`
 and `run(args) -> int`."""
@@ -37,19 +35,20 @@ Finds and removes backdoors in image classifiers.
 
 {verbs}
 
-`jaxbd VERB --help` explains a verb, `--help-all` all of its flags. Every verb takes these as well:
-  --devices N    use N devices of this machine; all of them without it
-  --distributed  share the work with the same command on other machines (Slurm, cloud TPU, or
-                 JAX_COORDINATOR_ADDRESS)
+`jaxbd VERB --help` explains a verb, `--help-all` lists all its flags.
+Every verb also takes:
+  --devices N    use N devices of this machine (default: all)
+  --distributed  share the work with the same command on other machines
+                 (Slurm, cloud TPU, or JAX_COORDINATOR_ADDRESS)
 
-Exit codes: 0 done (scan: clean), 1 scan found a backdoor, 3 scan cannot tell, 2 could not run,
-130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 done (scan: clean), 1 scan found a backdoor,
+3 scan inconclusive, 2 could not run, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line on `argv` (without the program's name). Returns the exit code."""
+    """Runs the command line `argv` (without the program's name). Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text(), end="", file=sys.stdout if argv else sys.stderr)
@@ -71,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _attempt(argv: list[str], rest: list[str], joins: bool = False) -> int:
-    """Runs the verb of `argv` with the flags `rest`; the exit code, after a line about what went
-    wrong."""
+    """Runs the verb of `argv` with the flags `rest`. Returns the exit code; on failure, prints one
+    line about the error first."""
     try:
         return _run(argv[0], rest, joins)
     except SystemExit as stop:  # --help
@@ -80,16 +79,15 @@ def _attempt(argv: list[str], rest: list[str], joins: bool = False) -> int:
     except KeyboardInterrupt:
         _fail("interrupted; no file was left half-written")
         if machines.is_joined():
-            raise  # the others did not agree to end, and are not to be waited for
+            raise  # the other processes did not agree to stop: `supervise` must not wait for them
         return INTERRUPTED
-    except (
-        BrokenPipeError
-    ):  # the reader of a pipe went away; a second complaint at exit would help nobody
+    except BrokenPipeError:
+        # the reader closed the pipe (`| head`); without this, flushing stdout at exit fails again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except Exception as error:
         if (signal := getattr(error, "stopped_by", None)) is not None:
-            _say(f"{error}; go on with: {_again(argv)}")
+            _say(f"{error}; resume with: {_again(argv)}")
             return 128 + signal
         if os.environ.get("JAXBD_DEBUG"):
             traceback.print_exc()
@@ -103,15 +101,15 @@ def _attempt(argv: list[str], rest: list[str], joins: bool = False) -> int:
             return _fail(
                 "the device ran out of memory; use smaller batches, or fewer cells at a time"
             )
-        # Python's own exit code for a crash is 1, which says "backdoored" here
+        # Python exits with 1 on a crash, but here 1 means "backdoored"
         return _fail(
-            f"internal error, {type(error).__name__}: {error}; JAXBD_DEBUG=1 shows where, please"
-            " report it"
+            f"internal error, {type(error).__name__}: {error}; please report it with the traceback"
+            " that JAXBD_DEBUG=1 prints"
         )
 
 
 def help_text() -> str:
-    """What `jaxbd --help` prints."""
+    """The text of `jaxbd --help`."""
     width = max(map(len, VERBS))
     return HELP.format(
         verbs="\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
@@ -119,7 +117,7 @@ def help_text() -> str:
 
 
 def _run(verb: str, argv: list[str], joins: bool) -> int:
-    """Parses the verb's flags and runs it, together with other machines if it `joins` them."""
+    """Parses the verb's flags and runs it; `joins` says whether to join other machines first."""
     module = importlib.import_module(f"jaxbd.cli.commands.{verb}")
     from jaxbd.cli import parse
 
@@ -131,14 +129,14 @@ def _run(verb: str, argv: list[str], joins: bool) -> int:
 
 
 def _is_users_fault(error: Exception) -> bool:
-    """Whether the error is the input's or the machine's fault, not the program's."""
+    """Whether the input or the machine caused the error, rather than a bug."""
     from jaxbd.base import UserError
 
     return isinstance(error, UserError | FloatingPointError | OSError)
 
 
 def _again(argv: list[str]) -> str:
-    """The shell command that goes on with the job that `argv` began."""
+    """The shell command that resumes the job started by `argv`."""
     program = sys.argv[0]
     if os.path.basename(program) != "jaxbd":
         words = [sys.executable, "-m", "jaxbd"]
@@ -148,13 +146,14 @@ def _again(argv: list[str]) -> str:
 
 
 def _fail(message: str) -> int:
-    """Says it in one line; the exit code of everything that could not run."""
+    """Prints `message` as one line on stderr. Returns exit code 2, "could not run"."""
     _say(" ".join(message.split()))
     return 2
 
 
 def _say(message: str) -> None:
-    """A line on stderr. It may hold a name from a file, and that what a terminal would obey."""
+    """Prints a line on stderr, stripped of terminal escape codes: a name from a file may contain
+    them."""
     from jaxbd.limits import clean_text  # imports JAX, which --help can do without
 
     print("jaxbd: " + clean_text(message), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The file of metrics beside an output: JSON lines while a run is going on."""
+"""The metrics file beside an output: lines of JSON, written during a run."""
 
 import json
 import os
@@ -14,19 +14,19 @@ from jaxbd.training.loop import Chunk
 
 
 class Metrics:
-    """A context manager that writes one line for each chunk of a run.
+    """A context manager that writes one line per chunk of a run.
 
-    A line holds the `stage`, the `step` it ended at, the means of the chunk's infos, and `seconds`
-    since the start. A resumed run keeps the lines that lie before the step it resumes at, so that
-    none is missing and none is twice; its seconds go on too. Every line is on its way to the disk
-    when `add` returns.
+    A line holds the `stage`, the `step` at the end of the chunk, the means of the chunk's infos,
+    and `seconds` since the start. A resumed run keeps the lines up to the step it resumes at, so no
+    line is missing or duplicated, and its seconds continue. Writes are unbuffered: when `add`
+    returns, the line has been handed to the operating system.
 
     Attributes:
-      earlier: seconds at the last line of an earlier part of the run.
+      earlier: seconds at the last line kept from earlier parts of the run.
     """
 
     def __init__(self, path: pathlib.Path, resumes: bool):
-        """`resumes` says whether the run goes on where an earlier process stopped."""
+        """`resumes` says whether the run continues where an earlier process stopped."""
         self.earlier = 0.0
         self._path, self._resumes, self._started = path, resumes, time.perf_counter()
         self._file: Any = None
@@ -39,9 +39,9 @@ class Metrics:
             self._file.close()
 
     def add(self, stage: str, chunk: Chunk, first: int) -> None:
-        """A line for a chunk of a stage that this process began at step `first`.
+        """Writes a line for a chunk of a stage that this process began at step `first`.
 
-        Raises: UserError when the file cannot be written.
+        Raises: UserError if the file cannot be written.
         """
         fields = chunk.infos._asdict()
         if not fields:
@@ -57,13 +57,16 @@ class Metrics:
             whole = self._file.write(line) == len(line)
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror}; make space and --resume"
+                f"cannot write {self._path}: {error.strerror}; free some space and --resume"
             ) from None
         if not whole:
-            raise UserError(f"cannot write {self._path}: the disk is full; make space and --resume")
+            raise UserError(
+                f"cannot write {self._path}: the disk is full; free some space and --resume"
+            )
 
     def _open(self, stage: str, first: int) -> None:
-        """Keeps the lines of earlier stages and of this one up to step `first`; then appends."""
+        """Opens the file for appending; keeps the lines of earlier stages, and of this stage up to
+        step `first`."""
         lines = _read_lines(self._path, stage, first) if self._resumes else []
         files.write_text(self._path, "".join(line + "\n" for line in lines))
         self.earlier = float(json.loads(lines[-1])["seconds"]) if lines else 0.0
@@ -72,26 +75,26 @@ class Metrics:
 
 
 def seconds_at(path: pathlib.Path, stage: str, step: int) -> float:
-    """Seconds that a run had taken when it reached a step of a stage; 0 where no line says so."""
+    """Seconds a run had taken when it reached a step of a stage; 0 if no line records it."""
     lines = _read_lines(path, stage, step)
     return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
 def _mean(values: Any) -> Any:
-    """Means over steps; of a field that holds several arrays, by their names."""
+    """The mean over steps; for a field with several arrays, one mean per name."""
     if isinstance(values, dict):
         return {name: np.mean(each, 0) for name, each in values.items()}
     return np.mean(values, 0)
 
 
 def _read_lines(path: pathlib.Path, stage: str, first: int) -> list[str]:
-    """The whole lines of a stopped run: of the stages before `stage`, and of it up to step
+    """The complete lines of a stopped run: all stages before `stage`, and `stage` up to step
     `first`."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, ValueError):
         return []
-    kept: list[str] = []
+    whole: list[str] = []
     for line in lines:
         try:
             found = json.loads(line)
@@ -100,5 +103,5 @@ def _read_lines(path: pathlib.Path, stage: str, first: int) -> list[str]:
             break
         if own and step > first:
             break
-        kept.append(line)
-    return kept
+        whole.append(line)
+    return whole

@@ -1,4 +1,4 @@
-"""What a repair came to: measured on held-out images, written, and told."""
+"""The result of a repair: measured on held-out images, written to disk, and printed."""
 
 import dataclasses
 import pathlib
@@ -21,9 +21,9 @@ class Row(NamedTuple):
     """Figures on held-out images, under one trigger or none.
 
     Attributes:
-      evidence: the trigger; None without one, or where the repair did not use it.
+      evidence: the trigger; None without one, or if the repair did not use it.
       before, after: rates of the suspect, and of the repaired net.
-      detection: of the guard as a detector of triggered images; None for nets without a guard.
+      detection: how well the guard detects triggered images; None for nets without a guard.
     """
 
     evidence: Evidence | None
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 def measure(
     suspect: Suspect, repaired: Repaired, evidence: list[Evidence], images: Batch, seed: int
 ) -> list[Row]:
-    """Figures under each trigger, highest attack success rate first; accuracy alone without any."""
+    """Figures under each trigger, highest attack success rate first; only accuracy without any."""
     key = jax.random.key(seed)
     targets = repaired.guarded
     net = guarded.make(suspect.net, targets) if targets else suspect.net
@@ -58,8 +58,8 @@ def measure(
 def measure_attack(
     suspect: Suspect, repaired: Repaired, attack: tuple[Attack, Any], images: Batch, seed: int
 ) -> Row:
-    """Figures under (attack, its trigger), which may lead to several targets; of a repair that does
-    not guard."""
+    """Figures under (attack, its trigger), which may lead to several targets; only for repairs
+    without a guard."""
     key = jax.random.key(seed)
     before, after = (
         evaluate.rates(key, suspect.net, variables, images, *attack)
@@ -69,7 +69,7 @@ def measure_attack(
 
 
 def as_attack(known: Evidence, classes: int) -> Attack:
-    """The trigger as an attack on images of its sources; all others count as clean."""
+    """The trigger as an attack on images of its source classes; all others count as clean."""
     sources = jnp.asarray(known.all_sources(classes))
     relabel = lambda labels: jnp.where(jnp.isin(labels, sources), known.target, labels)
     return Attack(
@@ -78,8 +78,8 @@ def as_attack(known: Evidence, classes: int) -> Attack:
 
 
 def figures(path: pathlib.Path) -> pathlib.Path:
-    """Where the figures of a repaired model at `path` go: into a folder, beside a file; in a case,
-    into that."""
+    """Where the figures of a repaired model at `path` go: the case it is in, else the model folder,
+    else beside the model file."""
     if case.is_case(path.parent):
         return path.parent / case.REPAIR
     if outputs.is_folder(path):
@@ -90,10 +90,10 @@ def figures(path: pathlib.Path) -> pathlib.Path:
 def save(
     path: pathlib.Path, model: models.Model, repaired: Repaired, content: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes the repaired net in the form of `model`, then the figures; says what the file does not
-    hold. A guarded net is a folder or an ONNX file.
+    """Writes the repaired net in the format of `model`, then the figures; prints what the model
+    file cannot hold. A guarded net is a folder or an ONNX file.
 
-    Returns: what the figures' file holds.
+    Returns: the content of the figures file.
     """
     if not outputs.is_folder(path):
         if repaired.guarded:
@@ -123,8 +123,8 @@ def save(
 
 
 def describe_rows(rows: list[Row]) -> dict[str, Any]:
-    """What repair.json holds of the figures; `before`, `after` and `detection` are of the trigger
-    that worked best."""
+    """What repair.json says about the figures; `before`, `after` and `detection` belong to the
+    trigger with the highest attack success rate before the repair."""
     classes = []
     for row in rows:
         if row.evidence is None:
@@ -151,8 +151,10 @@ def describe_rows(rows: list[Row]) -> dict[str, Any]:
     return found
 
 
-def say(rows: list[Row], content: dict[str, Any], names: tuple[str, ...], whose: str) -> None:
-    """Before and after, what is flagged, and what the figures are figures of."""
+def say(
+    rows: list[Row], content: dict[str, Any], names: tuple[str, ...], trigger_name: str
+) -> None:
+    """Prints the figures before and after, what is flagged, and which triggers they refer to."""
     table, flags = [], []
     for row in rows:
         label = "images" if row.evidence is None else _label(row.evidence, names)
@@ -169,7 +171,7 @@ def say(rows: list[Row], content: dict[str, Any], names: tuple[str, ...], whose:
         show.table(columns, flags)
     judged = content["data"]["held_out"]
     if rows[0].before.attack_success_rate is not None:
-        show.say(f"Attack success rates are those of {whose}, on {judged} held-out images.")
+        show.say(f"Attack success rates use {trigger_name}, on {judged} held-out images.")
 
 
 def _label(known: Evidence, names: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Where results go: checked before any long work, written whole or not at all."""
+"""Output paths: checked before any long work, and written whole or not at all."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from jaxbd.base import UserError, Variables
 from jaxbd.interop import load as models
 
 MODEL_SUFFIXES = models.FILE_SUFFIXES
-"""Endings of model files that are written; a name without an ending is a folder."""
+"""Endings of the model files jaxbd writes; a name without an ending is a folder."""
 COMPANIONS = {
     models.folder.WEIGHTS,
     models.folder.CONFIG,
@@ -21,15 +21,14 @@ COMPANIONS = {
     "attack.json",
     "repair.json",
 }
-"""What the verbs write into a model folder; a folder with anything else in it is not replaced."""
+"""Files the verbs write into a model folder. A folder with anything else in it is not replaced."""
 
 
 def check_output(path: pathlib.Path | None, *, folder: bool = False) -> None:
-    """Finds out before any long work whether `path` can be written; leaves nothing behind.
+    """Checks before any long work that `path` can be written; leaves nothing behind.
 
     Args:
-      folder: whether a folder is to be written there, which may replace a model folder but nothing
-        else.
+      folder: whether the output is a folder; it may replace a model folder but nothing else.
     Raises: UserError naming the path.
     """
     if path is None:
@@ -42,7 +41,7 @@ def check_output(path: pathlib.Path | None, *, folder: bool = False) -> None:
         if held and not (models.folder.is_model(path) and held <= COMPANIONS):
             other = ", ".join(sorted(held - COMPANIONS)[:3]) or "half a model"
             raise UserError(
-                f"output {path} is not overwritten, there is {other}; choose another --out"
+                f"output {path} is not overwritten: it contains {other}; choose another --out"
             )
     if not folder and path.is_dir():
         raise UserError(f"output {path} is a folder; give the name of a file")
@@ -52,7 +51,7 @@ def check_output(path: pathlib.Path | None, *, folder: bool = False) -> None:
 
 
 def check_writable(path: pathlib.Path) -> None:
-    """Raises UserError where nothing can be written at `path`, which need not be there."""
+    """Raises UserError if nothing can be written at `path`, which need not exist."""
     path = path.expanduser().absolute()
     above = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     try:
@@ -65,30 +64,30 @@ def check_writable(path: pathlib.Path) -> None:
 
 
 def ending(path: pathlib.Path) -> str:
-    """The ending of a name, as people see it: none in "v1.2"."""
+    """The ending of a file name as a person would see it: "v1.2" has none."""
     return path.suffix if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) else ""
 
 
 def check_ending(flag: str, path: pathlib.Path | None, known: tuple[str, ...]) -> None:
-    """Raises UserError unless the name that `flag` gives ends as one of `known`."""
+    """Raises UserError unless the name given by `flag` has one of the `known` endings."""
     if path is not None and ending(path) not in known:
         raise UserError(
-            f"{flag} {path} has no known ending; end it with {' or '.join(filter(None, known))}"
-            + (", or with nothing for a folder" if "" in known else "")
+            f"{flag} {path} has no known ending; use {' or '.join(filter(None, known))}"
+            + (", or no ending for a folder" if "" in known else "")
         )
 
 
 def refuse_existing(flag: str, path: pathlib.Path | None, *, replace: bool) -> None:
-    """Raises UserError where something lies at `path` already, unless it may be replaced.
+    """Raises UserError if `path` already exists, unless it may be replaced.
 
     Args:
-      replace: whether --force is given, or --resume, which goes on with what was begun.
+      replace: whether --force is given, or --resume, which continues an earlier output.
     """
     if path is None or replace:
         return
     place = path.expanduser()
     if place.exists() and not _is_empty_folder(place):
-        raise UserError(f"{flag} {path} is there already; choose another name, or give --force")
+        raise UserError(f"{flag} {path} already exists; choose another name, or give --force")
 
 
 def _is_empty_folder(path: pathlib.Path) -> bool:
@@ -98,30 +97,31 @@ def _is_empty_folder(path: pathlib.Path) -> bool:
 def check_model_output(
     path: pathlib.Path, inputs: Iterable[str | os.PathLike | None], *, force: bool = False
 ) -> None:
-    """`check_output` for a model, which never takes the place of what it is made from.
+    """`check_output` for a model, which must not overwrite one of its inputs.
 
     Args:
       inputs: files and folders that are read; None for those not given.
-      force: whether it may all the same.
-    Raises: UserError on an ending that no model is written with, and where an input lies.
+      force: allow overwriting an input.
+    Raises: UserError on an ending that jaxbd writes no model with, or if `path` is an input.
     """
     if ending(path) and path.suffix not in MODEL_SUFFIXES:
         known = ", ".join(MODEL_SUFFIXES)
         raise UserError(
-            f"no model is written as {path.suffix}; end --out with {known}, or with nothing for a"
-            " jaxbd folder"
+            f"models cannot be written as {path.suffix}; end --out with {known}, or with no ending"
+            " for a jaxbd folder"
         )
     place = path.expanduser().resolve()
     for each in () if force else inputs:
         if each is not None and place == pathlib.Path(each).expanduser().resolve():
             raise UserError(
-                f"--out {path} is what is read; choose another place, or give --force to lose it"
+                f"--out {path} is also an input; choose another path, or give --force to overwrite"
+                " it"
             )
     check_output(path, folder=is_folder(path))
 
 
 def check_page(path: pathlib.Path | None, others: Iterable[pathlib.Path]) -> None:
-    """`check_output` for a page, which must not lie at or in any of `others`: model, output,
+    """`check_output` for a page, which must not be at or inside any of `others`: model, output,
     checkpoints. Raises: UserError naming the page."""
     if path is None:
         return
@@ -129,7 +129,7 @@ def check_page(path: pathlib.Path | None, others: Iterable[pathlib.Path]) -> Non
     place = path.expanduser().resolve()
     if {other.expanduser().resolve() for other in others} & {place, *place.parents}:
         raise UserError(
-            f"--report {path} is the place of model, output or checkpoints; choose another name"
+            f"--report {path} is where the model, output or checkpoints are; choose another name"
         )
 
 
@@ -139,14 +139,14 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def write_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], object]) -> None:
-    """Lets `fill(folder)` write a model folder with its companions under another name, then puts it
-    at `path`.
+    """Lets `fill(folder)` write a folder under a temporary name, then renames it to `path`.
 
-    What was at `path` has passed `check_output` and is deleted only once the new folder stands.
+    An old folder at `path` has passed `check_output`; it is deleted only once the new one is in
+    place.
     """
     if not devices.is_first():
         return
-    path = path.expanduser().resolve()  # a link to a folder stays, and its folder is replaced
+    path = path.expanduser().resolve()  # of a symlink, replace the folder and keep the link
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -162,7 +162,7 @@ def write_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], object]) -> 
 
 
 def write_model(path: pathlib.Path, model: models.Model, variables: Variables) -> str | None:
-    """`load.save_model`; a folder is swapped in whole."""
+    """`load.save_model`; a folder is replaced as a whole."""
     if not is_folder(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return models.save_model(path, model, variables)
@@ -171,12 +171,13 @@ def write_model(path: pathlib.Path, model: models.Model, variables: Variables) -
 
 
 def list_notes(path: pathlib.Path, model: models.Model, note: str | None) -> list[str]:
-    """What the reader of the new file must know and the file does not hold."""
+    """What a user of the new file must know but the file does not hold."""
     found = [f"Note: {note}."] if note else []
     mean, std = (
         ", ".join(f"{value:g}" for value in values) for values in (model.spec.mean, model.spec.std)
     )
-    holds = is_folder(path) or path.suffix == ".onnx"  # whose own note says it
+    # a model folder stores the normalisation; for ONNX the writer's own note covers it
+    holds = is_folder(path) or path.suffix == ".onnx"
     if not holds and (set(model.spec.mean), set(model.spec.std)) != ({0.0}, {1.0}):
         found.append(
             f"Note: the file does not hold the input normalisation: mean {mean}; std {std}."

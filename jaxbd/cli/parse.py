@@ -1,7 +1,7 @@
-"""From the words of a command line to an instance of the verb's `Args`, or one line of complaint.
+"""Parses a command line into an instance of the verb's `Args`, or reports one line of error.
 
-A verb whose flags depend on a method is parsed twice: `preview` reads the few flags that choose
-the method, then `parse` reads all of them into the `Args` made for it.
+If a verb's flags depend on a method, they are parsed twice: `preview` reads the few flags that
+choose the method, then `parse` reads all flags into the `Args` built for that method.
 """
 
 import argparse
@@ -24,7 +24,7 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 def _bytes_rule(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Sizes with units: 500MB, 2GiB."""
+    """Parses sizes with units: 500MB, 2GiB."""
     if info.type is not Bytes:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -37,9 +37,9 @@ def _bytes_rule(
 
 
 def preview(argv: Sequence[str], *flags: str) -> list[str | None]:
-    """The values of some flags, None for those not given; everything else is left for `parse`.
+    """The values of `flags`, None for those not given; everything else is left to `parse`.
 
-    `flags` are written as "--scan-method"; a value may follow after a space or "=".
+    `flags` are written like "--scan-method"; a value may follow after a space or "=".
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in flags:
@@ -53,8 +53,8 @@ def parse(kind: Any, argv: Sequence[str], program: str, default: Any = None) -> 
     """An instance of the dataclass `kind`.
 
     Args:
-      default: an instance whose values stand where there is no flag; the class's own when None.
-    Raises: SystemExit after printing the help; UserError naming the flag that is wrong.
+      default: an instance with the default values; None for the class's own defaults.
+    Raises: SystemExit after printing the help; UserError naming the wrong flag.
     """
 
     def complain(event: complaints.ParseErrorEvent) -> NoReturn:
@@ -88,11 +88,11 @@ def describe(event: complaints.ParseErrorEvent, argv: Sequence[str]) -> str:
         case complaints.InstantiationFailure():
             flag = f"{_flag_of(event.argument)}: " if event.argument is not None else ""
             return flag + " ".join(event.message.split())
-    return f"the flags cannot be understood: {' '.join(argv)}"
+    return f"cannot parse the flags: {' '.join(argv)}"
 
 
 def _flag_of(argument: Any) -> str:
-    """How an argument is written on the command line."""
+    """An argument as written on the command line."""
     lowered = argument.lowered
     if argument.is_positional():
         return lowered.metavar or argument.field.intern_name.upper()
@@ -104,7 +104,7 @@ def _metavar_of(argument: Any) -> str:
 
 
 def _suggest(event: complaints.ParseErrorEvent, kind: Any) -> str:
-    """The flag that was probably meant."""
+    """The suggestion "did you mean FLAG?" for a mistyped flag; "" if no known flag is close."""
     tokens = getattr(event, "tokens", [])
     words = [token.split("=", 1)[0] for token in tokens if token.startswith("--")]
     near = difflib.get_close_matches(words[0], _flags_of_kind(kind), n=1) if words else []
@@ -112,8 +112,8 @@ def _suggest(event: complaints.ParseErrorEvent, kind: Any) -> str:
 
 
 def _flags_of_kind(kind: Any, prefix: str = "--") -> list[str]:
-    """The flags of a dataclass, about as tyro writes them; fields of fields with and without the
-    field's name."""
+    """The flags of a dataclass, roughly as tyro writes them; nested fields both with and without
+    the outer field's name."""
     origin, found = typing.get_origin(kind) or kind, []
     if not dataclasses.is_dataclass(origin):
         return []

@@ -1,7 +1,7 @@
-"""`jaxbd-pre-commit FILE …`: the first answer, without data, for every model file of a commit.
+"""`jaxbd-pre-commit FILE …`: scans every model file in a commit, without data.
 
-Exit code 1 where a class of one stands out, 2 where one cannot be read, else 0. Files beside a
-model, such as its activation bounds or a jaxbd folder's guard, are read with it.
+Exit code 1 if a class stands out in any model, 2 if a file cannot be read, else 0. Files that
+belong to a model, such as its activation bounds or a jaxbd folder's guard, are read with it.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from typing import Any
 from jaxbd.limits import clean_text
 
 BESIDE = (".bounds.safetensors", "guard.safetensors")
-"""Endings of files that are no model by themselves."""
+"""Endings of files that are not models on their own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answers for each model in turn; the worst exit code."""
+    """Checks each model in turn; returns the worst exit code."""
     parser = argparse.ArgumentParser(
         prog="jaxbd-pre-commit", description=(__doc__ or "").split("\n")[0]
     )
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def list_models(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-    """What to open for the changed `files`: a model folder once, however many of its files
-    changed."""
+    """The models to open for the changed `files`; a model folder appears once, however many of its
+    files changed."""
     from jaxbd.interop import folder
 
     models = []
@@ -47,13 +47,13 @@ def list_models(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def _answer(path: pathlib.Path, pass_unreadable: bool) -> int:
-    """Says in a line what the weights alone say."""
+    """Prints in one line what the weights alone reveal; returns the exit code."""
     from jaxbd.base import UserError
 
     try:
         content = answer(path)
     except UserError as error:
-        # a refused file may be a hostile one, so it passes only where the user says so
+        # a refused file may be hostile, so it passes only if the user says so
         _say(f"{path}: {'passed over, ' if pass_unreadable else ''}{error}")
         return 0 if pass_unreadable else 2
     from jaxbd.cli import first_answer
@@ -65,8 +65,8 @@ def _answer(path: pathlib.Path, pass_unreadable: bool) -> int:
 
 
 def answer(path: pathlib.Path) -> dict[str, Any]:
-    """scan.json of the search without data. Raises: UserError when the file is no model that jaxbd
-    reads."""
+    """The scan.json content of a scan without data. Raises: UserError if jaxbd cannot read the file
+    as a model."""
     from jaxbd.cli import common, first_answer
     from jaxbd.pipelines import margin_scan
     from jaxbd.training.run import Run

@@ -1,5 +1,5 @@
-"""Progress on stderr: a bar on a terminal, now and then a plain line elsewhere; visible before the
-first compile."""
+"""Progress on stderr: a bar on a terminal, an occasional plain line elsewhere. It is visible before
+the first compile."""
 
 import sys
 import time
@@ -8,23 +8,23 @@ from typing import TextIO
 from jaxbd.limits import clean_text
 
 PLAIN_INTERVAL = 2.0
-"""Least seconds between two plain lines of one stage."""
+"""Minimum seconds between two plain lines of one stage."""
 ESTIMATE_PERIOD = 900.0
-"""Seconds over which the bar's remaining time is estimated; must hold several steps of the slowest
+"""Seconds over which the bar's remaining time is estimated; must cover several steps of the slowest
 job."""
 
 
 class Progress:
-    """A context manager that is called as `progress(what is running, steps done, steps in all)`.
+    """A context manager, called as `progress(label, steps done, total steps)`.
 
-    With nothing done yet the stage is compiling, and says so. What is left is estimated from the
-    steps after the first ones, which waited for the compiler.
+    A stage with no step done yet shows "compiling". The remaining time is estimated without the
+    first steps, since those include compilation.
     """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._bar, self._tasks = None, {}
-        self._label, self._told = "", 0.0
+        self._label, self._printed_at = "", 0.0
         self._since: tuple[int, float] | None = None
         self._began = 0
         self._started = time.perf_counter()
@@ -44,10 +44,10 @@ class Progress:
         if self._bar is not None:
             self._advance(label, done, total)
         else:
-            self._tell(label, done, total)
+            self._print(label, done, total)
 
     def _advance(self, label: str, done: int, total: int) -> None:
-        """Moves the stage's bar; a stage begins with its first call."""
+        """Advances the stage's bar; the first call for a stage creates it."""
         assert self._bar is not None
         if label not in self._tasks:
             self._tasks[label] = self._bar.add_task(label, total=total, completed=done, note="")
@@ -55,22 +55,22 @@ class Progress:
             self._tasks[label], completed=done, total=total, note="" if done else "compiling …"
         )
 
-    def _tell(self, label: str, done: int, total: int) -> None:
-        """A line for the first and last step of a stage, and about every `PLAIN_INTERVAL` seconds
-        between."""
+    def _print(self, label: str, done: int, total: int) -> None:
+        """Prints a line for a stage's first and last step, and in between about every
+        `PLAIN_INTERVAL` seconds."""
         now = time.perf_counter()
         fresh = label != self._label
         if fresh:
             self._began, self._since = done, None
         left = self._estimate_left(done, total, now)
-        if fresh or done >= total or now - self._told >= PLAIN_INTERVAL:
+        if fresh or done >= total or now - self._printed_at >= PLAIN_INTERVAL:
             what = f"step {done} of {total}{left}" if done else f"{total} steps, compiling …"
             print(f"[{now - self._started:6.1f} s] {label}: {what}", file=self._stream, flush=True)
-            self._label, self._told = label, now
+            self._label, self._printed_at = label, now
 
     def _estimate_left(self, done: int, total: int, now: float) -> str:
-        """ ", about 3 min left" once steps without compiling were seen, and as long as there are
-        more."""
+        """ ", about 3 min left" once a step without compilation has been timed, until the last
+        step; otherwise ""."""
         if self._since is None:
             self._since = (done, now) if done > self._began else None
             return ""
@@ -83,7 +83,7 @@ class Progress:
 
 
 def say_time(seconds: float) -> str:
-    """A time in two units at most: "42 s", "3 min", "5 h 20 min"."""
+    """A duration in at most two units: "42 s", "3 min", "5 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -91,7 +91,7 @@ def say_time(seconds: float) -> str:
 
 
 def _bar(stream: TextIO):
-    """rich's bar with what is running, steps and remaining time."""
+    """A rich progress bar with the stage, its steps and the remaining time."""
     from rich import console, progress
 
     columns = (

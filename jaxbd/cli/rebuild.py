@@ -1,5 +1,5 @@
-"""Settings from a record: the inverse of `report.results.settings`, for records that anyone
-may have written."""
+"""Rebuilds settings from a record: the inverse of `report.results.settings`, for untrusted
+records."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,12 @@ Kind = TypeVar("Kind")
 
 
 def rebuild(kind: type[Kind], content: Any, where: str) -> Kind:
-    """An instance of the dataclass `kind` from the JSON of its fields; those that are not there
-    have their defaults.
+    """An instance of the dataclass `kind` from the JSON of its fields; missing fields get their
+    defaults.
 
     Args:
-      where: names the place in messages.
-    Raises: UserError on a field that there is none of, or a value that is not of its type.
+      where: name of the place, for error messages.
+    Raises: UserError on an unknown field, or a value of the wrong type.
     """
     if not isinstance(content, dict):
         raise UserError(f"{where} is {quote(content)}; scan again")
@@ -30,7 +30,7 @@ def rebuild(kind: type[Kind], content: Any, where: str) -> Kind:
 
 
 def _as(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotation `hint` says."""
+    """`value` converted to the annotation `hint`."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _as_one_of(parts, value, where)
@@ -54,7 +54,7 @@ def _as(hint: Any, value: Any, where: str) -> Any:
 def _is_plain(hint: type, value: Any) -> bool:
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
-    # a kind of int, such as a number of bytes, is written as one
+    # a subclass of int, such as `Bytes`, is written as a plain int
     return isinstance(value, int if issubclass(hint, int) else hint)
 
 

@@ -1,4 +1,4 @@
-"""What a scan recovered, as triggers that can be written."""
+"""Turns the triggers a scan recovered into a form that can be saved."""
 
 from typing import Any, NamedTuple
 
@@ -18,16 +18,15 @@ from jaxbd.repairs.mixture import Mixture
 
 
 class Recovered(NamedTuple):
-    """A trigger and the share of held-out images that it sends to its class; None where it was not
-    measured by itself."""
+    """A trigger and the share of held-out images that it sends to its class; None if it was not
+    measured on its own."""
 
     saved: Saved
     rate: float | None
 
 
 def list_triggers(found: Any, config: Any, image_shape: tuple[int, int, int]) -> list[Recovered]:
-    """All triggers of a scan that worked, for the classes called attacked and for those that show
-    one sign."""
+    """All working triggers of a scan, for the attacked classes and for those with one sign."""
     if not isinstance(found, Scan):
         return [
             Recovered(save, _finite(each.attack_success_rate))
@@ -59,7 +58,8 @@ def _rate(found: Scan, saved: Saved) -> float | None:
         saved.kind == "mask"
         and found.located is not None
         and found.states is not (found.located.states)
-    ):  # the rates are those of the patches that were modelled where the mask lies
+    ):
+        # `found.rates` belong to the patches modelled at the mask's place, not to the mask
         return None
     return _finite(found.rates[saved.target])
 
@@ -77,16 +77,16 @@ def as_saved(
     """The triggers of one piece of evidence.
 
     Args:
-      found, config: the scan by class behind a mixture, and its settings.
+      found, config: the scan by class that the evidence comes from, and its settings.
     """
     params = known.trigger_params
     if isinstance(params, Mixture):
         assert found is not None
         if isinstance(params.models, mesa.State):
             settings = evidence_file.settings_of(found.inversion.stamp)
-            kept = evidence_file.shrink(params)
+            small = evidence_file.shrink(params)
             return [
-                Saved("distribution", known.target, known.sources, models=kept, settings=settings)
+                Saved("distribution", known.target, known.sources, models=small, settings=settings)
             ]
         states = [_pick(params.models, row) for row in range(len(np.asarray(params.weights)))]
     else:
@@ -103,7 +103,7 @@ def _save_pixels(
 ) -> Saved:
     """A trigger whose pixels are the same on every image."""
     if isinstance(state, pt_red.State):
-        # clip(x + v) of an x in [0, 1] is the same for what v exceeds [-1, 1] by
+        # for x in [0, 1], clip(x + v, 0, 1) does not change when v is clipped to [-1, 1]
         pattern = np.clip(np.asarray(state.perturbation, np.float32), -1, 1)
         mask = np.ones((*pattern.shape[:2], 1), np.float32)
         pixels = given.Loaded(pattern, mask, (0, 0), known.target, "add")
@@ -123,14 +123,15 @@ def _save_pixels(
 def _overlay(
     known: Evidence, state: Any, image_shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pattern [H, W, C] and mask [H, W, 1] of what is laid over images."""
+    """Pattern [H, W, C] and mask [H, W, 1] of a trigger that overwrites pixels."""
     if isinstance(state, evidence.Mask):
         mask, pattern = state.mask, state.pattern
     elif isinstance(state, neural_cleanse.State):
         mask, pattern = state.best_mask, state.best_pattern
     else:
         assert isinstance(state, plain.State)
-        # a patch of one colour: black shows its colour, and black and white together where it lies
+        # stamped on black the patch shows its colour; black and white results agree only where the
+        # patch covers the image
         ends = jnp.stack([jnp.zeros(image_shape), jnp.ones(image_shape)])
         black, white = known.stamp(None, state, to_float(ends))  # pyright: ignore[reportArgumentType]
         pattern, mask = black, 1 - (white - black)[..., :1]

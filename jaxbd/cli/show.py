@@ -1,6 +1,6 @@
 """What the verbs print: tables and plain sentences, on stdout.
 
-Everything goes through `text`: names in files may hold what a terminal would obey.
+Everything goes through `text`, since names in files may contain terminal escape codes.
 """
 
 import pathlib
@@ -13,28 +13,28 @@ from rich.table import Table
 from jaxbd.limits import clean_text
 
 ROWS = 20
-"""Most rows of a table of candidates."""
+"""Most rows in a table of candidates."""
 
 
 def out() -> console.Console:
-    """Stdout as it is now; no wrapping of paths and sentences where it is no terminal."""
+    """A console on the current stdout; 120 columns wide if that is not a terminal."""
     plain = console.Console(highlight=False)
     return plain if plain.is_terminal else console.Console(highlight=False, width=120)
 
 
 def text(line: str) -> str:
-    """`line` for the console: without control characters, and with mark-up shown as it is."""
+    """`line` for the console: control characters removed, rich mark-up escaped."""
     return markup.escape(clean_text(line))
 
 
 def say(*lines: str) -> None:
-    """Plain sentences; what looks like mark-up in them is left alone."""
+    """Prints plain sentences; text that looks like rich mark-up is printed as is."""
     for line in lines:
         out().print(text(line), soft_wrap=True)
 
 
 def note(line: str) -> None:
-    """A line on stderr about what is going on, so that nobody waits before an empty screen."""
+    """Prints a line on stderr about what is happening, so the screen is never empty."""
     console.Console(stderr=True, highlight=False).print(text(line), soft_wrap=True, style="dim")
 
 
@@ -45,8 +45,8 @@ def table(
     title: str | None = None,
     left: int = 1,
 ) -> None:
-    """A table whose first `left` columns are text and the others numbers; a tuple is a cell of
-    several lines."""
+    """Prints a table with `left` text columns, then number columns; a tuple is a cell with several
+    lines."""
     title = None if title is None else text(title)
     grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for number, name in enumerate(columns):
@@ -61,30 +61,31 @@ def _lines(cell: tuple[str, ...]) -> str:
 
 
 def percent(rate: float | None) -> str:
-    """0.123 -> "12.3 %"; a dash where there is no number."""
+    """0.123 -> "12.3 %"; a dash for None or nan."""
     return "–" if rate is None or rate != rate else f"{100 * rate:.1f} %"
 
 
 def seconds(times: dict[str, float]) -> str:
-    """The seconds of a result in words, compile time apart."""
+    """A result's seconds as text, with the compile time in brackets."""
     return f"{times['total']:.1f} s ({times['compile']:.1f} s of it compiling)"
 
 
 def written(*paths: pathlib.Path | None) -> None:
-    """Names the files that were written."""
+    """Prints the paths of the files that were written."""
     for path in paths:
         if path is not None:
             say(f"wrote {path}")
 
 
 def notes(lines: tuple[str, ...]) -> None:
-    """What people should know of how the images were read, on stderr."""
+    """Prints notes on how the images were read, on stderr."""
     for line in lines:
         note(f"note: {line}")
 
 
 def preprocessing(found) -> None:
-    """The table of `preprocess.check`, and which row was taken; no table for a single row."""
+    """Prints the table of `preprocess.check` and the row that was chosen; no table for a single
+    row."""
     if found is None:
         return
     used = found.used
@@ -103,7 +104,7 @@ def preprocessing(found) -> None:
 
 
 def _size(row) -> str:
-    """Height x width of the images of a row."""
+    """Height x width of a row's images."""
     return "–" if row.size is None else f"{row.size[0]}x{row.size[1]}"
 
 
@@ -112,7 +113,7 @@ def _distance(row) -> str:
 
 
 def rates(rows: list[tuple[str, dict[str, Any]]], *, title: str | None = None) -> None:
-    """A line per named `evaluate.Rates` (as a dictionary), with both denominators."""
+    """Prints one line per named `evaluate.Rates` (as a dictionary), with both denominators."""
     body = [
         (
             name,

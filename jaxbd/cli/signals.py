@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM for jobs that save before they end. Quick to import."""
+"""SIGINT and SIGTERM handling for jobs that save before they end. Quick to import."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Watch:
-    """A context manager that keeps the first signal in `caught` and lets a second one end the
-    program at once.
+    """A context manager that records the first signal in `caught`; a second one ends the program at
+    once.
 
-    A thread listens, because Python runs handlers only between instructions of its own, and a
-    compiled program may take minutes for one. A signal that was ignored before (`nohup`) stays so.
-    For the main thread only.
+    A thread listens, because Python runs signal handlers only between bytecode instructions, and
+    one call of a compiled program may take minutes. A signal that was ignored before (`nohup`)
+    stays ignored. Use it only in the main thread.
 
     Attributes:
-      caught: number of the first signal; None as long as there was none.
+      caught: number of the first signal; None until there is one.
     """
 
     def __init__(self):
@@ -28,8 +28,8 @@ class Watch:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._woken = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in heeded}
+        watched = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in watched}
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         return self
@@ -44,7 +44,7 @@ class Watch:
         os.close(self._write)
 
     def _listen(self) -> None:
-        """Takes the number of each signal from the pipe, until a 0."""
+        """Reads signal numbers from the pipe, until a 0."""
         while number := os.read(self._read, 1)[0]:
             if number not in self._handlers:
                 continue
@@ -53,14 +53,14 @@ class Watch:
             self.caught = number
             name = signal.Signals(number).name
             print(
-                f"{name}: ends after these steps and saves; once more ends at once",
+                f"{name}: stopping after these steps and saving; send it again to stop at once",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def _end_at_once(number: int) -> None:
-    """Leaves without a clean-up of any kind, the cursor of a terminal apart, which a progress bar
+    """Exits without any clean-up, except to show the terminal's cursor, which a progress bar
     hides."""
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)

@@ -1,4 +1,4 @@
-"""Triggers that a person brings: the flags that describe one, and the attack it makes."""
+"""Triggers given by the user: the flags that describe one, and the attack built from it."""
 
 import dataclasses
 from typing import Any, Literal
@@ -16,15 +16,15 @@ class Trigger:
     """A trigger you have.
 
     Attributes:
-      trigger: a picture (its transparency is the mask), an .npz with `pattern` or, for a warp,
-        `grid` (`jaxbd attack` writes both), or white:HxW.
-      apply: overwrite the image's pixels, or add to them and clip. Default: what the .npz says,
-        else overwrite.
-      place: ROW,COLUMN of the top-left corner, or "random". Default: what the .npz says; 0,0 for a
+      trigger: a picture (its transparency is the mask), an .npz with `pattern` or, for a
+        warp, `grid` (`jaxbd attack` writes both), or white:HxW.
+      apply: overwrite the image's pixels, or add to them and clip. Default: from the .npz, else
+        overwrite.
+      place: ROW,COLUMN of the top-left corner, or "random". Default: from the .npz; 0,0 for a
         trigger as large as the images.
       target: class the trigger leads to; without a trigger, `repair` repairs this class whatever
-        the scan says. Default: what the .npz says.
-      all_to_all: the trigger leads from every class c to c + 1. Default: what the .npz says.
+        the scan says. Default: from the .npz.
+      all_to_all: the trigger leads from every class c to c + 1. Default: from the .npz.
     """
 
     trigger: str | None = None
@@ -36,24 +36,24 @@ class Trigger:
     def __post_init__(self):
         if self.all_to_all and (self.trigger is None or self.target is not None):
             raise UserError(
-                "--all-to-all describes a trigger of no single target; give it with --trigger, not"
-                " --target"
+                "--all-to-all describes a trigger without a single target; give it with --trigger,"
+                " not with --target"
             )
 
 
 def load_trigger(flags: Trigger) -> given.Loaded | None:
-    """The trigger that the flags name; None without one."""
+    """The trigger named by the flags; None without one."""
     return None if flags.trigger is None else trigger.load(flags.trigger)
 
 
 def settle(
     opened: common.Opened, flags: Trigger, loaded: given.Loaded, *, all_to_all: bool = False
 ) -> given.Config:
-    """How a loaded trigger is applied; flags go before what the file says.
+    """How a loaded trigger is applied; flags override the file.
 
     Args:
-      all_to_all: whether the caller has a use for triggers without a single target class.
-    Raises: UserError where neither flags nor file say enough, or say what cannot be.
+      all_to_all: whether the caller accepts triggers without a single target class.
+    Raises: UserError if flags and file together are incomplete or contradictory.
     """
     spec = opened.model.spec
     target = loaded.target if flags.target is None else flags.target
@@ -71,7 +71,7 @@ def settle(
     )
     if loaded.grid is not None:
         if flags.apply is not None or flags.place is not None:
-            raise UserError("a warp has neither --apply nor --place; leave them out")
+            raise UserError("a warp takes neither --apply nor --place; leave them out")
         return given.Config(apply="warp", **aim)
     place = loaded.place if flags.place is None else parse_place(flags.place)
     if place is None:
@@ -103,20 +103,20 @@ def make_attack(
 def amplify(
     opened: common.Opened, config: given.Config, loaded: given.Loaded, copies: amplified.Copies
 ) -> tuple[Attack, amplified.Trigger]:
-    """The attack with several copies of a loaded patch. Raises: UserError when it is no patch, or
-    they do not fit."""
+    """The attack with several copies of a loaded patch. Raises: UserError if it is not a patch, or
+    the copies do not fit."""
     spec = opened.model.spec
     if config.apply != "overwrite":
         raise UserError(
-            "--copies is for patches that overwrite the image, this trigger is applied as"
-            f" {config.apply}"
+            "--copies needs a patch that overwrites the image; this trigger is applied by"
+            f" “{config.apply}”"
         )
     assert loaded.pattern is not None and loaded.mask is not None
     pattern, mask, (down, across) = amplified.crop_to_mask(loaded.pattern, loaded.mask)
     if pattern.shape[0] * 2 > spec.image_shape[0] or pattern.shape[1] * 2 > spec.image_shape[1]:
         raise UserError(
-            f"--copies is for patches; this trigger covers {pattern.shape[0]}x{pattern.shape[1]}"
-            f" pixels of {spec.image_shape[0]}x{spec.image_shape[1]}"
+            f"--copies needs a small patch; this one covers {pattern.shape[0]}x{pattern.shape[1]}"
+            f" of {spec.image_shape[0]}x{spec.image_shape[1]} pixels"
         )
     place = (
         {}
@@ -136,14 +136,12 @@ def parse_place(text: str) -> tuple[int, int] | Literal["random"]:
         return text
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise UserError(
-            f"--place {text!r} is not understood; give ROW,COLUMN such as 27,27, or random"
-        )
+        raise UserError(f"--place must be ROW,COLUMN, e.g. 27,27, or random; got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
 def describe(flags: Trigger, config: given.Config) -> dict[str, Any]:
-    """What results say about the trigger."""
+    """What a record says about the trigger."""
     place = "random" if config.place == "random" else [config.row, config.column]
     target = trigger.ALL_TO_ALL if config.all_to_all else config.target
     return {"source": flags.trigger, "target": target, "apply": config.apply, "place": place}

@@ -1,1 +1,1 @@
-"""What is written about a run: result files, plots, the page."""
+"""Reports about a run: result files, plots, the HTML page."""

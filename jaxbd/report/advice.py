@@ -1,4 +1,4 @@
-"""What a page tells its reader to do: the headline, and the sentences below it."""
+"""A page's advice to its reader: the headline, and the sentences below it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,15 +8,15 @@ import numpy as np
 from jaxbd.report.content import Content, Repaired, Scan
 
 WORKS = 0.1
-"""Attack success rate from which on nobody should be told to use a repaired model."""
+"""Attack success rate at or above which the page does not recommend a repaired model."""
 UNSEEN = (
-    "Not seen by these searches: triggers that depend on the image (a warp, a filter, an object in"
-    " the scene), and attacks that lead to many classes at once."
+    "These searches do not cover triggers that depend on the image (a warp, a filter, an object in"
+    " the scene), or attacks that lead to many classes at once."
 )
 
 
 def headline(content: Content) -> str:
-    """The page's first sentence: what to do."""
+    """The page's headline: what to do."""
     scans, bad = content.scans, [scan for scan in content.scans if scan.verdict == "backdoored"]
     if not scans:
         return content.title
@@ -34,7 +34,7 @@ def _count_open(scans: Sequence[Scan]) -> str:
 
 
 def usable(repairs: Sequence[Repaired]) -> Repaired | None:
-    """The repaired model to use: the first with a file whose trigger no longer works."""
+    """The repaired model to use: the first that has a file and on which the trigger fails."""
     for row in repairs:
         rate = row.attack_success_rate[1]
         if row.file and rate is not None and rate < WORKS:
@@ -43,7 +43,7 @@ def usable(repairs: Sequence[Repaired]) -> Repaired | None:
 
 
 def lead(content: Content) -> list[str]:
-    """The sentences below the headline: why, and what is next."""
+    """The sentences below the headline: the reason, and the next step."""
     scans = content.scans
     bad = [scan for scan in scans if scan.verdict == "backdoored"]
     lines = [_accuse(scan) for scan in bad]
@@ -61,7 +61,7 @@ def lead(content: Content) -> list[str]:
     for scan in scans:
         name = f"{scan.name}: " if len(scans) > 1 else ""
         if scan.verdict != "clean":
-            lines.append(name + (scan.remedy or "the searches do not tell") + ".")
+            lines.append(name + (scan.remedy or "the searches do not decide it") + ".")
     if all(scan.verdict == "clean" for scan in scans):
         lines += [f"Searched: {scan.searched}." for scan in scans[:1] if scan.searched]
         lines.append(UNSEEN)
@@ -69,11 +69,11 @@ def lead(content: Content) -> list[str]:
 
 
 def _accuse(scan: Scan) -> str:
-    """Where the backdoor leads."""
+    """A sentence on the classes that the backdoor leads to."""
     rows = {row["class"]: row for row in scan.classes}
     classes = ", ".join(class_name(rows.get(k, {"class": k})) for k in scan.targets)
     rates = [rows.get(k, {}).get("attack_success_rate") for k in scan.targets]
-    # a class may be named by its mask and its margin, though no small patch works
+    # the mask and the margin can name a class although no small patch works on it
     works = (
         f", on {', '.join(map(percent, rates))} of the images tried"
         if rates and all(does_work(rate) for rate in rates)
@@ -83,12 +83,12 @@ def _accuse(scan: Scan) -> str:
 
 
 def does_work(rate: float | None) -> bool:
-    """Whether a trigger works for most images."""
+    """Whether a trigger works on at least half of the images."""
     return rate is not None and rate >= 0.5
 
 
 def describe_natural(scan: Scan) -> str:
-    """A sentence on triggers that nobody planted; "" where there are none."""
+    """Sentences on small patches that nobody is known to have planted; "" if there are none."""
     if not scan.natural:
         return ""
     rows = {row["class"]: row for row in scan.classes}
@@ -98,17 +98,18 @@ def describe_natural(scan: Scan) -> str:
         for k in scan.natural
     )
     return (
-        f"Small patches lead to {each} too. Neither the size of that class’s trigger nor its margin"
-        " is unusual, and clean models have such patches: nobody is known to have planted this one."
+        f"Small patches also lead to {each}. Neither the trigger size nor the margin of such a"
+        " class is unusual, and clean models have such patches too: nobody is known to have planted"
+        " them."
     )
 
 
 def class_name(row: Mapping[str, Any]) -> str:
-    """How a sentence names a class."""
+    """A class as named in a sentence."""
     name = str(row.get("name") or "")
     return f"class {row['class']}" + (f" (“{name}”)" if name not in ("", str(row["class"])) else "")
 
 
 def percent(rate: float | None) -> str:
-    """0.123 -> "12.3 %" with a space that does not break; a dash where there is no number."""
+    """0.123 -> "12.3 %" with a non-breaking space; a dash if there is no number."""
     return "–" if rate is None or not np.isfinite(rate) else f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"

@@ -1,4 +1,4 @@
-"""What a report page can show, as plain values."""
+"""The content of a report page, as plain values."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,24 +12,24 @@ class Scan:
     """The verdict on one model.
 
     Attributes:
-      name: what the reader calls the model.
+      name: name of the model for the reader.
       verdict: "backdoored", "clean" or "inconclusive".
-      targets: classes called attacked.
-      classes: one mapping a class, as in scan.json: "class" int, "name", "attack_success_rate" in
-        [0, 1] (of the strongest level), "score"; and where known "levels" {level: rate},
+      targets: attacked classes.
+      classes: one mapping per class, as in scan.json: "class" int, "name", "attack_success_rate" in
+        [0, 1] (of the strongest level), "score"; and if known "levels" {level: rate},
         "mask_norm", "rate_without_trigger" in [0, 1] and "margin_p", the p-value of its margin.
-      threshold, doubt: of `detect.Config`; lines in the chart.
+      threshold, doubt: of `detect.Config`; drawn as lines in the chart.
       sha256: of the model's weights.
       seconds: {"compile", "run", "total"}, each optional.
-      n_images: images the rates were measured on.
-      searched: the trigger family in words, e.g. "3x3 patches at random places".
-      signs: classes that show each sign, of `detection.verdict.SIGNS`; None where none were asked
-        for, {} is not the same.
-      p_value: that no margin stands out.
-      leads: classes with one sign; natural: classes that small patches lead to and nobody is known
+      n_images: number of images the rates were measured on.
+      searched: the trigger family as text, e.g. "3x3 patches at random places".
+      signs: the classes that show each sign of `detection.verdict.SIGNS`; None if the scan did not
+        look for signs, {} if it found none.
+      p_value: p-value of the hypothesis that no margin stands out.
+      leads: classes with one sign; natural: classes reached by small patches that nobody is known
         to have planted, see `detection.verdict.Judgement`.
-      decided_by: what decided, in words.
-      remedy: what would decide an open verdict; repair: the command that repairs the model.
+      decided_by: what decided the verdict, as text.
+      remedy: what would decide an inconclusive verdict; repair: the command that repairs the model.
     """
 
     name: str
@@ -56,16 +56,16 @@ class Repaired:
     """One row of the repair table.
 
     Attributes:
-      method: its name.
+      method: name of the method.
       clean_accuracy, attack_success_rate: (before, after) in [0, 1]; None where not measured.
-      source_inference_accuracy: share in [0, 1] of triggered images that the repaired net gives
-        their own class.
+      source_inference_accuracy: share in [0, 1] of triggered images that the repaired net assigns
+        to their true class.
       true_positive_rate, false_positive_rate: shares in [0, 1] of triggered images, and of clean
-        images of the target, that a guarded net flags. A column is shown where one row has a value.
+        images of the target, that a guarded net flags. A column is shown if any row has a value.
       seconds: as in `Scan`.
-      n_clean, n_triggered: the rates' denominators.
-      note: e.g. what the method was given that a defender would not have.
-      file: where the repaired model lies; "" for a row that is no model to use.
+      n_clean, n_triggered: denominators of the rates.
+      note: e.g. information the method used that a defender would not have.
+      file: path of the repaired model; "" if the row is not a usable model.
     """
 
     method: str
@@ -86,11 +86,11 @@ class PairScores:
     """How far each pair of classes stands out in one search.
 
     Attributes:
-      search: its name, e.g. "neural-cleanse".
+      search: name of the search, e.g. "neural-cleanse".
       scores: [K, K] (source, target), anomaly scores; nan where there is none, as on the diagonal.
-      names: K names of classes, or () for their numbers alone.
-      detected: (source, target) pairs called attacked.
-      threshold: score above which a pair is taken for one.
+      names: K class names, or () for the numbers only.
+      detected: attacked pairs (source, target).
+      threshold: score above which a pair is suspected.
     """
 
     search: str
@@ -105,10 +105,10 @@ class Panel:
     """One neuron of one net: its activations on clean and on triggered images.
 
     Attributes:
-      net: what the reader calls the net.
-      channel: which one of the layer.
+      net: name of the net for the reader.
+      channel: channel within the layer.
       clean, triggered: activations [n] and [m]; values that are not finite are not drawn.
-      total_variation: between the two distributions, in [0, 1].
+      total_variation: distance between the two distributions, in [0, 1].
       note: a sentence for the panel's caption.
     """
 
@@ -125,7 +125,7 @@ class Activations:
     """What a correction of activations (BNA) did to one neuron.
 
     Attributes:
-      layer: its name.
+      layer: name of the layer.
       suspect, corrected: the same neuron before and after.
       others: further nets to compare with, such as a clean one.
     """
@@ -138,12 +138,12 @@ class Activations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What the two generators of an erasure made at one time. Images are float in [0, 1] or uint8.
+    """Output of an erasure's two generators at one step. Images are float in [0, 1] or uint8.
 
     Attributes:
-      step: iterations done.
-      samples: [n, H, W, C], of the sample generator.
-      triggers: [n, h, w, C], of the trigger generator; mid-grey changes nothing, see
+      step: iterations done so far.
+      samples: [n, H, W, C], from the sample generator.
+      triggers: [n, h, w, C], from the trigger generator; mid-grey changes nothing, see
         `erase.triggers`.
     """
 
@@ -157,10 +157,10 @@ class Erased:
     """An erasure without data (DHBE).
 
     Attributes:
-      moments: what was generated, in order of time; see `erase.Album`.
+      moments: generated images over time; see `erase.Album`.
       amplified: {copies of the planted trigger on an image: attack success rate (before, after) in
         [0, 1]}; None where not measured.
-      note: a paragraph below the heading, e.g. which net it is about.
+      note: a paragraph below the heading, e.g. which net it refers to.
     """
 
     moments: Sequence[Moment] = ()
@@ -172,11 +172,11 @@ class Erased:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
-    """The smallest mask that works, of one class.
+    """The smallest working mask of one class.
 
     Attributes:
-      mask: [H, W, 1] in [0, 1]; pattern: [H, W, C], what it blends in.
-      norm: its L1 norm; median: that of the masks of all classes searched, None where unknown.
+      mask: [H, W, 1] in [0, 1]; pattern: [H, W, C], what the mask blends in.
+      norm: L1 norm of the mask; median: median norm over all searched classes, None if unknown.
     """
 
     mask: np.ndarray
@@ -187,15 +187,16 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Triggers:
-    """Triggers to look at. Images are float in [0, 1] or uint8.
+    """Triggers to display. Images are float in [0, 1] or uint8.
 
     Attributes:
-      samples: {level: [n, h, w, C]}, drawn from the recovered distribution; panel and maps.
-      original: [h, w, C], the trigger that was planted, where known.
+      samples: {level: [n, h, w, C]}, drawn from the recovered distribution; shown in the panel and
+        on the maps.
+      original: [h, w, C], the planted trigger, if known.
       clean, stamped: [m, H, W, C] each, the same images without and with a recovered trigger.
-      captions: m pairs (true class, class that the model answers to the stamped image), as people
-        read them; () where unknown.
-      target: the class they lead to, as people read it.
+      captions: m pairs (true class, model's answer to the stamped image), as display names; () if
+        unknown.
+      target: display name of the class they lead to.
       mask: the smallest mask of that class.
     """
 
@@ -210,17 +211,17 @@ class Triggers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Content:
-    """Everything a page can show. What is absent leaves out its section.
+    """Everything a page can show. A missing part leaves out its section.
 
     Attributes:
-      title: of the page.
-      scans, pairs, repairs, activations, erased, triggers: see there.
-      curves: {name: {"step": [S], "values": {line: [S]}}}, a chart each; `name` is also the axis
-        label, so lines of one chart share a unit (e.g. "loss" with one line a level).
-      settings: nested, shown as tables.
-      seeds: {what: seed}.
-      versions, device: of the run; those of this process when None.
-      notes: further paragraphs of plain text below the verdict.
+      title: title of the page.
+      scans, pairs, repairs, activations, erased, triggers: see these classes.
+      curves: {name: {"step": [S], "values": {line: [S]}}}, one chart each; `name` is also the axis
+        label, so all lines of a chart share a unit (e.g. "loss" with one line per level).
+      settings: nested mapping, shown as tables.
+      seeds: {use: seed}.
+      versions, device: of the run; None for those of this process.
+      notes: further plain-text paragraphs below the headline.
     """
 
     title: str

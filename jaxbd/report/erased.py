@@ -1,4 +1,4 @@
-"""The part of a page about an erasure without data (DHBE), from plain values."""
+"""The section of a page on an erasure without data (DHBE), from plain values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,20 +15,20 @@ CHARTS = {
     },
     "erasure: loss of generators": {"samples": "generator_loss", "triggers": "trigger_loss"},
 }
-"""Chart -> label of a line -> its name in `repairs.dhbe.Info`; lines of one chart share a unit."""
+"""Chart -> label of a line -> field of `repairs.dhbe.Info`; the lines of a chart share a unit."""
 COLUMNS = 6
 RESUMED = (
-    "The run went on from iteration {step}, which it had reached after {seconds:.0f} s when it was"
-    " stopped. What was generated before is not shown and the time in the table counts from there;"
-    " the losses are those of all iterations."
+    "This run was stopped at iteration {step} after {seconds:.0f} s and then resumed. Images"
+    " generated earlier are not shown, and the time in the table counts from there; the losses"
+    " cover all iterations."
 )
 
 
 def curves(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """For `Content.curves`: the losses of an erasure over its iterations.
+    """The losses of an erasure over its iterations, for `Content.curves`.
 
     Args:
-      values: "step" [S] and, each [S], fields of `repairs.dhbe.Info`; as `curves` of a repair.json.
+      values: "step" [S] and fields of `repairs.dhbe.Info`, each [S]; the "curves" of a repair.json.
     """
     found = {}
     for chart, lines in CHARTS.items():
@@ -48,10 +48,10 @@ def content(
     """A whole page about one erasure.
 
     Args:
-      figures: what repair.json holds: "curves" (see `curves`), "config", "model", "seed",
+      figures: content of repair.json: "curves" (see `curves`), "config", "model", "seed",
         "seconds", "versions", "device"; "before", "after" (rates), "data" and "trigger" are None
-        where nothing was measured, and "resumed" in a run that was not.
-      name: what the reader calls the model.
+        if nothing was measured, and "resumed" is None for a run that was not resumed.
+      name: name of the model for the reader.
       moments: see `Erased`.
       amplified: see `Erased`.
     """
@@ -86,11 +86,11 @@ def content(
 
 
 def view(erased: Erased) -> dict[str, Any]:
-    """What the template shows: (iteration, how many, samples, triggers) per moment, chart and rows
-    of the rates."""
+    """The template's values: (iteration, count, samples, triggers) per moment, and the chart and
+    rows of the rates."""
     rows = [(copies, *pair) for copies, pair in sorted(erased.amplified.items())]
     known = [row for row in rows if any(rate is not None for rate in row[1:])]
-    said = "; ".join(
+    description = "; ".join(
         f"{copies} times: {_percent(before)} before, {_percent(after)} after"
         for copies, before, after in known
     )
@@ -107,7 +107,7 @@ def view(erased: Erased) -> dict[str, Any]:
             if len(moment.samples) and len(moment.triggers)
         ],
         "chart": (
-            amplified_bars(known, alt=f"Attack success rate with the trigger {said}.")
+            amplified_bars(known, alt=f"Attack success rate with the trigger {description}.")
             if known
             else None
         ),
@@ -116,10 +116,10 @@ def view(erased: Erased) -> dict[str, Any]:
 
 
 def amplified_bars(rows: Sequence[tuple[int, float | None, float | None]], *, alt: str = "") -> str:
-    """Bars of attack success rate before and after for each (copies of the trigger, before, after),
-    as inline SVG.
+    """Bars of the attack success rate before and after, one pair per row (copies of the trigger,
+    before, after), as inline SVG.
 
-    A rate that is None or not a number has no bar.
+    A rate that is None or nan has no bar.
     """
 
     def draw(figure):

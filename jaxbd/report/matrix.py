@@ -1,4 +1,4 @@
-"""The matrix of a scan over pairs of classes, as inline SVG."""
+"""The score matrix of a scan over pairs of classes, as inline SVG."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from jaxbd.report import plots
 
 MOST_NUMBERS = 12
-"""Classes up to which the cells hold their numbers and the axes the classes' names."""
+"""Up to this many classes, cells show their scores and axes show class names."""
 
 
 def draw(
@@ -18,11 +18,10 @@ def draw(
     threshold: float | None = None,
     alt: str = "",
 ) -> str:
-    """Scores [K, K] (source, target) as shades of one colour, `detected` pairs framed; cells
-    without one stay empty.
+    """Scores [K, K] (source, target) as shades of one colour, with `detected` pairs framed; cells
+    without a score stay empty.
 
-    Shades run from 0 to twice the threshold, so that what stands out is dark whatever the largest
-    score.
+    Shades run from 0 to twice the threshold, so that outliers are dark whatever the largest score.
     """
     scores = np.asarray(scores, float)
     top = 2 * threshold if threshold else max(plots.finite(scores).max(initial=0), 1e-9)
@@ -49,8 +48,8 @@ def draw(
 
 
 def _shades(values: np.ndarray, top: float) -> np.ndarray:
-    """Values [h, w] as RGBA [h, w, 4]: 0 nearly transparent, `top` and more opaque, what is not a
-    number empty."""
+    """Values [h, w] as RGBA [h, w, 4]: 0 is nearly transparent, `top` or more opaque, nan
+    invisible."""
     shade = np.empty((*values.shape, 4))
     shade[..., :3] = np.array(list(bytes.fromhex(plots.PALETTE[0][1:]))) / 255
     shade[..., 3] = np.where(
@@ -60,7 +59,7 @@ def _shades(values: np.ndarray, top: float) -> np.ndarray:
 
 
 def _frame(axes, pairs: Sequence[tuple[int, int]], count: int) -> None:
-    """A frame around the cell of each (source, target)."""
+    """Draws a frame around the cell of each (source, target) pair."""
     from matplotlib.patches import Rectangle
 
     for source, target in pairs:
@@ -72,22 +71,22 @@ def _frame(axes, pairs: Sequence[tuple[int, int]], count: int) -> None:
 
 
 def _write_numbers(axes, scores: np.ndarray, top: float) -> None:
-    """The scores [K, K] as text in their cells, white where these are dark."""
+    """Writes the scores [K, K] in their cells, in white on dark cells."""
     for source, target in zip(*np.nonzero(~np.isnan(scores)), strict=True):
-        score = round(float(scores[source, target]), 1) + 0.0  # no "-0.0"
+        score = round(float(scores[source, target]), 1) + 0.0  # turns -0.0 into 0.0
         text = f"{score:.1f}" if abs(score) < 100 else f"{score:.0f}"
         colour = "white" if score > 0.85 * top else plots.INK
         axes.text(target, source, text, ha="center", va="center", fontsize=6, color=colour)
 
 
 def _name_classes(axes, count: int, names: Sequence[str]) -> None:
-    """Ticks on both axes: names where there is room, every tenth number where there are many."""
-    shown = range(0, count, 1 if count <= plots.MOST_CLASSES else 10)
+    """Labels both axes: with names if there is room, with every tenth number if there are many."""
+    ticks = range(0, count, 1 if count <= plots.MOST_CLASSES else 10)
     row = lambda k: {
         "class": k,
         "name": names[k] if k < len(names) and count <= MOST_NUMBERS else "",
     }
-    labels = [plots.class_label(row(k)) for k in shown]
-    axes.set_xticks(shown, labels, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
-    axes.set_yticks(shown, labels)
+    labels = [plots.class_label(row(k)) for k in ticks]
+    axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
+    axes.set_yticks(ticks, labels)
     axes.set(xlabel="target class", ylabel="source class")

@@ -1,4 +1,4 @@
-"""The scanned model in a bill of materials: CycloneDX 1.6 (ECMA-424), with a model card."""
+"""A bill of materials for a scanned model: CycloneDX 1.6 (ECMA-424), with a model card."""
 
 import datetime
 import uuid
@@ -8,14 +8,14 @@ from jaxbd.report import sarif
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 SEVERITIES = {"backdoor": "critical", "suspicious": "medium"}
-"""Rule of `sarif` -> severity of the vulnerability that it is listed as."""
+"""Rule in `sarif` -> severity of the vulnerability it is listed as."""
 
 
 def describe(content: dict[str, Any], now: datetime.datetime | None = None) -> dict[str, Any]:
     """The bill of materials of one scanned model; `content` is its scan.json.
 
     Args:
-      now: the time that is written; by default the clock's.
+      now: timestamp to write; by default the current time.
     """
     now = now or datetime.datetime.now(datetime.UTC)
     model, versions = content["model"], content["versions"]
@@ -74,7 +74,8 @@ def _component(content: dict[str, Any], ref: str) -> dict[str, Any]:
 
 
 def _card(content: dict[str, Any]) -> dict[str, Any]:
-    """What the scan knows of the model; its accuracy on trigger-free images is none of it."""
+    """The model card: the scan's findings, without the accuracy on clean images, which a scan does
+    not measure."""
     metrics = [
         {
             "type": "attack success rate of recovered triggers",

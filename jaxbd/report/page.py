@@ -1,5 +1,5 @@
-"""One self-contained HTML page from what a demo, scan or repair found; it loads nothing and runs no
-script."""
+"""One self-contained HTML page with the results of a demo, scan or repair; it loads nothing and
+runs no script."""
 
 import os
 import pathlib
@@ -24,17 +24,17 @@ from jaxbd.report.content import (
 )
 
 PCA_LIMIT = 2000
-"""Samples a PCA map is fitted on at most (Qiao et al. 2019, Fig. 3 uses 2,000)."""
+"""Most samples a PCA map is fitted on (Qiao et al. 2019, Fig. 3 uses 2,000)."""
 THUMBNAIL_DISTANCE = 0.085
-"""Least distance of two thumbnails, in sides of the map: about one thumbnail (the release: 0.022,
-on a larger plot)."""
+"""Minimum distance between two thumbnails, as a fraction of the map's side: about one thumbnail
+(released code: 0.022, on a larger plot)."""
 EXAMPLE_SIDE = 288
-"""Pixels of an image with a trigger; shown at half of it or more, so that it is sharp."""
+"""Side of an example image in pixels; displayed at half that size or more, so that it is sharp."""
 MOST_PAIRS = 20
-"""Pairs of classes that a table lists."""
+"""Most pairs of classes listed in a table."""
 LIMITS = {
     "detected": (
-        "A detector only rules in the trigger families it searches. “Clean” means that the search"
+        "A detector can find only the trigger families it searches. “Clean” means that the search"
         " found no trigger of its kind that works on this model; it does not prove that there is no"
         " backdoor of another kind."
     ),
@@ -43,32 +43,33 @@ LIMITS = {
         " meant for other images, or for other preprocessing, needs figures on those."
     ),
     "repaired": (
-        "Repair lowers the success of the triggers that were found and measured here. Scan the"
-        " repaired model again before it is used."
+        "Repair lowers the success rate of the triggers that were found and measured here. Scan the"
+        " repaired model again before you use it."
     ),
     "erased": (
-        "Losses on generated images do not tell whether a backdoor is gone: an erasure can fail"
-        " without a sign of it in them. Scan the repaired model, or measure it, before it is used."
+        "Losses on generated images do not show whether a backdoor is gone: an erasure can fail"
+        " without any sign of it in the losses. Scan or measure the repaired model before you use"
+        " it."
     ),
 }
 
 
 def write(path: str | os.PathLike, content: Content) -> None:
-    """Writes the page under a temporary name beside `path`, then renames.
+    """Writes the page under a temporary name beside `path`, then renames it.
 
-    Raises: UserError when the folder cannot be written.
+    Raises: UserError if the folder cannot be written.
     """
     files.write_text(path, render(content))  # names from files may hold lone surrogates
 
 
 def _strip_controls(value: Any) -> Any:
-    """Removes control characters from text; SVG, which is mark-up, passes unchanged."""
+    """Removes control characters from plain strings; `Markup` (the charts) passes unchanged."""
     return clean_text(value, allow="\n") if type(value) is str else value
 
 
 def render(content: Content) -> str:
-    """The page as text. All strings of `content` are escaped; only this package's own SVG goes in
-    as mark-up."""
+    """The page as text. All strings in `content` are escaped; only SVG made by this package is
+    inserted as mark-up."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -100,7 +101,7 @@ def render(content: Content) -> str:
 
 
 def _mark_commands(text: str):
-    """Escapes a sentence; what stands between two backticks becomes code."""
+    """Escapes a sentence and turns text between backticks into <code>."""
     import markupsafe
 
     parts = [markupsafe.escape(part) for part in _strip_controls(text).split("`")]
@@ -109,8 +110,8 @@ def _mark_commands(text: str):
 
 
 def limits(content: Content) -> list[str]:
-    """Sentences on the limits of what the page shows; a page about an erasure alone says nothing
-    about detectors."""
+    """Sentences on the limits of this page; a page with only an erasure says nothing about
+    detectors."""
     alone = content.erased is not None and not content.scans
     measured = any(rate is not None for row in content.repairs for rate in row.clean_accuracy)
     says = {"detected": not alone, "measured": measured or not alone, "repaired": not alone}
@@ -118,7 +119,7 @@ def limits(content: Content) -> list[str]:
 
 
 def duration(seconds: Mapping[str, float]) -> str:
-    """{"compile", "run", "total"} in words, compile time apart; a dash where nothing is known."""
+    """{"compile", "run", "total"} as text, compile time in brackets; a dash if nothing is known."""
     known = {
         name: float(seconds[name])
         for name in ("total", "run", "compile")
@@ -129,7 +130,7 @@ def duration(seconds: Mapping[str, float]) -> str:
 
 
 def _scan_view(scan: Scan) -> dict[str, Any]:
-    """What the template shows of one scan."""
+    """The template's values for one scan."""
     view = verdicts.view(scan)
     return {**view, "chart": view["chart"] and _markup(view["chart"])}
 
@@ -146,7 +147,7 @@ def _pairs_view(pairs: PairScores) -> dict[str, Any]:
     what = f"{len(detected)} of {len(cells)} pairs are called attacked"
     alt = (
         f"Anomaly score of every pair of classes in the search {pairs.search}. {what}. The table"
-        " below lists pairs."
+        " below lists the pairs."
     )
     lines: dict[str, Any] = dict(
         names=pairs.names, detected=sorted(detected), threshold=pairs.threshold
@@ -164,27 +165,27 @@ def _pairs_view(pairs: PairScores) -> dict[str, Any]:
     }
 
 
-def _neuron_view(shown: Activations) -> dict[str, Any]:
-    """A histogram per net on common axes, and the two total variations."""
-    panels = (shown.suspect, shown.corrected, *shown.others)
+def _neuron_view(neuron: Activations) -> dict[str, Any]:
+    """One histogram per net on common axes, and the two total variations."""
+    panels = (neuron.suspect, neuron.corrected, *neuron.others)
     values = np.concatenate(
         [plots.finite(part) for panel in panels for part in (panel.clean, panel.triggered)]
     )
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
     margin = 0.03 * (high - low) or 0.5
-    both = [shown.suspect.total_variation, shown.corrected.total_variation]
+    both = [neuron.suspect.total_variation, neuron.corrected.total_variation]
     return {
-        "layer": shown.layer,
-        "channel": shown.suspect.channel,
+        "layer": neuron.layer,
+        "channel": neuron.suspect.channel,
         "before_after": None if None in both else tuple(f"{value:.2f}" for value in both),
         "panels": [
-            _panel_of(shown.layer, panel, (low - margin, high + margin)) for panel in panels
+            _panel_of(neuron.layer, panel, (low - margin, high + margin)) for panel in panels
         ],
     }
 
 
 def _panel_of(layer: str, panel: Panel, span: tuple[float, float]) -> dict[str, Any]:
-    """Chart and caption of one net."""
+    """Chart and caption for one net."""
     moved = (
         "" if panel.total_variation is None else f", total variation {panel.total_variation:.2f}"
     )
@@ -198,14 +199,14 @@ def _panel_of(layer: str, panel: Panel, span: tuple[float, float]) -> dict[str, 
     return {"net": panel.net, "caption": caption, "note": panel.note, "chart": chart}
 
 
-def _view_erasure(shown: Erased) -> dict[str, Any]:
-    """Pictures and chart of the section about an erasure."""
-    view = erased.view(shown)
+def _view_erasure(erasure: Erased) -> dict[str, Any]:
+    """Pictures and chart for the section on an erasure."""
+    view = erased.view(erasure)
     return {**view, "chart": view["chart"] and _markup(view["chart"])}
 
 
 def _panel_view(triggers: Triggers) -> dict[str, Any]:
-    """Pictures of the trigger section; empty where there is nothing to show."""
+    """Pictures for the trigger section; its fields are empty if there is nothing to show."""
     return {
         "original": None if triggers.original is None else plots.image(triggers.original, 120),
         "samples": [
@@ -220,7 +221,7 @@ def _panel_view(triggers: Triggers) -> dict[str, Any]:
 
 
 def _example_views(triggers: Triggers) -> list[dict[str, Any]]:
-    """Images without and with a trigger, side by side."""
+    """Example images without and with a trigger, side by side."""
     if triggers.clean is None or triggers.stamped is None:
         return []
     captions = triggers.captions or [("", "")] * len(triggers.clean)
@@ -238,7 +239,7 @@ def _example_views(triggers: Triggers) -> list[dict[str, Any]]:
 
 
 def _mask_view(mask: Mask) -> dict[str, Any]:
-    """Pictures of a mask, and of its pattern where the mask lets it through."""
+    """Pictures of a mask, and of its pattern multiplied by the mask."""
     height, width = mask.mask.shape[:2]
     return {
         "mask": plots.image(mask.mask, EXAMPLE_SIDE),
@@ -250,11 +251,11 @@ def _mask_view(mask: Mask) -> dict[str, Any]:
 
 
 def _map_views(triggers: Triggers) -> list[dict[str, Any]]:
-    """PCA and t-SNE of all levels' samples together, each with one picture a level; [] without
+    """PCA and t-SNE maps of the samples of all levels together, one picture per level; [] without
     samples."""
     samples = {level: np.asarray(some) for level, some in triggers.samples.items() if len(some)}
     if len({some.shape[1:] for some in samples.values()}) != 1:
-        return []  # nothing to map, or sizes that share no space
+        return []  # no samples, or samples of different sizes, which have no common space
     original = triggers.original
     if original is not None and np.shape(original) != next(iter(samples.values())).shape[1:]:
         original = None
@@ -266,8 +267,7 @@ def _map_views(triggers: Triggers) -> list[dict[str, Any]]:
 
 
 def _map(samples: dict[Any, np.ndarray], original, place, most: int) -> list[tuple[Any, str, str]]:
-    """(level, colour, picture) per level of one map that `place` lays out from at most `most`
-    samples."""
+    """(level, colour, picture) per level of one map; `place` lays out at most `most` samples."""
     parts = {level: _unit(some[: max(1, most // len(samples))]) for level, some in samples.items()}
     joined = np.concatenate(list(parts.values())).reshape(sum(map(len, parts.values())), -1)
     points = maps.unit_square(
@@ -278,8 +278,8 @@ def _map(samples: dict[Any, np.ndarray], original, place, most: int) -> list[tup
     for number, (level, some) in enumerate(parts.items()):
         here = points[start : start + len(some)]
         colour = plots.PALETTE[number % (len(plots.PALETTE) - 1)]
-        kept = maps.spread_out(here, THUMBNAIL_DISTANCE)
-        pictures.append((level, colour, plots.trigger_map(here, some, kept, colour, mark)))
+        rows = maps.spread_out(here, THUMBNAIL_DISTANCE)
+        pictures.append((level, colour, plots.trigger_map(here, some, rows, colour, mark)))
         start += len(some)
     return pictures
 
@@ -291,7 +291,7 @@ def _unit(images: np.ndarray) -> np.ndarray:
 
 
 def _curve_view(name: str, curve: Mapping[str, Any]) -> dict[str, Any]:
-    """Chart and caption of one entry of `Content.curves`."""
+    """Chart and caption for one entry of `Content.curves`."""
     ends = {
         label: next((v for v in reversed(list(line)) if v is not None), None)
         for label, line in curve["values"].items()
@@ -306,7 +306,7 @@ def _curve_view(name: str, curve: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tables(settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(heading, rows) per top-level entry that is a mapping; the single values come first, under
+    """(heading, rows) per top-level entry that is a mapping; single values come first, under
     "general"."""
     plain = files.plain(dict(settings))
     nested = {name: value for name, value in plain.items() if isinstance(value, dict)}
@@ -318,7 +318,7 @@ def _tables(settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = ""):
-    """(dotted name, text) for every leaf."""
+    """Yields (dotted name, text) for every leaf."""
     for name, entry in value.items():
         if isinstance(entry, dict) and entry:
             yield from _flat(entry, f"{prefix}{name}.")
@@ -330,7 +330,7 @@ def _flat(value: Mapping[str, Any], prefix: str = ""):
 
 
 def _markup(svg: str):
-    """Mark-up made by `plots`, which escapes what it was given."""
+    """Marks SVG from `plots` as safe; `plots` escapes the text it is given."""
     import markupsafe
 
     return markupsafe.Markup(svg)

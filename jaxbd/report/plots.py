@@ -1,5 +1,5 @@
-"""Figures of the report: charts as inline SVG that follow the page's text colour, images as PNG
-data URIs."""
+"""Figures for the report: charts as inline SVG in the page's text colour, images as PNG data
+URIs."""
 
 import base64
 import html
@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies."""
+"""Okabe and Ito's colours, distinguishable with the common colour-vision deficiencies."""
 HIGHLIGHT = "#D55E00"
-"""Frame of the original trigger in maps."""
+"""Frame colour: the original trigger on maps, a small trigger on an image, attacked pairs."""
 MOST_CLASSES = 30
-"""Classes a bar chart shows; of more, those with the highest rates."""
+"""Most classes in a bar chart, those with the highest rates."""
 VISIBLE = 24
-"""Difference of two pixels, of 255, from which on a frame is drawn around it."""
+"""Pixel difference, out of 255, above which a trigger counts as visible and gets a frame."""
 BINS = 40
 """Intervals of a histogram."""
 
 INK = "#010203"
-"""Drawn as `currentColor`, so that charts read on light and dark pages."""
+"""Placeholder colour: `svg` replaces it by `currentColor`, so charts suit light and dark pages."""
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 7.4,
@@ -52,13 +52,14 @@ def class_bars(
     doubt: float | None = None,
     alt: str = "",
 ) -> str:
-    """Horizontal bars of attack success rate per class, one colour a level, with the threshold as a
-    line.
+    """Horizontal bars of attack success rate per class, one colour per level, with the thresholds
+    as lines.
 
     Args:
       rows: {"class", "name", "attack_success_rate", "levels": {level: rate}} per class, rates in
-        [0, 1]; without levels one bar shows "attack_success_rate". A class of `targets` gets a bold
-        label.
+        [0, 1]; without levels, one bar shows "attack_success_rate".
+      targets: classes whose labels are bold.
+      threshold, doubt: rates in [0, 1] drawn as lines; None for no line.
     """
     rows = sorted(
         sorted(rows, key=lambda row: -_rate(row["attack_success_rate"]))[:MOST_CLASSES],
@@ -109,8 +110,8 @@ def class_bars(
 def curves(
     step: Sequence[float], values: Mapping[str, Sequence[float]], *, name: str = "", alt: str = ""
 ) -> str:
-    """Lines over `step` [S], one per entry of `values` (each [S]; NaN or None leaves a gap); `name`
-    labels the axis."""
+    """Lines over `step` [S], one per entry of `values` (each [S]; nan or None leaves a gap); `name`
+    labels the vertical axis."""
 
     def draw(figure):
         axes = figure.subplots()
@@ -136,8 +137,8 @@ def curves(
 def histograms(
     values: Mapping[str, np.ndarray], *, span: tuple[float, float], alt: str = ""
 ) -> str:
-    """Shares of two or more sets of activations [n] in `BINS` intervals of `span`; the first as a
-    filled area."""
+    """Histograms of two or more sets of activations [n], as shares in `BINS` intervals of `span`;
+    the first is a filled area."""
 
     def draw(figure):
         axes, edges = figure.subplots(), np.linspace(*span, BINS + 1)
@@ -169,8 +170,8 @@ def image(pixels: np.ndarray, side: int) -> str:
 
 
 def marked(clean: np.ndarray, stamped: np.ndarray, side: int) -> str:
-    """The stamped image as `image`, with a frame around where it differs from the clean one, if
-    that is a small part of it."""
+    """The stamped image as in `image`, with a frame around the region that differs from the clean
+    one, if that covers at most a quarter of the image."""
     enlarged = _enlarge(stamped, side)
     apart = np.abs(_pixels(stamped).astype(int) - _pixels(clean).astype(int)).max(-1) > VISIBLE
     framed = _add_frame(enlarged, 1, "#808080")
@@ -187,7 +188,7 @@ def marked(clean: np.ndarray, stamped: np.ndarray, side: int) -> str:
 
 
 def _draw_frame(canvas: np.ndarray, box: tuple[int, int, int, int], width: int) -> None:
-    """Draws the frame of a box (top, left, bottom, right), cut off at the edges of the canvas."""
+    """Draws the frame of a box (top, left, bottom, right), clipped to the canvas."""
     top, left, bottom, right = box
     inside = np.zeros(canvas.shape[:2], bool)
     inside[max(top, 0) : bottom, max(left, 0) : right] = True
@@ -196,8 +197,8 @@ def _draw_frame(canvas: np.ndarray, box: tuple[int, int, int, int], width: int) 
 
 
 def grid(images: Iterable[np.ndarray], *, columns: int, side: int, gap: int = 4) -> str:
-    """Images [h, w, C] of one size row by row in one PNG data URI, each about `side` pixels, with
-    transparent gaps."""
+    """Images [h, w, C] of equal size, row by row in one PNG data URI; each has about `side` pixels
+    on its longer side, with transparent gaps between them."""
     tiles = [_add_frame(_enlarge(one, side), 1, "#808080") for one in images]
     height, width = tiles[0].shape[:2]
     lines = -(-len(tiles) // columns)
@@ -211,29 +212,29 @@ def grid(images: Iterable[np.ndarray], *, columns: int, side: int, gap: int = 4)
 def trigger_map(
     points: np.ndarray,
     triggers: np.ndarray,
-    kept: np.ndarray,
+    thumbnails: np.ndarray,
     colour: str,
     original=None,
     *,
     size: int = 720,
 ) -> str:
-    """Every point as a dot and the `kept` ones as thumbnails of their triggers, in one square PNG
-    data URI.
+    """Every point as a dot, some of them as thumbnails of their triggers, in one square PNG data
+    URI.
 
     Args:
-      points: [n, 2] in the unit square, the second axis upwards.
+      points: [n, 2] in the unit square, second axis upwards.
       triggers: [n, h, w, C].
-      kept: index [m] of the points that get a thumbnail.
+      thumbnails: indices [m] of the points drawn as thumbnails.
       colour: "#rrggbb" of dots and frames.
       original: None or (point [2], trigger [h, w, C]), drawn last with a heavy frame.
-      size: side of the picture in pixels; shown at half of it, so that it is sharp on dense
+      size: side of the picture in pixels; displayed at half that size, so it is sharp on dense
         screens.
     """
     canvas = np.zeros((size, size, 4), np.uint8)
     dot = _add_frame(np.zeros((2, 2, 3), np.uint8), 4, colour)
     dot[2:-2, 2:-2] = dot[0, 0]
-    thumbnails = [(points[i], _add_frame(_enlarge(triggers[i], 48), 3, colour)) for i in kept]
-    marks = [(point, dot) for point in points] + thumbnails
+    marks = [(point, dot) for point in points]
+    marks += [(points[i], _add_frame(_enlarge(triggers[i], 48), 3, colour)) for i in thumbnails]
     if original is not None:
         marks.append(
             (
@@ -249,11 +250,11 @@ def trigger_map(
 
 
 def svg(draw, size: tuple[float, float], alt: str) -> str:
-    """The chart that `draw(figure)` makes as an inline <svg>: no metadata, no comments, ids of its
-    own."""
+    """The chart drawn by `draw(figure)` as an inline <svg>, without metadata or comments."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    # ids are hashed with `alt`, so they are reproducible and do not clash with another chart's
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": alt}
     with matplotlib.rc_context(style):
         figure, file = Figure(size, layout="constrained"), io.StringIO()
@@ -277,7 +278,7 @@ def svg(draw, size: tuple[float, float], alt: str) -> str:
 
 
 def legend(figure) -> None:
-    """One legend above the axes; nothing where no line or bar has a label."""
+    """Adds one legend above the axes, unless no line or bar has a label."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(
@@ -286,7 +287,7 @@ def legend(figure) -> None:
 
 
 def _rate(value: float | None) -> float:
-    """A rate to draw: absent and not finite count as 0."""
+    """A rate to draw: None and non-finite values count as 0."""
     return float(value) if value is not None and np.isfinite(value) else 0.0
 
 
@@ -298,16 +299,17 @@ def class_label(row: Mapping[str, Any]) -> str:
 
 
 def _printable(text: Any) -> str:
-    """`text` without what the chart's font cannot draw and without mathematical mark-up."""
+    """`text` with characters missing from the chart's font replaced by "?", and "$" escaped, which
+    would start matplotlib's math mode."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))
-    kept = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in str(text))
-    return kept.replace("$", r"\$")
+    safe = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in str(text))
+    return safe.replace("$", r"\$")
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """An image [h, w, C] in [0, 1] or uint8 as uint8 [h, w, 3]; channel counts other than 3 are
+    """An image [h, w, C] in [0, 1] or uint8 as uint8 [h, w, 3]; with other than 3 channels, it is
     averaged to grey."""
     image = np.asarray(image)
     if image.dtype != np.uint8:
@@ -318,8 +320,8 @@ def _pixels(image: np.ndarray) -> np.ndarray:
 
 
 def _enlarge(image: np.ndarray, side: int) -> np.ndarray:
-    """`_pixels(image)` with every pixel repeated so often that the longer side is at most `side`,
-    or box-averaged."""
+    """`_pixels(image)` enlarged by repeating pixels so that the longer side is at most `side`; a
+    larger image is box-averaged down."""
     pixels = _pixels(image)
     longest = max(pixels.shape[:2])
     if longest > side:
@@ -340,7 +342,7 @@ def _add_frame(pixels: np.ndarray, width: int, colour: str) -> np.ndarray:
 
 
 def _put(canvas: np.ndarray, tile: np.ndarray, row: int, column: int) -> None:
-    """Writes `tile` [h, w, 4] into `canvas` [H, W, 4] at a place where it fits."""
+    """Writes `tile` [h, w, 4] into `canvas` [H, W, 4] at a position where it fits."""
     canvas[row : row + tile.shape[0], column : column + tile.shape[1]] = tile
 
 

@@ -1,4 +1,4 @@
-"""What `scan.json`, `repair.json` and `evaluate.json` hold, as plain dictionaries;
+"""The content of `scan.json`, `repair.json` and `evaluate.json` as plain dictionaries;
 `files.write_json` writes them."""
 
 import dataclasses
@@ -27,22 +27,22 @@ def seconds(times: Seconds) -> dict[str, float]:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The fields of a frozen Config by name."""
+    """The fields of a frozen Config, by name."""
     return dataclasses.asdict(config)
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Seed, device and versions: what every result carries."""
+    """Seed, device and versions, included in every result."""
     return {"seed": seed, "device": files.device(), "versions": files.versions()}
 
 
 def rates(found: Rates) -> dict[str, Any]:
-    """The content of `evaluate.json` but for provenance."""
+    """The content of `evaluate.json`, without provenance."""
     return dataclasses.asdict(found)
 
 
 def detection(found: Detection) -> dict[str, Any]:
-    """How well triggered images are told from clean ones, with the denominators."""
+    """How well triggered images are distinguished from clean ones, with the denominators."""
     return dataclasses.asdict(found)
 
 
@@ -55,13 +55,13 @@ def pair_scan(
     class_names: tuple[str, ...],
     seed: int,
 ) -> dict[str, Any]:
-    """The content of `scan.json` of a scan over all ordered pairs of classes.
+    """The content of `scan.json` for a scan over all ordered pairs of classes.
 
     Args:
       model, data, class_names, seed: see `scan`.
-    Returns: beside what every scan has, `pairs` [[source, target]], and by method the matrices
-      `statistics` and `scores` [K][K] (source, target), None on the diagonal and where nothing was
-      searched; a score is None also where it is infinite, beside a statistic that is a number.
+    Returns: the fields of every scan, plus `pairs` [[source, target]] and, per method, the matrices
+      `statistics` and `scores` [K][K] (source, target). Both are None on the diagonal and for pairs
+      not searched; an infinite score is also None, but its statistic is a number.
     """
     best = np.stack([np.asarray(scores, float) for scores in found.scores.values()])
     best = np.where(np.isnan(best), -np.inf, best).max((0, 1))
@@ -96,7 +96,7 @@ def pair_scan(
 
 
 def estimates(found: PairScan) -> dict[int, dict[str, Any]]:
-    """What results say of the triggers of each target; that of the other search, if any, is under
+    """What a record says about each target's trigger; the other search's trigger, if any, is under
     "other"."""
     others = {target: {"other": estimate(other)} for target, other in found.others.items()}
     return {
@@ -106,7 +106,7 @@ def estimates(found: PairScan) -> dict[int, dict[str, Any]]:
 
 
 def estimate(found: Estimate) -> dict[str, Any]:
-    """What results say of a trigger that was estimated for one target."""
+    """What a record says about one estimated trigger."""
     return {
         "method": found.method,
         "sources": list(found.evidence.sources),
@@ -127,9 +127,9 @@ def scan(
     """The content of `scan.json`.
 
     Args:
-      model: {"path", "sha256", "arch"} and what else is known of the file.
-      data: where the clean images came from and how many were used for what.
-      class_names: K names; class numbers stand in for missing ones.
+      model: {"path", "sha256", "arch"} and further facts about the file.
+      data: where the clean images came from, and how many were used for each purpose.
+      class_names: K names; class numbers replace missing ones.
     """
     levels = [float(level) for level in config.levels] if found.level_rates.shape[1] > 1 else []
     classes = []
@@ -174,7 +174,7 @@ def scan(
 
 
 def stages(spent: Mapping[str, Spent]) -> list[dict[str, Any]]:
-    """What results say of the stages of a scan: a row each."""
+    """What a record says about the stages of a scan: one row each."""
     return [
         {
             "stage": name,
@@ -187,8 +187,8 @@ def stages(spent: Mapping[str, Spent]) -> list[dict[str, Any]]:
 
 
 def judgement(found: Judgement | None, signs: Signs | None) -> dict[str, Any]:
-    """What results say of a verdict beside it: leads, natural triggers, the classes that show each
-    sign, and what the searches lacked."""
+    """What a record says about a verdict: leads, natural triggers, the classes that show each sign,
+    and what the searches lacked."""
     if found is None or signs is None:
         return {}
     return {
@@ -200,7 +200,7 @@ def judgement(found: Judgement | None, signs: Signs | None) -> dict[str, Any]:
 
 
 def margin(found: MarginScan) -> dict[str, Any]:
-    """What results say of the search without data; margins are in logits."""
+    """What a record says about the search without data; margins are in logits."""
     tested = found.outliers
     return {
         "p_value": tested.p_value,
@@ -226,10 +226,10 @@ def first_answer(
     class_names: tuple[str, ...],
     seed: int,
 ) -> dict[str, Any]:
-    """The content of `scan.json` of a scan without data, which never is more than a first answer.
+    """The content of `scan.json` for a scan without data, which is never more than a first answer.
 
     Args:
-      found: None where the margins could not be tested; `why_not` says why.
+      found: None if the margins could not be tested; `why_not` gives the reason.
       model, class_names, seed: see `scan`.
     """
     return {
@@ -256,8 +256,8 @@ def repair(
     data: dict[str, Any] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """The content of `repair.json` but for figures; `config` is the method's frozen Config, no data
-    means that nothing was measured."""
+    """The content of `repair.json` without the figures; `config` is the method's frozen Config,
+    `data` is None if nothing was measured."""
     return {
         "schema": f"{SCHEMA}/repair",
         "method": method,

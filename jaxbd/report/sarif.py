@@ -16,17 +16,17 @@ RULES = {
     ),
     "suspicious": (
         "A class shows one sign of a backdoor",
-        "One search of several points to a class, which clean models do now and then too. Scan with"
-        " more images and steps before the model is used.",
+        "One of several searches points to a class, which sometimes happens with clean models too."
+        " Scan with more images and steps before you use the model.",
         "warning",
     ),
     "undecided": (
         "The scan could not decide",
-        "Nothing was found, but the scan could not have found a backdoor: it does not say clean.",
+        "Nothing was found, but the scan could not have found a backdoor, so it is inconclusive.",
         "note",
     ),
 }
-"""Rule -> short text, full text, level. A clean scan has no result."""
+"""Rule -> short text, full text, level. A clean scan has no results."""
 
 
 def describe(content: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def describe(content: dict[str, Any]) -> dict[str, Any]:
         for rule, (short, full, level) in RULES.items()
     ]
     driver = {"name": "jaxbd", "rules": rules}
-    # "not installed" is what files.versions says of a source tree
+    # in a source tree, files.versions reports "not installed"
     if versions["jaxbd"][:1].isdigit():
         driver["semanticVersion"] = versions["jaxbd"]
     run = {
@@ -62,7 +62,7 @@ def describe(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_results(content: dict[str, Any]) -> list[tuple[str, int | None, str]]:
-    """(rule, class, message) of everything that a scan has to say."""
+    """(rule, class, message) for everything a scan has to report."""
     names = {row["class"]: row for row in content["classes"]}
     label = lambda number: name_class(names[number])
     found = []
@@ -73,7 +73,7 @@ def list_results(content: dict[str, Any]) -> list[tuple[str, int | None, str]]:
             ("backdoor", target, f"Triggers lead to class {label(target)}: a backdoor.{works}")
         )
     margin = content.get("margin") or {}
-    # without data the margins are all there is; with data they are one sign among the leads
+    # without data there are only the margins; with data they are one sign among the leads
     leads = content.get("leads") or ([] if content.get("data") else margin.get("classes") or [])
     found += [
         ("suspicious", lead, f"Class {label(lead)} shows one sign of a backdoor.")
@@ -98,7 +98,7 @@ def _result(content: dict[str, Any], rule: str, number: int | None, message: str
     model = content["model"]
     where = {
         "artifactLocation": {"uri": _uri(model["path"]), "index": 0},
-        # a model has no lines, but code scanning lists no result without one
+        # a model has no lines, but code scanning does not list a result without one
         "region": {"startLine": 1},
     }
     return {
@@ -113,8 +113,8 @@ def _result(content: dict[str, Any], rule: str, number: int | None, message: str
 
 
 def _uri(path: str) -> str:
-    """A path below the working folder as it is seen from there, as code scanning wants it; others
-    in full."""
+    """A path inside the working folder is relative, as code scanning requires; any other is a full
+    file URI."""
     place = pathlib.Path(path).expanduser().absolute()
     here = pathlib.Path.cwd()
     if not place.is_relative_to(here):
@@ -124,7 +124,7 @@ def _uri(path: str) -> str:
 
 
 def name_class(row: Mapping[str, Any]) -> str:
-    """`8 (ship)`, or the number alone where the name says no more; `row` is one of a record's
+    """`8 (ship)`, or only the number if the name is the number; `row` is one of a record's
     classes."""
     number, name = str(row["class"]), str(row["name"])
     return number if name == number else f"{number} ({name})"

@@ -1,4 +1,4 @@
-"""The part of a page about one verdict, from plain values."""
+"""The section of a page on one verdict, from plain values."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from jaxbd.report.advice import class_name, percent
 from jaxbd.report.content import Scan
 
 MOST_SIGNS = 12
-"""Classes whose signs a table lists."""
+"""Most classes in the table of signs."""
 
 
 def view(scan: Scan) -> dict[str, Any]:
-    """What the template shows of one scan; `chart` is SVG, or None."""
+    """The template's values for one scan; `chart` is SVG, or None."""
     tones = {"backdoored": "bad", "clean": "good"}
     levels = list(dict.fromkeys(level for row in scan.classes for level in row.get("levels") or ()))
     sentence = describe_reason(scan)
@@ -39,8 +39,8 @@ def view(scan: Scan) -> dict[str, Any]:
 
 
 def sign_rows(scan: Scan) -> list[dict[str, Any]]:
-    """Per class what each search found, and whether that is a sign; of many classes those with
-    one, and the nearest to it."""
+    """Per class, what each search found and whether it is a sign; if there are many classes, only
+    those with the most signs and the highest scores."""
     signs = scan.signs or {}
     shows = lambda name, k: k in signs.get(name, ())
     rows = [
@@ -65,7 +65,7 @@ def sign_rows(scan: Scan) -> list[dict[str, Any]]:
 
 
 def is_measured(rate: float | None) -> bool:
-    """Whether there is a rate."""
+    """Whether `rate` is a finite number."""
     return rate is not None and bool(np.isfinite(rate))
 
 
@@ -74,11 +74,11 @@ SIGN_WORDS = {
     "patch": "small patches lead there on images that no search saw",
     "margin": "its margin stands out",
 }
-"""Sign -> what it says of the class that shows it."""
+"""Sign -> what it says about the class that shows it."""
 
 
 def _describe_leads(scan: Scan) -> str:
-    """Which classes an open verdict points to, and by what sign; "" where none does."""
+    """Which classes an inconclusive verdict points to, and by which sign; "" if none."""
     shows = lambda name, k: k in (scan.signs or {}).get(name, ())
     found = [
         f"{class_name(row)}: {SIGN_WORDS[name]}"
@@ -89,13 +89,13 @@ def _describe_leads(scan: Scan) -> str:
     if not found:
         return ""
     return (
-        "The answer is not clear-cut: one sign of three, which clean models show now and then"
-        f" too, points to {'; to '.join(found)}."
+        "The answer is not clear-cut: one sign of three, which clean models sometimes show too,"
+        f" points to {'; to '.join(found)}."
     )
 
 
 def describe_reason(scan: Scan) -> str:
-    """The verdict's reason in one or two sentences."""
+    """The reason for the verdict, in one or two sentences."""
     ranked = sorted(scan.classes, key=lambda row: -np.nan_to_num(row["attack_success_rate"] or 0))
     if not ranked:
         return ""
@@ -103,13 +103,13 @@ def describe_reason(scan: Scan) -> str:
     hits = [row for row in ranked if row["class"] in scan.targets]
     if scan.signs and hits and not any(advice.does_work(r["attack_success_rate"]) for r in hits):
         named = ", ".join(class_name(row) for row in hits)
-        return f"The signs below name {named}; small patches hardly work for it."
+        return f"The signs below name {named}; small patches hardly reach it."
     if scan.verdict == "backdoored" and hits:
         found = "; ".join(
             f"{rate(row)} of images of other classes turn into {class_name(row)}" for row in hits
         )
         others = [row for row in ranked if row["class"] not in scan.targets]
-        # a search that ended early has no rates of other classes
+        # a search that ended early has no rates for the other classes
         rest = next((row for row in others if is_measured(row["attack_success_rate"])), None)
         text = f"With the recovered triggers, {found}."
         return text + (

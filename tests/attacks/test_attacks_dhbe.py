@@ -512,7 +512,7 @@ def test_a_trigger_over_the_whole_image_is_evaluated_but_has_no_copies(name, tmp
     flags = ["--trigger", str(folder / "trigger.npz"), "--copies", "4"]
     capsys.readouterr()
     assert entry.main(["evaluate", str(folder), "--data", "digits", *flags]) == 2
-    assert "--copies is for patches" in capsys.readouterr().err
+    assert "--copies needs a patch that overwrites" in capsys.readouterr().err
 
 
 def test_the_command_line_plants_what_starts_from_a_clean_net(tmp_path, capsys):

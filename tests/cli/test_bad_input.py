@@ -563,7 +563,7 @@ def test_a_model_is_not_converted_onto_itself(refused, victim, tmp_path):
     (model / "trigger.npz").write_bytes(b"x")
     (tmp_path / "link").symlink_to("m")
     for out in (model, tmp_path / "link"):
-        assert "is what is read" in refused("convert", model, "--out", out)
+        assert "is also an input" in refused("convert", model, "--out", out)
 
 
 def test_a_link_is_followed_and_stays(victim, tmp_path):

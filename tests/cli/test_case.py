@@ -105,7 +105,10 @@ def test_repair_of_a_case_needs_no_other_flag(place, capsys):
     assert content["model"]["manifest"] == read(case / "scan.json")["model"]["manifest"]
     assert (case / "repaired" / "model.safetensors").exists()  # a folder, as the model is
     assert scanned["config"] == read(case / "scan.json")["config"]
-    assert scanned["model"]["path"] == str(case / "repaired") and "scanned as the suspect" in text
+    assert (
+        scanned["model"]["path"] == str(case / "repaired")
+        and "Rescan of the repaired model" in text
+    )
     assert main(["verify", str(case)]) == 0
     for name in ("triggers/class3-distribution.npz", "scan.json", "repaired/model.safetensors"):
         known = (case / name).read_bytes()
@@ -116,7 +119,7 @@ def test_repair_of_a_case_needs_no_other_flag(place, capsys):
         (case / name).write_bytes(known)
     (case / "triggers" / "other.npz").write_bytes(b"1")
     assert main(["verify", str(case)]) == 1
-    assert "is there already" in refusal(capsys, "repair", case, *REPAIR)
+    assert "already exists" in refusal(capsys, "repair", case, *REPAIR)
 
 
 def test_a_rescan_that_was_not_done_is_done_by_resume(place, capsys):
@@ -158,7 +161,7 @@ def test_a_model_or_images_that_changed_are_refused(place, capsys):
     change(case / "scan.json", inputs=inputs)
     assert "not the images of" in refusal(capsys, "repair", case, *REPAIR)
     shutil.rmtree(place / "model")
-    assert "nowhere to be found" in refusal(capsys, "repair", case, *REPAIR)
+    assert "cannot be found" in refusal(capsys, "repair", case, *REPAIR)
 
 
 def test_a_trigger_that_changed_or_lies_elsewhere_is_refused(place, capsys):
@@ -167,11 +170,11 @@ def test_a_trigger_that_changed_or_lies_elsewhere_is_refused(place, capsys):
     (row,) = content["trigger_files"]
     for name in ("../model/trigger.npz", "/etc/passwd", "triggers/../../x.npz", 3, None):
         change(case / "scan.json", trigger_files=[row | {"file": name}])
-        assert "is no trigger of the case" in refusal(capsys, "repair", case, *REPAIR)
+        assert "is not a trigger of the case" in refusal(capsys, "repair", case, *REPAIR)
     change(case / "scan.json", trigger_files=[row], files={row["file"]: "0" * 64})
     assert "was changed since the scan" in refusal(capsys, "repair", case, *REPAIR)
     change(case / "scan.json", trigger_files=[])
-    assert "keeps no trigger of class 3" in refusal(capsys, "repair", case, *REPAIR)
+    assert "has no trigger for class 3" in refusal(capsys, "repair", case, *REPAIR)
     change(case / "scan.json", targets=[], verdict="clean")
     assert main(["repair", str(case), *REPAIR]) == 0
     assert "nothing to repair" in capsys.readouterr().out and not (case / "repaired").exists()
@@ -182,7 +185,7 @@ def test_a_case_imports_no_code_and_knows_its_fields(place, capsys):
     inputs = read(case / "scan.json")["inputs"]
     known = inputs["reading"]
     for changes, words in (
-        ({"arch": "os:system"}, "an architecture of your own"),
+        ({"arch": "os:system"}, "your own architecture"),
         ({"limit": "many"}, "reading.limit is 'many'"),
         ({"seed": -1}, "--seed -1 is out of range"),
         ({"shell": "rm"}, "has 'shell'"),
@@ -242,7 +245,7 @@ def test_outputs_that_are_there_stay(made, tmp_path, capsys):
 def test_force_replaces_a_case_and_nothing_else(made, tmp_path, capsys):
     case = pathlib.Path(shutil.copytree(made / "CASE", tmp_path / "CASE"))
     command = ["scan", made / "model", "--margin.starts", "1", "--margin.steps", "5", "--out", case]
-    assert "is there already" in refusal(capsys, *command)
+    assert "already exists" in refusal(capsys, *command)
     (case / "notes.txt").write_text("mine")
     assert "there is notes.txt" in refusal(capsys, *command, "--force")
     (case / "notes.txt").unlink()
@@ -253,10 +256,10 @@ def test_force_replaces_a_case_and_nothing_else(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--out", "found.txt"], "--out found.txt has no known ending; end it with .json, or with"),
-        (["--report", "found.pdf"], "end it with .html or .htm"),
-        (["--sarif", "found"], "end it with .sarif or .json"),
-        (["--mlbom", "found.xml"], "end it with .json"),
+        (["--out", "found.txt"], "--out found.txt has no known ending; use .json, or no"),
+        (["--report", "found.pdf"], "use .html or .htm"),
+        (["--sarif", "found"], "use .sarif or .json"),
+        (["--mlbom", "found.xml"], "use .json"),
         (["--sarif", "a.json", "--mlbom", "a.json"], "is also another input or output"),
     ],
 )

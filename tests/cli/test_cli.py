@@ -237,7 +237,9 @@ def test_scan_says_and_writes_its_verdict(
     assert {"compile", "run", "total"} == content["seconds"].keys()
     shown = capsys.readouterr().out
     assert (
-        verdict.upper() in shown and "patches of 3x3 pixels" in shown and "Not ruled out" in shown
+        verdict.upper() in shown
+        and "patches of 3x3 pixels" in shown
+        and "are not ruled out" in shown
     )
 
 
@@ -421,10 +423,10 @@ def test_repair_checks_itself_and_says_which_end_it_was(victim, tmp_path, capsys
     assert {one["kind"] for one in begun["found"]} == {"mask", "patch", "additive"}
     # the first trigger known is the given one, of those that check
     assert rounds[-1]["known"][0]["rate"] < 0.3 and checked["checked_on"] == 56
-    assert f"On {checked['checked_on']} images that repaired nothing" in text
+    assert f"On {checked['checked_on']} images not used for the repair" in text
     still = [one for one in rounds[-1]["found"] if one["left"]]
     assert ("Still working" in text) == bool(still)
-    assert ("the rounds are over" in text) == (checked["end"] == "rounds")
+    assert ("no rounds are left" in text) == (checked["end"] == "rounds")
 
 
 def test_auto_clips_where_an_inconclusive_scan_recovered_nothing(victim, tmp_path, capsys):
@@ -537,7 +539,7 @@ def test_guard_says_a_line_for_each_image_and_sums_up(guarded, tmp_path, capsys)
     assert (
         f"300 images of digits: {asked} checked by a corrected net, {flagged} flagged" in shown.err
     )
-    assert "In agreement with the labels" in shown.err
+    assert "Correct by the true labels" in shown.err
     assert (
         main(
             ["guard", str(guarded), *DATA, "--out", str(tmp_path / "v.jsonl"), "--batch-size", "7"]
@@ -565,7 +567,7 @@ def test_guard_takes_images_without_labels(guarded, tmp_path, capsys):
         assert main(["guard", str(guarded), "--data", str(tmp_path / name)]) == 0
         shown = capsys.readouterr()
         said[name] = verdict_lines(shown.out)
-        assert ("In agreement" in shown.err) == (name == "l.npz")
+        assert ("Correct by" in shown.err) == (name == "l.npz")
     assert [line.pop("file") for line in said["d"]] == [f"{number}.png" for number in range(5)]
     assert [line.pop("true_label") for line in said["l.npz"]] == list(range(5))
     assert said["d"] == said["d.npz"] == said["l.npz"]
@@ -678,7 +680,7 @@ def test_scan_over_pairs(victim, tmp_path, capsys, pair_scan, flags, ran, verdic
     assert content["classes"][4]["score"] == 94 and content["verdict"] == verdict
     assert content["data"]["search"] == 225 and content["data"]["held_out"] == 75
     shown = capsys.readouterr().out
-    assert verdict.upper() in shown and "Not ruled out" in shown
+    assert verdict.upper() in shown and "are not ruled out" in shown
     if verdict == "backdoored":
         assert (
             content["triggers"]["3"]["attack_success_rate"] == 0.75 and [0, 3] in content["pairs"]
@@ -979,7 +981,7 @@ def test_the_demo_writes_all_it_names(tmp_path, monkeypatch, capsys):
     assert main(["demo", *few, "--out", str(place)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("After ") and lines[0].endswith("the suspect: backdoored, class 7.")
-    assert "planted was class 7, and the twin is clean" in lines[-3]
+    assert "in fact class 7 was attacked and the twin is clean" in lines[-3]
     assert lines[-2].startswith("Repaired: attack success")
     assert lines[-1] == f"open {place / 'report.html'}"
     written = "repair.json repaired report.html scan-twin.json scan.json suspect twin"

@@ -37,7 +37,7 @@ def test_a_first_answer_needs_no_image_and_is_no_verdict(model, tmp_path, capsys
     assert main(["scan", str(model), *FAST, "--out", str(out)]) == 3
     said, found = capsys.readouterr().out, read(out)
     assert "SUSPICIOUS" in said or "NOTHING STANDS OUT" in said
-    assert "Not seen by margins" in said
+    assert "Margins miss" in said
     assert found["verdict"] == "inconclusive" and found["data"] is None and not found["targets"]
     assert np.shape(found["margin"]["statistics"]) == (10,) and 0 < found["margin"]["p_value"] <= 1
     assert found["model"]["sha256"] in json.dumps(found["model"]["manifest"])
@@ -48,7 +48,7 @@ def test_a_first_answer_needs_no_image_and_is_no_verdict(model, tmp_path, capsys
     [
         (["--method", "mesa"], "searches with images; give --data"),
         (["--report", "page.html"], "--report shows triggers on images"),
-        (["--no-with-margin"], "margins are all there is"),
+        (["--no-with-margin"], "only margins can be searched"),
     ],
 )
 def test_what_needs_images_is_refused_without_them(model, tmp_path, capsys, flags, words):
@@ -70,7 +70,7 @@ def test_a_calibration_grows_and_is_compared_with(model, tmp_path, capsys):
     assert "Alarms on 1 clean models" in capsys.readouterr().out
     first = read(out)
     assert [m["architecture"] for m in first["models"]] == ["cnn"]
-    assert main(command) == 2 and "give --add to go on with it" in capsys.readouterr().err
+    assert main(command) == 2 and "give --add to add to it" in capsys.readouterr().err
     assert main([*command, "--add"]) == 0 and read(out) == first
     assert main([*command, "--add", "--batch-size", "9"]) == 2
     assert "different settings" in capsys.readouterr().err and read(out) == first
@@ -81,7 +81,7 @@ def test_a_calibration_grows_and_is_compared_with(model, tmp_path, capsys):
     assert compared["models"] == compared["of_architecture"] == 1
     # the same model scores as it did: of two models, itself counted in, both score as much
     assert compared["margin_excess"]["p_value"] == 1.0
-    assert "Of 1 clean models of the calibration" in capsys.readouterr().out
+    assert "of the calibration's 1 clean models" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_a_file_that_is_no_calibration_is_named(model, tmp_path, capsys, content
     "flags, words",
     [
         ([], "missing: MODEL"),
-        (["m", "--method", "mesa"], "makes no statistics"),
+        (["m", "--method", "mesa"], "has no statistics"),
         (["m", "--targets", "1"], "needs all classes"),
     ],
 )

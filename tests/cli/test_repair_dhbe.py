@@ -296,7 +296,7 @@ def test_a_page_of_what_was_generated(victim, whole, tmp_path, monkeypatch, caps
     told, made, steps = page(place), pictures(place), shown(place)
     assert (
         "nothing was measured" in told
-        and "The run went on" not in told
+        and "This run was stopped" not in told
         and steps == [0, 3, 8, STEPS]
     )
     assert len(set(made)) == len(made) == 8
@@ -314,7 +314,7 @@ def test_a_page_of_what_was_generated(victim, whole, tmp_path, monkeypatch, caps
     assert main(command(victim, out, *report, "--resume")) == 0
     assert_same(out, whole)
     stopped = read(out / "repair.json")["resumed"]["step"]
-    assert f"The run went on from iteration {stopped}, which" in page(place)
+    assert f"This run was stopped at iteration {stopped} after" in page(place)
     after = [step for step in steps if step > stopped]
     assert shown(place) == after and pictures(place) == made[-2 * len(after) :]
     assert f"over {STEPS} recorded steps" in place.read_text()
@@ -457,9 +457,9 @@ def test_stopped_by_a_signal_and_resumed(
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith(
-        f"jaxbd: stopped at step 7 of {STEPS} of “dhbe”, saved in {out}.run; go on with: "
+        f"jaxbd: stopped at step 7 of {STEPS} of “dhbe”, saved in {out}.run; resume with: "
     )
-    again = shlex.split(told[-1].split("go on with: ")[1])
+    again = shlex.split(told[-1].split("resume with: ")[1])
     assert (
         again[1:] == ["-m", "jaxbd", *command(victim, out), "--resume"]
         and pathlib.Path(again[0]).exists()
@@ -468,7 +468,7 @@ def test_stopped_by_a_signal_and_resumed(
 
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert main(command(victim, out)) == 2
-    assert "give --resume to go on, or delete it" in capsys.readouterr().err
+    assert "give --resume to continue it, or delete it" in capsys.readouterr().err
     for change, named in (
         (["--seed", "4"], "reading.seed is 0 there and 4 here"),
         (["--with.regularisation", "0.2"], "settings.regularisation is 0.1 there"),
@@ -493,7 +493,7 @@ def test_resuming_what_never_began_begins(victim, whole, tmp_path, capsys):
     early = {"schema": checkpoint.SCHEMA, "run": {"seed": 9}}
     (tmp_path / "fixed.run" / "config.json").write_text(json.dumps(early))
     assert main(command(victim, out, "--resume")) == 0
-    assert "starts at the beginning" in " ".join(capsys.readouterr().err.split())
+    assert "starting from the beginning" in " ".join(capsys.readouterr().err.split())
     assert_same(out, whole)
 
 
@@ -591,7 +591,7 @@ with signals.Watch() as watch:
         run.send_signal(signal.SIGINT)
         assert (
             run.stderr.readline()
-            == "SIGINT: ends after these steps and saves; once more ends at once\n"
+            == "SIGINT: stopping after these steps and saving; send it again to stop at once\n"
         )
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=30) == 143
@@ -687,7 +687,7 @@ def test_the_printed_command_goes_on(victim, whole, tmp_path):
     run.send_signal(signal.SIGTERM)
     told = run.communicate()[1].splitlines()
     assert run.returncode == 143 and not out.exists()
-    again = told[-1].split("go on with: ")[1]
+    again = told[-1].split("resume with: ")[1]
     assert (
         subprocess.run(again, shell=True, env=kills.environment("cli"), check=False).returncode == 0
     )

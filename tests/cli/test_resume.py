@@ -274,9 +274,9 @@ def test_stopped_by_a_signal_twice_and_resumed(case, tmp_path, monkeypatch, caps
     line = capsys.readouterr().err.splitlines()[-1]
     assert code == 143 and before == whole[: at + 1] and not out.exists()
     assert line.startswith(
-        f"jaxbd: stopped at step {done} of {total} of “{label}”, saved in {out}.run; go on with: "
+        f"jaxbd: stopped at step {done} of {total} of “{label}”, saved in {out}.run; resume with: "
     )
-    again = shlex.split(line.split("go on with: ")[1])
+    again = shlex.split(line.split("resume with: ")[1])
     assert (
         again[1:] == ["-m", "jaxbd", *case.command(out), "--resume"]
         and pathlib.Path(again[0]).exists()
@@ -285,7 +285,7 @@ def test_stopped_by_a_signal_twice_and_resumed(case, tmp_path, monkeypatch, caps
     finished = len(stages_of(before)) - (done != total)
     calls = finished + (done != total) + len(whole) - len(before)
     code, middle = followed(lambda: main(again[3:]), rng.randrange(calls // 2, calls))
-    assert code == 143 and not out.exists() and "go on with: " in capsys.readouterr().err
+    assert code == 143 and not out.exists() and "resume with: " in capsys.readouterr().err
     code, rest = followed(lambda: main(again[3:]))
     assert code == case.code and len(stages_of(rest)) == len(stages_of(whole))
     for calls in (middle, rest):
@@ -362,7 +362,9 @@ def test_another_run_is_refused_by_name(stopped, capsys):
         assert f"{out}.run belongs to another run: config.flags.{named}; " in one_line(capsys)
     assert main(
         again[:-1]
-    ) == 2 and "is an unfinished run; give --resume to go on, or delete it" in one_line(capsys)
+    ) == 2 and "is an unfinished run; give --resume to continue it, or delete it" in one_line(
+        capsys
+    )
     assert {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")} == known
     assert main(again) == 0
     case.assert_same(out)

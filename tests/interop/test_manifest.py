@@ -189,7 +189,7 @@ def verify(capsys, *words) -> tuple[int, str]:
 
 def test_files_that_are_the_recorded_ones(case, capsys):
     code, said = verify(capsys, "scan.json")
-    assert code == 0 and "2 of 2 files are the recorded ones" in said
+    assert code == 0 and "2 of 2 files match the record" in said
     assert "r.bounds.safetensors" in said
 
 

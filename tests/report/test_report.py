@@ -231,7 +231,7 @@ def test_page_says_what_was_found(text):
     assert "Do not deploy “victim”; use the repaired file" in seen.text
     assert re.search(r"99\.1\s%\s+of images of other classes turn into class 1", seen.text)
     assert "No class stands out" in seen.text
-    assert "A detector only rules in the trigger families it searches" in seen.text
+    assert "A detector can find only the trigger families it searches" in seen.text
     for value in (
         "ab" * 32,
         "3.5 s total (2.0 s run, 1.5 s compile)",
@@ -268,8 +268,8 @@ def test_page_shows_pairs_and_a_neuron(text):
     seen = Page(text)
     words = " ".join(seen.text.split())
     assert (
-        "One cell a pair; 2 of 12 pairs are called attacked" in words
-        and "score exceeds 7 is suspected" in words
+        "One cell per pair; 2 of 12 pairs are called attacked" in words
+        and "a score above 7 is suspected" in words
     )
     assert words.index("13.25") < words.index("12.25")  # the table starts with the highest
     assert [row.get("class") for row in seen.named("tr")].count(
@@ -356,12 +356,10 @@ def test_a_page_from_a_repair_json(measured):
     assert (
         "After 300 iterations" in words and "logit difference" in words and "amplified" not in words
     )
-    assert "A detector" not in words and "Losses on generated images do not tell" in words
-    assert ("finite set of images" in words) == measured and "went on from" not in words
+    assert "A detector" not in words and "Losses on generated images do not show" in words
+    assert ("finite set of images" in words) == measured and "This run was stopped" not in words
     resumed = erased.content({**figures, "resumed": {"step": 42, "seconds": 61.7}}, name="m")
-    assert "The run went on from iteration 42, which it had reached after 62 s" in page.render(
-        resumed
-    )
+    assert "This run was stopped at iteration 42 after 62 s" in page.render(resumed)
 
 
 def test_absent_parts_leave_no_trace():
@@ -537,7 +535,7 @@ def test_the_page_says_what_to_do_next():
         weak
     )
     clean = say(judged(verdict="clean", targets=[]))
-    assert "Searched: masks." in clean and "Not seen by these searches" in clean
+    assert "Searched: masks." in clean and "These searches do not cover" in clean
     assert say(judged(verdict="inconclusive", remedy="more images")) == "More images."
     assert "<code>jaxbd repair m.pth</code>" in page.render(Content(title="t", scans=[judged()]))
     assert page._mark_commands("a `<b>` c") == "a <code>&lt;b&gt;</code> c"

@@ -1,1 +1,1 @@
-"""One file a verb, each with `Args` (its flags) and `run(args) -> exit code`."""
+"""One file per verb, each with `Args` (its flags) and `run(args) -> exit code`."""

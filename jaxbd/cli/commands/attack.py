@@ -1,4 +1,4 @@
-"""`jaxbd attack`: trains a victim to try the defences on."""
+"""`jaxbd attack`: trains a victim on which to try the defences."""
 
 import dataclasses
 import pathlib
@@ -27,58 +27,59 @@ from jaxbd.training.run import Run
 
 Planting = TypeVar("Planting")
 POISON_COUNT = 50
-"""Images that static poisoning stamps where no flag says otherwise."""
+"""Default number of images that static poisoning stamps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Generic[Planting]):
-    """Trains a classifier with a backdoor in it, or a clean one, and writes it as a model folder.
+    """Trains a backdoored classifier, or a clean one, and writes it as a model folder.
 
-    Each attack has flags of its own: `jaxbd attack --attack wanet --help` shows those of WaNet.
+    Each attack has its own flags: `jaxbd attack --attack wanet --help` shows those of WaNet.
 
-    While it trains, the folder OUT.run beside the output holds checkpoints. Ctrl-C or SIGTERM ends
-    it after the current steps, saves, and prints the command to go on with; a second one ends it at
-    once. After a crash too, --resume goes on from the last checkpoint. OUT.run is removed once the
-    output is written.
+    During training, the folder OUT.run next to the output holds checkpoints. Ctrl-C or SIGTERM
+    stops it after the current steps, saves, and prints the command that resumes it; a second signal
+    stops it at once. --resume continues from the last checkpoint, after a crash too. OUT.run is
+    removed once the output is written.
 
     Attributes:
       data: training images with labels: digits, a .npz or .parquet file, a folder of class
         sub-folders or parquet files, CIFAR batches, or tfds:NAME.
       out: model folder to write: the model, trigger.npz for `jaxbd evaluate --trigger`, and
         attack.json.
-      test_data: images to test on; by default a quarter of the data, kept out of training.
+      test_data: images to test on; by default a quarter of the data, excluded from training.
       attack: backdoor to plant.
-      no_attack: plant none, train the clean twin.
-      recipe: "dhbe": settings of the DHBE paper where no flag says otherwise (Yan et al. 2023): the
-        data's last class as target (--target -1 says so too), 300 images poisoned statically, then
-        crops by an eighth of the side and mirroring, batches of 128, learning rate 0.1 in steps.
-        The length of training stays as it is.
+      no_attack: plant no backdoor; train the clean twin.
+      recipe: "dhbe" makes the settings of the DHBE paper the defaults (Yan et al. 2023): the data's
+        last class as target (also --target -1), 300 images poisoned statically, then crops by an
+        eighth of the side and mirroring, batches of 128, learning rate 0.1 falling in steps. The
+        number of training steps does not change.
       clean_model: model folder with the clean net that clean-label and trojan start from; without
-        one, it is trained first, as the victim is. A trojan is planted in that very net, whatever
-        --arch and its like say.
-      picture: picture that blend blends in, in any size; by default random pixels.
-      poison: "dynamic" stamps other images in every batch; "static" stamps the same ones once and
-        for all, before they are cropped or mirrored. Clean-label is always static.
-      poison_count: how many images static poisoning stamps. Default: 50, or what --paper-counts or
-        --recipe says; --poison-rate of the target class with clean-label.
-      per_class: static poisoning stamps so many images of every source class.
+        it, one is trained first, in the same way as the victim. A trojan is planted in that same
+        net, so --arch and similar flags have no effect.
+      picture: picture that the blend attack blends in, of any size; by default random pixels.
+      poison: "dynamic" stamps different images in every batch; "static" stamps the same images
+        once, before they are cropped or mirrored. Clean-label is always static.
+      poison_count: how many images static poisoning stamps. Default: 50, or the number that
+        comes with --paper-counts or --recipe; for clean-label, the share --poison-rate of the
+        target class.
+      per_class: apply --poison-count to each source class instead of to all images.
       paper_counts: poison as many images per class as the BNA paper does on that data set (Li et
-        al. 2023), with its target and trigger size where no flag says otherwise; needs --poison
-        static.
+        al. 2023), with its target and trigger size as defaults; needs --poison static.
       arch: architecture.
       width: channels of its first stage; by default the architecture's own.
       stem: first convolution of a ResNet, for small (cifar), large (imagenet) or 64-pixel images.
       normalisation: the model's first operation on pixels in [0, 1].
       image_shape: height, width, channels; by default the data's own.
       batch_size: images per training step.
-      crop_padding: random crops after padding by so many pixels. Default: 0, or what --recipe says.
-      flip: random mirroring left to right.
-      limit: use at most so many images of the data.
+      crop_padding: random crops after padding by this many pixels. Default: 0, or the value
+        from --recipe.
+      flip: random left-right mirroring.
+      limit: use at most this many images of the data.
       download: let tfds:NAME fetch and prepare a data set; nothing else uses the network.
-      seed: of everything random.
-      planting: what the attack plants.
-      training: length and rule of training.
-      stopping: how it may be stopped.
+      seed: seed for all random choices.
+      planting: settings of the attack.
+      training: length and rule of the training.
+      stopping: how the training is stopped and resumed.
     """
 
     data: str
@@ -118,16 +119,16 @@ class Args(Generic[Planting]):
             raise UserError("attack: need poison_count >= 1, batch_size >= 2, crop_padding >= 0")
         if self.poison == "dynamic" and (self.poison_count is not None or self.per_class):
             raise UserError(
-                "--poison-count and --per-class are of static poisoning; give --poison static with"
-                " them"
+                "--poison-count and --per-class belong to static poisoning; give --poison static"
+                " with them"
             )
         if self.attack == "clean-label" and (self.poison == "dynamic" or self.per_class):
             raise UserError(
-                "clean-label poisons images of one class once and for all; leave --poison and"
+                "clean-label poisons images of one class, always statically; leave out --poison and"
                 " --per-class"
             )
         if self.attack == "trojan" and self.per_class:
-            raise UserError("trojan has no --per-class; give --poison-count alone")
+            raise UserError("trojan has no --per-class; give only --poison-count")
         if self.paper_counts and (self.poison != "static" or self.no_attack):
             raise UserError(
                 "--paper-counts says how many images static poisoning stamps; give --poison static"
@@ -142,17 +143,17 @@ class Args(Generic[Planting]):
             self.no_attack or self.attack not in attacks.NEEDS_CLEAN
         ):
             raise UserError(
-                "--clean-model is what clean-label and trojan start from; give it with --attack of"
-                " these"
+                "--clean-model is what clean-label and trojan start from; give it with one of these"
+                " attacks"
             )
         if self.picture is not None and (self.no_attack or self.attack != "blend"):
-            raise UserError("--picture is what blend blends in; give --attack blend with it")
+            raise UserError("--picture belongs to the blend attack; give --attack blend with it")
         if self.width is not None and self.width < 1:
             raise UserError(f"--width must be at least 1 channel, got {self.width}")
 
 
 def choose(argv: Sequence[str]) -> tuple[Any, Any]:
-    """The class of flags for these words, and the values where there is no flag: by --attack,
+    """The class of flags and the default values for `argv`, which depend on --attack,
     --paper-counts and --recipe."""
     flags = "--attack", "--paper-counts", "--recipe"
     attack, dataset, recipe = parse.preview(argv, *flags)
@@ -171,7 +172,7 @@ def choose(argv: Sequence[str]) -> tuple[Any, Any]:
 
 
 def run(args: Args) -> int:
-    """Trains, measures, writes the folder."""
+    """Trains the model, measures it, and writes the folder."""
     common.start()
     count = _poison_count(args)
     outputs.check_output(args.out, folder=True)
@@ -188,7 +189,7 @@ def run(args: Args) -> int:
         attack = attacks.make(args.attack, args.planting, spec, args.picture)
     if attack and clean is None and args.attack in attacks.NEEDS_CLEAN:
         show.note(
-            f"{args.attack} starts from a clean net; there is no --clean-model, so one is trained"
+            f"{args.attack} starts from a clean net; no --clean-model is given, so one is trained"
             " first"
         )
     identity = common.identity(
@@ -260,8 +261,8 @@ def _plant(
 
 
 def _poison_count(args: Args) -> float | None:
-    """Images static poisoning stamps, below 1 a share. Raises: UserError when the paper has no such
-    attack."""
+    """Number of images that static poisoning stamps; a value below 1 is a share. Raises: UserError
+    if the paper has no such attack."""
     if args.paper_counts is not None:
         return paper_counts.per_class(
             args.paper_counts, args.attack, attacks.is_all_to_all(args.planting)
@@ -271,13 +272,13 @@ def _poison_count(args: Args) -> float | None:
 
 
 def _fill_in(args: Args, spec: build.Spec) -> Args:
-    """What depends on the data: its last class as target, and how far a recipe crops."""
+    """Fills in what depends on the data: the last class as target, and a recipe's crop padding."""
     if args.planting.target == attacks.LAST_CLASS:
         args = dataclasses.replace(
             args, planting=dataclasses.replace(args.planting, target=spec.classes - 1)
         )
     if args.crop_padding is None:
-        # 4 of 32 and 8 of 64 pixels
+        # 4 for images of 32 pixels, 8 for 64
         args = dataclasses.replace(
             args, crop_padding=spec.image_shape[1] // 8 if args.recipe else 0
         )
@@ -285,7 +286,7 @@ def _fill_in(args: Args, spec: build.Spec) -> Args:
 
 
 def _data(args: Args, clean: models.Model | None) -> tuple[Dataset, Dataset]:
-    """Training and test images. Raises: UserError where they do not suffice or do not belong
+    """Training and test images. Raises: UserError if there are too few or they do not fit
     together."""
     image_shape = args.image_shape if clean is None else clean.spec.image_shape
     settings: dict[str, Any] = dict(image_shape=image_shape, seed=args.seed, download=args.download)
@@ -308,8 +309,8 @@ def _data(args: Args, clean: models.Model | None) -> tuple[Dataset, Dataset]:
 
 
 def _spec(args: Args, train: Dataset) -> build.Spec:
-    """What to build. Raises: UserError on an unknown architecture, option, or a normalisation that
-    does not fit."""
+    """The net to build. Raises: UserError on an unknown architecture or option, or a normalisation
+    that does not fit."""
     shape = image_shape_of(train.images)
     mean, std = NORMALISATIONS[args.normalisation]
     if len(mean) not in (0, 1, shape[2]):
@@ -334,7 +335,7 @@ def _spec(args: Args, train: Dataset) -> build.Spec:
 def _write(
     path: pathlib.Path, spec, planted: attacks.Planted, content: dict[str, Any], args: Args
 ) -> None:
-    """The model folder with its companions."""
+    """Writes the model folder with its trigger and record."""
     folder.save(
         path,
         spec,

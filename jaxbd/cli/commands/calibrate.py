@@ -1,4 +1,4 @@
-"""`jaxbd calibrate`: what scans say of clean models, so that others can be compared with them."""
+"""`jaxbd calibrate`: scans clean models, so that other models can be compared with them."""
 
 import dataclasses
 import pathlib
@@ -20,24 +20,24 @@ from jaxbd.training.run import Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Scans models that you know to be clean, and writes how they score.
+    """Scans models that you know to be clean, and writes their scores to a file.
 
-    `jaxbd scan MODEL --data D --calibration null.json` then asks a class to stand out more than in
-    clean models of the same architecture, and says how often the rules alarm on those. The models
-    have to be of the kind that is judged later; 19 or more of an architecture make its own null.
+    `jaxbd scan MODEL --data D --calibration null.json` then requires a class to stand out more than
+    in clean models of the same architecture, and reports how often the rules raise a false alarm on
+    those. The models must be of the same kind as the ones scanned later; with 19 or more of one
+    architecture, that architecture gets its own null distribution.
 
-    The file is written after every model, so that a stopped or killed calibration goes on with
-    --add.
+    The file is written after every model; continue a stopped or killed calibration with --add.
 
     Attributes:
       models: files or folders of clean models.
       data: clean images with labels, see `jaxbd scan --help`; the same for all models.
       out: write the calibration here, as null.json.
-      add: keep the models that the output holds already; those whose files are the same are not
-        scanned again.
+      add: keep the models already in the output; models whose files are unchanged are not scanned
+        again.
       preset: settings that the flags below start from.
-      search: what is searched, and how long.
-      reading: how models and data are read.
+      search: what is searched, and for how long.
+      reading: how the models and the data are read.
     """
 
     models: Annotated[
@@ -55,14 +55,14 @@ class Args:
             raise UserError("missing: MODEL; give one clean model or more")
         if self.search.method != "auto":
             raise UserError(
-                f"--method {self.search.method} makes no statistics of clean models; leave it out"
+                f"--method {self.search.method} has no statistics to calibrate; leave it out"
             )
         if self.search.targets:
             raise UserError("a calibration needs all classes; leave --targets out")
 
 
 def choose(argv: Sequence[str]) -> tuple[type, Any]:
-    """The class of flags, and the values where there is no flag."""
+    """The class of flags and the default values."""
     (preset,) = parse.preview(argv, "--preset")
     settings = by_class.default(preset)
     missing: Any = tyro.MISSING
@@ -70,7 +70,7 @@ def choose(argv: Sequence[str]) -> tuple[type, Any]:
 
 
 def run(args: Args) -> int:
-    """Scans every model, says how they score, writes the calibration."""
+    """Scans every model, prints its alarms, and writes the calibration."""
     common.start()
     outputs.check_output(args.out)
     config = calibrate.for_calibration(args.search)
@@ -87,12 +87,12 @@ def run(args: Args) -> int:
 
 
 def _read_earlier(args: Args, settings: dict[str, Any]) -> nulls.Calibration:
-    """What the output holds. Raises: UserError where it is there without --add, or was made with
-    other settings."""
+    """The calibration already in the output, else an empty one. Raises: UserError if it exists but
+    --add is not given, or it was made with other settings."""
     if not args.out.exists():
         return nulls.Calibration((), settings)
     if not args.add:
-        raise UserError(f"{args.out} is there already; give --add to go on with it")
+        raise UserError(f"{args.out} already exists; give --add to add to it")
     earlier = nulls.load(args.out)
     nulls.merge([earlier, nulls.Calibration((), settings)])
     return earlier
@@ -101,13 +101,13 @@ def _read_earlier(args: Args, settings: dict[str, Any]) -> nulls.Calibration:
 def _score(
     path: pathlib.Path, args: Args, config: ScanConfig, known: set[str]
 ) -> nulls.CleanModel | None:
-    """How one model scores; None where it is known already."""
+    """The scores of one model; None if it is already in the calibration."""
     show.note(f"reading {path} and {args.data} …")
     material = common.open_material(path, args.data, args.reading, config.batch_size, "stored")
     model = material.opened.model
     name = f"{pathlib.Path(model.path).name} {model.sha256[:12]}"
     if name in known:
-        show.note(f"{name} is in {args.out} already")
+        show.note(f"{name} is already in {args.out}")
         return None
     key = jax.random.key(args.reading.seed)
     with Progress() as progress:
@@ -126,7 +126,7 @@ def _score(
 
 
 def say(calibration: nulls.Calibration) -> None:
-    """How often each rule alarms on the clean models."""
+    """Prints how often each rule raises an alarm on the clean models."""
     rules = sorted({rule for model in calibration.models for rule in model.alarms})
     rows = []
     for rule in rules:

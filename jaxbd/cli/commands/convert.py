@@ -1,4 +1,4 @@
-"""`jaxbd convert`: a model in another format."""
+"""`jaxbd convert`: writes a model in another format."""
 
 import dataclasses
 import pathlib
@@ -14,18 +14,19 @@ from jaxbd.models.norm import NORMALISATIONS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Writes a model as a PyTorch file (.pth), as .safetensors, as .onnx, or as a jaxbd model
-    folder (any other name).
+    """Writes a model as a PyTorch file (.pth), .safetensors, .onnx, or a jaxbd model folder (a name
+    without an ending).
 
     Attributes:
       model: a PyTorch file, .safetensors, .onnx, .pt2, a jaxbd model folder or an Orbax folder.
-      out: what to write; its ending says in which format.
+      out: path to write; its ending selects the format.
       arch: architecture of a foreign file; by default recognised from its tensors.
       key: name of the net in a file that holds several.
-      form: what the weights leave open, NAME=VALUE; the likeliest otherwise.
-      image_shape: height, width, channels of the model's images, where the file does not tell.
-      normalisation: what the model expects of pixels in [0, 1]; a model folder states it.
-      force: replace what lies at --out.
+      form: choice that the weights leave open, NAME=VALUE; by default the most likely one.
+      image_shape: height, width, channels of the model's images, if the file does not state them.
+      normalisation: input normalisation the model expects, applied to pixels in [0, 1]; a model
+        folder states its own.
+      force: replace an existing output.
     """
 
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -39,7 +40,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """Reads and writes; says what the new file does not hold."""
+    """Reads the model and writes it again; prints what the new file cannot hold."""
     outputs.check_model_output(args.out, [args.model], force=args.force)
     outputs.refuse_existing("--out", args.out, replace=args.force)
     mean, std = NORMALISATIONS[args.normalisation] if args.normalisation else (None, None)
@@ -54,7 +55,7 @@ def run(args: Args) -> int:
         and args.normalisation is None
     ):
         raise UserError(
-            "the file does not say what normalisation its net expects; give --normalisation"
+            "the file does not say which normalisation its net expects; give --normalisation"
         )
     note = outputs.write_model(args.out, model, model.variables)
     show.say(

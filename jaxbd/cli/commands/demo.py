@@ -1,4 +1,4 @@
-"""`jaxbd demo`: plants a backdoor, finds it knowing nothing of it, removes it, and shows the
+"""`jaxbd demo`: plants a backdoor, finds it without prior knowledge, removes it, and shows the
 evidence."""
 
 import dataclasses
@@ -34,14 +34,14 @@ BATCH = 64
 LEVELS = (0.5, 0.8, 0.9)
 WRITTEN = ("suspect", "twin", "repaired")
 OTHERS = (
-    "One repair is shown, unlearning. The others can be tried on the models in this folder; the one"
-    " that leaves the weights alone and flags triggered images (BNA) is `jaxbd repair suspect"
-    " --data digits --method bna --out guarded`, measured in docs/results.md."
+    "This page shows one repair, unlearning. You can try the others on the models in this folder:"
+    " `jaxbd repair suspect --data digits --method bna --out guarded` leaves the weights alone and"
+    " flags triggered images (BNA, measured in docs/results.md)."
 )
-"""Where the repairs are that the demo leaves out."""
+"""How to try the repairs that the demo leaves out."""
 NOTES = {
-    "ideal (true trigger)": "knows the planted trigger: for reference only",
-    "MESA mixture": "knows the recovered triggers only",
+    "ideal (true trigger)": "uses the planted trigger: for reference only",
+    "MESA mixture": "uses only the recovered triggers",
 }
 
 
@@ -49,19 +49,19 @@ NOTES = {
 class Args:
     """Plants a backdoor in a small net on handwritten digits, finds it, removes it, and reports.
 
-    The scan sees the net's weights and a few clean images, nothing else; a clean twin is scanned
-    beside it. The repair trains the net to ignore the triggers that the scan recovered. Needs no
-    download and no GPU; about two minutes on two cores.
+    The scan sees only the net's weights and a few clean images; a clean twin is scanned for
+    comparison. The repair trains the net to ignore the triggers that the scan recovered. The demo
+    needs no download and no GPU and takes about two minutes on two cores.
 
-    The other repairs can be tried on the models that the demo leaves behind, such as `jaxbd repair
+    You can try the other repairs on the models the demo writes, e.g. `jaxbd repair
     jaxbd-demo/suspect --data digits --method bna --out guarded`.
 
     Attributes:
-      out: folder for the models, scan.json, repair.json and report.html; made when missing.
-      seed: of everything random; the attacked class is the seed modulo 10.
+      out: folder for the models, scan.json, repair.json and report.html; created if missing.
+      seed: seed for all random choices; the attacked class is the seed modulo 10.
       scan_steps: optimisation steps of each part of the scan.
       repair_steps: optimisation steps of each repair.
-      train_steps: optimisation steps of each model.
+      train_steps: training steps of each model.
     """
 
     out: pathlib.Path = pathlib.Path("jaxbd-demo")
@@ -85,7 +85,7 @@ class Found(NamedTuple):
       case: the suspect, its true trigger and the data; twin: the clean net's variables.
       scans: by name, "suspect" and "twin"; before: their rates under the true trigger.
       repaired: by method; after: their rates.
-      curves: of the training.
+      curves: training curves.
     """
 
     case: compare.Case
@@ -98,7 +98,7 @@ class Found(NamedTuple):
 
 
 def run(args: Args) -> int:
-    """Runs the demo; 0 when both verdicts are right, 1 otherwise."""
+    """Runs the demo; returns 0 if both verdicts are right, 1 otherwise."""
     outputs.check_output(args.out / "report.html")
     for name in WRITTEN:
         outputs.check_output(args.out / name, folder=True)
@@ -107,7 +107,7 @@ def run(args: Args) -> int:
     config = _scan_config(args)
     with Progress() as progress:
         going = Run(progress=progress, notice=show.note)
-        # the suspect first, so that its verdict is on the screen before anything else is begun
+        # the suspect first, so that its verdict appears before the slower rest
         case, losses = _plant(going, args)
         scans = {"suspect": _scan(going, case.victim, case, config, args)}
         waited = time.perf_counter() - started
@@ -128,7 +128,7 @@ def run(args: Args) -> int:
 
 
 def _scan_config(args: Args) -> scanning.ScanConfig:
-    """The usual scan, with a smaller generator and so many steps."""
+    """The quick scan, with a smaller generator and the steps from the flags."""
     return dataclasses.replace(
         scanning.PRESETS["quick"],
         levels=LEVELS,
@@ -141,7 +141,7 @@ def _scan_config(args: Args) -> scanning.ScanConfig:
 def _scan(
     run: Run, suspect: Suspect, case: compare.Case, config: scanning.ScanConfig, args: Args
 ) -> scanning.Scan:
-    """A scan that knows the weights and a few clean images."""
+    """A scan that sees only the weights and a few clean images."""
     key = jax.random.fold_in(jax.random.key(args.seed), 4)
     return scanning.scan(run, key, suspect, case.defence, case.test, config)
 
@@ -161,7 +161,8 @@ def _plant(run: Run, args: Args) -> tuple[compare.Case, np.ndarray]:
 
 
 def _train(run: Run, args: Args, net: Net, images: Batch, attack: Any) -> tuple[Any, np.ndarray]:
-    """A net's variables, and its losses: with a backdoor by `attack`, or a clean one for None."""
+    """Trains a net with a backdoor by `attack`, or a clean one for None. Returns its variables and
+    losses."""
     words, number = ("its clean twin", 3) if attack is None else ("a model with a backdoor", 2)
     trained = plant.train(
         run,
@@ -184,8 +185,8 @@ def _spec() -> build.Spec:
 def _repair(
     run: Run, case: compare.Case, scan: scanning.Scan, args: Args
 ) -> dict[str, repair.Repaired]:
-    """Unlearns what the scan recovered, and the true trigger for reference; nothing where the scan
-    did not name the class."""
+    """Unlearns what the scan recovered, and, for reference, the true trigger; {} if the scan did
+    not name the attacked class."""
     if case.target not in scan.decision.targets:
         return {}
     known = {
@@ -210,7 +211,7 @@ def _repair(
 
 
 def _write(args: Args, config: scanning.ScanConfig, found: Found) -> None:
-    """The models, their records and the page."""
+    """Writes the models, their records and the page."""
     nets = {"suspect": found.case.victim.variables, "twin": found.twin}
     if found.repaired:
         nets["repaired"] = found.repaired["MESA mixture"].variables
@@ -238,7 +239,7 @@ def _scan_record(
 
 
 def _repair_record(args: Args, found: Found) -> dict[str, Any]:
-    """`repair.json` of the mixture, with the ideal repair beside it."""
+    """`repair.json` for the mixture, with the ideal repair's rates under "ideal"."""
     if not found.repaired:
         note = "the scan did not name the attacked class: nothing was repaired"
         return {"schema": f"{results.SCHEMA}/repair", "method": None, "note": note}
@@ -269,11 +270,11 @@ def _data_record(found: Found) -> dict[str, Any]:
 def _content(
     args: Args, config: scanning.ScanConfig, found: Found, records: dict[str, Any]
 ) -> Content:
-    """The page's content; the triggers on it are those of the attacked class."""
+    """The page's content; its triggers are those of the attacked class."""
     names = {"suspect": "suspect", "twin": "clean twin"}
     images = len(found.case.test.labels)
     parts = [class_page.describe(names[name], one, config, images) for name, one in records.items()]
-    # of its folder, so that a page that is sent on says nothing about the machine
+    # paths relative to the demo's folder: a page that is passed on must not reveal local paths
     command = "`jaxbd repair suspect --data digits --scan scan.json --out repaired`"
     suspect, twin = (dataclasses.replace(part, repair=command) for part in parts)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
@@ -290,10 +291,10 @@ def _content(
 
 
 def _triggers(config: scanning.ScanConfig, found: Found) -> Triggers:
-    """What the scan of the suspect recovered, beside the planted trigger."""
+    """The triggers recovered from the suspect, and the planted one."""
     case, names = found.case, _spec().class_names
-    shown = class_page.show_triggers(found.scans["suspect"], case.victim, case.test, names, config)
-    return dataclasses.replace(shown, original=np.asarray(case.trigger.pattern))
+    part = class_page.show_triggers(found.scans["suspect"], case.victim, case.test, names, config)
+    return dataclasses.replace(part, original=np.asarray(case.trigger.pattern))
 
 
 def _repair_part(name: str, found: Found) -> Repaired:
@@ -313,14 +314,14 @@ def _repair_part(name: str, found: Found) -> Repaired:
 
 
 def _verdict(scan: scanning.Scan) -> str:
-    """What a scan says, in a few words."""
+    """A scan's verdict in a few words."""
     if scan.decision.targets:
         return f"backdoored, class {', '.join(map(str, scan.decision.targets))}"
     return scan.decision.verdict
 
 
 def _say(args: Args, found: Found, seconds: float) -> int:
-    """The table and three lines; 0 when the verdicts are right."""
+    """Prints the table and a few lines; returns 0 if the verdicts are right, 1 otherwise."""
     rates = {f"{name}, before": one for name, one in found.before.items()}
     rates |= found.after
     title = "test images, true trigger"
@@ -328,7 +329,7 @@ def _say(args: Args, found: Found, seconds: float) -> int:
     scans, target = found.scans, found.case.target
     right = scans["suspect"].decision.targets == [target]
     right = right and scans["twin"].decision.verdict == "clean"
-    wrong = "" if right else f"; planted was class {target}, and the twin is clean"
+    wrong = "" if right else f"; in fact class {target} was attacked and the twin is clean"
     show.say(
         f"Suspect: {_verdict(scans['suspect'])}. Clean twin: {_verdict(scans['twin'])}{wrong}"
         f" ({seconds:.0f} s in all)."
@@ -341,6 +342,6 @@ def _say(args: Args, found: Found, seconds: float) -> int:
             f" {show.percent(before.clean_accuracy)} -> {show.percent(after.clean_accuracy)}."
         )
     else:
-        show.say("Repaired: nothing, since the scan did not name the attacked class.")
+        show.say("Repaired: nothing, because the scan did not name the attacked class.")
     show.say(f"open {args.out / 'report.html'}")
     return 0 if right else 1

@@ -1,4 +1,4 @@
-"""`jaxbd evaluate`: clean accuracy, and what a trigger does."""
+"""`jaxbd evaluate`: clean accuracy, and the attack success rate of a trigger."""
 
 import dataclasses
 import pathlib
@@ -27,15 +27,15 @@ class Args:
       model: a PyTorch file, .safetensors, or a jaxbd model folder.
       data: clean images with labels, see `jaxbd scan --help`.
       out: write the result here as JSON (evaluate.json).
-      copies: how often a patch stands on an image: 4: in all corners, as far from the edges as at
-        its own place; 9: in the middle of the image and of its edges besides (the amplified attack
-        of Yan et al. 2023).
+      copies: copies of a patch on an image. 4: one in each corner, as far from the edges as the
+        original; 9: also in the middle of the image and of each edge (the amplified attack of Yan
+        et al. 2023).
       relearn: also train the model on three quarters of the images, 1 % of them with the trigger
-        and its label, and say after how many steps the backdoor works on half of the others again;
-        a clean model needs more than one whose backdoor is only hidden.
+        and its label, and report after how many steps the backdoor works again on half of the
+        other images; a clean model needs more steps than one whose backdoor is only hidden.
       given: the trigger.
-      force: replace what lies at --out.
-      reading: how model and data are read.
+      force: replace an existing output.
+      reading: how the model and the data are read.
     """
 
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -53,15 +53,15 @@ class Args:
                 "--apply, --place and --target describe a trigger; give it with --trigger"
             )
         if self.given.trigger is None and self.relearn:
-            raise UserError("--relearn teaches a trigger; give it with --trigger")
+            raise UserError("--relearn teaches a trigger; give the trigger with --trigger")
         if self.given.trigger is None and self.copies != 1:
             raise UserError(
-                "--copies is how often a trigger stands on an image; give it with --trigger"
+                "--copies repeats a trigger on the image; give the trigger with --trigger"
             )
 
 
 def run(args: Args) -> int:
-    """Measures, prints one line with both denominators, writes what was asked for."""
+    """Measures the model, prints one line with both denominators, and writes the result."""
     common.start()
     outputs.check_output(args.out)
     outputs.check_ending("--out", args.out, (".json", ""))
@@ -85,10 +85,10 @@ def run(args: Args) -> int:
     rates = results.rates(found)
     show.rates([(pathlib.Path(model.path).name, rates)])
     if args.copies != 1:
-        show.say(f"Every triggered image bears the trigger {args.copies} times.")
+        show.say(f"Every triggered image has {args.copies} copies of the trigger.")
     if config is not None and config.all_to_all:
         show.say(
-            "All-to-all: the attack succeeds on class c where the answer is c + 1 mod"
+            "All-to-all: the attack on an image of class c succeeds if the model answers c + 1 mod"
             f" {model.spec.classes}."
         )
     back = _relearn(opened, data, attack, pixels, args) if args.relearn else None
@@ -101,7 +101,7 @@ def run(args: Args) -> int:
 def _relearn(
     opened: common.Opened, data: Batch, attack: Any, trigger: Any, args: Args
 ) -> dict[str, Any]:
-    """How soon the backdoor is back: said, and as a record. The model itself stays as it is.
+    """Prints how soon the backdoor is back, and returns it as a record. The model is not changed.
 
     Raises: UserError for a guarded model, which has no weights of its own to train.
     """

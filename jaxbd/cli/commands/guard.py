@@ -1,4 +1,4 @@
-"""`jaxbd guard`: what a guarded model says of each image, and which images it takes for
+"""`jaxbd guard`: a guarded model's answer for each image, and which images it flags as
 triggered."""
 
 import dataclasses
@@ -26,26 +26,26 @@ from jaxbd.models import build
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Says of each image what it shows, and whether it carries the trigger of a backdoor that was
-    found.
+    """Classifies each image, and says whether it carries the trigger of a backdoor found earlier.
 
-    A guarded model asks the attacked net first. Where that answers a class to which a backdoor
-    leads, a net corrected for that class is asked too; its answer counts, and where the two differ
-    the image is flagged. Every image becomes a line of JSON: `index` (among the images read),
-    `file` where known, `label` (the answer), `suspect_label` (what the attacked net says), `asked`,
-    `flagged`, `true_label` where known.
+    A guarded model runs the attacked net first. If the answer is a class that a backdoor leads to,
+    it also runs a net corrected for that class; the corrected answer counts, and if the two differ
+    the image is flagged. Every image becomes a line of JSON with the fields `index` (among the
+    images read), `file` if known, `label` (the answer), `suspect_label` (the attacked net's
+    answer), `asked` (whether a corrected net was run), `flagged`, and `true_label` if known.
 
     Attributes:
-      model: the guarded model: a folder that `jaxbd repair --method bna` wrote.
-      data: the images: a picture, a folder of pictures or a .npz with images alone, or anything
+      model: guarded model: a folder written by `jaxbd repair --method bna`.
+      data: the images: a picture, a folder of pictures or a .npz with only images, or any source
         with labels, see `jaxbd scan --help`.
       out: write the lines here; otherwise they go to stdout, and the summary to stderr.
-      strip: clean images (a source with labels) for a second opinion by STRIP, which adds
-        `strip_entropy` in bits and `strip_flagged` to each line. Costs a hundred passes per image.
-      comparing: how STRIP works.
+      strip: clean images (a source with labels) for a second opinion from STRIP, which
+        adds `strip_entropy` in bits and `strip_flagged` to each line. Takes a hundred passes per
+        image.
+      comparing: settings of STRIP.
       batch_size: images per pass.
-      force: replace what lies at --out.
-      reading: how model and data are read.
+      force: replace an existing output.
+      reading: how the model and the data are read.
     """
 
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -59,17 +59,17 @@ class Args:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise UserError(f"batch size of the guard is {self.batch_size}; give at least 1")
+            raise UserError(f"--batch-size must be at least 1 image, got {self.batch_size}")
         if self.strip is None and self.comparing != stripping.Config():
             raise UserError(
-                "--overlays, --blend and --false-positive-rate are STRIP's; give it clean images"
-                " with --strip"
+                "--overlays, --blend and --false-positive-rate belong to STRIP; give it clean"
+                " images with --strip"
             )
 
 
 class Opened(NamedTuple):
-    """The model; images uint8 [N, H, W, C]; true labels [N] and file names where known; where they
-    came from."""
+    """The model; images uint8 [N, H, W, C]; true labels [N] and file names, if known; the name of
+    the source."""
 
     model: models.Model
     images: np.ndarray
@@ -79,7 +79,7 @@ class Opened(NamedTuple):
 
 
 def run(args: Args) -> int:
-    """Asks about every image, writes a line for each, sums up."""
+    """Runs the guard on every image, writes a line for each, and prints a summary."""
     common.start()
     outputs.check_output(args.out)
     outputs.refuse_existing("--out", args.out, replace=args.force)
@@ -106,7 +106,8 @@ def run(args: Args) -> int:
 
 
 def _open(args: Args) -> Opened:
-    """Model and images. Raises: UserError when the model has no guard, or the images do not fit."""
+    """Opens model and images. Raises: UserError if the model has no guard, or the images do not
+    fit."""
     if unlabelled.is_unlabelled(args.data):
         norm = common.stated(args.reading)
         model = common.open_model(
@@ -133,7 +134,7 @@ def _open(args: Args) -> Opened:
 
 
 def _judge(opened: Opened, args: Args, progress: Progress):
-    """`guard.Verdicts` of all images, NumPy."""
+    """`guard.Verdicts` for all images, as NumPy arrays."""
     model = opened.model
     assert model.guard is not None  # checked when it was opened
     judge = guarded.judge(build.net(model.spec), model.guard.targets)
@@ -142,7 +143,7 @@ def _judge(opened: Opened, args: Args, progress: Progress):
 
 
 def _clean(model: models.Model, args: Args) -> tuple[Dataset, Dataset]:
-    """STRIP's clean images: half are laid over others, half set the threshold."""
+    """STRIP's clean images: one half is overlaid on the images, the other sets the threshold."""
     shape, reading = model.spec.image_shape, args.reading
     assert args.strip is not None
     clean = load.load(
@@ -159,7 +160,7 @@ def _clean(model: models.Model, args: Args) -> tuple[Dataset, Dataset]:
 def _compare(
     opened: Opened, overlays: Dataset, measured: Dataset, args: Args, progress: Progress
 ) -> dict[str, np.ndarray]:
-    """STRIP's entropies and flags, asked of the suspect."""
+    """STRIP's entropies and flags, computed with the suspect net."""
     model = opened.model
     entropy = stripping.entropy(build.net(model.spec), args.comparing)
     measure = lambda key, known, images: entropy(key, known[0], images, known[1])
@@ -173,7 +174,7 @@ def _compare(
 
 
 def _per_image(measure, known: Any, images: np.ndarray, args: Args, progress: Progress, label: str):
-    """`evaluate.per_image` with progress that is on screen before the first compile."""
+    """`evaluate.per_image` with progress that appears before the first compile."""
     data = Batch(images, np.zeros(len(images), np.int32))
     progress(label, 0, len(images))
     return evaluate.per_image(
@@ -187,7 +188,7 @@ def _per_image(measure, known: Any, images: np.ndarray, args: Args, progress: Pr
 
 
 def _lines(opened: Opened, found: dict[str, np.ndarray]) -> str:
-    """A line of JSON per image."""
+    """One line of JSON per image."""
     lines = []
     for index in range(len(opened.images)):
         row: dict[str, Any] = {"index": index}
@@ -201,7 +202,7 @@ def _lines(opened: Opened, found: dict[str, np.ndarray]) -> str:
 
 
 def _summary(opened: Opened, found: dict[str, np.ndarray]) -> list[str]:
-    """Counts, shares, and how often the answers are right where the labels are known."""
+    """Counts and shares, and how often the answers are right if the labels are known."""
     count, asked, flagged = len(opened.images), found["asked"], found["flagged"]
     of = lambda target: found["suspect_label"] == target
     assert opened.model.guard is not None
@@ -226,7 +227,7 @@ def _summary(opened: Opened, found: dict[str, np.ndarray]) -> list[str]:
             for field in ("suspect_label", "label")
         }
         lines.append(
-            f"In agreement with the labels: {show.percent(right['label'])} of the answers, "
+            f"Correct by the true labels: {show.percent(right['label'])} of the answers, "
             f"{show.percent(right['suspect_label'])} of the suspect's."
         )
     return lines

@@ -1,4 +1,4 @@
-"""`jaxbd inspect`: what is in a model file, without executing anything in it."""
+"""`jaxbd inspect`: shows what is in a model file, without executing anything in it."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ from jaxbd.interop.inspect import describe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Says what is in a model file: architecture, tensors, parameters, values that are not finite,
+    """Shows what is in a model file: architecture, tensors, parameters, values that are not finite,
     SHA-256.
 
-    Nothing in the file is executed. A file that is refused gives exit code 2.
+    Nothing in the file is executed. A refused file gives exit code 2.
 
     Attributes:
       file: a PyTorch file, .safetensors, a jaxbd model folder or an Orbax folder.
-      arch: hold the file against this architecture.
+      arch: compare the file with this architecture.
       key: name of the net in a file that holds several.
       json: print JSON instead of tables.
     """
@@ -34,7 +34,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """Prints what `describe` finds. Raises: UserError when the file was refused."""
+    """Prints what `describe` finds. Raises: UserError if the file was refused or not recognised."""
     facts = describe(args.file, arch=args.arch, key=args.key)
     if args.json:
         print(json.dumps(files.plain(facts), indent=1))
@@ -48,7 +48,7 @@ def run(args: Args) -> int:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    """Tensors first, the summary last, where it stays on screen."""
+    """Prints the tensors first and the summary last, so that it stays on screen."""
     if facts["tensors"]:
         rows = [
             (name, "x".join(map(str, shape)) or "scalar", dtype)
@@ -87,13 +87,13 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def _normalisation(constants: dict[str, list[float]]) -> str:
-    """The constants that the file states."""
+    """The normalisation constants stated in the file."""
     mean, std = (", ".join(f"{value:g}" for value in constants[name]) for name in ("mean", "std"))
     return f"by the file: mean {mean}; std {std}"
 
 
 def _guard(facts: dict[str, Any]) -> str:
-    """What a guarded model does, in a sentence."""
+    """What a guarded model does, as a phrase."""
     targets = ", ".join(map(str, facts["targets"]))
     return (
         f"answers {targets} are checked by corrected nets ({facts['arrays']} arrays, sha256"

@@ -1,4 +1,4 @@
-"""`jaxbd methods`: all methods, what they need, and links to their papers."""
+"""`jaxbd methods`: lists all methods, what they need, and links to their papers."""
 
 import dataclasses
 import json
@@ -8,12 +8,12 @@ from jaxbd import methods
 from jaxbd.cli import show
 
 NEEDS = {"clean": "clean images", "trigger": "a trigger"}
-"""What a repair may need -> the words for it."""
+"""What a repair may need -> its description."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Lists all methods: what they are, what a repair needs, and links to the papers.
+    """Lists all methods: what each does, what a repair needs, and links to the papers.
 
     Attributes:
       json: print JSON instead of a table.
@@ -28,15 +28,15 @@ def run(args: Args) -> int:
     if args.json:
         print(json.dumps([_as_record(method) for method in found], indent=1))
         return 0
-    # the link below what it leads to: in a column of its own the longest link would leave the words
-    # no room
+    # the link goes below the description: in its own column the longest link would leave too little
+    # room for the text
     rows = [(method.kind, method.name, _describe(method)) for method in found]
     show.table(("kind", "method", "what it is"), rows, left=3)
     show.say(
         "`jaxbd scan --method auto` combines neural-cleanse (where to look) with mesa (what is"
         " there).",
-        "`jaxbd repair --method NAME --help` shows the settings of a repair. A trigger that it"
-        " needs is searched for, unless you give one.",
+        "`jaxbd repair --method NAME --help` shows the settings of a repair. If it needs a trigger"
+        " and you give none, jaxbd searches for one.",
     )
     return 0
 
@@ -59,7 +59,7 @@ def _as_record(method: methods.Method) -> dict[str, Any]:
 
 
 def _describe(method: methods.Method) -> tuple[str, ...]:
-    """What it is; of a repair what it needs, leaves, and starts from; the paper."""
+    """The summary, a repair's needs, guard and presets, and the paper."""
     lines = [method.summary]
     if method.kind == "repair":
         needs = [words for need, words in NEEDS.items() if need in method.needs]

@@ -1,4 +1,4 @@
-"""`jaxbd repair`: removes a backdoor by any method of the table, and writes the repaired model."""
+"""`jaxbd repair`: removes a backdoor with any repair method and writes the repaired model."""
 
 import dataclasses
 import functools
@@ -38,68 +38,70 @@ Settings = TypeVar("Settings")
 Search = TypeVar("Search")
 DEFAULT = holding.AUTO
 SAVE_EVERY = 500
-"""Steps between two checkpoints where no flag says otherwise."""
+"""Default steps between two checkpoints."""
 JUDGED = 10_000
-"""Most images to judge by where no flag says otherwise and a method repairs without any."""
+"""Default limit on the images for measuring, for methods that repair without images."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NoSearch:
-    """The search of a method that needs no trigger: there is none, and it has no flags."""
+    """Search settings of a method that needs no trigger: no search, no flags."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(Generic[Settings, Search]):
     """Removes a backdoor and writes the repaired model.
 
-    Methods that need a trigger recover it with a scan first, unless you give one or the result of
-    an earlier scan. `jaxbd methods` lists the methods and what each needs; `jaxbd repair --method
-    NAME --help` shows the flags of one: --with.… are its settings, --search.… those of the scan. A
-    method that guards writes a folder: the model as it was, and its corrections; see `jaxbd guard`.
+    A method that needs a trigger first recovers one with a scan, unless you give a trigger or the
+    result of an earlier scan. `jaxbd methods` lists the methods and what each needs;
+    for a method's flags, see `jaxbd repair --method NAME --help`: --with.… are its settings,
+    and --search.… those of the scan. A method that guards writes a folder with the original model
+    and its corrections; see `jaxbd guard`.
 
-    While it runs, the folder OUT.run beside the output holds checkpoints, and losses go to
-    OUT.metrics.jsonl as lines of JSON. Ctrl-C or SIGTERM ends it after the current steps, saves,
-    and prints the command to go on with; a second one ends it at once. After a crash too, --resume
-    goes on from the last checkpoint. OUT.run is removed once the output is written.
+    During the repair, the folder OUT.run next to the output holds checkpoints, and losses go to
+    OUT.metrics.jsonl as lines of JSON. Ctrl-C or SIGTERM stops it after the current steps, saves,
+    and prints the command that resumes it; a second signal stops it at once. --resume continues
+    from the last checkpoint, after a crash too. OUT.run is removed once the output is written.
 
     --search.memory-budget takes units: 500MB, 2GiB, or plain bytes.
 
     Attributes:
-      model: a PyTorch file, .safetensors, or a jaxbd model folder; or a case, the folder that
-        `jaxbd scan --out` wrote, which needs no other flag: model, data and triggers are those of
-        the scan, and the repaired model, its figures and a new scan of it go into the case.
-      out: the repaired model: .pth or .safetensors in the source's own keys and layout, or a model
-        folder. The figures go beside it, as <name>.repair.json, or into the folder as repair.json.
-      data: clean images with labels, see `jaxbd scan --help`. A quarter of them judges the repair.
-      test_data: images to judge by instead. For methods that need none, these are the only images,
-        and they are read once the repaired model is written.
-      report: write one self-contained HTML page here, with --method dhbe: what was generated over
-        time, the losses, and figures before and after where there is --test-data, with a patch as
-        --trigger also of 4 and 9 copies on an image (see `jaxbd evaluate --help`). After --resume,
-        what was generated before is not on it.
-      method: how to repair, by a name that `jaxbd methods` lists. "auto": unlearns what the scan
-        recovered and checks itself, see --rounds; where a scan that does not say clean recovered
-        nothing, `clip`. Its --with.… flags are those of unlearn.
-      rounds: the repair checks itself: after each round, images that repaired nothing are measured
-        and triggers are searched for anew, and what works is repaired too, until nothing that is
-        unusually small works, the budget of --max-drop is spent, or so many rounds are over. Usual
-        with auto (4 rounds); others repair once where this is not given.
-      max_drop: clean accuracy, as a share of images, that rounds may cost.
-      preset: settings that the flags of the method start from.
+      model: a PyTorch file, .safetensors, or a jaxbd model folder; or a case, the folder written
+        by `jaxbd scan --out`. A case needs no other flag: it provides model, data and triggers,
+        and the repaired model, its figures and a new scan of it are written into the case.
+      out: the repaired model: .pth or .safetensors with the source's keys and layout, or a model
+        folder. The figures go next to it as <name>.repair.json, or into the folder as repair.json.
+      data: clean images with labels, see `jaxbd scan --help`. A quarter of them are held out to
+        measure the repair.
+      test_data: images to measure the repair on instead. For methods that repair without images
+        these are the only images, and they are read after the repaired model is written.
+      report: write a self-contained HTML page here, with --method dhbe. It shows the generated
+        images over time, the losses, and, with --test-data, the figures before and after; if the
+        trigger is a patch, also for 4 and 9 copies on an image (see `jaxbd evaluate --help`).
+        After --resume, earlier generated images are missing.
+      method: repair method, a name from `jaxbd methods`. "auto" unlearns the triggers that the scan
+        recovered and checks itself, see --rounds; if the scan recovered none but does not say
+        clean, it uses `clip`. Its --with.… flags are those of unlearn.
+      rounds: most rounds of a repair that checks itself. After each round it measures images not
+        used for the repair, searches for triggers again, and repairs those that work. It stops when
+        no unusually small trigger works, the --max-drop budget is spent, or the rounds are used up.
+        Default with auto: 4; other methods repair once unless this is given.
+      max_drop: clean accuracy that the rounds may cost, as a share of images.
+      preset: settings that the method's flags start from.
       steps: length of the repair, short for the method's num-steps.
       batch_size: images per step.
-      evidence: what of a scan by class is used. "mixture": all recovered distributions that reached
-        their level, in equal shares; "entropy": the same, weighted by the exponential of their
-        entropy; "level": the one of --level.
-      level: of --evidence level.
-      scan: an earlier scan: a case, whose triggers are used in place of a search, or a scan.json,
-        whose classes are then the only ones searched.
-      rescan: whether the repaired model of a case is scanned, into rescan.json.
-      given: the trigger, where you have it: no scan is run then.
+      evidence: which results of a scan by class to use. "mixture": all recovered distributions that
+        reached their level, in equal shares; "entropy": the same, weighted by the exponential of
+        their entropy; "level": only the one of --level.
+      level: the level for --evidence level.
+      scan: an earlier scan: either a case, whose triggers replace the search, or a scan.json, which
+        limits the search to its attacked classes.
+      rescan: whether to scan the repaired model of a case, into rescan.json.
+      given: the trigger, if you have it; then no scan is run.
       settings: settings of the method.
-      search: what is searched, and how long.
-      stopping: how it may be stopped.
-      reading: how model and data are read.
+      search: what is searched, and for how long.
+      stopping: how the repair is stopped and resumed.
+      reading: how the model and the data are read.
     """
 
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -131,13 +133,13 @@ class Args(Generic[Settings, Search]):
         if self.given.trigger is None and (self.given.apply, self.given.place) != (None, None):
             raise UserError("--apply and --place describe a trigger; give it with --trigger")
         if self.given.trigger is not None and self.scan is not None:
-            raise UserError("a given trigger needs no scan; leave --trigger or --scan out")
+            raise UserError("a given trigger needs no scan; leave out --trigger or --scan")
 
 
 def choose(argv: Sequence[str]) -> tuple[Any, Any]:
-    """The class of flags for these words, and the values where there is no flag.
+    """The class of flags and the default values for `argv`.
 
-    Raises: UserError on a method or preset that there is none of.
+    Raises: UserError on an unknown method or preset.
     """
     name, preset, search_method = parse.preview(argv, "--method", "--preset", "--search.method")
     name = name or DEFAULT
@@ -164,18 +166,18 @@ def choose(argv: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _usual_reading(method: methods.Method) -> common.Reading:
-    """How model and data are read where no flag says otherwise."""
-    # images are only measured on where none are needed, which takes little of each
+    """The default reading settings."""
+    # a method without images only measures on them, which is cheap, so the limit is higher
     return common.Reading() if "clean" in method.needs else common.Reading(limit=JUDGED)
 
 
 class Opened(NamedTuple):
-    """What a repair works on.
+    """Everything a repair works on.
 
     Attributes:
-      model: the suspect's file; opened: with its data, None where there are no images.
-      clean: images to repair with, None where the method needs none; judge: images to judge by.
-      material: for searches; None where there are no images to search with.
+      model: the suspect's file; opened: the same with its data, None without images.
+      clean: images to repair with, None without images; judge: images to measure the repair on.
+      material: input for searches; None without images.
     """
 
     model: models.Model
@@ -186,7 +188,7 @@ class Opened(NamedTuple):
 
 
 def run(args: Any) -> int:
-    """Finds the trigger where the method needs one, repairs, measures, writes."""
+    """Finds a trigger if the method needs one, repairs, measures and writes."""
     common.start()
     method = holding.find(args.method)
     args, past = from_case.fill_in(args, method, _usual_reading(method))
@@ -241,8 +243,8 @@ def run(args: Any) -> int:
 
 
 def _identify(args: Any, method: methods.Method, there: Opened, loaded: Any) -> dict[str, Any]:
-    """What the run depends on. A trigger that is only measured with may change between its
-    parts."""
+    """Everything the run depends on. A trigger used only for measuring may differ when the run is
+    resumed."""
     if "trigger" not in method.needs:
         args, loaded = dataclasses.replace(args, given=triggers.Trigger()), None
     images = (there.clean, there.judge)
@@ -259,9 +261,9 @@ def _finish_unmeasured(
     watch: erasing.Watch | None,
     content: dict[str, Any],
 ) -> None:
-    """Writes what was repaired without any image; then measures it, where there is --test-data.
+    """Writes a model that was repaired without images; then measures it if there is --test-data.
 
-    No image is read before the repaired model is written, and a fault in one costs nothing.
+    Images are read only after the repaired model is written, so a bad image cannot lose it.
     """
     content = outcome.save(args.out, there.model, repaired, content)
     job.finish(paths)
@@ -290,9 +292,9 @@ def _finish_unmeasured(
 
 
 def _write_page(args: Any, watch: erasing.Watch | None, content: dict[str, Any]) -> None:
-    """The page, where one is asked for.
+    """Writes the page, if requested.
 
-    Raises: UserError when it cannot be written, saying that the repaired model stands.
+    Raises: UserError if it cannot be written; it says that the repaired model is written.
     """
     if watch is None or args.report is None:
         return
@@ -303,7 +305,7 @@ def _write_page(args: Any, watch: erasing.Watch | None, content: dict[str, Any])
 
 
 def with_steps(settings: Any, steps: int | None) -> Any:
-    """`settings` with another length, where --steps says so.
+    """`settings` with the length from --steps, if given.
 
     Raises: UserError for a method without a length.
     """
@@ -319,12 +321,13 @@ def with_steps(settings: Any, steps: int | None) -> Any:
 
 
 def _length(settings: Any) -> int | None:
-    """The steps that settings state; None for those without."""
+    """The number of steps in `settings`; None if they have none."""
     return getattr(getattr(settings, "correction", settings), "num_steps", None)
 
 
 def _check(args: Any, method: methods.Method) -> job.Paths:
-    """Whether the flags fit the method and the outputs can be written, before anything is read."""
+    """Checks that the flags fit the method and the outputs can be written, before anything is
+    read."""
     in_folder = outputs.is_folder(args.out)
     if method.guards and not in_folder and args.out.suffix != ".onnx":
         raise UserError(
@@ -336,7 +339,7 @@ def _check(args: Any, method: methods.Method) -> job.Paths:
     if "clean" not in method.needs and args.data is not None:
         raise UserError(
             f"{method.name} takes no data; leave --data out, or give --test-data to measure the"
-            " repaired model on"
+            " repaired model"
         )
     _check_given(args, method)
     holding.check(args, method)
@@ -366,20 +369,20 @@ def _check(args: Any, method: methods.Method) -> job.Paths:
 
 
 def _check_given(args: Any, method: methods.Method) -> None:
-    """Raises UserError where the flags about a trigger do not fit the method."""
+    """Raises UserError if the flags about a trigger do not fit the method."""
     given = args.given
     if "trigger" not in method.needs:
         if args.scan is not None:
-            raise UserError(f"{method.name} needs no trigger and so no scan; leave --scan out")
+            raise UserError(f"{method.name} needs no trigger, so no scan; leave --scan out")
         if given.trigger is None and given != triggers.Trigger():
             raise UserError(
-                f"{method.name} repairs without a trigger; --target and its like describe one to"
-                " measure with, give it with --trigger"
+                f"{method.name} repairs without a trigger; --target and related flags describe one"
+                " for measuring, give it with --trigger"
             )
         if given.trigger is not None and args.data is None and args.test_data is None:
             raise UserError(
-                f"{method.name} repairs without the trigger; to measure with it, give images with"
-                " --test-data too"
+                f"{method.name} repairs without the trigger; to measure with it, also give images"
+                " with --test-data"
             )
     elif (
         given.target is not None
@@ -393,7 +396,7 @@ def _check_given(args: Any, method: methods.Method) -> None:
 
 
 def _check_level(args: Any) -> None:
-    """Raises UserError where --evidence asks for what the scan does not model."""
+    """Raises UserError if --evidence asks for something the scan does not model."""
     if args.level is not None and args.level not in args.search.levels:
         levels = ", ".join(map(str, args.search.levels))
         raise UserError(
@@ -406,8 +409,8 @@ def _check_level(args: Any) -> None:
 
 
 def _open(args: Any, method: methods.Method, *, searches: bool) -> Opened:
-    """Reads the model and the images that the method or the judge needs."""
-    if args.data is None:  # --test-data is read when the repaired model is written
+    """Reads the model and the images for repairing and measuring."""
+    if args.data is None:  # --test-data is read after the repaired model is written
         show.note(f"reading {args.model} …")
         return Opened(common.open_alone(args.model, args.reading), None, None, None, None)
     show.note(f"reading {args.model} and {args.data}, checking the preprocessing …")
@@ -418,7 +421,7 @@ def _open(args: Any, method: methods.Method, *, searches: bool) -> Opened:
     bgr = opened.table is not None and opened.table.used.channels == "bgr"
     if bgr and outputs.is_folder(args.out):
         raise UserError(
-            "this model takes BGR images, which a model folder cannot say; write .pth or"
+            "this model takes BGR images, which a model folder cannot record; write .pth or"
             " .safetensors"
         )
     if args.test_data is not None:
@@ -435,8 +438,8 @@ def _know(
     loaded: Any,
     recalled: known.Known | None,
 ) -> known.Known:
-    """The given trigger, what an earlier scan kept (`recalled`), or what a scan recovers, where the
-    method needs one."""
+    """If the method needs a trigger: the given one, that of an earlier scan (`recalled`), or what a
+    new scan recovers."""
     if "trigger" not in method.needs:
         return known.Known([])
     if loaded is not None and there.opened is not None:
@@ -450,18 +453,18 @@ def _know(
 
 
 def _stop_without_backdoor(found: known.Known, there: Opened, args: Any, paths: job.Paths) -> int:
-    """Says why nothing is repaired."""
+    """Prints why nothing is repaired; returns the exit code."""
     job.finish(paths)
     if found.past is not None:
         show.say(
             f"The scan in {found.past.folder} says {found.past.verdict} and names no class: nothing"
-            " to repair, nothing is written. (--target repairs a class all the same.)"
+            " to repair, nothing was written. (--target repairs a class anyway.)"
         )
         return 0
     assert there.opened is not None and found.kind is not None  # a scan ran on its images
     names = common.class_names(there.opened)
     show.say(
-        "The scan found no backdoor: nothing to repair, nothing is written.",
+        "The scan found no backdoor: nothing to repair, nothing was written.",
         found.kind.explain_clean(found.scan, args.search, names),
     )
     return 0
@@ -476,7 +479,7 @@ def _repair(
     settings: Any,
     args: Any,
 ) -> tuple[Repaired, hold.Held | None]:
-    """The method's own driver on what is known, in rounds where the repair checks itself."""
+    """Runs the method on the known triggers, in rounds if the repair checks itself."""
     more = {"search_again": found.search_again} if method.guards else {}
     key = erasing.repair_key(args.reading.seed)
     if holding.is_asked(args) and found.evidence:
@@ -497,7 +500,7 @@ def _measure(
     args: Any,
     loaded: Any,
 ) -> list[outcome.Row]:
-    """Figures on the images that judge, under the triggers that are known or given."""
+    """Figures on the images for measuring, under the known or given triggers."""
     assert there.judge is not None and there.opened is not None
     seed = args.reading.seed
     if found.evidence or loaded is None:
@@ -508,7 +511,7 @@ def _measure(
 
 
 def _describe_data(args: Any, there: Opened, loaded: Any) -> dict[str, Any]:
-    """What repair.json holds of the images, how they are read, and a trigger that was given."""
+    """What repair.json says about the images, their preprocessing, and a given trigger."""
     assert there.judge is not None and there.opened is not None
     counts = {"held_out": len(there.judge.labels)}
     if there.clean is not None:
@@ -531,7 +534,7 @@ def _as_record(
     found: known.Known,
     repaired: Repaired,
 ) -> dict[str, Any]:
-    """The content of repair.json but for the figures."""
+    """The content of repair.json without the figures."""
     content = results.repair(
         method.name,
         settings,
@@ -563,10 +566,10 @@ def _as_record(
 
 
 def _say(args: Any, content: dict[str, Any], rows: list[outcome.Row], there: Opened) -> None:
-    """Figures, and what comes next."""
-    whose = "the given trigger" if args.given.trigger else "the recovered triggers"
+    """Prints the figures, the time, and the next step."""
+    trigger_name = "the given trigger" if args.given.trigger else "the recovered triggers"
     if rows and there.opened is not None:
-        outcome.say(rows, content, common.class_names(there.opened), whose)
+        outcome.say(rows, content, common.class_names(there.opened), trigger_name)
     times = show.seconds(content["seconds"])
     without = " without any data" if args.data is None else ""
     show.say(f"The repair{without} took {times}. Scan the repaired model before you use it.")

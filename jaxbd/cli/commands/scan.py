@@ -1,4 +1,4 @@
-"""`jaxbd scan`: clean, backdoored or inconclusive, and which class a backdoor leads to."""
+"""`jaxbd scan`: decides clean, backdoored or inconclusive, and names the attacked classes."""
 
 import dataclasses
 import pathlib
@@ -25,19 +25,19 @@ class Common:
     """Flags of every scan.
 
     Attributes:
-      model: the model: a PyTorch file (.pth, .pt, .tar), .safetensors, or a jaxbd model folder.
-        Nothing is executed.
+      model: a PyTorch file (.pth, .pt, .tar), .safetensors, or a jaxbd model folder. Nothing in it
+        is executed.
       data: a few hundred or more clean images with labels: digits, a .npz or .parquet file, a
-        folder of class sub-folders or parquet files, CIFAR batches, or tfds:NAME. Without any, a
-        first answer from the model alone.
-      out: write the result here: NAME.json, or with no ending a case, the folder that `jaxbd repair
-        CASE` starts from, with the result, the page, and every recovered trigger.
-      report: write one self-contained HTML page here.
+        folder of class sub-folders or parquet files, CIFAR batches, or tfds:NAME. Without --data,
+        the scan gives only a first answer from the model itself.
+      out: write the result here. NAME.json is only the result; a name without an ending is a case,
+        a folder with the result, the page and every recovered trigger, for `jaxbd repair CASE`.
+      report: write a self-contained HTML page here.
       sarif: write the result here as SARIF 2.1.0, for code scanning.
-      mlbom: write the model here as an entry of a CycloneDX bill of materials, with the verdict.
-      compute_dtype: what the model computes in while triggers are searched: "stored" as its file
-        says; "bfloat16" is faster on GPUs and TPUs; sums and losses are float32 all the same.
-      reading: how model and data are read.
+      mlbom: write a CycloneDX bill of materials here, with the model and the verdict.
+      compute_dtype: compute type of the model during the search: "stored" is the one in its
+        file; "bfloat16" is faster on GPUs and TPUs; sums and losses are always float32.
+      reading: how the model and the data are read.
     """
 
     model: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -52,29 +52,29 @@ class Common:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByClass(Common):
-    """Looks for a backdoor in a model of which nothing is known but its weights.
+    """Scans a model for a backdoor, given only its weights and clean images.
 
-    By pair of classes instead of by class: --method pt-red (faint patterns all over the image),
-    --method neural-cleanse-pairs (patches), or --method pairs (both); they have flags of their own,
-    see `jaxbd scan --method pairs --help`.
+    To search pairs of classes instead of classes: --method pt-red (faint patterns over the whole
+    image), --method neural-cleanse-pairs (patches), or --method pairs (both). They have their own
+    flags, see `jaxbd scan --method pairs --help`.
 
-    A scan that takes long can be stopped and resumed where --out or --report is given. The folder
-    OUT.run beside that file (beside --out, where both are) holds checkpoints. Ctrl-C or SIGTERM
-    ends the scan after the current steps, saves, and prints the command to go on with; a second one
-    ends it at once. After a crash too, --resume goes on from the last checkpoint. The steps of
-    --save-every are those of all cells (class x level) together.
+    With --out or --report, a long scan can be stopped and resumed. The folder OUT.run next to that
+    file (next to --out, if both are given) holds checkpoints. Ctrl-C or SIGTERM stops the scan
+    after the current steps, saves, and prints the command that resumes it; a second signal stops it
+    at once. --resume continues from the last checkpoint, after a crash too. --save-every counts the
+    steps of all cells (class x level) together.
 
     --memory-budget takes units: 500MB, 2GiB, or plain bytes.
 
-    Exit code: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run, 130 and 143 it was
+    Exit codes: 0 clean, 1 backdoored, 3 inconclusive, 2 the scan could not run, 130 and 143 it was
     stopped.
 
     Attributes:
-      calibration: null.json of `jaxbd calibrate`: clean models that a class has to stand out of.
+      calibration: null.json from `jaxbd calibrate`; a class must stand out from these clean models.
       preset: settings that the flags below start from: "quick", or MESA as in the "released" code
         or the "paper" (every class at random places; hours on a CPU).
-      search: what is searched, and how long.
-      stopping: how it may be stopped.
+      search: what is searched, and for how long.
+      stopping: how the scan is stopped and resumed.
     """
 
     calibration: pathlib.Path | None = None
@@ -87,16 +87,15 @@ class ByClass(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByPair(Common):
-    """Looks for a backdoor between every two classes: a trigger is searched from each class to each
-    other one.
+    """Scans every ordered pair of classes for a trigger that turns one class into the other.
 
-    A trigger that is much smaller than those of the other pairs betrays a backdoor. K classes make
-    K (K - 1) searches. The steps of --save-every are those of all pairs together; else see `jaxbd
-    scan --help`.
+    A trigger much smaller than those of the other pairs reveals a backdoor. K classes take
+    K (K - 1) searches. --save-every counts the steps of all pairs together; for the rest,
+    see `jaxbd scan --help`.
 
     Attributes:
-      search: what is searched, and how long.
-      stopping: how it may be stopped.
+      search: what is searched, and for how long.
+      stopping: how the scan is stopped and resumed.
     """
 
     search: Annotated[PairConfig, tyro.conf.arg(name="")] = PairConfig()
@@ -111,7 +110,7 @@ def kind_of(method: str | None) -> ModuleType:
 
 
 def choose(argv: Sequence[str]) -> tuple[type, Any]:
-    """The class of flags for these words, and the values where there is no flag."""
+    """The class of flags and the default values for `argv`."""
     method, preset = parse.preview(argv, "--method", "--preset")
     kind = kind_of(method)
     if kind is by_pair:
@@ -121,7 +120,7 @@ def choose(argv: Sequence[str]) -> tuple[type, Any]:
 
 
 def run(args: Any) -> int:
-    """Scans, says what was found, writes what was asked for."""
+    """Scans the model, prints the verdict, and writes the requested outputs."""
     common.start()
     findings.check(args)
     if args.data is None:
@@ -162,16 +161,16 @@ def run(args: Any) -> int:
 
 
 def _answer_without_data(args: Any) -> int:
-    """The margins of a model alone: a first answer, never a verdict."""
+    """Searches only the model's margins: a first answer, never a verdict."""
     if args.search.method != "auto":
         raise UserError(f"--method {args.search.method} searches with images; give --data")
     if args.report is not None:
         raise UserError("--report shows triggers on images; give --data, or leave it out")
     if not args.search.with_margin:
-        raise UserError("without --data margins are all there is; leave --no-with-margin out")
+        raise UserError("without --data only margins can be searched; leave --no-with-margin out")
     config = args.search.margin
     paths = job.prepare(args.out, args.stopping)
-    show.note(f"reading {args.model}; without --data margins alone are searched …")
+    show.note(f"reading {args.model}; without --data only margins are searched …")
     model = first_answer.open_suspect(args.model, args.reading)
     identity = common.identity("scan", args, common.model_record(model))
     with job.open_run(paths, args.stopping, identity) as going:
@@ -185,21 +184,21 @@ def _answer_without_data(args: Any) -> int:
 
 
 def _calibrate(args: Any, config: Any, architecture: str) -> tuple[Any, nulls.Calibration | None]:
-    """(settings with the thresholds that clean models call for, those models); the settings as they
-    are and None without --calibration. Raises: UserError when the file is none."""
+    """(settings with thresholds from the clean models, those models); without --calibration, the
+    settings unchanged and None. Raises: UserError if the file is not a calibration."""
     if getattr(args, "calibration", None) is None:
         return config, None
     if config.method != "auto":
         raise UserError(f"--calibration is for --method auto, not {config.method}; leave it out")
     clean_models = nulls.load(args.calibration)
     if not clean_models.models:
-        raise UserError(f"{args.calibration} holds no model; run `jaxbd calibrate`")
+        raise UserError(f"{args.calibration} contains no models; run `jaxbd calibrate`")
     return calibrate.apply(config, clean_models, architecture), clean_models
 
 
 def describe_calibration(
     args: Any, clean_models: nulls.Calibration, found: Any, opened: common.Opened
 ) -> dict[str, Any]:
-    """What scan.json says of the comparison with clean models."""
+    """What scan.json says about the comparison with clean models."""
     described = calibrate.describe(clean_models, found, opened.model.spec.arch)
     return {"path": str(args.calibration), **described}

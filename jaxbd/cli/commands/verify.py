@@ -1,4 +1,4 @@
-"""`jaxbd verify`: are the files still those that a record speaks of?"""
+"""`jaxbd verify`: checks that files still match the hashes in a record."""
 
 import dataclasses
 import pathlib
@@ -14,21 +14,21 @@ from jaxbd.interop import folder, guarded, manifest
 from jaxbd.limits import Limits, parse_json, quote, read_bounded, refusing
 
 DIFFERENT = 1
-"""Exit code where a file is not the one that was recorded."""
+"""Exit code if a file does not match the record."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Recomputes the SHA-256 of every file that a record names (weights, settings, bounds, guard,
-    the triggers and the page of a case) and says which differ.
+    """Recomputes the SHA-256 of every file named in a record (weights, settings, bounds, guard, the
+    triggers and the page of a case) and lists the ones that differ.
 
-    Exit codes: 0 all files are the recorded ones, 1 some differ, are missing, or have come to it,
-    2 there is nothing to compare with.
+    Exit codes: 0 all files match the record, 1 some differ, are missing or were added, 2 there is
+    nothing to compare with.
 
     Attributes:
       case: a record (scan.json, repair.json, evaluate.json, …), a folder with records, or a model
         folder, whose config.json names its files.
-      model: where the recorded model lies now, if it was moved.
+      model: current path of the recorded model, if it was moved.
     """
 
     case: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="CASE_OR_RECORD")]
@@ -36,7 +36,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """Compares and prints. Raises: UserError when nothing is recorded, or a record is damaged."""
+    """Compares and prints. Raises: UserError if no hash is recorded, or a record is damaged."""
     if not args.case.exists():
         raise UserError(f"{args.case}: no such file or folder")
     rows: list[tuple[str, str, str]] = []
@@ -52,10 +52,10 @@ def run(args: Args) -> int:
         ]
     rows += _compare_companions(args.case if args.case.is_dir() else args.case.parent)
     if not rows:
-        raise UserError(f"{args.case}: it names no hashes of files; give a record of jaxbd's")
+        raise UserError(f"{args.case} contains no file hashes; give a record written by jaxbd")
     show.say(*(f"{word:<8} {path} ({name})" for name, path, word in rows))
     bad = sum(word != "same" for _, _, word in rows)
-    show.say(f"{len(rows) - bad} of {len(rows)} files are the recorded ones.")
+    show.say(f"{len(rows) - bad} of {len(rows)} files match the record.")
     return DIFFERENT if bad else 0
 
 
@@ -75,9 +75,9 @@ def _list_records(args: Args) -> Iterator[tuple[str, pathlib.Path, dict[str, str
 
 
 def _compare_companions(place: pathlib.Path) -> list[tuple[str, str, str]]:
-    """(record, path, word) of what lies in a case beside the models: triggers, page, records.
+    """(record, path, word) for the other files of a case: triggers, page, records.
 
-    Raises: UserError where a record names a file outside the case.
+    Raises: UserError if a record names a file outside the case.
     """
     if not case.is_case(place):
         return []
@@ -91,8 +91,8 @@ def _compare_companions(place: pathlib.Path) -> list[tuple[str, str, str]]:
         with refusing(path):
             for name, digest in stated.items():
                 if not case.COMPANION.fullmatch(name) or not guarded.is_digest(digest):
-                    raise UserError(f"{path}: {quote(name)} is no file of the case")
-        # a trigger that no search left is one that came later
+                    raise UserError(f"{path}: {quote(name)} is not a file of the case")
+        # look at the files that are there too, so that a trigger added later counts as new
         names = {*stated, *(case.companions(place) if record == case.RECORD else [])}
         there = {n: case.digest(place / n) for n in names if (place / n).is_file()}
         words = manifest.differences(stated, there)
@@ -101,7 +101,7 @@ def _compare_companions(place: pathlib.Path) -> list[tuple[str, str, str]]:
 
 
 def _manifests(content: Any) -> Iterator[tuple[str, Any]]:
-    """(path, statement) of every model that a record speaks of."""
+    """(path, manifest) of every model in a record."""
     waiting = [content]
     while waiting:
         value = waiting.pop()
@@ -114,14 +114,14 @@ def _manifests(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _find_model(place: str, record: pathlib.Path) -> pathlib.Path:
-    """Where the record's model lies: as it was named, or beside the record. A record inside a
-    model's folder speaks of "."."""
+    """Path of the record's model: as recorded, or beside the record. A record inside a model folder
+    names it "."."""
     beside = record.parent / (place if place == "." else pathlib.Path(place).name)
     return beside if place == "." or not pathlib.Path(place).exists() else pathlib.Path(place)
 
 
 def _list_companions(place: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, dict[str, str]]]:
-    """What a model folder's `config.json` says of the files beside it."""
+    """The hashes that a model folder's `config.json` states for the files beside it."""
     with refusing(place):
         content = parse_json(
             read_bounded(place / folder.CONFIG, Limits(), Limits().header_bytes),
