@@ -196,7 +196,7 @@ def timeless(value):
         return {
             k: timeless(v)
             for k, v in value.items()
-            if k not in ("seconds", "resumed", "out", "path")
+            if k not in ("seconds", "peak_mb", "resumed", "out", "path")
         }
     return [timeless(each) for each in value] if isinstance(value, list) else value
 
