@@ -66,7 +66,8 @@ class Net(NamedTuple):
         evaluation, and the output of every layer that a defence may correct, in order of execution.
         None if the net exposes no layers.
       frozen: (variables) -> variables for evaluation only: `apply` and `outputs` give the same
-        results up to rounding, for less work. None if there is nothing to gain.
+        results up to rounding, for less work. Frozen variables stay as they are. None if there is
+        nothing to gain.
     """
 
     init: Callable[..., Variables]

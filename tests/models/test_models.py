@@ -2,6 +2,7 @@
 
 import pathlib
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,7 @@ def _frozen(arch, dtype="float32"):
 def test_frozen_variables_answer_the_same(arch):
     with jax.enable_x64(True):
         net, variables, frozen, images = _frozen(arch, "float64")
+        chex.assert_trees_all_equal(net.frozen(frozen), frozen)
         folded = jax.tree.leaves(frozen["folded"])
         assert len(folded) >= 3 and len(jax.tree.leaves(frozen)) == len(
             jax.tree.leaves(variables)

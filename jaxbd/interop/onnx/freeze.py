@@ -56,6 +56,8 @@ def _fold(pairs: dict[str, tuple[str, float]], variables: Variables) -> Variable
         jax.tree.map(np.asarray, dict(variables))
     )
     for norm, (conv, epsilon) in pairs.items():
+        if ("folded", norm, "shift") in flat:  # folded before
+            continue
         scale, bias = (flat.pop(("params", norm, leaf)) for leaf in ("scale", "bias"))
         mean, variance = (flat.pop(("batch_stats", norm, leaf)) for leaf in ("mean", "var"))
         factor = scale / np.sqrt(variance + np.asarray(epsilon, variance.dtype))

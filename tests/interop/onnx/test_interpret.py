@@ -4,6 +4,7 @@ frozen variables."""
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -283,6 +284,7 @@ def test_frozen_variables_answer_alike_and_cannot_be_trained(net, bounds):
     for given in (variables, {**variables, "bounds": bounds}):
         frozen = plain.frozen(given)
         assert "n" not in frozen["params"] and frozen["folded"]["n"]["shift"].shape == (4,)
+        chex.assert_trees_all_equal(plain.frozen(frozen), frozen)
         np.testing.assert_allclose(
             jitted(plain)(frozen, IMAGES)[0], jitted(plain)(given, IMAGES)[0], rtol=1e-5, atol=1e-5
         )
