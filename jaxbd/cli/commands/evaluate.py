@@ -24,9 +24,9 @@ class Args:
     """Measures a model's clean accuracy and, with a trigger, its attack success rate.
 
     Attributes:
-      model: a PyTorch file, .safetensors, or a jaxbd model folder.
+      model: a PyTorch file, .safetensors, .onnx, .pt2, or a jaxbd model folder.
       data: clean images with labels, see `jaxbd scan --help`.
-      out: write the result here as JSON (evaluate.json).
+      out: write the result here, as NAME.json.
       copies: copies of a patch on an image. 4: one in each corner, as far from the edges as the
         original; 9: also in the middle of the image and of each edge (the amplified attack of Yan
         et al. 2023).
@@ -64,7 +64,7 @@ def run(args: Args) -> int:
     """Measures the model, prints one line with both denominators, and writes the result."""
     common.start()
     outputs.check_output(args.out)
-    outputs.check_ending("--out", args.out, (".json", ""))
+    outputs.check_ending("--out", args.out, (".json",))
     outputs.refuse_existing("--out", args.out, replace=args.force)
     loaded = triggers.load_trigger(args.given)
     show.note(f"reading {args.model} and {args.data} …")

@@ -21,7 +21,7 @@ class Args:
     Nothing in the file is executed. A refused file gives exit code 2.
 
     Attributes:
-      file: a PyTorch file, .safetensors, a jaxbd model folder or an Orbax folder.
+      file: a PyTorch file, .safetensors, .onnx, .pt2, a jaxbd model folder or an Orbax folder.
       arch: compare the file with this architecture.
       key: name of the net in a file that holds several.
       json: print JSON instead of tables.

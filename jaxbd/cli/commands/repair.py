@@ -66,11 +66,13 @@ class Args(Generic[Settings, Search]):
     --search.memory-budget takes units: 500MB, 2GiB, or plain bytes.
 
     Attributes:
-      model: a PyTorch file, .safetensors, or a jaxbd model folder; or a case, the folder written
-        by `jaxbd scan --out`. A case needs no other flag: it provides model, data and triggers,
-        and the repaired model, its figures and a new scan of it are written into the case.
-      out: the repaired model: .pth or .safetensors with the source's keys and layout, or a model
-        folder. The figures go next to it as <name>.repair.json, or into the folder as repair.json.
+      model: a PyTorch file, .safetensors, .onnx, .pt2, or a jaxbd model folder; or a case, the
+        folder written by `jaxbd scan --out`. A case needs no other flag: it provides model, data
+        and triggers, and the repaired model, its figures and a new scan of it are written into the
+        case.
+      out: the repaired model: .pth or .safetensors with the source's keys and layout, .onnx, or a
+        model folder. The figures go next to it as <name>.repair.json, or into the folder as
+        repair.json.
       data: clean images with labels, see `jaxbd scan --help`. A quarter of them are held out to
         measure the repair.
       test_data: images to measure the repair on instead. For methods that repair without images

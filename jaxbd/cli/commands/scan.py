@@ -25,8 +25,8 @@ class Common:
     """Flags of every scan.
 
     Attributes:
-      model: a PyTorch file (.pth, .pt, .tar), .safetensors, or a jaxbd model folder. Nothing in it
-        is executed.
+      model: a PyTorch file (.pth, .pt, .tar), .safetensors, .onnx, .pt2, or a jaxbd model folder.
+        Nothing in it is executed.
       data: a few hundred or more clean images with labels: digits, a .npz or .parquet file, a
         folder of class sub-folders or parquet files, CIFAR batches, or tfds:NAME. Without --data,
         the scan gives only a first answer from the model itself.
