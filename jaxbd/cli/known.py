@@ -1,6 +1,7 @@
 """What `repair` knows about triggers: one given by the user, or those that a scan recovers."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Evidence, Key, Suspect, UserError
-from jaxbd.cli import case, common, triggers
+from jaxbd.cli import case, common, job, triggers
 from jaxbd.pipelines import evidence as evidences
 from jaxbd.pipelines import pair_scan
 from jaxbd.pipelines.scan import Scan
@@ -68,12 +69,28 @@ def take_given(opened: common.Opened, flags: Any, loaded: Any, guards: bool) -> 
     return Known(found)
 
 
+@contextlib.contextmanager
+def _save_as_scans_do(run: Run, kind: ModuleType, flags: job.Flags) -> Iterator[None]:
+    """Inside, checkpoints are as far apart as in `jaxbd scan`, unless --save-every says otherwise.
+
+    A scan counts the steps of every cell, so the default of a repair would write one each second.
+    """
+    saves = run.checkpoints
+    if saves is not None and flags.save_every == job.Flags().save_every:
+        run.checkpoints = saves._replace(every=kind.SAVE_EVERY)
+    try:
+        yield
+    finally:
+        run.checkpoints = saves
+
+
 def search(
     run: Run, kind: ModuleType, material: common.Material, args: Any, named: tuple[int, ...]
 ) -> Known:
     """Scans, and takes what was recovered for each attacked class and for the classes `named`."""
     key = jax.random.key(args.reading.seed)
-    found = kind.search(run, key, material, args.search)
+    with _save_as_scans_do(run, kind, args.stopping):
+        found = kind.search(run, key, material, args.search)
     targets = sorted({*kind.targets_of(found), *named})
     evidence = [each for target in targets for each in _choose_evidence(found, kind, target, args)]
     again = _pair_search(material, args.search, found) if not isinstance(found, Scan) else None

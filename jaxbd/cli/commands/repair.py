@@ -37,8 +37,6 @@ from jaxbd.training.run import Run
 Settings = TypeVar("Settings")
 Search = TypeVar("Search")
 DEFAULT = holding.AUTO
-SAVE_EVERY = 500
-"""Default steps between two checkpoints."""
 JUDGED = 10_000
 """Default limit on the images for measuring, for methods that repair without images."""
 
@@ -124,7 +122,7 @@ class Args(Generic[Settings, Search]):
     given: Annotated[triggers.Trigger, tyro.conf.arg(name="")] = triggers.Trigger()
     settings: Annotated[Settings, tyro.conf.arg(name="with")]
     search: Search
-    stopping: Annotated[job.Flags, tyro.conf.arg(name="")] = job.Flags(save_every=SAVE_EVERY)
+    stopping: Annotated[job.Flags, tyro.conf.arg(name="")] = job.Flags()
     reading: Annotated[common.Reading, tyro.conf.arg(name="")] = common.Reading()
 
     def __post_init__(self):
