@@ -53,10 +53,10 @@ KINDS = (
     Kind(5, "cnn", {"width": 8}, "digits", 900, 600, DIGITS),
     Kind(5, "cnn", {"width": 12}, "digits", 900, 600, DIGITS),
     Kind(2, "resnet18", {"width": 8}, "digits", 900, 400, DIGITS),
-    Kind(8, "cnn", {"width": 16}, "cifar10", 10_000, 2_000, CIFAR),
-    Kind(5, "vgg", {"width": 16}, "cifar10", 10_000, 2_000, CIFAR),
-    Kind(5, "resnet18", {"width": 8}, "cifar10", 10_000, 2_000, CIFAR),
-    Kind(2, "wrn16-1", {}, "cifar10", 10_000, 2_000, CIFAR),
+    Kind(9, "cnn", {"width": 16}, "cifar10", 10_000, 800, CIFAR),
+    Kind(5, "vgg", {"width": 16}, "cifar10", 10_000, 800, CIFAR),
+    Kind(4, "resnet18", {"width": 8}, "cifar10", 10_000, 800, CIFAR),
+    Kind(2, "wrn16-1", {}, "cifar10", 10_000, 800, CIFAR),
 )
 
 
