@@ -197,7 +197,7 @@ def test_an_output_that_would_overwrite_something_else(refused, victim, tmp_path
 )
 def test_a_target_out_of_range(refused, victim, tmp_path, command):
     command = [victim if word == "MODEL" else word for word in command]
-    line = refused(*command, tmp_path / "out")
+    line = refused(*command, tmp_path / ("out.json" if command[0] == "evaluate" else "out"))
     assert "target 10 is out of range" in line and "0..9" in line
 
 
