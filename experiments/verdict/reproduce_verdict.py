@@ -164,3 +164,25 @@ def _times() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         for stage in one["stages"]
     ]
     return whole, stages
+
+
+def summarise_repairs(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each published model that `jaxbd repair` repaired by default: before and after."""
+    after = {
+        row["model"]: row
+        for row in record["tables"][REPAIRED]
+        if row["method"] == repair_published.HOLD
+    }
+    return [
+        {
+            "model": row["model"],
+            "verdict": row["verdict"],
+            "class named": ", ".join(map(str, row["named"])),
+            "accuracy before": row["accuracy"],
+            "accuracy after": after[row["model"]]["accuracy"],
+            "ASR before": row["asr"],
+            "ASR after": after[row["model"]]["asr"],
+        }
+        for row in record["tables"][SUSPECTS]
+        if row["model"] in after
+    ]
