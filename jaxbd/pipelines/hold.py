@@ -19,11 +19,15 @@ from jaxbd.pipelines.checks import Limits, Round
 from jaxbd.pipelines.repair import Repaired
 from jaxbd.repairs import choose, mixture
 from jaxbd.repairs.vary import vary
+from jaxbd.training.loop import NotFinite
 from jaxbd.training.program import Seconds, total_seconds
 from jaxbd.training.run import Run
 
 PRESET = "rounds"
 """Name of a method's settings for repairs in rounds, if it has them."""
+LOWER, TRIES = 0.2, 3
+"""Factor of the learning rate after a round that diverged, as in nets with their normalisation
+folded away, and how often a round is tried."""
 End = Literal["nothing left", "budget", "rounds"]
 """Why a repair ended: no unusually small trigger works any more, the accuracy budget is used up, or
 all rounds are done."""
@@ -164,7 +168,9 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
         if number:
             name = f"{task.label}, round {number} of {config.rounds}"
             known += [each.evidence for each in rounds[-1].working(config.working)]
-            result = _repair_once(task, jax.random.fold_in(key, 1 + number), variables, known, name)
+            round_key = jax.random.fold_in(key, 1 + number)
+            result, settings = _repair_once(task, round_key, variables, known, name)
+            task = task._replace(settings=settings)
             results.append(result)
             least = rounds[0].accuracy - config.max_drop  # relative to the original suspect
             variables, kept = checks.keep_within(lab, variables, result.variables, least)
@@ -189,21 +195,35 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
 
 def _repair_once(
     task: Task, key: Key, variables: Variables, known: Sequence[Evidence], name: str
-) -> Repaired:
+) -> tuple[Repaired, Any]:
     """Repairs once by the base method, with each target's triggers joined into one piece of
-    evidence."""
+    evidence. If that diverges, tries again with a lower learning rate.
+
+    Returns: the repaired net, and the settings that made it.
+    """
     suspect = task.lab.suspect._replace(variables=variables)
     varied = [each._replace(stamp=vary(each.stamp)) if task.config.vary else each for each in known]
     targets = dict.fromkeys(each.target for each in known)
     joined = [mixture.join([e for e in varied if e.target == target]) for target in targets]
-    return repairs.repair(
-        task.lab.run,
-        key,
-        suspect,
-        task.clean,
-        joined,
-        task.method,
-        task.settings,
-        batch_size=task.batch_size,
-        label=name,
-    )
+    run, settings, label, tries = task.lab.run, task.settings, name, TRIES
+    while True:
+        try:
+            repaired = repairs.repair(
+                run,
+                key,
+                suspect,
+                task.clean,
+                joined,
+                task.method,
+                settings,
+                batch_size=task.batch_size,
+                label=label,
+            )
+            return repaired, settings
+        except NotFinite:
+            rate, tries = getattr(settings, "learning_rate", None), tries - 1
+            if rate is None or not tries:
+                raise
+            settings = dataclasses.replace(settings, learning_rate=LOWER * rate)
+            label = f"{name}, rate {settings.learning_rate:g}"
+            run.notice(f"{name} diverged; trying learning rate {settings.learning_rate:g}")

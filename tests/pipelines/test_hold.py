@@ -13,6 +13,7 @@ from jaxbd.pipelines import repair as repairs
 from jaxbd.pipelines.evidence import Mask, stamp_mask
 from jaxbd.pipelines.repair import Repaired
 from jaxbd.repairs import unlearn
+from jaxbd.training.loop import NotFinite
 from jaxbd.training.program import Seconds
 from jaxbd.training.run import Checkpoints, Run, Stopped
 
@@ -128,6 +129,32 @@ def test_rounds_go_on_from_the_net_before_with_all_that_works(monkeypatch):
     assert ran.asked[-1][1:] == ("found 0", "found 1", "found 2")
     assert ran.held.repaired.seconds == Seconds(3.0, 7.0)
     assert len(ran.held.rounds) == 4 and not ran.held.last.left
+
+
+def test_a_round_that_diverges_is_tried_with_smaller_steps(monkeypatch):
+    """And so are the rounds after it; the third failure is the last."""
+    tried = []
+
+    def diverge_above(limit):
+        def repair(self, run, key, suspect, clean, evidence, method, settings, **others):
+            tried.append((settings.learning_rate, others["label"].rpartition(", ")[2]))
+            if settings.learning_rate > limit:
+                raise NotFinite(3, ())
+            self.asked.append(None)
+            infos = {"unlearn": unlearn.Info(*np.zeros((3, 1)))}
+            return Repaired(self.net(len(self.asked)), infos, Seconds(1.0, 1.0))
+
+        monkeypatch.setattr(Scripted, "repair", repair)
+
+    diverge_above(0.1)
+    with pytest.warns(UserWarning, match=r"round 1 of 4 diverged; trying learning rate 0\.06"):
+        Scripted(monkeypatch, [0.9] * 3, [5, 9, 29], [1, 0.9, 0.99])
+    assert [rate for rate, _ in tried] == pytest.approx([0.3, 0.06, 0.06])
+    assert tried[1][1] == "rate 0.06" and tried[2][1] == "round 2 of 4"
+    diverge_above(0.0)
+    with pytest.warns(UserWarning, match="diverged"), pytest.raises(NotFinite):
+        Scripted(monkeypatch, [0.9] * 2, [5, 29], [1, 0.99])
+    assert len(tried) == 6
 
 
 def test_what_hardly_works_is_no_reason_to_go_on(monkeypatch):
