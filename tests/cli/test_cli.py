@@ -337,7 +337,7 @@ def test_repair_by_fine_tuning_needs_no_trigger(victim, tmp_path, capsys):
     assert content["trigger"]["target"] == 3 and content["evidence"] is None
     assert content["before"]["attack_success_rate"] > 0.5 and content["after"]["n_triggered"] > 0
     assert content["after"]["clean_accuracy"] > content["before"]["clean_accuracy"] - 0.1
-    assert "Attack success rates are those of the given trigger" in capsys.readouterr().out
+    assert "Attack success rates use the given trigger" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in metrics_of(out).read_text().splitlines()]
     assert steps[-1] == 30 and main(["evaluate", str(out), "--data", "digits", *trigger]) == 0
 
@@ -438,7 +438,7 @@ def test_auto_clips_where_an_inconclusive_scan_recovered_nothing(victim, tmp_pat
     content = read(out / "repair.json")
     assert content["method"] == "clip" and content["trigger"] is content["checked"] is None
     assert content["config"]["max_drop"] == 0.02
-    assert "repairing by clip instead" in capsys.readouterr().out
+    assert "repairing with clip instead" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

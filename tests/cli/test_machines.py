@@ -162,7 +162,8 @@ def test_who_is_who_must_be_known(tmp_path):
         start("--out", str(tmp_path / "out.npz"), "--distributed", **given)
     )
     assert (code, said) == (2, "")
-    assert complaints.startswith("jaxbd: no Slurm, no cloud TPU: JAX_COORDINATOR_ADDRESS")
+    said = "jaxbd: neither Slurm nor a cloud TPU was found: set JAX_COORDINATOR_ADDRESS"
+    assert complaints.startswith(said)
     assert complaints.count("\n") == 1
 
 
