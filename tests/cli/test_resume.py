@@ -129,8 +129,11 @@ VERBS = {
 }
 COMPARED = ("ft-sam", "fine-pruning", "nad", "argd", "anp", "ibau", "mcr")
 """Repairs that need clean images alone."""
+LENGTH = {"ibau": ["--with.outer-steps", "40"]}
+"""How a run is made short where --steps does not do it."""
 VERBS |= {
-    name: ["repair", "MODEL", "--method", name, *FEW, "--steps", "40"] for name in COMPARED
+    name: ["repair", "MODEL", "--method", name, *FEW, *LENGTH.get(name, ["--steps", "100"])]
+    for name in COMPARED
 } | {"nc-unlearn": [*VERBS["unlearn"][:3], "nc-unlearn", *VERBS["unlearn"][4:]]}
 """Verb or method -> its command, all but where it writes; MODEL stands for a victim."""
 LEAST_STAGES = {"clean-label": 3, "trojan": 3, "scan": 2, "pairs": 3, "unlearn": 3, "bna": 6}
