@@ -187,7 +187,7 @@ def understood_alike(path: pathlib.Path, read: container.Container) -> None:
     except Exception:
         return
     for name in read.nesting:
-        theirs = theirs[name]
+        theirs = theirs[int(name) if isinstance(theirs, (list, tuple)) else name]
     for name, tensor in read.tensors.items():
         other = theirs[read.prefix + name]
         if hasattr(other, "numpy"):
