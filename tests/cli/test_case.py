@@ -247,7 +247,7 @@ def test_force_replaces_a_case_and_nothing_else(made, tmp_path, capsys):
     command = ["scan", made / "model", "--margin.starts", "1", "--margin.steps", "5", "--out", case]
     assert "already exists" in refusal(capsys, *command)
     (case / "notes.txt").write_text("mine")
-    assert "there is notes.txt" in refusal(capsys, *command, "--force")
+    assert "it contains notes.txt" in refusal(capsys, *command, "--force")
     (case / "notes.txt").unlink()
     assert main([*map(str, command), "--force"]) == 3
     assert read(case / "scan.json")["trigger_files"] == [] and not (case / "report.html").exists()

@@ -34,7 +34,7 @@ def check_size(data: bytes, descriptor: Any, limits: GraphLimits) -> None:
             wire, field = tag & 7, kind.fields_by_number.get(tag >> 3)
             if field is None:
                 raise Refusal(
-                    f"{kind.name} has a field of number {tag >> 3}, which ONNX does not know"
+                    f"it is damaged, or not an ONNX file: {kind.name} has no field {tag >> 3}"
                 )
             start, position = _value(data, position, end, wire)
             if field.type != MESSAGE:
