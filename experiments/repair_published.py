@@ -71,13 +71,11 @@ def scan_once(name: str, settings: Settings) -> scan.Scan:
     saved = Checkpoints(folder, {"model": MODELS[name][0], **units.settings_of(settings.scan)})
     run = Run(progress=units.progress(NAME), checkpoints=saved)
     suspect, (defender, _) = suspect_of(name), images_of(name)
-    if suspect.net.frozen is not None:
-        suspect = suspect._replace(variables=suspect.net.frozen(suspect.variables))
     searched, held_out = (
         Batch(defender.images[rows], defender.labels[rows])
         for rows in np.split(np.arange(len(defender.labels)), [len(defender.labels) * 3 // 4])
     )
-    return scan.scan(run, jax.random.key(SEED), suspect, searched, held_out, settings.scan)
+    return scan.scan(run, jax.random.key(SEED), suspect.freeze(), searched, held_out, settings.scan)
 
 
 @functools.cache

@@ -132,9 +132,7 @@ def scan(
     accuracy = _check_accuracy(suspect, batch)
     search, held_out = _divide(batch, seed)
     key, run = jax.random.key(seed), run or Run()
-    frozen = suspect
-    if suspect.net.frozen is not None:
-        frozen = suspect._replace(variables=suspect.net.frozen(suspect.variables))
+    frozen = suspect.freeze()
     if method in pair_rules.SEARCHES:
         predicted = measuring.logits(suspect.net, suspect.variables, held_out).argmax(-1)
         baseline = measuring.baseline(predicted, np.asarray(held_out.labels), suspect.classes)

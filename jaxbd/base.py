@@ -175,6 +175,13 @@ class Suspect(NamedTuple):
         stamp = None if evidence is None else evidence.stamp
         return Problem(self.net, self.image_shape, self.classes, self.mean, self.std, stamp)
 
+    def freeze(self) -> "Suspect":
+        """The suspect for searches, which train no weights: with the variables of `Net.frozen`,
+        or as it is where the net has none."""
+        if self.net.frozen is None:
+            return self
+        return self._replace(variables=self.net.frozen(self.variables))
+
 
 class Evidence(NamedTuple):
     """What is known about one backdoor: the output of every search and the input of every repair.

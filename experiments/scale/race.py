@@ -62,8 +62,7 @@ def one(
 ) -> dict[str, Any]:
     """Both scans and PyTorch's time."""
     case, key = plant_victim(arch, width, settings)
-    net, variables = case.victim.net, case.victim.variables
-    suspect = case.victim._replace(variables=net.frozen(variables) if net.frozen else variables)
+    suspect = case.victim.freeze()
     row: dict[str, Any] = {"net": f"{arch}-{width}", "planted": TARGET}
     for way, config in configs.items():
         started, run = time.perf_counter(), units.start_run(NAME)

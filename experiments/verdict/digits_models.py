@@ -62,9 +62,7 @@ def one(seed: int, steps: int | None = None) -> dict[str, Any]:
     settings = scan.PRESETS["quick"]
     if steps is not None:
         settings = dataclasses.replace(settings, steps=2, locate_steps=2, look=0)
-    if net.frozen is not None:
-        suspect = suspect._replace(variables=net.frozen(suspect.variables))
-    found = scan.scan(run, jax.random.key(0), suspect, parts.defence, parts.test, settings)
+    found = scan.scan(run, jax.random.key(0), suspect.freeze(), parts.defence, parts.test, settings)
     judgement, expected = found.judgement, [] if target is None else [target]
     assert judgement is not None
     return {

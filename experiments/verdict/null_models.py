@@ -101,9 +101,7 @@ def one(seed: int, kind: Kind, steps: int | None = None) -> dict[str, Any]:
     if steps:
         config = dataclasses.replace(config, steps=steps, locate_steps=steps)
     suspect = bench.suspect_of(spec, trained.variables)
-    if net.frozen is not None:
-        suspect = suspect._replace(variables=net.frozen(suspect.variables))
-    found = scan.scan(run, jax.random.key(0), suspect, search, judge, config)
+    found = scan.scan(run, jax.random.key(0), suspect.freeze(), search, judge, config)
     accuracy = evaluate.rates(key, net, trained.variables, judge).clean_accuracy
     name = f"{kind.data} {kind.arch} {kind.options.get('width', '')} seed {seed}"
     scored = calibrate.score(" ".join(name.split()), kind.arch, found)

@@ -263,10 +263,7 @@ def freeze(opened: Opened, compute_dtype: ComputeDtype = "stored") -> Suspect:
         spec = dataclasses.replace(spec, dtype=compute_dtype)
         model = model._replace(spec=spec, net=models.net_of(model, spec))
         model = preprocess.adopt(model, opened.table) if opened.table else model
-    suspect = models.suspect_of(model)
-    if model.net.frozen is None:
-        return suspect
-    return suspect._replace(variables=model.net.frozen(suspect.variables))
+    return models.suspect_of(model).freeze()
 
 
 def open_material(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxbd.base import Evidence, Key, Suspect, Variables
+from jaxbd.base import Evidence, Key, Variables
 from jaxbd.detection.verdict import COMPARABLE
 from jaxbd.metrics import evaluate
 from jaxbd.pipelines import fresh
@@ -73,7 +73,7 @@ def compare(
     Args:
       norms: [K] norms of the smallest masks, nan for classes without one; None to search for masks.
     """
-    config, variables = lab.config, freeze(lab.suspect)
+    config, variables = lab.config, lab.suspect.freeze().variables
     others = [k for k in range(lab.suspect.classes) if k not in targets]
     chosen = others[: config.compared]
     sizes = {"mask": [] if norms is None else [float(norms[k]) for k in others], "additive": []}
@@ -155,7 +155,7 @@ def search_again(
     Args:
       least: a trigger works if its rate exceeds the trigger-free share by at least this.
     """
-    frozen = freeze(lab.suspect._replace(variables=variables))
+    frozen = lab.suspect._replace(variables=variables).freeze().variables
     found, seconds = fresh.search(lab, key, frozen, list(now.shares), label)
     now = now._replace(found=tuple(found))
     left = [each for each in now.working(least) if limits.is_unusual(each)]
@@ -187,9 +187,3 @@ def measure(lab: fresh.Lab, key: Key, variables: Variables, known: Sequence[Evid
 def _share(hits: np.ndarray, among: np.ndarray) -> float:
     """Share of hits [N] bool among the rows `among` [N] bool; 0 if `among` is empty."""
     return float(hits[among].mean()) if among.any() else 0.0
-
-
-def freeze(suspect: Suspect) -> Variables:
-    """Variables that give the same outputs for less work, if the net can provide them."""
-    net, variables = suspect.net, suspect.variables
-    return variables if net.frozen is None else net.frozen(variables)

@@ -77,8 +77,7 @@ def scan(
     """
     cells = margin.cells(suspect.classes, config.starts)
     inversion = _make(suspect.net, suspect.image_shape, config.search)
-    freeze = suspect.net.frozen
-    variables = suspect.variables if freeze is None else freeze(suspect.variables)
+    variables = suspect.freeze().variables
     settings = {"num_steps": config.steps, "slots": min(64, len(cells.target)), **search}
     found: slots.Found = sweep.search(
         run, "margin", key, inversion, margin.no_batch, None, cells, variables, **settings
