@@ -34,7 +34,6 @@ from jaxbd.pipelines import evidence, fresh, hold, margin_scan, scan
 from jaxbd.pipelines import repair as repairs
 from jaxbd.pipelines.hold import Config as HoldConfig
 from jaxbd.pipelines.scan import PRESETS, ScanConfig
-from jaxbd.repairs import mixture
 from jaxbd.training.run import Checkpoints, Run
 
 NAME = "repair/published"
@@ -133,13 +132,8 @@ def repair_once(name: str, method: str, settings: Settings) -> dict[str, Any]:
         variables = held.repaired.variables
         row = {"end": held.end, "rounds": len(held.rounds) - 1, "course": _course(held)}
     else:
-        joined = (
-            [mixture.join([each for each in known if each.target == target]) for target in targets]
-            if needs
-            else []
-        )
         preset = methods.find("repair", method).preset()
-        made = repairs.repair(run, key, suspect, defender, joined, method, preset)
+        made = repairs.repair(run, key, suspect, defender, known, method, preset)
         variables = made.variables
     spent = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
     row |= {**judge(name, variables), **spent}

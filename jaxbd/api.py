@@ -22,13 +22,15 @@ from jaxbd.interop import load as models
 from jaxbd.metrics import evaluate as measuring
 from jaxbd.metrics.evaluate import Rates
 from jaxbd.pipelines import evidence as evidences
-from jaxbd.pipelines import pair_rules, pair_scan
+from jaxbd.pipelines import hold, pair_rules, pair_scan
 from jaxbd.pipelines import repair as repairs
 from jaxbd.pipelines import scan as scanning
 from jaxbd.training.run import Run
 
 SEARCH_SHARE = 0.75
 """Share of the given images used for searching and repairing; the rest is held out for judging."""
+AUTO, WITHOUT = "auto", "clip"
+"""The repair that checks itself, and what it does without a trigger."""
 
 
 class Found(NamedTuple):
@@ -37,7 +39,8 @@ class Found(NamedTuple):
     Attributes:
       verdict: "backdoored", "clean" or "inconclusive".
       targets: classes that a backdoor leads to.
-      evidence: the recovered triggers of every target; the input of `repair`.
+      evidence: all recovered triggers that work, for every target; the input of `repair`. A target
+        may have several.
       decided_by: the step that decided the verdict, in words.
       accuracy: clean accuracy of the suspect on the given images.
       baseline: [K], share of the held-out images of other classes that the suspect assigns to each
@@ -61,13 +64,14 @@ class Repaired(NamedTuple):
       suspect: the repaired net, ready for `scan`, `evaluate` and `save_model`.
       before, after: rates on held-out images, with the trigger of the first piece of evidence if
         there is any.
-      details: the full result, `pipelines.repair.Repaired`.
+      details: the full result, `pipelines.hold.Held` of method "auto" with a trigger, else
+        `pipelines.repair.Repaired`.
     """
 
     suspect: Suspect
     before: Rates
     after: Rates
-    details: repairs.Repaired
+    details: repairs.Repaired | hold.Held
 
 
 def open_model(
@@ -144,7 +148,7 @@ def scan(
     config = dataclasses.replace(scanning.PRESETS["quick"], method=method, **settings)
     found = scanning.scan(run, key, frozen, search, held_out, config)
     decision, rule = found.decision, found.decided_by
-    known = [evidences.mix_equally(found, target) for target in decision.targets]
+    known = [e for target in decision.targets for e in evidences.every_trigger(found, target)]
     return Found(decision.verdict, decision.targets, known, rule, accuracy, found.baseline, found)
 
 
@@ -154,7 +158,7 @@ def repair(
     labels: Any = None,
     evidence: Found | Sequence[Evidence] = (),
     *,
-    method: str = "unlearn",
+    method: str = AUTO,
     config: Any = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -166,22 +170,34 @@ def repair(
       images, labels: clean images, a quarter of which is held out for judging; None for methods
         that need none.
       evidence: the result of `scan`, or triggers.
-      method: a repair listed by `jaxbd methods`.
-      config: settings of the method; None for its defaults.
+      method: a repair listed by `jaxbd methods`, or "auto". "auto" unlearns the triggers in rounds
+        and searches for remaining ones after each, as `jaxbd repair` does; where an inconclusive
+        scan recovered none, it uses `clip`.
+      config: settings of the method, for "auto" `pipelines.hold.Config`; None for its defaults.
     Raises: UserError when something that the method needs is missing.
     """
     known = list(evidence.evidence if isinstance(evidence, Found) else evidence)
-    chosen = methods.find("repair", method)
-    config = chosen.preset() if config is None else config
+    if method == AUTO and not known:
+        method = _pick_without_trigger(evidence)
     clean = judge = None
     if images is not None:
         clean, judge = _divide(_check_images(suspect, images, labels), seed)
-    key = jax.random.fold_in(jax.random.key(seed), 10)
-    given = clean if "clean" in chosen.needs else None
-    details = chosen.driver.repair(
-        run or Run(), key, suspect, given, known, method, config, batch_size=batch_size
-    )
-    repaired = _with_guard(suspect, details)
+    key, run = jax.random.fold_in(jax.random.key(seed), 10), run or Run()
+    if method == AUTO:
+        if clean is None:
+            raise UserError("auto needs clean images; give images and labels")
+        norms, settings = _norms_of(evidence), hold.Config() if config is None else config
+        more: dict[str, Any] = {"held": judge, "norms": norms, "batch_size": batch_size}
+        details = hold.repair(run, key, suspect, clean, known, settings, **more)
+        repaired = suspect._replace(variables=details.repaired.variables)
+    else:
+        chosen = methods.find("repair", method)
+        config = chosen.preset() if config is None else config
+        given = clean if "clean" in chosen.needs else None
+        details = chosen.driver.repair(
+            run, key, suspect, given, known, method, config, batch_size=batch_size
+        )
+        repaired = _with_guard(suspect, details)
     one = known[0] if known else None
     before, after = (
         _rates(each, judge, one) if judge is not None else _no_rates()
@@ -222,6 +238,22 @@ def _ignore_key(judge: Any) -> Any:
 
 def _plain_net(suspect: Suspect) -> Any:
     return guarded.net(suspect.source.spec, None)
+
+
+def _pick_without_trigger(evidence: Found | Sequence[Evidence]) -> str:
+    """The repair to use if a scan recovered no trigger. Raises: UserError when there is nothing to
+    repair."""
+    if not isinstance(evidence, Found):
+        raise UserError("auto needs a trigger; give the result of scan, or triggers")
+    if evidence.verdict == "clean":
+        raise UserError("the scan found no backdoor, so there is nothing to repair")
+    return WITHOUT
+
+
+def _norms_of(evidence: Found | Sequence[Evidence]) -> np.ndarray | None:
+    """Sizes [K] of the smallest mask of each class, if the evidence is a scan that has them."""
+    located = getattr(evidence.details, "located", None) if isinstance(evidence, Found) else None
+    return None if located is None else located.norms
 
 
 def _with_guard(suspect: Suspect, details: repairs.Repaired) -> Suspect:

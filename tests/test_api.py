@@ -3,21 +3,23 @@
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import jaxbd
-from jaxbd import api
+from jaxbd import api, methods
 from jaxbd.attacks import badnets
 from jaxbd.data import digits, draw
 from jaxbd.interop import folder
 from jaxbd.metrics import batches
 from jaxbd.models import build
-from jaxbd.pipelines import plant
-from jaxbd.repairs import unlearn
+from jaxbd.pipelines import checks, fresh, hold, plant
+from jaxbd.pipelines.repair import Repaired
 from jaxbd.training import supervised
+from jaxbd.training.program import Seconds
 from jaxbd.training.run import Run
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
@@ -70,7 +72,8 @@ def test_the_readme_s_lines(victim, monkeypatch):
     code = README.read_text().split("```python\n")[1].split("```")[0]
     assert '"model.pth"' in code
     real_scan, real_repair = jaxbd.scan, jaxbd.repair
-    config = unlearn.Config(stamp_rate=0.2, learning_rate=5e-3, num_steps=60)
+    short = fresh.Config(steps=30, patch_steps=0, additive_steps=0)
+    config = hold.Config(rounds=1, max_drop=0.2, search=short)
     monkeypatch.setattr(jaxbd, "scan", lambda *args: real_scan(*args, **SHORT))
     monkeypatch.setattr(jaxbd, "repair", lambda *args: real_repair(*args, config=config))
     names = {"images": images, "labels": labels}
@@ -79,6 +82,60 @@ def test_the_readme_s_lines(victim, monkeypatch):
     assert (found.verdict, found.targets) == ("backdoored", [TARGET])
     assert repaired.before.attack_success_rate > 0.5 > 0.2 > repaired.after.attack_success_rate
     assert found.accuracy > 0.8 and found.baseline[TARGET] < 0.1
+    assert isinstance(repaired.details, hold.Held) and repaired.details.checked_on == 75
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The arguments of each repair in rounds, which do nothing, and the names of the others."""
+    found = []
+
+    def hold_repair(run, key, suspect, clean, evidence, config, **others):
+        found.append((len(clean.labels), evidence, config, others))
+        nothing = Repaired(suspect.variables, {}, Seconds(0.0, 0.0))
+        last = checks.Round(1.0, {}, ())
+        return hold.Held(nothing, (last, last), "nothing left", False, checks.Limits(1, 1), 0)
+
+    def other_repair(run, key, suspect, clean, evidence, method, config, **others):
+        found.append(method)
+        return Repaired(suspect.variables, {}, Seconds(0.0, 0.0))
+
+    monkeypatch.setattr(hold, "repair", hold_repair)
+    monkeypatch.setattr(methods.find("repair", "clip").driver, "repair", other_repair)
+    return found
+
+
+def scanned(verdict, evidence, norms=None):
+    located = None if norms is None else SimpleNamespace(norms=norms)
+    details = SimpleNamespace(located=located)
+    return api.Found(verdict, [], evidence, "", 0.9, np.zeros(10), details)
+
+
+def test_a_repair_without_a_method_checks_itself_as_the_command_does(suspect, victim, asked):
+    _, images, labels = victim
+    norms, known = np.arange(10.0), [_door()]
+    jaxbd.repair(suspect, images, labels, scanned("backdoored", known, norms), batch_size=32)
+    ((count, evidence, config, others),) = asked
+    assert (count, evidence, config) == (225, known, hold.Config())
+    assert len(others["held"].labels) == 75 and others["batch_size"] == 32
+    assert others["norms"] is norms
+    jaxbd.repair(suspect, images, labels, known)
+    assert asked[1][1] == known and asked[1][3]["norms"] is None
+
+
+def test_without_a_trigger_an_open_verdict_is_repaired_by_clip(suspect, victim, asked):
+    _, images, labels = victim
+    jaxbd.repair(suspect, images, labels, scanned("inconclusive", []))
+    assert asked == ["clip"]
+    with pytest.raises(jaxbd.UserError, match="found no backdoor, so there is nothing to repair"):
+        jaxbd.repair(suspect, images, labels, scanned("clean", []))
+    with pytest.raises(jaxbd.UserError, match="auto needs clean images; give images and labels"):
+        jaxbd.repair(suspect, evidence=[_door()])
+
+
+def _door():
+    attack = badnets.make(SHAPE, 10, badnets.Config(target=TARGET))
+    return jaxbd.Evidence(TARGET, (), attack.stamp, attack.init(jax.random.key(1)))
 
 
 def test_save_and_open_again(suspect, victim, tmp_path):
@@ -114,8 +171,10 @@ def test_images_that_do_not_fit_are_named(suspect, victim, change, message):
 
 def test_a_repair_says_what_it_lacks(suspect, victim):
     _, images, labels = victim
-    with pytest.raises(jaxbd.UserError, match="unlearn needs a trigger"):
+    with pytest.raises(jaxbd.UserError, match="auto needs a trigger; give the result of scan"):
         jaxbd.repair(suspect, images, labels)
+    with pytest.raises(jaxbd.UserError, match="unlearn needs a trigger"):
+        jaxbd.repair(suspect, images, labels, method="unlearn")
     with pytest.raises(jaxbd.UserError, match="unknown repair 'pray'"):
         jaxbd.repair(suspect, images, labels, method="pray")
 

@@ -7,7 +7,7 @@ Writes the calibration that comes with the package, for `jaxbd scan --calibratio
 the record `experiments/results/calibration.json`. Every net trains on a random part of the images
 and is scanned with others. None is one of the models that verdicts are measured on, and seeds 600
 to 631 serve nothing else. Each net is a unit in `experiments/results/units/`, so that several
-sessions and machines add up.
+sessions and machines add up; the table says which nets other code has measured.
 """
 
 import dataclasses
@@ -108,18 +108,24 @@ def one(seed: int, kind: Kind, steps: int | None = None) -> dict[str, Any]:
     return {"accuracy": accuracy, "scored": scored._asdict()}
 
 
-def take_or_measure(seed: int, kind: Kind, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `one` finds; from the committed units where today's code has measured it."""
+def take_or_measure(
+    seed: int, kind: Kind, settings: dict[str, Any], *, renew: bool = False
+) -> dict[str, Any]:
+    """What `one` finds; from the committed units if a net was measured with these settings.
+
+    Args:
+      renew: measure a net again that other code has measured.
+    """
     stated = {"seed": seed, "kind": files.plain(kind._asdict()), "scan": settings}
     unit = ledger.Unit(NAME, str(seed), stated, (__name__,))
     stored = ledger.find(unit)
-    if stored is not None and not stored.is_older:
-        return stored.result
+    if stored is not None and not (renew and stored.is_older):
+        return {**stored.result, "code": "older" if stored.is_older else "today's"}
     units.say(f"{NAME}/{seed}: running")
     started = time.perf_counter()
     found = files.plain(one(seed, kind))
     ledger.write(unit, found, time.perf_counter() - started)
-    return found
+    return {**found, "code": "today's"}
 
 
 def _row(found: dict[str, Any]) -> dict[str, Any]:
@@ -132,11 +138,17 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
         "accuracy": found["accuracy"],
         **figures,
         "alarms": ", ".join(alarms) or "none",
+        "code": found.get("code"),
     }
 
 
-def main(smoke: bool = False) -> None:
-    """Trains and scans the nets, prints their table and the rate of each rule's false alarms."""
+def main(smoke: bool = False, renew: bool = False) -> None:
+    """Trains and scans the nets, prints their table and the rate of each rule's false alarms.
+
+    Args:
+      smoke: two nets, few steps; nothing is written.
+      renew: also measure nets again that other code has measured.
+    """
     if smoke:
         print(units.table([_row(one(FIRST, KINDS[0], 20)), _row(one(FIRST + 1, KINDS[1], 20))]))
         return
@@ -144,7 +156,7 @@ def main(smoke: bool = False) -> None:
         raise UserError("CIFAR-10 is not there; put it into shared/data/cifar10")
     config = calibrate.for_calibration(scan.PRESETS["quick"])
     settings = calibrate.settings_of(config)
-    found = [take_or_measure(seed, kind, settings) for seed, kind in plan()]
+    found = [take_or_measure(seed, kind, settings, renew=renew) for seed, kind in plan()]
     models = tuple(nulls.CleanModel(**each["scored"]) for each in found)
     known = nulls.Calibration(models, settings)
     rules = sorted({rule for model in models for rule in model.alarms})

@@ -64,7 +64,8 @@ Repair:
                     bna: leave the weights alone and flag triggered images;
                     dhbe: use no images. `jaxbd methods` lists all
   --max-drop SHARE  clean accuracy that the rounds may cost (0.02)
-  --scan FILE       scan.json of an earlier scan: search only its classes
+  --scan CASE       an earlier scan: repair the triggers it recovered; a
+                    scan.json without triggers limits the search to its classes
   --trigger FILE    the trigger, if you have it; no scan is run
   --target K        the class it leads to
   --steps N         length of the repair

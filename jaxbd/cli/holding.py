@@ -70,9 +70,19 @@ def pick_without_trigger(args: Any, found: known.Known) -> tuple[methods.Method,
 
 
 def repair(
-    run: Run, key: Key, suspect: Suspect, clean: Batch, found: known.Known, settings: Any, args: Any
+    run: Run,
+    key: Key,
+    suspect: Suspect,
+    images: tuple[Batch, Batch],
+    found: known.Known,
+    settings: Any,
+    args: Any,
 ) -> hold.Held:
-    """Repairs in rounds, from every working trigger of the scan, or from the given one."""
+    """Repairs in rounds, from every working trigger of the scan, or from the given one.
+
+    Args:
+      images: (those to repair with, those that check the repair).
+    """
     triggers, norms = found.evidence, found.norms
     if isinstance(found.scan, Scan):
         if found.scan.located is not None:
@@ -80,7 +90,7 @@ def repair(
         if args.evidence == "mixture":
             targets = dict.fromkeys(each.target for each in triggers)
             triggers = [e for t in targets for e in evidence.every_trigger(found.scan, t)]
-    base = (find(args.method).name, settings)
+    base, (clean, held) = (find(args.method).name, settings), images
     return hold.repair(
         run,
         key,
@@ -89,6 +99,7 @@ def repair(
         triggers,
         configure(args),
         base,
+        held=held,
         norms=norms,
         batch_size=args.batch_size,
     )
@@ -125,9 +136,9 @@ def say(held: hold.Held, args: Any) -> None:
     many = "1 round" if count == 1 else f"{count} rounds"
     highest = max((rate for _, rate in last.rates), default=0.0)
     figures = (
-        f"On {held.checked_on} images not used for the repair, the known triggers reach at most"
-        f" {show.percent(highest)}; accuracy went from {show.percent(held.rounds[0].accuracy)} to"
-        f" {show.percent(last.accuracy)}."
+        f"On {held.checked_on} images that the repair did not train on, the known triggers reach at"
+        f" most {show.percent(highest)}; accuracy went from"
+        f" {show.percent(held.rounds[0].accuracy)} to {show.percent(last.accuracy)}."
     )
     left = "; ".join(
         f"{NAMES[each.kind]} that sends {show.percent(each.rate)} to class {each.evidence.target}"

@@ -71,11 +71,14 @@ def compare(
     """Derives the size limits from triggers of the suspect's other classes.
 
     Args:
-      norms: [K] norms of the smallest masks, nan for classes without one; None to search for masks.
+      norms: [K] norms of the smallest masks, nan for classes without one. Masks are searched if
+        this is None or nan for all other classes, as after a scan of the targets alone.
     """
     config, variables = lab.config, lab.suspect.freeze().variables
     others = [k for k in range(lab.suspect.classes) if k not in targets]
     chosen = others[: config.compared]
+    if norms is not None and not np.isfinite(norms[others]).any():
+        norms = None
     sizes = {"mask": [] if norms is None else [float(norms[k]) for k in others], "additive": []}
     searches = {"mask": fresh.search_masks} if norms is None else {}
     if config.additive_steps:

@@ -17,7 +17,7 @@ from jaxbd.pipelines import checks, fresh
 from jaxbd.pipelines import repair as repairs
 from jaxbd.pipelines.checks import Limits, Round
 from jaxbd.pipelines.repair import Repaired
-from jaxbd.repairs import choose, mixture
+from jaxbd.repairs import choose
 from jaxbd.repairs.vary import vary
 from jaxbd.training.loop import NotFinite
 from jaxbd.training.program import Seconds, total_seconds
@@ -40,8 +40,11 @@ class Config:
     Attributes:
       max_drop: clean accuracy on the held-out images that the repair may cost, as a share.
       rounds: maximum number of repairs, each followed by a fresh search.
-      working: a trigger works if its rate exceeds the trigger-free share by at least this.
-      held_share: share of the clean images that is held out for checking.
+      working: a trigger that a fresh search finds works if its rate exceeds the trigger-free share
+        by at least this.
+      remaining: a trigger that was repaired still works if its rate does so by at least this. Less
+        than `working`, since any net has weak triggers, but a repaired one should be gone.
+      held_share: share of the clean images that is held out for checking, if none are given.
       most_held: maximum number of held-out images.
       vary: whether to unlearn variants of the triggers too, see `repairs.vary`.
       search: settings of the fresh searches.
@@ -50,6 +53,7 @@ class Config:
     max_drop: float = 0.02
     rounds: int = 4
     working: float = 0.2
+    remaining: float = 0.05
     held_share: float = 0.25
     most_held: int = 500
     vary: bool = True
@@ -62,10 +66,11 @@ class Config:
             raise UserError(
                 f"rounds and most_held must be at least 1, got {self.rounds}, {self.most_held}"
             )
-        if not (0 < self.working < 1 and 0 < self.held_share < 1):
+        shares = (self.working, self.remaining, self.held_share)
+        if not all(0 < share < 1 for share in shares):
             raise UserError(
-                "working and held_share must be shares between 0 and 1, got"
-                f" {self.working}, {self.held_share}"
+                "working, remaining and held_share must be shares between 0 and 1, got"
+                f" {', '.join(map(str, shares))}"
             )
 
 
@@ -117,6 +122,7 @@ def repair(
     config: Config,
     base: tuple[str, Any] = ("unlearn", None),
     *,
+    held: Batch | None = None,
     norms: np.ndarray | None = None,
     batch_size: int = 64,
     label: str = "",
@@ -129,12 +135,14 @@ def repair(
     accuracy than the budget allows, only part of its change is applied, see `checks.keep_within`.
 
     Args:
-      clean: clean images with labels (uint8 or float); a share of them is held out for checking.
+      clean: clean images with labels (uint8 or float).
       evidence: known triggers, at least one for each class to repair.
       base: (name of a repair in `methods` that changes weights, its settings); settings None for
         its preset "rounds", or its defaults if it has no such preset.
+      held: other clean images that check the repair, of which at most `config.most_held` are used;
+        None to hold out a share of `clean`.
       norms: [K] norms of the smallest masks of all classes, from a scan of the suspect; nan for
-        classes without one. If None, masks of other classes are searched.
+        classes without one. If None or without another class, masks of other classes are searched.
       batch_size: images per step.
     Raises: UserError when something is missing or the images are too few; loop.NotFinite when a
       loss diverges; Stopped after a stop request.
@@ -145,12 +153,15 @@ def repair(
         raise UserError(f"{method} changes no weights, so it cannot be repeated in rounds")
     repairs.check_needs(method, found.needs | {"trigger"}, clean, evidence)
     clean = Batch(np.asarray(clean.images), np.asarray(clean.labels))
-    parts_key, share = jax.random.fold_in(key, 0), config.held_share
-    fitting, held = choose.split(parts_key, clean, share, config.most_held, "repair")
+    if held is None:
+        parts_key, share = jax.random.fold_in(key, 0), config.held_share
+        clean, held = choose.split(parts_key, clean, share, config.most_held, "repair")
+    else:
+        held = Batch(*(np.asarray(part)[: config.most_held] for part in held))
     if settings is None:
         settings = found.preset(PRESET if PRESET in found.presets else None)
-    lab = fresh.Lab(run, suspect, fitting, held, config.search)
-    task = Task(lab, fitting, method, settings, config, batch_size, label or method)
+    lab = fresh.Lab(run, suspect, clean, held, config.search)
+    task = Task(lab, clean, method, settings, config, batch_size, label or method)
     targets = list(dict.fromkeys(each.target for each in evidence))
     label = f"{task.label}, other classes"
     limits, spent = checks.compare(lab, jax.random.fold_in(key, 1), targets, norms, label)
@@ -185,7 +196,7 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
         )
         spent.append(seconds)
         rounds.append(now)
-        if number and not (now.left or now.has_known_left(config.working)):
+        if number and not (now.left or now.has_known_left(config.remaining)):
             end = "nothing left"
             break
     spent += [result.seconds for result in results]
@@ -196,15 +207,12 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
 def _repair_once(
     task: Task, key: Key, variables: Variables, known: Sequence[Evidence], name: str
 ) -> tuple[Repaired, Any]:
-    """Repairs once by the base method, with each target's triggers joined into one piece of
-    evidence. If that diverges, tries again with a lower learning rate.
+    """Repairs once by the base method. If that diverges, tries again with a lower learning rate.
 
     Returns: the repaired net, and the settings that made it.
     """
     suspect = task.lab.suspect._replace(variables=variables)
     varied = [each._replace(stamp=vary(each.stamp)) if task.config.vary else each for each in known]
-    targets = dict.fromkeys(each.target for each in known)
-    joined = [mixture.join([e for e in varied if e.target == target]) for target in targets]
     run, settings, label, tries = task.lab.run, task.settings, name, TRIES
     while True:
         try:
@@ -213,7 +221,7 @@ def _repair_once(
                 key,
                 suspect,
                 task.clean,
-                joined,
+                varied,
                 task.method,
                 settings,
                 batch_size=task.batch_size,

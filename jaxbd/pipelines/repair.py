@@ -25,6 +25,7 @@ from jaxbd.base import (
 )
 from jaxbd.caching import cached
 from jaxbd.data import draw
+from jaxbd.repairs import mixture
 from jaxbd.training import loop
 from jaxbd.training.program import Program, Seconds, total_seconds
 from jaxbd.training.run import Run
@@ -69,7 +70,8 @@ def repair(
     """Repairs a suspect.
 
     Methods that need a trigger treat several targets one after another, each starting from the net
-    repaired for the one before. All other methods run once and ignore the evidence.
+    repaired for the one before; several triggers of one target share the images. All other methods
+    run once and ignore the evidence.
 
     Args:
       clean: clean images with labels (uint8 or float); None for methods that need none.
@@ -84,7 +86,7 @@ def repair(
     found = methods.find("repair", method)
     check_needs(method, found.needs, clean, evidence)
     clean = clean if "clean" in found.needs else None
-    known = list(evidence) if "trigger" in found.needs else [None]
+    known = mixture.join_by_target(evidence) if "trigger" in found.needs else [None]
     results = []
     for own_key, name, each in zip(
         split_keys(key, len(known)), name_targets(label or method, known), known, strict=True

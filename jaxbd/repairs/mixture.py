@@ -96,6 +96,13 @@ def join(evidence: Sequence[Evidence]) -> Evidence:
     )
 
 
+def join_by_target(evidence: Sequence[Evidence]) -> list[Evidence]:
+    """One piece of evidence for each target, in the order of the targets' first pieces; see
+    `join`."""
+    targets = dict.fromkeys(each.target for each in evidence)
+    return [join([each for each in evidence if each.target == target]) for target in targets]
+
+
 @cached(32)
 def _either(stamps: tuple[Stamp, ...]) -> Callable[[Key, tuple[ArrayTree, ...], Array], Array]:
     """A stamp that puts one of several triggers on each image; it takes a tuple of their

@@ -96,6 +96,18 @@ def test_several_targets_are_treated_one_after_the_other_on_one_net(suspect):
     assert same(rest.variables, both.variables)
 
 
+def test_triggers_of_one_target_share_one_run(suspect):
+    config = unlearn.Config(num_steps=3, stamp_rate=0.5, learning_rate=0.01)
+    names = []
+    run = Run(progress=lambda name, done, total: names.append(name))
+    second = Evidence(1, (0, 2), lambda key, amount, images: images - amount, jnp.float32(0.3))
+    both = repair.repair(run, KEY, suspect, CLEAN, [KNOWN, second], "unlearn", config)
+    assert {*names} == {"unlearn"} and both.infos["unlearn"].loss.shape == (3,)
+    joined = [mixture.join([KNOWN, second])]
+    again = repair.repair(Run(), KEY, suspect, CLEAN, joined, "unlearn", config)
+    assert same(both.variables, again.variables)
+
+
 def test_evidence_is_ignored_by_methods_that_need_none(suspect):
     config = finetune.Config(num_steps=2)
     one = repair.repair(Run(), KEY, suspect, CLEAN, [], "finetune", config)

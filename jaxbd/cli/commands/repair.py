@@ -72,7 +72,7 @@ class Args(Generic[Settings, Search]):
         model folder. The figures go next to it as <name>.repair.json, or into the folder as
         repair.json.
       data: clean images with labels, see `jaxbd scan --help`. A quarter of them are held out to
-        measure the repair.
+        check the rounds of a repair and to measure it.
       test_data: images to measure the repair on instead. For methods that repair without images
         these are the only images, and they are read after the repaired model is written.
       report: write a self-contained HTML page here, with --method dhbe. It shows the generated
@@ -483,8 +483,9 @@ def _repair(
     more = {"search_again": found.search_again} if method.guards else {}
     key = erasing.repair_key(args.reading.seed)
     if holding.is_asked(args) and found.evidence:
-        assert there.clean is not None  # methods that need a trigger need clean images too
-        held = holding.repair(run, key, suspect, there.clean, found, settings, args)
+        assert there.material is not None  # methods that need a trigger need clean images too
+        images = (there.material.search, there.material.held_out)
+        held = holding.repair(run, key, suspect, images, found, settings, args)
         return held.repaired, held
     driver = functools.partial(
         method.driver.repair, run, key, suspect, there.clean, found.evidence, method.name, settings
