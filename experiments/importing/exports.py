@@ -122,19 +122,20 @@ def scan(writer: str) -> dict[str, Any] | None:
 
 
 def repair(writer: str, found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """`jaxbd repair --out X.onnx` for the classes a scan named, judged by the true trigger."""
+    """`jaxbd repair CASE --out X.onnx` of an export that a scan called backdoored, judged by the
+    true trigger."""
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             source = export(writer, pathlib.Path(folder) / f"{writer}.onnx")
             out = pathlib.Path(folder) / "repaired.onnx"
-            published.repair_file(source, found or {}, out)
+            published.repair_file(source, out)
             return judge(out)
 
     if not (found and found["targets"]):
         units.miss("import", f"repair-onnx-{writer}")
         return None
-    return units.kept_or_none("import", f"repair-onnx-{writer}", found["targets"], work)
+    return units.kept_or_none("import", f"repair-onnx-{writer}", [found["targets"], "case"], work)
 
 
 def judge(path: pathlib.Path) -> dict[str, float]:

@@ -142,24 +142,23 @@ def scan_file(model: pathlib.Path) -> dict[str, Any]:
     return command(["scan", str(model), *clean_images(2000)], (0, 1, 3))
 
 
-def repair_file(model: pathlib.Path, found: dict[str, Any], out: pathlib.Path) -> None:
-    """`jaxbd repair` for the classes that a scan named."""
+def repair_file(model: pathlib.Path, out: pathlib.Path) -> None:
+    """`jaxbd scan` into a case, then `jaxbd repair` of the case."""
     with tempfile.TemporaryDirectory() as folder:
-        earlier = pathlib.Path(folder) / "scan.json"
-        files.write_json(earlier, found)
+        case = pathlib.Path(folder) / "case"
         # training images, so that all test images can judge
-        images = clean_images(2000, "train")
-        call(["repair", str(model), *images, "--scan", str(earlier), "--out", str(out)])
+        call(["scan", str(model), *clean_images(2000, "train"), "--out", str(case)], (1, 3))
+        call(["repair", str(case), "--no-rescan", "--out", str(out)])
 
 
 def repair(name: str, found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """`jaxbd repair` for the classes a scan named, into a .pth; `jaxbd evaluate` on that file with
-    the true trigger."""
+    """`jaxbd repair` of the case of a model that a scan called backdoored, into a .pth; `jaxbd
+    evaluate` on that file with the true trigger."""
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             out = pathlib.Path(folder) / "repaired.pth"
-            repair_file(model_of(name), found or {}, out)
+            repair_file(model_of(name), out)
             arguments = ["evaluate", str(out), *clean_images(10_000), *_trigger(name)]
             after = command(arguments, (0,))
         # it lay in a temporary folder
@@ -167,4 +166,4 @@ def repair(name: str, found: dict[str, Any] | None) -> dict[str, Any] | None:
         return after
 
     targets = found["targets"] if found else []
-    return units.kept_or_none(NAME, f"repair-{name}", [TRIGGERS[name], targets], work)
+    return units.kept_or_none(NAME, f"repair-{name}", [TRIGGERS[name], targets, "case"], work)
