@@ -137,14 +137,18 @@ def scan(victim, method, **changes):
 
 def scanned(victim, method):
     """Verdict, the infos of the first steps; rates and scores of every class, and the mean trigger
-    of every cell."""
+    of every cell.
+
+    Two steps: in the third, the entropy of one of MESA's cells differs by 8e-4 of itself between
+    kinds of CPU.
+    """
     found = scan(victim, method)
     sample = jax.vmap(lambda state: found.inversion.sample(jax.random.key(5), state, 8).mean(0))
     result = {
         "verdict": found.decision.verdict,
         "targets": np.array(found.decision.targets, int),
         "cells": {"target": found.cells.target, "level": found.cells.level},
-        "infos": first(3, found.infos._asdict()),
+        "infos": first(2, found.infos._asdict()),
         "steps": found.steps,
         "image_steps": found.image_steps,
     }

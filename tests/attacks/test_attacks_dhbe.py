@@ -478,7 +478,8 @@ def made(folder, *flags: str) -> dict:
 
 
 def measured(folder, out, *flags: str) -> dict:
-    given_flags = ["--trigger", str(folder / "trigger.npz"), "--limit", "2000", "--out", str(out)]
+    given_flags = ["--trigger", str(folder / "trigger.npz"), "--limit", "2000"]
+    given_flags += ["--out", str(out), "--force"]
     assert entry.main(["evaluate", str(folder), "--data", "digits", *given_flags, *flags]) == 0
     return json.loads(out.read_text())
 
@@ -562,7 +563,8 @@ def test_the_command_line_plants_what_starts_from_a_clean_net(tmp_path, capsys):
         "--steps",
         "1",
     ]
-    assert made(tmp_path / "hidden", *again)["planted"]["clean_model"] == str(tmp_path / "clean")
+    content = made(tmp_path / "hidden again", *again)
+    assert content["planted"]["clean_model"] == str(tmp_path / "clean")
     capsys.readouterr()
     missing = [
         "--attack",
