@@ -171,14 +171,15 @@ def repair(
         that need none.
       evidence: the result of `scan`, or triggers.
       method: a repair listed by `jaxbd methods`, or "auto". "auto" unlearns the triggers in rounds
-        and searches for remaining ones after each, as `jaxbd repair` does; where an inconclusive
-        scan recovered none, it uses `clip`.
+        and searches for remaining ones after each, as `jaxbd repair` does. After an inconclusive
+        scan it does so for the classes with one sign, or uses `clip` if it recovered no trigger.
       config: settings of the method, for "auto" `pipelines.hold.Config`; None for its defaults.
     Raises: UserError when something that the method needs is missing.
     """
     known = list(evidence.evidence if isinstance(evidence, Found) else evidence)
     if method == AUTO and not known:
-        method = _pick_without_trigger(evidence)
+        known = _take_leads(evidence)
+        method = AUTO if known else _pick_without_trigger(evidence)
     clean = judge = None
     if images is not None:
         clean, judge = _divide(_check_images(suspect, images, labels), seed)
@@ -238,6 +239,15 @@ def _ignore_key(judge: Any) -> Any:
 
 def _plain_net(suspect: Suspect) -> Any:
     return guarded.net(suspect.source.spec, None)
+
+
+def _take_leads(evidence: Found | Sequence[Evidence]) -> list[Evidence]:
+    """The triggers of classes with one sign, if the evidence is an inconclusive scan over
+    classes."""
+    if not isinstance(evidence, Found) or evidence.verdict != "inconclusive":
+        return []
+    scan = evidence.details
+    return evidences.of_leads(scan) if isinstance(scan, scanning.Scan) else []
 
 
 def _pick_without_trigger(evidence: Found | Sequence[Evidence]) -> str:

@@ -17,6 +17,7 @@ from jaxbd.interop import folder
 from jaxbd.metrics import batches
 from jaxbd.models import build
 from jaxbd.pipelines import checks, fresh, hold, plant
+from jaxbd.pipelines import scan as scanning
 from jaxbd.pipelines.repair import Repaired
 from jaxbd.training import supervised
 from jaxbd.training.program import Seconds
@@ -131,6 +132,17 @@ def test_without_a_trigger_an_open_verdict_is_repaired_by_clip(suspect, victim, 
         jaxbd.repair(suspect, images, labels, scanned("clean", []))
     with pytest.raises(jaxbd.UserError, match="auto needs clean images; give images and labels"):
         jaxbd.repair(suspect, evidence=[_door()])
+
+
+def test_after_an_open_verdict_triggers_of_classes_with_one_sign_are_unlearned(
+    suspect, victim, asked, monkeypatch
+):
+    _, images, labels = victim
+    scan = scanning.Scan(**dict.fromkeys(scanning.Scan._fields))
+    monkeypatch.setattr(api.evidences, "of_leads", lambda found: [_door()] if found is scan else [])
+    jaxbd.repair(suspect, images, labels, scanned("inconclusive", [])._replace(details=scan))
+    ((_, evidence, _, _),) = asked
+    assert [each.target for each in evidence] == [TARGET]
 
 
 def _door():

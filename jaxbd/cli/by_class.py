@@ -50,6 +50,11 @@ def evidence_of(found: Scan, target: int) -> list[Evidence]:
     return [evidence.mix_equally(found, target)]
 
 
+def evidence_of_leads(found: Scan) -> list[Evidence]:
+    """What the scan recovered for the classes with one sign."""
+    return evidence.of_leads(found)
+
+
 def as_record(
     found: Scan, material: common.Material, config: ScanConfig, reading: common.Reading
 ) -> dict[str, Any]:

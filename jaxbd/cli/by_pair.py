@@ -51,6 +51,12 @@ def evidence_of(found: PairScan, target: int) -> list[Evidence]:
     return [each.evidence for each in pairwise.estimates(found, target)]
 
 
+def evidence_of_leads(found: PairScan) -> list[Evidence]:
+    """What the scan recovered for the classes with one sign."""
+    leads = [target for target in found.leads if target in found.triggers]
+    return [each for target in leads for each in evidence_of(found, target)]
+
+
 def as_record(
     found: PairScan, material: common.Material, config: Config, reading: common.Reading
 ) -> dict[str, Any]:

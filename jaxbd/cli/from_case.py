@@ -142,14 +142,22 @@ def check(past: Past, model: models.Model, material: common.Material | None) -> 
         )
 
 
-def recall(past: Past, suspect: Suspect, named: int | None) -> known.Known:
+def recall(
+    past: Past, suspect: Suspect, named: int | None, *, take_leads: bool = False
+) -> known.Known:
     """The case's triggers for its attacked classes, or for the class `named`.
 
+    Args:
+      take_leads: if the scan was inconclusive and named no class, whether to take the triggers of
+        the classes with one sign.
     Raises: UserError if it has no trigger for one of these classes.
     """
     found = past.case
     targets = found.get("targets", kind=list) if named is None else [named]
-    evidence = case.load_evidence(found, suspect, targets)
+    leads = []
+    if take_leads and not targets and found.verdict == "inconclusive":
+        leads = found.get("leads", kind=list)
+    evidence = case.load_evidence(found, suspect, targets or leads)
     missing = sorted({*targets} - {each.target for each in evidence})
     if missing:
         raise UserError(

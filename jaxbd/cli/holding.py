@@ -69,6 +69,18 @@ def pick_without_trigger(args: Any, found: known.Known) -> tuple[methods.Method,
     return method, dataclasses.replace(method.preset(), max_drop=args.max_drop)
 
 
+def say_doubt(args: Any, found: known.Known) -> None:
+    """After an inconclusive scan, prints which classes are repaired all the same."""
+    doubtful = args.method == AUTO and found.verdict() == "inconclusive"
+    if doubtful and found.evidence and args.given.target is None:
+        targets = dict.fromkeys(each.target for each in found.evidence)
+        classes = "class" if len(targets) == 1 else "classes"
+        show.say(
+            f"The scan is inconclusive; repairing {classes} {', '.join(map(str, targets))}, which"
+            f" {'shows' if len(targets) == 1 else 'show'} one sign of a backdoor."
+        )
+
+
 def repair(
     run: Run,
     key: Key,

@@ -85,14 +85,27 @@ def _save_as_scans_do(run: Run, kind: ModuleType, flags: job.Flags) -> Iterator[
 
 
 def search(
-    run: Run, kind: ModuleType, material: common.Material, args: Any, named: tuple[int, ...]
+    run: Run,
+    kind: ModuleType,
+    material: common.Material,
+    args: Any,
+    named: tuple[int, ...],
+    *,
+    take_leads: bool = False,
 ) -> Known:
-    """Scans, and takes what was recovered for each attacked class and for the classes `named`."""
+    """Scans, and takes what was recovered for each attacked class and for the classes `named`.
+
+    Args:
+      take_leads: after an inconclusive scan, whether to take what was recovered for the classes
+        with one sign.
+    """
     key = jax.random.key(args.reading.seed)
     with _save_as_scans_do(run, kind, args.stopping):
         found = kind.search(run, key, material, args.search)
     targets = sorted({*kind.targets_of(found), *named})
     evidence = [each for target in targets for each in _choose_evidence(found, kind, target, args)]
+    if take_leads and not targets and kind.verdict_of(found) == "inconclusive":
+        evidence = kind.evidence_of_leads(found)
     again = _pair_search(material, args.search, found) if not isinstance(found, Scan) else None
     return Known(evidence, found, kind, again)
 

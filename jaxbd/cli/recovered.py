@@ -30,25 +30,19 @@ def list_triggers(found: Any, config: Any, image_shape: tuple[int, int, int]) ->
     if not isinstance(found, Scan):
         return [
             Recovered(save, _finite(each.attack_success_rate))
-            for target in found.targets
+            for target in sorted({*found.targets, *found.leads} & {*found.triggers})
             for each in pair_scan.estimates(found, target)
             for save in as_saved(each.evidence, image_shape)
         ]
     leads = [] if found.judgement is None else found.judgement.leads
     rows = []
     for target in sorted({*found.decision.targets, *leads}):
-        if not _has_any(found, target):
+        if not evidence.has_any(found, target):
             continue
         for each in evidence.every_trigger(found, target):
             for save in as_saved(each, image_shape, found, config):
                 rows.append(Recovered(save, _rate(found, save)))
     return rows
-
-
-def _has_any(found: Scan, target: int) -> bool:
-    modelled = target in np.asarray(found.cells.target)
-    masked = found.located is not None and np.isfinite(found.located.norms[target])
-    return bool(modelled or masked or evidence.take_additive(found, target))
 
 
 def _rate(found: Scan, saved: Saved) -> float | None:

@@ -115,6 +115,21 @@ def every_trigger(scan: Scan, target: int) -> list[Evidence]:
     return found
 
 
+def of_leads(scan: Scan) -> list[Evidence]:
+    """All working triggers of the classes with one sign, for a repair after an inconclusive scan;
+    empty if there are none."""
+    leads = [] if scan.judgement is None else scan.judgement.leads
+    return [
+        each for target in leads if has_any(scan, target) for each in every_trigger(scan, target)
+    ]
+
+
+def has_any(scan: Scan, target: int) -> bool:
+    """Whether the scan holds a trigger for `target`, so that `every_trigger` finds one."""
+    modelled = target in np.asarray(scan.cells.target)
+    return bool(modelled or take_mask(scan, target) or take_additive(scan, target))
+
+
 def take_mask(scan: Scan, target: int) -> list[Evidence]:
     """The mask that Neural Cleanse found for `target`; empty if none works."""
     located = scan.located

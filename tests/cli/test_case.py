@@ -8,7 +8,7 @@ import pytest
 
 from jaxbd.base import UserError
 from jaxbd.cli import case as cases
-from jaxbd.cli import common, known, pre_commit
+from jaxbd.cli import common, holding, known, pre_commit
 from jaxbd.cli.main import main
 from jaxbd.cli.rebuild import rebuild
 from jaxbd.files import plain
@@ -48,7 +48,7 @@ def place(made, tmp_path, monkeypatch) -> pathlib.Path:
     content["inputs"]["model"]["absolute"] = str(tmp_path / "made" / "model")
     record.write_text(json.dumps(content))
 
-    def search(*args):
+    def search(*args, **others):
         raise AssertionError("a second search")
 
     monkeypatch.setattr(known, "search", search)
@@ -70,6 +70,25 @@ def refusal(capsys, *words) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxbd: ")]
     assert len(lines) == 1 and "internal" not in lines[0], lines
     return lines[0]
+
+
+def test_after_an_inconclusive_scan_classes_with_one_sign_are_repaired(place, monkeypatch, capsys):
+    """By the repair that checks itself; other methods want a class that is named."""
+    case, asked = place / "CASE", []
+    change(case / "scan.json", verdict="inconclusive", targets=[], leads=[3])
+
+    def repair(run, key, suspect, images, found, settings, args):
+        asked.extend(each.target for each in found.evidence)
+        raise UserError("enough is seen")
+
+    monkeypatch.setattr(holding, "repair", repair)
+    assert main(["repair", str(case), "--no-rescan"]) == 2
+    out, err = capsys.readouterr()
+    assert "enough is seen" in err and asked == [3]
+    assert "The scan is inconclusive; repairing class 3, which shows one sign of a backdoor." in out
+    assert main(["repair", str(case), *REPAIR, "--no-rescan", "--force"]) == 0
+    assert "inconclusive and names no class: nothing to repair" in capsys.readouterr().out
+    assert not (case / "repair.json").exists()
 
 
 def test_a_scan_writes_a_case(made):

@@ -10,6 +10,7 @@ import toys
 
 from jaxbd.base import Cell, UserError
 from jaxbd.detection import detect
+from jaxbd.detection.verdict import Judgement
 from jaxbd.inversion import neural_cleanse
 from jaxbd.pipelines import evidence, scan
 from jaxbd.training.program import Seconds
@@ -72,6 +73,14 @@ def test_the_mask_comes_before_what_was_modelled():
     # patches of class 3 work on a tenth, and class 1 has none
     assert shades(evidence.every_trigger(found, 3)) == [0.3]
     assert shades(evidence.every_trigger(found, 1)) == [0.1]
+
+
+def test_of_classes_with_one_sign_what_works_is_taken():
+    found = make_scan(located([np.nan, 9, 12, 20], [1, 2, 3]), [2], [np.nan, np.nan, 0.9, np.nan])
+    assert evidence.of_leads(found) == []
+    doubt = lambda *leads: found._replace(judgement=Judgement("inconclusive", [], [*leads], [], []))
+    assert shades(evidence.of_leads(doubt(1, 2))) == [0.1, 0.2, 0.2]
+    assert evidence.of_leads(doubt(0)) == [], "nothing leads there"
 
 
 def test_where_no_mask_worked_what_was_modelled_stands_alone():

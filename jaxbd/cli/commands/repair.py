@@ -80,8 +80,9 @@ class Args(Generic[Settings, Search]):
         trigger is a patch, also for 4 and 9 copies on an image (see `jaxbd evaluate --help`).
         After --resume, earlier generated images are missing.
       method: repair method, a name from `jaxbd methods`. "auto" unlearns the triggers that the scan
-        recovered and checks itself, see --rounds; if the scan recovered none but does not say
-        clean, it uses `clip`. Its --with.… flags are those of unlearn.
+        recovered and checks itself, see --rounds. After an inconclusive scan it does so for the
+        classes with one sign, or uses `clip` if no trigger was recovered. Its --with.… flags are
+        those of unlearn.
       rounds: most rounds of a repair that checks itself. After each round it measures images not
         used for the repair, searches for triggers again, and repairs those that work. It stops when
         no unusually small trigger works, the --max-drop budget is spent, or the rounds are used up.
@@ -206,10 +207,12 @@ def run(args: Any) -> int:
     recalled = None
     if past is not None:
         from_case.check(past, there.model, there.material)
-        recalled = from_case.recall(past, suspect, args.given.target)
+        take_leads = args.method == DEFAULT
+        recalled = from_case.recall(past, suspect, args.given.target, take_leads=take_leads)
     identity = _identify(args, method, there, loaded)
     with job.open_run(paths, args.stopping, identity, with_metrics=True) as going:
         found = _know(going, args, method, there, loaded, recalled)
+        holding.say_doubt(args, found)
         if "trigger" in method.needs and not found.evidence:
             other = holding.pick_without_trigger(args, found)
             if other is None:
@@ -449,7 +452,8 @@ def _know(
     assert there.material is not None
     named = args.search.targets if args.given.target is not None else ()
     kind = scanning.kind_of(args.search.method)
-    return known.search(run, kind, there.material, args, named)
+    take_leads = args.method == DEFAULT
+    return known.search(run, kind, there.material, args, named, take_leads=take_leads)
 
 
 def _stop_without_backdoor(found: known.Known, there: Opened, args: Any, paths: job.Paths) -> int:
