@@ -149,7 +149,8 @@ def _name_remedy(content: dict[str, Any], names: tuple[str, ...], reach: str) ->
         labels = ", ".join(common.class_label(k, names) for k in leads)
         return (
             f"class {labels} shows one sign of a backdoor; {reach}; more images, more --steps and"
-            " --locate-steps, other --mesa.patch sizes, or --method pairs may decide it"
+            " --locate-steps, other --mesa.patch sizes, --method pairs, or --calibration with clean"
+            " models of this kind may decide it"
         )
     if content["method"] == "neural-cleanse":
         return (

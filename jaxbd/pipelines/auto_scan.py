@@ -126,11 +126,13 @@ def _clear(
 ) -> list[int]:
     """Classes to model before the mask search ends; each is tried once.
 
-    Of the classes whose masks stand out by far, takes those whose margins stand out too, or else
-    the one that stands out most.
+    Of the classes whose masks stand out by far, takes those whose margins stand out too. Early in
+    the search other masks are small by chance, so only where no margin stands out does it take the
+    one that stands out most.
     """
     found = locate.early_outliers(located, config)
-    return [k for k in [k for k in found if k in alarmed] or found[:1] if k not in tried]
+    chosen = [k for k in found if k in alarmed] if alarmed else found[:1]
+    return [k for k in chosen if k not in tried]
 
 
 def _model(task: Task, clues: Clues, chosen: Sequence[int]) -> Clues:

@@ -2,6 +2,7 @@
 the next."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -255,3 +256,24 @@ def test_auto_finds_a_trigger_at_one_place(parts):
     model = jax.tree.map(lambda leaf: leaf[0], evidence.states_of(found, 4))
     again = found.inversion.stamp(jax.random.key(0), model, parts.test.images[:1] / 255)
     assert (np.asarray(again)[:, :10] == np.asarray(parts.test.images[:1, :10] / 255)).all()
+
+
+@pytest.mark.parametrize(
+    "found, alarmed, tried, chosen",
+    [
+        ([6, 8], [8], set(), [8]),
+        ([6], [8], set(), []),
+        ([6, 8], [], set(), [6]),
+        ([6, 8], [8], {8}, []),
+        ([6, 8], [], {6}, []),
+        ([], [8], set(), []),
+    ],
+)
+def test_classes_that_end_a_scan_early_stand_out_in_both_families(
+    monkeypatch, found, alarmed, tried, chosen
+):
+    """A mask that is small by chance costs a model of patches; without an alarm of the margins it
+    is the only clue."""
+    monkeypatch.setattr(locate, "early_outliers", lambda located, config: found)
+    located: Any = None
+    assert auto_scan._clear(located, QUICK, alarmed, tried) == chosen
