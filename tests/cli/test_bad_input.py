@@ -591,7 +591,7 @@ def test_bounds_beside_a_model_are_spoken_of_recorded_and_verified(victim, tmp_p
     words = ["evaluate", str(path), "--data", "digits", "--image-shape", "8", "8", "1"]
     capsys.readouterr()
     assert main([*words, "--normalisation", "none", "--out", str(out)]) == 0
-    assert "r.bounds.safetensors, beside the model" in capsys.readouterr().err
+    assert "r.bounds.safetensors, which lies beside the model" in capsys.readouterr().err
     record = json.loads(out.read_text())["model"]
     named = {each["name"] for each in record["manifest"]["predicate"]["resources"]}
     assert record["bounds"] == "r.bounds.safetensors"

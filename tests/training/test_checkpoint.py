@@ -201,7 +201,8 @@ def test_a_search_that_is_stopped_again_and_again_ends_bit_for_bit(tmp_path):
             break
         except run_module.Stopped as stopped:
             assert stopped.stopped_by == 15 and "saved in" in str(stopped)
-    assert run.resumed["stage"] == "search" and widths == {4, 2, 1}
+    # the widths between depend on the size of the groups of cells, which depends on the processors
+    assert run.resumed["stage"] == "search" and {4, 1} < widths
     assert_same_bits(list(found[:5]), list(whole[:5]))
     jax.tree.map(np.testing.assert_array_equal, found.course, whole.course)
     assert found.slots == whole.slots == 4 and (whole.steps == SEARCH_STOPS).all()
