@@ -54,7 +54,7 @@ def _rate(found: Scan, saved: Saved) -> float | None:
         and found.states is not (found.located.states)
     ):
         # `found.rates` belong to the patches modelled at the mask's place, not to the mask
-        return None
+        return None if found.mask_rates is None else _finite(found.mask_rates[saved.target])
     return _finite(found.rates[saved.target])
 
 

@@ -286,6 +286,7 @@ def _result(task: Task, clues: Clues) -> Scan:
         signs=signs,
         margin=clues.margin,
         additive=clues.additive,
+        mask_rates=clues.mask_rates,
     )
 
 

@@ -199,6 +199,9 @@ class Scan(NamedTuple):
       margin: "auto" only: result of the search without data; None if it was skipped.
       additive: "auto" only: perturbations of the whole image; searched only if the margin alone
         raises an alarm.
+      mask_rates: "auto" only: success rate [K] of Neural Cleanse's masks on held-out images, of the
+        classes with small masks that patches hardly reach; nan for the others, None if there are
+        none.
     """
 
     decision: detect.Decision
@@ -220,6 +223,7 @@ class Scan(NamedTuple):
     signs: Signs | None = None
     margin: MarginScan | None = None
     additive: Additive | None = None
+    mask_rates: np.ndarray | None = None
 
 
 class Task(NamedTuple):

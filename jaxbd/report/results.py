@@ -145,6 +145,8 @@ def scan(
         if found.located is not None:
             row["mask_norm"] = found.located.norms[number]
             row["place"] = found.located.places[number]
+        if found.mask_rates is not None:
+            row["mask_rate"] = found.mask_rates[number]
         if found.anywhere is not None:
             row["rate_at_random_places"] = found.anywhere[number]
         row["rate_without_trigger"] = found.baseline[number]

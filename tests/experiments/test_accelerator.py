@@ -362,13 +362,13 @@ def test_what_memory_runs_must_show():
     """Fewer slots with the same losses, a refusal in one line, and halving where there is a GPU."""
     whole = {"slots": 4, "losses": [1.0, 2.0]}
     half, refused = {"slots": 2, "losses": [1.0, 2.0]}, {"error": "one cell needs 9 bytes"}
-    sound = {"all at once": whole, "half the memory": half, "a byte": refused}
+    sound = {"all at once": whole, "some of the memory": half, "a byte": refused}
     sound["out of memory"] = "left out on a CPU"
     assert memory.is_sound(sound)
     assert memory.is_sound({**sound, "out of memory": {"notices": ["halved"]}})
     assert not memory.is_sound({**sound, "out of memory": {"notices": []}})
-    assert not memory.is_sound({**sound, "half the memory": {**half, "losses": [1.0, 2.1]}})
-    assert not memory.is_sound({**sound, "half the memory": whole})
+    assert not memory.is_sound({**sound, "some of the memory": {**half, "losses": [1.0, 2.1]}})
+    assert not memory.is_sound({**sound, "some of the memory": whole})
     assert not memory.is_sound({**sound, "a byte": whole})
 
 
