@@ -36,7 +36,8 @@ from jaxbd.pipelines.hold import Config as HoldConfig
 from jaxbd.pipelines.scan import PRESETS, ScanConfig
 from jaxbd.training.run import Checkpoints, Run
 
-NAME = "repair/published"
+NAME, MODULE = "repair/published", "experiments.repair_published"
+"""Folder of finished units, and this module, which is `__main__` where it runs as a program."""
 HOLD, WITHOUT, BASE = "hold", "clip", "unlearn"
 CLEAN, RELEARNED = "clean resnet20", 1000
 """A clean net to relearn beside, and images that judge relearning."""
@@ -245,7 +246,7 @@ def take_or_measure(
     if folder != NAME:
         return units.unit(folder, name, settings, function)
     method = settings.get("method", HOLD)
-    modules = [__name__, methods.find("repair", BASE if method == HOLD else method).path]
+    modules = [MODULE, methods.find("repair", BASE if method == HOLD else method).path]
     unit = ledger.Unit("published/repair", name, settings, tuple(modules))
     stored = ledger.find(unit)
     if stored is not None and (units.KEPT_ONLY[0] or not stored.is_older):

@@ -26,6 +26,9 @@ GRACE = 20.0
 """Seconds to save and end after SIGTERM, and of every run for what comes after its last item."""
 LEAST = 20.0
 """Seconds that must be left for another item to begin."""
+PATIENCE = 5
+"""Factor of an item's seconds at toy size: a CPU that is busy with other work takes longer than an
+accelerator, and to end an item early would look like a failure of the program."""
 MOST_FILES, MOST_BYTES, MOST_CONTENT = 8, 16 << 20, 1 << 20
 """What may come back: files, bytes of each, bytes of one record's content."""
 TAIL, WIDEST = 30, 400
@@ -153,7 +156,8 @@ def attempt(item: Item, place: Place, left: float) -> dict[str, Any]:
                 "models": str(place.shared / "models"),
             },
         )
-        status = spawn(filled, environment(place, item), log, min(item.seconds, left))
+        limit = item.seconds * (PATIENCE if place.toy else 1)
+        status = spawn(filled, environment(place, item), log, min(limit, left))
         content, tail = read_content(out), read_tail(log)
     if item.resumes:
         keep_part(part, place.out / f"{item.name}.tar.gz")

@@ -58,7 +58,12 @@ def root() -> pathlib.Path:
 
 
 def work(unit: Unit) -> str:
-    """The hash [12 hex digits] of a unit's settings and code."""
+    """The hash [12 hex digits] of a unit's settings and code.
+
+    Raises: ValueError for a module named `__main__`, which is another one each time.
+    """
+    if "__main__" in unit.modules:
+        raise ValueError(f"{unit.name}: name the module itself; __main__ has no code of its own")
     return digest(settings_hash(unit), code_hash(unit.modules, unit.without))
 
 

@@ -28,7 +28,8 @@ from jaxbd.models import build
 from jaxbd.pipelines import calibrate, plant, scan
 from jaxbd.training import supervised
 
-NAME = "verdict/null"
+NAME, MODULE = "verdict/null", "experiments.verdict.null_models"
+"""Folder of the units, and this module, which is `__main__` where it runs as a program."""
 FIRST = 600
 SEARCHED, JUDGED = 1500, 500
 """Images that a scan of CIFAR-10 nets searches with and is judged by; of digits a part of that."""
@@ -117,7 +118,7 @@ def take_or_measure(
       renew: measure a net again that other code has measured.
     """
     stated = {"seed": seed, "kind": files.plain(kind._asdict()), "scan": settings}
-    unit = ledger.Unit(NAME, str(seed), stated, (__name__,))
+    unit = ledger.Unit(NAME, str(seed), stated, (MODULE,))
     stored = ledger.find(unit)
     if stored is not None and not (renew and stored.is_older):
         return {**stored.result, "code": "older" if stored.is_older else "today's"}

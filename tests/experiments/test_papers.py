@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from experiments import reproduce, units  # noqa: E402
+from experiments import repair_published, reproduce, units  # noqa: E402
 from experiments.papers import (  # noqa: E402
     attacks,
     defences,
@@ -30,6 +30,7 @@ from experiments.papers import (  # noqa: E402
 )
 from experiments.papers.sizes import SIZES  # noqa: E402
 from experiments.papers.victim import Victim  # noqa: E402
+from experiments.verdict import null_models  # noqa: E402
 from jaxbd import methods  # noqa: E402
 from jaxbd.base import Batch, UserError  # noqa: E402
 from jaxbd.training.run import Stopped  # noqa: E402
@@ -110,6 +111,14 @@ def test_a_unit_is_found_whichever_machine_made_it_and_older_code_is_named(monke
     assert stored is not None and stored.is_older and not ledger.has_current(UNIT)
     ledger.write(UNIT, {"asr": 0.4}, 1.0)
     assert ledger.has_current(UNIT)
+
+
+def test_the_program_that_runs_is_no_module_of_a_unit():
+    """Its hash would differ each time, so that every unit would count as older code's."""
+    with pytest.raises(ValueError, match="__main__ has no code of its own"):
+        ledger.work(UNIT._replace(modules=("__main__",)))
+    assert null_models.__name__ == null_models.MODULE
+    assert repair_published.__name__ == repair_published.MODULE
 
 
 def test_a_write_that_fails_leaves_no_unit(monkeypatch, results):
