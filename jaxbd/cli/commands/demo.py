@@ -98,7 +98,8 @@ class Found(NamedTuple):
 
 
 def run(args: Args) -> int:
-    """Runs the demo; returns 0 if both verdicts are right, 1 otherwise."""
+    """Runs the demo; returns 0 if the suspect's class is named and the twin is not accused, 1
+    otherwise."""
     outputs.check_output(args.out / "report.html")
     for name in WRITTEN:
         outputs.check_output(args.out / name, folder=True)
@@ -321,17 +322,20 @@ def _verdict(scan: scanning.Scan) -> str:
 
 
 def _say(args: Args, found: Found, seconds: float) -> int:
-    """Prints the table and a few lines; returns 0 if the verdicts are right, 1 otherwise."""
+    """Prints the table and a few lines; returns the exit code, see `run`."""
     rates = {f"{name}, before": one for name, one in found.before.items()}
     rates |= found.after
     title = "test images, true trigger"
     show.rates([(name, results.rates(one)) for name, one in rates.items()], title=title)
     scans, target = found.scans, found.case.target
-    right = scans["suspect"].decision.targets == [target]
-    right = right and scans["twin"].decision.verdict == "clean"
-    wrong = "" if right else f"; in fact class {target} was attacked and the twin is clean"
+    twin = scans["twin"].decision
+    right = scans["suspect"].decision.targets == [target] and twin.verdict != "backdoored"
+    note = "" if right else f"; in fact class {target} was attacked and the twin is clean"
+    judgement = scans["twin"].judgement
+    if right and judgement is not None and judgement.leads:
+        note = ", since it shows one sign of a backdoor, as some clean models do"
     show.say(
-        f"Suspect: {_verdict(scans['suspect'])}. Clean twin: {_verdict(scans['twin'])}{wrong}"
+        f"Suspect: {_verdict(scans['suspect'])}. Clean twin: {_verdict(scans['twin'])}{note}"
         f" ({seconds:.0f} s in all)."
     )
     if found.after:
