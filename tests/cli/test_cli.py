@@ -422,8 +422,8 @@ def test_repair_checks_itself_and_says_which_end_it_was(victim, tmp_path, capsys
     assert 1 <= len(rounds) <= 2 and begun["known"][0]["rate"] > 0.5
     assert {one["kind"] for one in begun["found"]} == {"mask", "patch", "additive"}
     # the first trigger known is the given one, of those that check
-    assert rounds[-1]["known"][0]["rate"] < 0.3 and checked["checked_on"] == 56
-    assert f"On {checked['checked_on']} images not used for the repair" in text
+    assert rounds[-1]["known"][0]["rate"] < 0.3 and checked["checked_on"] == 75
+    assert f"On {checked['checked_on']} images that the repair did not train on" in text
     still = [one for one in rounds[-1]["found"] if one["left"]]
     assert ("Still working" in text) == bool(still)
     assert ("no rounds are left" in text) == (checked["end"] == "rounds")

@@ -10,6 +10,8 @@ import scipy.stats
 from jaxbd.base import UserError
 from jaxbd.detection import calibration
 from jaxbd.detection.calibration import ANOMALY, MARGIN, Calibration, CleanModel
+from jaxbd.pipelines import calibrate
+from jaxbd.pipelines.scan import PRESETS
 
 
 def clean_models(count: int, architecture: str = "cnn", start: float = 0.0) -> list[CleanModel]:
@@ -137,3 +139,19 @@ def test_what_is_no_calibration_is_refused(tmp_path, value, named):
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=r"null\.json"):
         calibration.load(path)
+
+
+def test_the_calibration_that_comes_with_the_package_is_of_thirty_clean_nets_or_more():
+    known = calibration.load("small-nets")
+    names = [model.name for model in known.models]
+    assert len(names) >= 30 and len(set(names)) == len(names)
+    assert len({model.architecture for model in known.models}) >= 4
+    assert all(
+        0 <= calibration.false_alarms(known, rule).rate < 0.5 for rule in known.models[0].alarms
+    )
+    # of a net whose classes hardly reach a positive margin there is no statistic
+    for statistic, least in ((MARGIN, 19), (ANOMALY, 30)):
+        values = calibration.null(known, statistic)
+        assert len(values) >= least and np.isfinite(calibration.threshold(values, 0.05))
+    # a scan with the default settings can be compared with these nets
+    assert known.settings == calibrate.settings_of(calibrate.for_calibration(PRESETS["quick"]))

@@ -71,6 +71,7 @@ class ByClass(Common):
 
     Attributes:
       calibration: null.json from `jaxbd calibrate`; a class must stand out from these clean models.
+        `small-nets`: small clean nets on digits and CIFAR-10 images that come with jaxbd.
       preset: settings that the flags below start from: "quick", or MESA as in the "released" code
         or the "paper" (every class at random places; hours on a CPU).
       search: what is searched, and for how long.
