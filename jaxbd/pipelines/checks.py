@@ -60,9 +60,13 @@ class Round(NamedTuple):
         beyond = lambda each: each.rate - self.shares[each.evidence.target]
         return [each for each in self.found if beyond(each) >= least]
 
-    def has_known_left(self, least: float) -> bool:
-        """Whether a trigger known before the search still works."""
-        return any(rate - self.shares[target] >= least for target, rate in self.rates)
+    def has_known_left(self, most: Sequence[float]) -> bool:
+        """Whether a trigger known before the search still works: whether one of `rates` exceeds the
+        trigger-free share by at least its limit in `most`."""
+        return any(
+            rate - self.shares[target] >= limit
+            for (target, rate), limit in zip(self.rates, most, strict=True)
+        )
 
 
 def compare(

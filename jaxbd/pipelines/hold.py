@@ -42,8 +42,9 @@ class Config:
       rounds: maximum number of repairs, each followed by a fresh search.
       working: a trigger that a fresh search finds works if its rate exceeds the trigger-free share
         by at least this.
-      remaining: a trigger that was repaired still works if its rate does so by at least this. Less
-        than `working`, since any net has weak triggers, but a repaired one should be gone.
+      remaining: the same for the suspect's own triggers after they were repaired: those given, and
+        the unusually small ones of the search before the first round. Less than `working`, since
+        any net has weak triggers, but those of the backdoor should be gone.
       held_share: share of the clean images that is held out for checking, if none are given.
       most_held: maximum number of held-out images.
       vary: whether to unlearn variants of the triggers too, see `repairs.vary`.
@@ -172,13 +173,17 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
     """Runs the rounds; each starts from the net of the round before, with all triggers so far."""
     config, lab, spent = task.config, task.lab, [first]
     variables, results, rounds = lab.suspect.variables, [], []
+    most = [config.remaining] * len(known)  # rate beyond the trigger-free share of each of `known`
     end: End = "rounds"
     for number in range(config.rounds + 1):
         own_key = jax.random.fold_in(key, 100 + number)
         name, kept = f"{task.label}, before", 1.0
         if number:
             name = f"{task.label}, round {number} of {config.rounds}"
-            known += [each.evidence for each in rounds[-1].working(config.working)]
+            for each in rounds[-1].working(config.working):
+                is_own = number == 1 and limits.is_unusual(each)
+                known.append(each.evidence)
+                most.append(config.remaining if is_own else config.working)
             round_key = jax.random.fold_in(key, 1 + number)
             result, settings = _repair_once(task, round_key, variables, known, name)
             task = task._replace(settings=settings)
@@ -196,7 +201,7 @@ def _go_on(task: Task, key: Key, known: list[Evidence], limits: Limits, first: S
         )
         spent.append(seconds)
         rounds.append(now)
-        if number and not (now.left or now.has_known_left(config.remaining)):
+        if number and not (now.left or now.has_known_left(most)):
             end = "nothing left"
             break
     spent += [result.seconds for result in results]

@@ -143,6 +143,25 @@ def test_a_repaired_trigger_that_still_works_a_little_calls_for_another_round(mo
     assert ran.held.end == "nothing left" and len(ran.begun) == 2
 
 
+@pytest.mark.parametrize(
+    "sizes, rounds",
+    [((5, 29, 29), 3), ((29, 29, 29), 1), ((29, 5, 29), 2)],
+    ids=["the suspect's own", "large", "of a repaired net"],
+)
+def test_of_what_a_search_found_only_the_suspect_s_own_must_be_gone(monkeypatch, sizes, rounds):
+    """Any net has large triggers, and a repaired one has others that are weak."""
+    rates = [1.0, 1.0, 0.1, 0.1]
+
+    def measure(self, lab, key, variables, known):
+        # the given trigger is gone after one round, what was found stays at 6 % beyond the rest
+        shares = [(TARGET, 0.1), *[(TARGET, 0.16)] * (len(known) - 1)]
+        return checks.Round(0.9, {TARGET: 0.1}, tuple(shares[: len(known)]))
+
+    monkeypatch.setattr(Scripted, "measure", measure)
+    ran = Scripted(monkeypatch, [0.9] * 4, [*sizes, 29], rates, rounds=3)
+    assert len(ran.begun) == rounds
+
+
 def test_given_images_check_the_repair_and_all_others_make_it(monkeypatch):
     other = toys.quadrants(1, 40)
     ran = Scripted(monkeypatch, [0.9] * 2, [29] * 2, [0.1] * 2, held=other, most_held=30)
