@@ -29,8 +29,6 @@ from jaxbd.training.run import Run
 
 SEARCH_SHARE = 0.75
 """Share of the given images used for searching and repairing; the rest is held out for judging."""
-AUTO, WITHOUT = "auto", "clip"
-"""The repair that checks itself, and what it does without a trigger."""
 
 
 class Found(NamedTuple):
@@ -158,7 +156,7 @@ def repair(
     labels: Any = None,
     evidence: Found | Sequence[Evidence] = (),
     *,
-    method: str = AUTO,
+    method: str = hold.AUTO,
     config: Any = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -177,19 +175,23 @@ def repair(
     Raises: UserError when something that the method needs is missing.
     """
     known = list(evidence.evidence if isinstance(evidence, Found) else evidence)
-    if method == AUTO and not known:
-        known = _take_leads(evidence)
-        method = AUTO if known else _pick_without_trigger(evidence)
+    if method == hold.AUTO:
+        config = hold.Config() if config is None else config
+        known = known or _take_leads(evidence)
+        if not known:
+            _check_doubtful(evidence)
+            chosen, config = hold.without_trigger(config.max_drop)
+            method = chosen.name
     clean = judge = None
     if images is not None:
         clean, judge = _divide(_check_images(suspect, images, labels), seed)
     key, run = jax.random.fold_in(jax.random.key(seed), 10), run or Run()
-    if method == AUTO:
+    if method == hold.AUTO:
         if clean is None:
             raise UserError("auto needs clean images; give images and labels")
-        norms, settings = _norms_of(evidence), hold.Config() if config is None else config
+        norms = _norms_of(evidence)
         more: dict[str, Any] = {"held": judge, "norms": norms, "batch_size": batch_size}
-        details = hold.repair(run, key, suspect, clean, known, settings, **more)
+        details = hold.repair(run, key, suspect, clean, known, config, **more)
         repaired = suspect._replace(variables=details.repaired.variables)
     else:
         chosen = methods.find("repair", method)
@@ -250,14 +252,12 @@ def _take_leads(evidence: Found | Sequence[Evidence]) -> list[Evidence]:
     return evidences.of_leads(scan) if isinstance(scan, scanning.Scan) else []
 
 
-def _pick_without_trigger(evidence: Found | Sequence[Evidence]) -> str:
-    """The repair to use if a scan recovered no trigger. Raises: UserError when there is nothing to
-    repair."""
+def _check_doubtful(evidence: Found | Sequence[Evidence]) -> None:
+    """Raises: UserError without a scan, or after one that found nothing to repair."""
     if not isinstance(evidence, Found):
         raise UserError("auto needs a trigger; give the result of scan, or triggers")
     if evidence.verdict == "clean":
         raise UserError("the scan found no backdoor, so there is nothing to repair")
-    return WITHOUT
 
 
 def _norms_of(evidence: Found | Sequence[Evidence]) -> np.ndarray | None:

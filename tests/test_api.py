@@ -98,7 +98,7 @@ def asked(monkeypatch):
         return hold.Held(nothing, (last, last), "nothing left", False, checks.Limits(1, 1), 0)
 
     def other_repair(run, key, suspect, clean, evidence, method, config, **others):
-        found.append(method)
+        found.append((method, config.max_drop))
         return Repaired(suspect.variables, {}, Seconds(0.0, 0.0))
 
     monkeypatch.setattr(hold, "repair", hold_repair)
@@ -127,7 +127,9 @@ def test_a_repair_without_a_method_checks_itself_as_the_command_does(suspect, vi
 def test_without_a_trigger_an_open_verdict_is_repaired_by_clip(suspect, victim, asked):
     _, images, labels = victim
     jaxbd.repair(suspect, images, labels, scanned("inconclusive", []))
-    assert asked == ["clip"]
+    config = hold.Config(max_drop=0.07)
+    jaxbd.repair(suspect, images, labels, scanned("inconclusive", []), config=config)
+    assert asked == [("clip", hold.Config().max_drop), ("clip", 0.07)], "with the same budget"
     with pytest.raises(jaxbd.UserError, match="found no backdoor, so there is nothing to repair"):
         jaxbd.repair(suspect, images, labels, scanned("clean", []))
     with pytest.raises(jaxbd.UserError, match="auto needs clean images; give images and labels"):

@@ -11,7 +11,7 @@ from jaxbd.cli import common, first_answer, show
 from jaxbd.pipelines import evidence
 from jaxbd.pipelines import scan as scanning
 from jaxbd.pipelines.scan import Scan, ScanConfig
-from jaxbd.report import results
+from jaxbd.report import advice, results
 from jaxbd.training.program import Seconds
 from jaxbd.training.run import Run
 
@@ -130,7 +130,7 @@ def _name_targets(content: dict[str, Any], names: tuple[str, ...]) -> str:
     rows = {row["class"]: row for row in content["classes"]}
     held_out = content["data"].get("held_out")
     each = "; ".join(
-        f"{show.percent(_highest_rate(rows[target]))} of them to class"
+        f"{show.percent(advice.highest_rate(rows[target]))} of them to class"
         f" {common.class_label(target, names)}"
         for target in content["targets"]
     )
@@ -138,14 +138,6 @@ def _name_targets(content: dict[str, Any], names: tuple[str, ...]) -> str:
         f"BACKDOORED: the recovered triggers send images of other classes ({held_out} held out):"
         f" {each}."
     )
-
-
-def _highest_rate(row: dict[str, Any]) -> float | None:
-    """Success rate of the class's strongest trigger: patches, mask or perturbation of the whole
-    image; None if none was measured."""
-    names = ("attack_success_rate", "mask_rate", "additive_rate")
-    rates = [row[name] for name in names if row.get(name) is not None]
-    return max((rate for rate in rates if np.isfinite(rate)), default=None)
 
 
 def _name_remedy(content: dict[str, Any], names: tuple[str, ...], reach: str) -> str:

@@ -1,7 +1,6 @@
 """The repair that checks itself, for `jaxbd repair`: when it runs, its record and its printed
 summary."""
 
-import dataclasses
 from typing import Any
 
 from jaxbd import methods
@@ -12,9 +11,8 @@ from jaxbd.pipelines import evidence, hold
 from jaxbd.pipelines.scan import Scan
 from jaxbd.training.run import Run
 
-AUTO = "auto"
-BASE, WITHOUT = "unlearn", "clip"
-"""Methods `AUTO` uses: with a trigger, and if the scan recovered none."""
+AUTO, BASE = hold.AUTO, "unlearn"
+"""The method's name on the command line, and the repair it repeats in rounds."""
 ROUNDS = hold.Config().rounds
 SEARCHED = (
     "The fresh search covered masks (from large and small starts), square patches at their places,"
@@ -62,11 +60,11 @@ def pick_without_trigger(args: Any, found: known.Known) -> tuple[methods.Method,
     user chose another method."""
     if args.method != AUTO or found.verdict() in (None, "clean"):
         return None
-    method = methods.find("repair", WITHOUT)
+    method, settings = hold.without_trigger(args.max_drop)
     show.say(
-        f"The scan is inconclusive and recovered no trigger; repairing with {WITHOUT} instead."
+        f"The scan is inconclusive and recovered no trigger; repairing with {method.name} instead."
     )
-    return method, dataclasses.replace(method.preset(), max_drop=args.max_drop)
+    return method, settings
 
 
 def say_doubt(args: Any, found: known.Known) -> None:

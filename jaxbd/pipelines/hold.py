@@ -23,6 +23,8 @@ from jaxbd.training.loop import NotFinite
 from jaxbd.training.program import Seconds, total_seconds
 from jaxbd.training.run import Run
 
+AUTO, WITHOUT = "auto", "clip"
+"""Name of this repair where a method is chosen, and the method to use if there is no trigger."""
 PRESET = "rounds"
 """Name of a method's settings for repairs in rounds, if it has them."""
 LOWER, TRIES = 0.2, 3
@@ -73,6 +75,13 @@ class Config:
                 "working, remaining and held_share must be shares between 0 and 1, got"
                 f" {', '.join(map(str, shares))}"
             )
+
+
+def without_trigger(max_drop: float) -> tuple[methods.Method, Any]:
+    """(method, its settings) for a suspect of which no trigger is known, with the same budget of
+    clean accuracy, a share."""
+    method = methods.find("repair", WITHOUT)
+    return method, dataclasses.replace(method.preset(), max_drop=max_drop)
 
 
 class Held(NamedTuple):

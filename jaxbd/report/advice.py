@@ -82,6 +82,18 @@ def _accuse(scan: Scan) -> str:
     return f"It has a backdoor: a trigger turns images of other classes into {classes}{works}."
 
 
+def highest_rate(row: Mapping[str, Any]) -> float | None:
+    """Success rate, in [0, 1], of a class's strongest trigger: patches, mask or perturbation of the
+    whole image; None if none was measured.
+
+    Args:
+      row: the class's entry in scan.json.
+    """
+    names = ("attack_success_rate", "mask_rate", "additive_rate")
+    rates = [row[name] for name in names if row.get(name) is not None]
+    return max((rate for rate in rates if np.isfinite(rate)), default=None)
+
+
 def does_work(rate: float | None) -> bool:
     """Whether a trigger works on at least half of the images."""
     return rate is not None and rate >= 0.5

@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxbd.report import advice
+
 SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 )
@@ -67,7 +69,7 @@ def list_results(content: dict[str, Any]) -> list[tuple[str, int | None, str]]:
     label = lambda number: name_class(names[number])
     found = []
     for target in content["targets"]:
-        rate = names[target].get("attack_success_rate")
+        rate = advice.highest_rate(names[target])
         works = "" if rate is None else f" They work on {100 * rate:.1f} % of held-out images."
         found.append(
             ("backdoor", target, f"Triggers lead to class {label(target)}: a backdoor.{works}")

@@ -8,6 +8,7 @@ import pytest
 
 from jaxbd.cli import by_class, recovered
 from jaxbd.interop.evidence_file import Saved
+from jaxbd.report import sarif
 
 
 def backdoored(rates: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +31,11 @@ def backdoored(rates: dict[str, Any]) -> dict[str, Any]:
 def test_the_strongest_trigger_is_named_of_whatever_kind(rates, shown):
     """Patches hardly reach a class that is entered by a mask or by a pattern over the image."""
     assert f": {shown} of them to class 1 (cat)." in by_class.verdict(backdoored(rates))
+
+
+def test_sarif_names_the_same_rate():
+    ((_, target, text),) = sarif.list_results(backdoored({"mask_rate": 0.97}))
+    assert target == 1 and "They work on 97.0 % of held-out images." in text
 
 
 def test_a_mask_has_its_own_rate():
