@@ -22,7 +22,7 @@ def test_what_pip_says_is_shown_only_where_it_fails(tmp_path, code):
     python.parent.mkdir(parents=True)
     python.write_text(PIP % code)
     python.chmod(0o755)
-    script = f'set -e; ROOT="{tmp_path}"; . {ROOT}/scripts/environment.sh; make_environment ""'
+    script = f'set -e; ROOT="{tmp_path}"; . "{ROOT}/scripts/environment.sh"; make_environment ""'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert ("WARNING" in done.stderr) == (code != 0) and "WARNING" not in done.stdout
