@@ -34,6 +34,7 @@ from jaxbd.pipelines import evidence, fresh, hold, margin_scan, scan
 from jaxbd.pipelines import repair as repairs
 from jaxbd.pipelines.hold import Config as HoldConfig
 from jaxbd.pipelines.scan import PRESETS, ScanConfig
+from jaxbd.repairs import unlearn
 from jaxbd.training.run import Checkpoints, Run
 
 NAME, MODULE = "repair/published", "experiments.repair_published"
@@ -50,16 +51,22 @@ share of models that must hold."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything the figures depend on; the scan's are those of `jaxbd scan`."""
+    """Everything the figures depend on; the scan's are those of `jaxbd scan`.
+
+    Attributes:
+      rounds: settings of one round of `hold`; None for those of `jaxbd repair`.
+    """
 
     scan: ScanConfig = PRESETS["quick"]
     hold: HoldConfig = HoldConfig()
+    rounds: unlearn.Config | None = None
     relearn: RelearnConfig = RelearnConfig()
 
 
 SMOKE = Settings(
     scan=scan.ScanConfig(steps=2, locate_steps=2, batch_size=8, levels=(0.9,)),
     hold=hold.Config(rounds=1, search=fresh.Config(steps=2, patch_steps=2, additive_steps=2)),
+    rounds=unlearn.rounds(num_steps=2),
     relearn=relearn.Config(every=1, num_steps=1),
 )
 
@@ -129,7 +136,8 @@ def repair_once(name: str, method: str, settings: Settings) -> dict[str, Any]:
     known = [each for target in targets for each in known_of(found, target)] if needs else []
     if method == HOLD:
         norms = None if found.located is None else found.located.norms
-        held = hold.repair(run, key, suspect, defender, known, settings.hold, norms=norms)
+        base = (BASE, settings.rounds)
+        held = hold.repair(run, key, suspect, defender, known, settings.hold, base, norms=norms)
         variables = held.repaired.variables
         row = {"end": held.end, "rounds": len(held.rounds) - 1, "course": _course(held)}
     else:
