@@ -2,8 +2,8 @@
 knows no size by name.
 
 "full" is the papers' own: ResNet-18 of width 64 and their recipes. "small" has real CIFAR-10 images
-and a ResNet-18 of width 16, for two cores or minutes on a GPU; its recipe is meant to reach 85 %.
-"digits" is for tests and `--smoke`.
+and a ResNet of three stages of one block, width 48, whose stem pools. Its recipe is meant to reach
+85 % in a quarter of an hour on two cores. "digits" is for tests and `--smoke`.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ ADAM = Recipe(
 )
 """Of BNA. Initial rate and step size stand in Table 6, which is missing: as the group's other code,
 without the steps."""
-FAST = Recipe(epochs=12, learning_rate=0.2)
+FAST = Recipe(epochs=6, learning_rate=0.2)
 TUNED: dict[str, Any] = dict(
     schedule="constant", weight_decay=0.0, nesterov=False, crop_padding=0, flip=False
 )
@@ -95,7 +95,8 @@ SIZES: dict[SizeName, Size] = {
         told="released",
     ),
     "small": Size(
-        options={"width": 16},
+        # on a CPU few wide layers at low resolution train faster than many narrow ones
+        options={"width": 48, "blocks": (1, 1, 1), "stem": "cifar-pool"},
         recipes={
             "bna": FAST,
             "still": dataclasses.replace(FAST, crop_padding=0),
@@ -103,8 +104,8 @@ SIZES: dict[SizeName, Size] = {
             "tuned": Recipe(epochs=2, learning_rate=0.02, **TUNED),
         },
         attacks={
-            # a tenth of the papers' passes shows a trigger a tenth as often: more copies, or more
-            # of the trigger where it is faint
+            # in far fewer passes than the papers' a net sees a trigger less often: more copies make
+            # up for it, or more of the trigger where it is faint
             "bna-badnets": {"count": 200},
             "bna-chessboard": {"count": 300, "size": 6},
             "bna-single-pixel": {"count": 300, "size": 150},
@@ -206,6 +207,8 @@ def spec(size: Size, dataset: str, arch: str | None = None) -> build.Spec:
     side = size.image_side if dataset == "digits" else side
     mean, std = NORMALISATIONS[normalisation]
     options = dict(size.options) if arch is None or arch.startswith("resnet") else {}
+    if arch is not None:
+        options.pop("blocks", None)  # a named architecture has its own
     if side == 64 and (arch or size.arch).startswith("resnet"):
         options["stem"] = "64px"
     if side > 64 and (arch or size.arch).startswith("resnet"):

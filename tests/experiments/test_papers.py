@@ -225,6 +225,8 @@ def test_sizes_differ_in_their_table_alone():
     full, small = (Victim(attack="bna-chessboard", size=size) for size in ("full", "small"))
     assert full.plan.config.size == 2 and full.plan.count == 100, "the paper's own"
     assert small.plan.config.size > 2 and small.spec.options["width"] < 64
+    deeper = Victim(attack="bna-chessboard", size="small", arch="resnet34").spec
+    assert "blocks" in small.spec.options and "blocks" not in deeper.options, "has its own"
     named = [Victim(attack=name, size=size) for size in SIZES for name in attacks.names()]
     assert all(each.plan.recipe in each.made_of.recipes for each in named)
     changed = dataclasses.replace(small, changes=(("count", 7),))
