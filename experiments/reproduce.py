@@ -100,7 +100,8 @@ def _print(tables: dict[str, Any], checks: list[Check]) -> None:
     for title, rows in tables.items():
         print(f"\n{title}\n\n{units.table(rows)}")
     figures = [{**check._asdict(), "met": "yes" if check.met() else "NO"} for check in checks]
-    print(f"\nStated figures\n\n{units.table(figures)}")
+    if figures:
+        print(f"\nStated figures\n\n{units.table(figures)}")
 
 
 def _record(section, command, tables, checks, details) -> dict[str, Any]:
