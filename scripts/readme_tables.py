@@ -32,6 +32,10 @@ DERIVED = {
         "verdict-repairs",
         "Published models: found and repaired",
     ): reproduce_verdict.summarise_repairs,
+    (
+        "verdict-repairs",
+        "Published models: repairs side by side",
+    ): reproduce_verdict.compare_repairs,
     ("dhbe", "Handwritten digits, BadNets 3x3: ASR by both denominators"): denominators.table,
 }
 """(record, title) -> the table made of the record's details, where its own tables lack it."""

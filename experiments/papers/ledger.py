@@ -68,8 +68,10 @@ def work(unit: Unit) -> str:
 
 
 def settings_hash(unit: Unit) -> str:
-    """The hash of a unit's settings."""
-    return digest(json.dumps(files.plain(unit.settings), sort_keys=True))
+    """The hash of a unit's settings without those that are None, so that units stay known when a
+    setting is added that changes nothing by default."""
+    stated = {name: value for name, value in unit.settings.items() if value is not None}
+    return digest(json.dumps(files.plain(stated), sort_keys=True))
 
 
 def key(unit: Unit, machine: dict[str, Any]) -> str:

@@ -186,3 +186,15 @@ def summarise_repairs(record: dict[str, Any]) -> list[dict[str, Any]]:
         for row in record["tables"][SUSPECTS]
         if row["model"] in after
     ]
+
+
+def compare_repairs(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each method: "ASR, accuracy" on every published model after the repair; the first
+    row has the models as they came."""
+    cell = lambda row: f"{row['asr']:.3f}, {row['accuracy']:.3f}"
+    before = {row["model"]: cell(row) for row in record["tables"][SUSPECTS]}
+    rows: dict[str, dict[str, Any]] = {}
+    for row in record["tables"][REPAIRED]:
+        own = rows.setdefault(row["method"], {"method": row["method"], **dict.fromkeys(before, "")})
+        own[row["model"]] = cell(row) if "asr" in row else row["not run"]
+    return [{"method": "as it came", **before}, *rows.values()]

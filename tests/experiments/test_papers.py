@@ -106,6 +106,9 @@ def test_a_unit_is_found_whichever_machine_made_it_and_older_code_is_named(monke
     assert stored is not None and stored.result == {"asr": 0.1} and not stored.is_older
     assert ledger.find(UNIT._replace(settings={"rate": 0.2})) is None
     assert ledger.find(UNIT._replace(name="on")) is None
+    added = UNIT._replace(settings={**UNIT.settings, "later": None})
+    assert ledger.find(added) == stored, "a setting added later that changes nothing by default"
+    assert ledger.find(added._replace(settings={**UNIT.settings, "later": 1})) is None
     change_code(monkeypatch)
     stored = ledger.find(UNIT)
     assert stored is not None and stored.is_older and not ledger.has_current(UNIT)

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments import repair_published as published
 from experiments import units
+from experiments.verdict import reproduce_verdict
 from experiments.verdict.published import are_there
 
 
@@ -69,6 +70,21 @@ def test_what_other_code_measured_is_measured_again_and_marked_where_nothing_run
     assert ask(0.2) == {"asr": 0.1, "code": "older"}
     units.KEPT_ONLY[0] = False
     assert ask(0.2) == {"asr": 0.2} == ask(0.3)
+
+
+def test_methods_stand_side_by_side_and_say_what_was_not_run():
+    before = [{"model": name, "asr": 1.0, "accuracy": 0.8} for name in ("a", "b")]
+    after = [
+        {"model": "a", "method": "unlearn", "asr": 0.0625, "accuracy": 0.75},
+        {"model": "b", "method": "unlearn", "not run": "no class was named"},
+        {"model": "b", "method": "clip", "asr": 0.5, "accuracy": 0.7},
+    ]
+    tables = {reproduce_verdict.SUSPECTS: before, reproduce_verdict.REPAIRED: after}
+    assert reproduce_verdict.compare_repairs({"tables": tables}) == [
+        {"method": "as it came", "a": "1.000, 0.800", "b": "1.000, 0.800"},
+        {"method": "unlearn", "a": "0.062, 0.750", "b": "no class was named"},
+        {"method": "clip", "a": "", "b": "0.500, 0.700"},
+    ]
 
 
 @pytest.mark.slow
