@@ -169,11 +169,11 @@ def main(
         case, rounds, steps = QUICK, 1, 1
     rows = bench(case, rounds, steps)
     print(f"{jax.default_backend()}: {files.device()}")
-    line = "{:<10} {:>12} {:>12} {:>10}".format
-    print(line("way", "images/s", "of scatter", "compile s"))
-    for row in rows:
-        figures = f"{row['images_per_second']:.0f}", f"{row['times_scatter']:.2f}x"
-        print(line(row["way"], *figures, f"{row['seconds_compile']:.2f}"))
+    shown = [describe(row) for row in rows]
+    line = "{:<10} {:>12} {:>20} {:>18}".format
+    print(line(*shown[0]))
+    for row in shown:
+        print(line(*row.values()))
     out = out or (None if quick else RESULT)
     if out:
         content = {
@@ -185,7 +185,7 @@ def main(
             "quick": quick,
             "case": dataclasses.asdict(case),
             "rows": rows,
-            "tables": {TITLE: [describe(row) for row in rows]},
+            "tables": {TITLE: shown},
         }
         files.write_json(out, content)
 

@@ -179,6 +179,7 @@ def test_paste_quick(tmp_path, capsys):
     found, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
     assert [row["way"] for row in found["rows"]] == list(bench.WAYS)
     assert found["rows"][0]["times_scatter"] == 1 and found["quick"]
+    assert [row["way"] for row in found["tables"][bench.TITLE]] == list(bench.WAYS)
     assert all(row["images_per_second"] > 0 and row["way"] in printed for row in found["rows"])
 
 

@@ -291,3 +291,9 @@ def test_the_guarded_models_page_s_python_runs(tmp_path, monkeypatch):
     exec(compile(code, "guarded-models.md", "exec"), told)
     assert told["model"].guard.targets == (2, 0)
     np.testing.assert_array_equal(told["logits"].argmax(-1), told["verdicts"].label)
+
+
+@pytest.mark.parametrize("checks", [[], [reproduce.Check("x", 1, 2, "at most")]])
+def test_a_section_without_checks_prints_no_table_of_them(capsys, checks):
+    reproduce._print({"Table": [{"a": 1}]}, checks)
+    assert ("Stated figures" in capsys.readouterr().out) == bool(checks)
