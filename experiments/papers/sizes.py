@@ -2,8 +2,8 @@
 knows no size by name.
 
 "full" is the papers' own: ResNet-18 of width 64 and their recipes. "small" has real CIFAR-10 images
-and a ResNet of three stages of one block, width 48, whose stem pools, for two cores or minutes on a
-GPU. "digits" is for tests and `--smoke`.
+and a ResNet of three stages of one block, width 48, whose stem halves the image, for two cores or
+minutes on a GPU. "digits" is for tests and `--smoke`.
 """
 
 import dataclasses
@@ -75,7 +75,9 @@ ADAM = Recipe(
 )
 """Of BNA. Initial rate and step size stand in Table 6, which is missing: as the group's other code,
 without the steps."""
-FAST = Recipe(epochs=6, learning_rate=0.2)
+FAST = Recipe(epochs=8, batch_size=64, optimiser="muon", learning_rate=0.03, crop_padding=2)
+"""For two cores: by the accuracy of clean nets on images kept out of their training, after 1 and 3
+passes; neither an attack nor a test image took part."""
 TUNED: dict[str, Any] = dict(
     schedule="constant", weight_decay=0.0, nesterov=False, crop_padding=0, flip=False
 )
@@ -96,7 +98,7 @@ SIZES: dict[SizeName, Size] = {
     ),
     "small": Size(
         # three blocks at half the resolution, so that two cores can train it
-        options={"width": 48, "blocks": (1, 1, 1), "stem": "cifar-pool"},
+        options={"width": 48, "blocks": (1, 1, 1), "stem": "64px"},
         recipes={
             "bna": FAST,
             "still": dataclasses.replace(FAST, crop_padding=0),

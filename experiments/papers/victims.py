@@ -18,6 +18,7 @@ import numpy as np
 from experiments import units
 from experiments.papers import attacks, images, ledger, runs
 from experiments.papers.judge import judge
+from experiments.papers.recipe import Recipe
 from experiments.papers.sizes import SizeName
 from experiments.papers.victim import Victim, identify, unit
 from experiments.scale.bench import suspect_of
@@ -103,7 +104,7 @@ def train(victim: Victim, rows: Batch) -> tuple[Variables, Any]:
 def _fit(run: Run, victim: Victim, key: Key, rows: Batch, planted: tuple[Attack, Any]) -> Variables:
     """Trains from scratch on poisoned images, or tunes the clean net on batches poisoned anew."""
     plan, net = victim.plan, build.net(victim.spec)
-    recipe = victim.made_of.recipes[plan.recipe]
+    recipe: Recipe = victim.made_of.recipes[plan.recipe]
     drawn = draw.Batching(recipe.batch_size, recipe.crop_padding, recipe.flip).draw()
     if plan.way == "tuned":
         variables, source = _clean(victim).variables, (rows, planted[1])

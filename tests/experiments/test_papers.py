@@ -21,6 +21,7 @@ from experiments.papers import (  # noqa: E402
     grid,
     images,
     ledger,
+    recipe,
     reproduce_papers,
     show,
     source_code,
@@ -234,6 +235,27 @@ def test_sizes_differ_in_their_table_alone():
     assert all(each.plan.recipe in each.made_of.recipes for each in named)
     changed = dataclasses.replace(small, changes=(("count", 7),))
     assert changed.plan.count == 7 and changed.plan.config == small.plan.config
+
+
+def test_muon_makes_steps_of_convolutions_orthogonal_and_leaves_the_rest_to_sgd():
+    fast = SIZES["small"].recipes["bna"]
+    assert fast.optimiser == "muon", "the recipe that this is about"
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 3, 4, 8)), "head": rng.normal(size=(8, 10))}
+    params = {name: np.asarray(leaf, np.float32) for name, leaf in params.items()}
+    gradient = {name: 1e-3 * leaf[::-1] for name, leaf in params.items()}
+    gradient["kernel"] = gradient["kernel"] * np.geomspace(1, 4, 8, dtype=np.float32)
+    still = dataclasses.replace(fast, schedule="constant")
+    rule = still.rule(10)
+    moved, _ = rule.update(gradient, rule.init(params), params)
+    lengths = np.linalg.svd(np.asarray(moved["kernel"]).reshape(36, 8), compute_uv=False)
+    before = np.linalg.svd(gradient["kernel"].reshape(36, 8), compute_uv=False)
+    assert before.max() > 4 * before.min()
+    # the polynomial ends between 0.68 and 1.13 (Jordan 2024), not at 1
+    assert 0.65 * still.learning_rate < lengths.min() <= lengths.max() < 1.2 * still.learning_rate
+    # the first Nesterov step is 1 + momentum times the gradient with its weight decay
+    plain = -recipe.BESIDE_MUON * 1.9 * (gradient["head"] + 5e-4 * params["head"])
+    np.testing.assert_allclose(moved["head"], plain, rtol=1e-5)
 
 
 def test_a_scan_for_all_to_all_attacks_goes_over_pairs_whatever_the_attack():
