@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from experiments import units
 from experiments.papers import defences, images, ledger, runs, special, victims
@@ -25,6 +25,22 @@ from jaxbd.training.run import Stopped
 
 ATTACKS = ("bna-badnets", "bna-l2-inv", "bna-wanet", "dhbe-badnets-3", "dhbe-trojan-3")
 """Of the small size's first table."""
+COMPARED = (
+    "finetune",
+    "ft-sam",
+    "fine-pruning",
+    "nad",
+    "argd",
+    "anp",
+    "mcr",
+    "ibau",
+    "clip",
+    "nc-unlearn",
+    "unlearn",
+    "bna",
+    "dhbe",
+)
+"""Rows of that table, with the defender's own evidence alone."""
 
 
 class Job(NamedTuple):
@@ -136,6 +152,25 @@ def run(
         units.say(f"{job.name}: {clock() - started:.0f} s")
         done.append(waiting.pop(0))
     return Outcome(done, found, waiting, failed)
+
+
+def compare(
+    size: SizeName, measure: Literal["accuracy", "asr"], attacks: Sequence[str] = ATTACKS
+) -> list[dict[str, Any]]:
+    """Defences side by side: of each the mean of `measure` for every attack, over the seeds that
+    were measured, and how many units that are; blank where there is none."""
+    seeds, rows = range(SIZES[size].seeds), []
+    for name in (None, *COMPARED):
+        row: dict[str, Any] = {"defence": name or "none"}
+        count = 0
+        for attack in attacks:
+            jobs = [plan(Victim(attack=attack, size=size, seed=seed), name) for seed in seeds]
+            found = [stored.result for job in jobs if (stored := ledger.find(job.unit))]
+            values = [each[measure] for each in found if each.get(measure) is not None]
+            row[attack] = sum(values) / len(values) if values else ""
+            count += len(values)
+        rows.append({**row, "measured": count, "units": len(seeds) * len(attacks)})
+    return rows
 
 
 def row(job: Job) -> dict[str, Any]:

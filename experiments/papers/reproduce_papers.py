@@ -4,7 +4,7 @@ Nothing is trained but with `--quick`, which measures a few units on digits that
 yet: `python -m experiments.papers.grid` is what fills the tables.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from experiments import units
 from experiments.papers import grid, runs, show, tables
@@ -18,6 +18,10 @@ QUICK_TIME = (
     " then; a test of the machinery, no result of the papers"
 )
 OVERVIEW = "Units measured"
+COMPARED: dict[str, Literal["accuracy", "asr"]] = {
+    "Defences side by side: ASR": "asr",
+    "Defences side by side: ACC": "accuracy",
+}
 PARTS = ("full", "small", "digits")
 QUICK, DEFENCES, SECONDS = "dhbe-badnets-3", ("finetune", "anp", "unlearn-known", "clip"), 200
 
@@ -30,6 +34,10 @@ def run(
         return _run_quick()
     found: dict[str, Any] = {OVERVIEW: []}
     for size in parts:
+        for title, measure in COMPARED.items():
+            rows = grid.compare(_size(size), measure)
+            if any(row["measured"] for row in rows):
+                found[f"{title}, size {size}"] = rows
         for table in show.all_tables(_size(size)):
             title, lines, below = show.describe(table)
             measured, whole, _ = tables.count(table)

@@ -140,6 +140,20 @@ def test_a_file_that_is_no_unit_is_named(results):
         ledger.find(UNIT)
 
 
+def test_defences_side_by_side_are_means_over_the_seeds_that_were_measured(monkeypatch):
+    digits = dataclasses.replace(SIZES["digits"], seeds=2)
+    monkeypatch.setitem(SIZES, "digits", digits)
+    for seed, asr in enumerate((0.2, 0.6)):
+        one = Victim(attack="bna-badnets", size="digits", seed=seed)
+        ledger.write(grid.plan(one, "anp").unit, {"asr": asr, "accuracy": 0.9}, 1.0)
+    lost = grid.plan(Victim(attack="bna-wanet", size="digits"), "anp").unit
+    ledger.write(lost, {"failed": "NotFinite: anp"}, 1.0)
+    rows = {row["defence"]: row for row in grid.compare("digits", "asr")}
+    assert rows["anp"]["bna-badnets"] == pytest.approx(0.4)
+    assert (rows["anp"]["measured"], rows["anp"]["units"]) == (2, 10)
+    assert rows["anp"]["bna-wanet"] == rows["none"]["bna-badnets"] == "", "no figure"
+
+
 def job(name, run=lambda: {"asr": 0.5}):
     """A job of a fake runner."""
     own = UNIT._replace(name=name)
