@@ -11,6 +11,8 @@ from jaxbd.base import ArrayTree
 
 BESIDE_MUON = 0.1
 """Highest learning rate of SGD for what Muon leaves out: BatchNorm and the linear layer."""
+MUON_DECAY = 0.02
+"""Share of a kernel that a Muon step takes away, times the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Recipe:
             ns_steps=3,
             beta=self.momentum,
             nesterov=self.nesterov,
+            weight_decay=MUON_DECAY,
             # a kernel [side, side, inputs, outputs] as the matrix that it is
             muon_weight_dimension_numbers=lambda kernels: jax.tree.map(
                 lambda _: contrib.MuonDimensionNumbers((0, 1, 2), 3), kernels
