@@ -125,7 +125,13 @@ SIZES: dict[SizeName, Size] = {
             "dhbe-trojan": {"count": 2500},
             "mesa": {"poison_rate": 0.05},
         },
-        repairs={"dhbe": {"num_steps": 60}},
+        repairs={
+            "dhbe": {"num_steps": 60},
+            # as released: in a quarter of its steps a student does not recover what the first ones,
+            # at a rate of 0.1, cost it (seen on the published models)
+            "nad": {"epochs": 20, "teacher_epochs": 10, "crop_padding": 4, "flip": True},
+            "argd": {"epochs": 10, "teacher_epochs": 10, "crop_padding": 4, "flip": True},
+        },
         triggers=6,
     ),
     "digits": Size(
