@@ -158,18 +158,23 @@ def compare(
     size: SizeName, measure: Literal["accuracy", "asr"], attacks: Sequence[str] = ATTACKS
 ) -> list[dict[str, Any]]:
     """Defences side by side: of each the mean of `measure` for every attack, over the seeds that
-    were measured, and how many units that are; blank where there is none."""
+    were measured, how many units that are, and how many of them only older code has; blank where
+    there is none."""
     seeds, rows = range(SIZES[size].seeds), []
     for name in (None, *COMPARED):
-        row: dict[str, Any] = {"defence": name or "none"}
-        count = 0
+        means: dict[str, Any] = {}
+        there: list[ledger.Stored] = []
         for attack in attacks:
             jobs = [plan(Victim(attack=attack, size=size, seed=seed), name) for seed in seeds]
-            found = [stored.result for job in jobs if (stored := ledger.find(job.unit))]
-            values = [each[measure] for each in found if each.get(measure) is not None]
-            row[attack] = sum(values) / len(values) if values else ""
-            count += len(values)
-        rows.append({**row, "measured": count, "units": len(seeds) * len(attacks)})
+            found = [stored for job in jobs if (stored := ledger.find(job.unit))]
+            found = [each for each in found if each.result.get(measure) is not None]
+            values = [each.result[measure] for each in found]
+            means[attack] = sum(values) / len(values) if values else ""
+            there += found
+        counts = {"measured": len(there), "units": len(seeds) * len(attacks)}
+        older = sum(each.is_older for each in there)
+        note = {"note": f"{older} by older code"} if older else {}
+        rows.append({"defence": name or "none", **means, **counts, **note})
     return rows
 
 

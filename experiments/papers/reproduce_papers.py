@@ -18,7 +18,7 @@ QUICK_TIME = (
     " then; a test of the machinery, no result of the papers"
 )
 OVERVIEW = "Units measured"
-COMPARED: dict[str, Literal["accuracy", "asr"]] = {
+SIDE_BY_SIDE: dict[str, Literal["accuracy", "asr"]] = {
     "Defences side by side: ASR": "asr",
     "Defences side by side: ACC": "accuracy",
 }
@@ -34,7 +34,7 @@ def run(
         return _run_quick()
     found: dict[str, Any] = {OVERVIEW: []}
     for size in parts:
-        for title, measure in COMPARED.items():
+        for title, measure in SIDE_BY_SIDE.items():
             rows = grid.compare(_size(size), measure)
             if any(row["measured"] for row in rows):
                 found[f"{title}, size {size}"] = rows

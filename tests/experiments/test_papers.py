@@ -152,6 +152,10 @@ def test_defences_side_by_side_are_means_over_the_seeds_that_were_measured(monke
     assert rows["anp"]["bna-badnets"] == pytest.approx(0.4)
     assert (rows["anp"]["measured"], rows["anp"]["units"]) == (2, 10)
     assert rows["anp"]["bna-wanet"] == rows["none"]["bna-badnets"] == "", "no figure"
+    assert "note" not in rows["anp"]
+    change_code(monkeypatch)
+    again = {row["defence"]: row for row in grid.compare("digits", "asr")}
+    assert again["anp"]["note"] == "2 by older code"
 
 
 def job(name, run=lambda: {"asr": 0.5}):
