@@ -1,5 +1,5 @@
-"""What `repair --method dhbe` adds to a repair: a warning before it starts, and a page with the
-generated images."""
+"""What `repair --method dhbe` adds to a repair: warnings before it starts and after it, and a page
+with the generated images."""
 
 import contextlib
 import pathlib
@@ -29,6 +29,9 @@ CURVE = 200
 ONE_ANSWER = 0.85
 """Warn if at least this share of untrained generators' images get the same answer. It lies between
 nets that were erased successfully and a published one that was not (docs/results.md)."""
+RUINED = 0.97
+"""Warn if at least this share of images of noise get the same answer from the repaired net, and
+fewer from the suspect."""
 
 
 def repair_key(seed: int) -> Key:
@@ -40,11 +43,13 @@ class Watch:
     """Watches one erasure: the suspect's answers to generated images, and pictures over time.
 
     Attributes:
-      facts: for repair.json: `one_answer`, the most frequent answer to generated images.
+      facts: for repair.json: `one_answer`, the most frequent answer to generated images; after
+        `check`, `noise`, the most frequent answers to images of noise before and after the repair.
     """
 
     def __init__(self, run: Run, suspect: Suspect, config: dhbe.Config, seed: int, pictures: bool):
         key = jax.random.key(seed)
+        self.suspect, self.noise_key = suspect, jax.random.fold_in(key, 4)
         answers = erase.ask_untrained(jax.random.fold_in(key, 3), suspect, config)
         label, share = erase.most_frequent(answers)
         self.facts: dict[str, Any] = {"one_answer": {"class": label, "share": share}}
@@ -60,6 +65,26 @@ class Watch:
             if saving is None or not checkpoint.is_started(saving.folder):
                 self.album.add(0, erase.start(repair_key(seed), suspect, config))
             run.observers = (*run.observers, self.album.observe)
+
+    def check(self, repaired: Repaired) -> None:
+        """Asks suspect and repaired net about noise, and warns if the repair has left only one
+        answer."""
+        after = self.suspect._replace(variables=repaired.variables)
+        asked = {"before": self.suspect, "after": after}
+        found = {
+            when: erase.most_frequent(erase.ask_noise(self.noise_key, net))
+            for when, net in asked.items()
+        }
+        self.facts["noise"] = {
+            when: {"class": label, "share": share} for when, (label, share) in found.items()
+        }
+        (_, before), (label, share) = found["before"], found["after"]
+        if share >= RUINED > before:
+            show.note(
+                f"warning: the repaired model answers {share:.0%} of images of noise with class"
+                f" {label}, the model before the repair {before:.0%} with one class; the repair has"
+                " probably ruined it. Measure it with --test-data, or repair with clean images"
+            )
 
     def write_page(self, path: pathlib.Path, content: dict[str, Any]) -> None:
         """Writes the page; `content` is the content of repair.json.

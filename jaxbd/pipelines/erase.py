@@ -23,6 +23,8 @@ from jaxbd.training.loop import Chunk
 
 UNTRAINED = 8
 """Number of untrained generators used by `ask_untrained`."""
+CELLS = (2, 4, 8, 16, 32)
+"""Cells per side of the images of noise in `ask_noise`."""
 
 
 def adapt(config: dhbe.Config, suspect: Suspect) -> dhbe.Config:
@@ -84,6 +86,30 @@ def ask_untrained(key: Key, suspect: Suspect, config: dhbe.Config, count: int = 
         return np.asarray(logits.argmax(-1))
 
     return np.concatenate([ask(own) for own in jax.random.split(key, UNTRAINED)])
+
+
+def ask_noise(key: Key, suspect: Suspect, count: int = 64) -> np.ndarray:
+    """Classes int [len(CELLS) * count] that the suspect predicts for images of uniform noise, in
+    coarse to fine cells.
+
+    A net that works answers with several classes, even if it answers with one for each generator.
+    One that an erasure has ruined answers with the same class throughout.
+
+    Raises: UserError when count is less than 1.
+    """
+    if count < 1:
+        raise UserError(f"count must be at least 1 image, got {count}")
+    height, width, channels = suspect.image_shape
+
+    def ask(own: Key, cells: int) -> np.ndarray:
+        small = (count, min(cells, height), min(cells, width), channels)
+        noise = jax.random.uniform(own, small)
+        images = jax.image.resize(noise, (count, height, width, channels), "nearest")
+        logits, _ = suspect.net.apply(suspect.variables, images, train=False)
+        return np.asarray(logits.argmax(-1))
+
+    keys = jax.random.split(key, len(CELLS))
+    return np.concatenate([ask(own, cells) for own, cells in zip(keys, CELLS, strict=True)])
 
 
 def most_frequent(labels: np.ndarray) -> tuple[int, float]:

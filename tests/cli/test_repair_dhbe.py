@@ -17,11 +17,12 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import kills
 import numpy as np
 import pytest
 
-from jaxbd.base import UserError
+from jaxbd.base import Suspect, UserError
 from jaxbd.cli import erasing, parse
 from jaxbd.cli.commands import repair as repairing
 from jaxbd.cli.main import main
@@ -31,9 +32,12 @@ from jaxbd.detection import guard
 from jaxbd.interop import folder, guarded
 from jaxbd.interop import load as models
 from jaxbd.models import build
+from jaxbd.pipelines.repair import Repaired
 from jaxbd.repairs import dhbe
 from jaxbd.training import checkpoint
 from jaxbd.training.loop import Chunk
+from jaxbd.training.program import Seconds
+from jaxbd.training.run import Run
 
 STEPS = 24
 SMALL = ["--with.batch-size", "4", "--with.width", "2", "--with.inner-steps", "1"]
@@ -129,6 +133,7 @@ def test_repair_writes_model_figures_and_metrics(victim, whole):
         content["curves"].keys() == {"step", *dhbe.Info._fields}
         and content["curves"]["step"][-1] == STEPS
     )
+    assert content["noise"].keys() == {"before", "after"}
     assert content["metrics"] == "whole.metrics.jsonl"
     rows = lines(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -155,6 +160,38 @@ def test_a_net_that_generated_images_tell_little_about(victim, tmp_path, capsys,
     monkeypatch.setattr(erasing, "ONE_ANSWER", 1.1)
     assert main(command(tmp_path / "biased", tmp_path / "again")) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_net_that_the_repair_ruined(capsys):
+    """Answers to noise are written down, and a person is warned where the repair has left one."""
+
+    def apply(variables, images):
+        pixels = images[:, ::4, ::4].reshape(len(images), -1)  # 4 classes: which pixel is brightest
+        return pixels + variables["params"]["bias"][None]
+
+    def warned(before: int | None, after: int | None) -> bool:
+        """Whether of nets that answer with one class, or each, one is told that it is ruined."""
+        nets = [
+            {"params": {"bias": jnp.zeros(4) if label is None else 9.0 * jnp.eye(4)[label]}}
+            for label in (before, after)
+        ]
+        suspect = Suspect(build.from_apply(apply), nets[0], (8, 8, 1), 4)
+        config = dhbe.Config(batch_size=4, width=2, noise_dim=4, trigger_size=3)
+        watch = erasing.Watch(Run(), suspect, config, 0, False)
+        capsys.readouterr()
+        watch.check(Repaired(nets[1], {}, Seconds(0, 0)))
+        for label, found in zip((before, after), watch.facts["noise"].values(), strict=True):
+            if label is None:
+                assert 0.25 <= found["share"] < 0.5
+            else:
+                assert found == {"class": label, "share": 1.0}
+        told = capsys.readouterr().err
+        assert ("answers 100% of images of noise with class 2" in told) == ("ruined" in told)
+        return "ruined" in told
+
+    assert warned(before=None, after=2)
+    assert not warned(before=None, after=None)
+    assert not warned(before=2, after=2), "it was so before"
 
 
 # No data. Everything that Python opens or lists while a repair runs is written down.

@@ -514,3 +514,28 @@ def test_answers_to_untrained_generators():
     answered = erase.ask_untrained(key, suspect._replace(net=constant), CONFIG)
     assert erase.most_frequent(answered) == (2, 1.0)
     assert erase.most_frequent(np.array([3, 1, 3, 0])) == (3, 0.5)
+
+
+def test_answers_to_noise():
+    """Noise comes in cells of several sizes over the whole range of pixels, the same for equal
+    keys; a side with fewer pixels than cells has one for each pixel."""
+    seen = []
+
+    def bright(variables, images, *, train):
+        seen.append(np.asarray(images))
+        brightness = images[..., 0].mean((1, 2))
+        return jnp.stack([jnp.full(len(images), 0.5), brightness], -1), {}
+
+    variables, key, shape = NET.init(jax.random.key(0)), jax.random.key(1), (16, 24, 3)
+    suspect = Suspect(NET._replace(apply=bright), variables, shape, 4)
+    answered = erase.ask_noise(key, suspect, 50)
+    assert [batch.shape for batch in seen] == [(50, *shape)] * len(erase.CELLS)
+    for batch, cells in zip(seen, erase.CELLS, strict=True):
+        changes = [np.diff(batch, axis=axis).any((0, 3 - axis, 3)).sum() + 1 for axis in (1, 2)]
+        assert changes == [min(cells, 16), min(cells, 24)]
+        assert 0 <= batch.min() < 0.05 and 0.95 < batch.max() <= 1
+    brightness = np.concatenate(seen)[..., 0].mean((1, 2))
+    assert (answered == (brightness > 0.5)).all() and 0 < answered.mean() < 1
+    np.testing.assert_array_equal(answered, erase.ask_noise(key, suspect, 50))
+    with pytest.raises(UserError, match="at least 1 image"):
+        erase.ask_noise(key, suspect, 0)

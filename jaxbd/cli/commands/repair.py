@@ -227,6 +227,7 @@ def run(args: Any) -> int:
     content["checked"] = None if held is None else holding.as_record(held)
     content |= {"resumed": job.describe_resumed(going, paths), "metrics": paths.metrics.name}
     if watch is not None:
+        watch.check(repaired)
         content |= watch.facts | {"curves": erasing.curves(next(iter(repaired.infos.values())))}
     if there.judge is None:
         _finish_unmeasured(args, paths, there, repaired, loaded, watch, content)
