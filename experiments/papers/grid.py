@@ -39,6 +39,7 @@ COMPARED = (
     "unlearn",
     "bna",
     "dhbe",
+    special.DEFAULT,
 )
 """Rows of that table, with the defender's own evidence alone."""
 
@@ -229,8 +230,8 @@ def main(
     Args:
       size: full, small or digits.
       attacks: of experiments/papers/attacks.py.
-      defences: repairs by name, all with the size's own settings by default; "strip" and
-        "mesa-levels" besides.
+      defences: repairs by name, all with the size's own settings by default; "strip",
+        "mesa-levels" and "default" besides.
       seeds: the size's own number by default.
       minutes: after which nothing more is begun, and what runs is saved and stopped; 0 measures
         nothing.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from experiments.papers import (  # noqa: E402
     reproduce_papers,
     show,
     source_code,
+    special,
     tables,
     tradeoff,
     victim,
@@ -33,7 +35,10 @@ from experiments.papers.sizes import SIZES  # noqa: E402
 from experiments.papers.victim import Victim  # noqa: E402
 from experiments.verdict import null_models  # noqa: E402
 from jaxbd import methods  # noqa: E402
-from jaxbd.base import Batch, UserError  # noqa: E402
+from jaxbd.base import Batch, Evidence, UserError  # noqa: E402
+from jaxbd.pipelines import hold  # noqa: E402
+from jaxbd.pipelines.repair import Repaired  # noqa: E402
+from jaxbd.training.program import Seconds  # noqa: E402
 from jaxbd.training.run import Stopped  # noqa: E402
 
 UNIT = ledger.Unit("toy/defence", "one", {"rate": 0.1}, ("experiments.papers.fit",))
@@ -402,6 +407,51 @@ def test_the_section_writes_a_record_of_what_is_missing(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verdict", "named", "leads", "repaired_by"),
+    [
+        ("backdoored", [3], [1], "trigger of 3"),
+        ("inconclusive", [], [1, 2], "trigger of 1, trigger of 2"),
+        ("inconclusive", [], [], "clip"),
+        ("clean", [], [], None),
+    ],
+)
+def test_the_default_repairs_what_its_scan_names(verdict, named, leads, repaired_by, monkeypatch):
+    """By rounds from the named class, else from those with one sign; by clipping without a trigger;
+    a net that is called clean stays as it is."""
+    used = []
+    found = SimpleNamespace(
+        decision=SimpleNamespace(verdict=verdict, targets=named), located=None, seconds=(1.0, 2.0)
+    )
+    trigger = lambda target: Evidence(target, (), None, f"trigger of {target}")  # type: ignore
+    case = SimpleNamespace(victim=None, defence=None)
+    made = Repaired({}, {}, Seconds(3.0, 4.0))
+
+    def hold_repair(run, key, suspect, clean, evidence, config, norms):
+        used.append(", ".join(each.trigger_params for each in evidence))
+        return SimpleNamespace(repaired=made, end="nothing left", rounds=(0, 1))
+
+    def repair_once(run, key, suspect, clean, evidence, method, config):
+        assert evidence == [] and config.max_drop == hold.Config().max_drop
+        used.append(method)
+        return made
+
+    monkeypatch.setattr(special.victims, "make", lambda victim: case)
+    monkeypatch.setattr(special.bna_rows, "divide", lambda case: (None, None))
+    monkeypatch.setattr(special.scan, "scan", lambda *args: found)
+    monkeypatch.setattr(special.evidence, "every_trigger", lambda scan, target: [trigger(target)])
+    monkeypatch.setattr(special.evidence, "of_leads", lambda scan: list(map(trigger, leads)))
+    monkeypatch.setattr(special.hold, "repair", hold_repair)
+    monkeypatch.setattr(special.repair, "repair", repair_once)
+    judged = lambda case, repaired, patch: {"asr": 1.0 if repaired is None else 0.0}
+    monkeypatch.setattr(special, "judge", judged)
+    row = special.measure(Victim(attack="bna-badnets", size="smoke"), special.DEFAULT)
+    assert used == ([] if repaired_by is None else [repaired_by])
+    assert row["asr"] == (1.0 if repaired_by is None else 0.0)
+    assert row["verdict"] == verdict and row["named"] == (named or leads)
+    assert row["search_seconds"] == 3.0 and row.get("seconds") == (7.0 if used else None)
+
+
 def test_the_grid_runs_at_its_smoke_size(capsys):
     grid.main(smoke=True)
     printed = capsys.readouterr().out
