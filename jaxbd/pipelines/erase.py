@@ -89,11 +89,12 @@ def ask_untrained(key: Key, suspect: Suspect, config: dhbe.Config, count: int = 
 
 
 def ask_noise(key: Key, suspect: Suspect, count: int = 64) -> np.ndarray:
-    """Classes int [len(CELLS) * count] that the suspect predicts for images of uniform noise, in
-    coarse to fine cells.
+    """Classes int [len(CELLS) * count] that the suspect predicts for images of uniform noise in
+    [0, 1], in coarse to fine cells.
 
-    A net that works answers with several classes, even if it answers with one for each generator.
-    One that an erasure has ruined answers with the same class throughout.
+    A net that works gives several classes, even one that gives a single class to the images of
+    untrained generators. A net that an erasure has ruined gives the same class throughout. This
+    check is ours; neither the paper nor its code has one.
 
     Raises: UserError when count is less than 1.
     """

@@ -406,7 +406,6 @@ def test_the_section_writes_a_record_of_what_is_missing(monkeypatch, capsys):
     assert "missing" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verdict", "named", "leads", "repaired_by"),
     [
@@ -452,6 +451,7 @@ def test_the_default_repairs_what_its_scan_names(verdict, named, leads, repaired
     assert row["search_seconds"] == 3.0 and row.get("seconds") == (7.0 if used else None)
 
 
+@pytest.mark.slow
 def test_the_grid_runs_at_its_smoke_size(capsys):
     grid.main(smoke=True)
     printed = capsys.readouterr().out
