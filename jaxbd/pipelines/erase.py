@@ -100,12 +100,11 @@ def ask_noise(key: Key, suspect: Suspect, count: int = 64) -> np.ndarray:
     """
     if count < 1:
         raise UserError(f"count must be at least 1 image, got {count}")
-    height, width, channels = suspect.image_shape
+    channels = suspect.image_shape[-1]
 
     def ask(own: Key, cells: int) -> np.ndarray:
-        small = (count, min(cells, height), min(cells, width), channels)
-        noise = jax.random.uniform(own, small)
-        images = jax.image.resize(noise, (count, height, width, channels), "nearest")
+        noise = jax.random.uniform(own, (count, cells, cells, channels))
+        images = jax.image.resize(noise, (count, *suspect.image_shape), "nearest")
         logits, _ = suspect.net.apply(suspect.variables, images, train=False)
         return np.asarray(logits.argmax(-1))
 
