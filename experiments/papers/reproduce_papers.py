@@ -7,7 +7,7 @@ yet: `python -m experiments.papers.grid` is what fills the tables.
 from typing import Any, Literal
 
 from experiments import units
-from experiments.papers import grid, runs, show, tables
+from experiments.papers import claims, grid, runs, show, tables
 from experiments.papers.sizes import SIZES, SizeName
 from experiments.papers.victim import Victim
 from experiments.reproduce import Check
@@ -18,6 +18,7 @@ QUICK_TIME = (
     " then; a test of the machinery, no result of the papers"
 )
 OVERVIEW = "Units measured"
+CLAIMS = "Published numbers within 3 points of ASR and 2 of accuracy"
 SIDE_BY_SIDE: dict[str, Literal["accuracy", "asr"]] = {
     "Defences side by side: ASR": "asr",
     "Defences side by side: ACC": "accuracy",
@@ -38,7 +39,10 @@ def run(
             rows = grid.compare(_size(size), measure)
             if any(row["measured"] for row in rows):
                 found[f"{title}, size {size}"] = rows
-        for table in show.all_tables(_size(size)):
+        every = show.all_tables(_size(size))
+        if judged := claims.rows(_size(size), every):
+            found[f"{CLAIMS}, size {size}"] = judged
+        for table in every:
             title, lines, below = show.describe(table)
             measured, whole, _ = tables.count(table)
             here = {"table": title, "size": size, "measured": measured, "units": whole}

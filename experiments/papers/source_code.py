@@ -41,6 +41,7 @@ TELLS = tuple(
         "runs",
         "sizes",
         "attacks",
+        "claims",
         "grid",
         "tables",
         "tables_bna",

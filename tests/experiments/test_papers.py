@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import repair_published, reproduce, units  # noqa: E402
 from experiments.papers import (  # noqa: E402
     attacks,
+    claims,
     defences,
     dials,
     finding,
@@ -161,6 +162,33 @@ def test_defences_side_by_side_are_means_over_the_seeds_that_were_measured(monke
     change_code(monkeypatch)
     again = {row["defence"]: row for row in grid.compare("digits", "asr")}
     assert again["anp"]["note"] == "2 by older code"
+
+
+@pytest.mark.parametrize(
+    "asr, accuracy, holds",
+    [(0.03, 0.88, "yes"), (0.03, 0.86, "no"), (0.04, 0.89, "no")],
+    ids=["within both", "costs more", "leaves more"],
+)
+def test_a_published_number_holds_within_its_bars(asr, accuracy, holds):
+    """DHBE Table 3 has 94.75 % and 100 %, then 94.05 % and 0.02 %: a cost of 0.7 points."""
+    victim = Victim(attack="dhbe-badnets-3", size="digits")
+    every = show.all_tables("digits")
+    assert claims.rows("digits", every) == [], "nothing is judged before it is measured"
+    ledger.write(grid.plan(victim, None).unit, {"asr_eq9": 1.0, "accuracy": 0.9}, 1.0)
+    ledger.write(grid.plan(victim, "dhbe").unit, {"asr_eq9": asr, "accuracy": accuracy}, 1.0)
+    (row,) = claims.rows("digits", every)
+    assert (row["source"], row["repair"]) == ("DHBE Table 3", "dhbe"), "Table 5 repeats it"
+    assert row["published cost"] == pytest.approx(0.007)
+    assert (row["ASR"], row["cost"]) == (asr, pytest.approx(0.9 - accuracy))
+    assert row["holds"] == holds
+
+
+def test_a_number_of_prose_is_judged_by_its_asr_alone():
+    victim = Victim(attack="bna-wanet", size="digits")
+    for name, asr, accuracy in ((None, 1.0, 0.9), ("bna", 0.042, 0.1)):
+        ledger.write(grid.plan(victim, name).unit, {"asr": asr, "accuracy": accuracy}, 1.0)
+    (row,) = claims.rows("digits", show.all_tables("digits"))
+    assert (row["published ASR"], row["published cost"], row["holds"]) == (0.013, "", "yes")
 
 
 def job(name, run=lambda: {"asr": 0.5}):
