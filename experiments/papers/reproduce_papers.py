@@ -7,7 +7,7 @@ yet: `python -m experiments.papers.grid` is what fills the tables.
 from typing import Any, Literal
 
 from experiments import units
-from experiments.papers import claims, grid, runs, show, tables
+from experiments.papers import claims, grid, runs, show, tables, tradeoff
 from experiments.papers.sizes import SIZES, SizeName
 from experiments.papers.victim import Victim
 from experiments.reproduce import Check
@@ -19,6 +19,7 @@ QUICK_TIME = (
 )
 OVERVIEW = "Units measured"
 CLAIMS = "Published numbers within 3 points of ASR and 2 of accuracy"
+TRADE_OFF = "Trade-off of accuracy and ASR (DHBE Figs. 3 and 4)"
 SIDE_BY_SIDE: dict[str, Literal["accuracy", "asr"]] = {
     "Defences side by side: ASR": "asr",
     "Defences side by side: ACC": "accuracy",
@@ -42,6 +43,8 @@ def run(
         every = show.all_tables(_size(size))
         if judged := claims.rows(_size(size), every):
             found[f"{CLAIMS}, size {size}"] = judged
+        if curves := _trade_off(_size(size)):
+            found[f"{TRADE_OFF}, size {size}"] = curves
         for table in every:
             title, lines, below = show.describe(table)
             measured, whole, _ = tables.count(table)
@@ -53,6 +56,13 @@ def run(
 
 def _size(name: str) -> SizeName:
     return next(size for size in SIZES if size == name)
+
+
+def _trade_off(size: SizeName) -> list[dict[str, Any]]:
+    """The lines of the trade-off that have a unit."""
+    jobs = tradeoff.list_jobs(Victim(attack=tradeoff.ATTACK, size=size))
+    found = tradeoff.find_stored(jobs)
+    return tradeoff.rows(jobs, {key: own for key, own in found.items() if own})
 
 
 def _run_quick() -> tuple[dict[str, Any], list[Check], dict[str, Any]]:

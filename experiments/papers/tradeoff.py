@@ -25,6 +25,7 @@ from experiments.papers.sizes import SIZES, SizeName
 from experiments.papers.victim import Victim
 from jaxbd.base import UserError
 
+ATTACK = "dhbe-badnets-3"
 RATES = (0.002, 0.005, 0.01, 0.02)
 SHARES, DRAWS = (0.01, 0.04), 5
 """Of the images of an attacker, and draws of each."""
@@ -40,6 +41,11 @@ NAMES = (
     "nc-unlearn-told",
     "unlearn-told",
 )
+
+
+Jobs = dict[tuple[str, float], list[grid.Job]]
+"""(defence, share) -> its units, all draws."""
+Results = dict[tuple[str, float], list[dict[str, Any]]]
 
 
 class Points(NamedTuple):
@@ -71,8 +77,8 @@ def has_dial(method: str) -> bool:
     return bool({"points", "ratio_step"} & names)
 
 
-def list_jobs(victim: Victim, names: tuple[str, ...]) -> dict[tuple[str, float], list[grid.Job]]:
-    """(defence, share) -> its units, all draws."""
+def list_jobs(victim: Victim, names: tuple[str, ...] = NAMES) -> Jobs:
+    """The units of some defences on a victim."""
     return {
         (name, share): [
             _job(victim, each)
@@ -89,7 +95,7 @@ def _job(victim: Victim, own: Defence) -> grid.Job:
     return grid.Job(victim, own.name, unit, lambda: defences.measure(victim, own))
 
 
-def by_draw(jobs: dict[tuple[str, float], list[grid.Job]]) -> list[grid.Job]:
+def by_draw(jobs: Jobs) -> list[grid.Job]:
     """Every unit, the first draw of everything first."""
     return [
         each
@@ -137,6 +143,11 @@ def row(name: str, share: float, points: Points, count: int, of: int) -> dict[st
     }
 
 
+def rows(jobs: Jobs, found: Results) -> list[dict[str, Any]]:
+    """The table: a line for each defence and share."""
+    return [row(*key, collect(own), len(own), len(jobs[key])) for key, own in found.items()]
+
+
 def plot(curves: dict[tuple[str, float], Points], out: pathlib.Path) -> None:
     """One plot: a panel for each share of clean data, points and fits of all defences.
 
@@ -181,7 +192,7 @@ def _draw(axis: Any, name: str, points: Points, fitted: Logistic | None) -> None
 
 def main(
     size: SizeName = "small",
-    attack: str = "dhbe-badnets-3",
+    attack: str = ATTACK,
     defences: tuple[str, ...] = NAMES,
     seed: int = 0,
     minutes: float | None = None,
@@ -209,22 +220,18 @@ def main(
         found = {key: [job.run() for job in own] for key, own in first.items()}
     else:
         grid.run(by_draw(jobs), deadline=runs.stop_after(minutes))
-        found = {key: _stored(own) for key, own in jobs.items()}
+        found = find_stored(jobs)
     curves = {key: collect(results) for key, results in found.items()}
-    print(
-        units.table(
-            [row(*key, points, len(found[key]), len(jobs[key])) for key, points in curves.items()]
-        )
-    )
+    print(units.table(rows(jobs, found)))
     if out is not None:
         plot(curves, out)
         print(f"written to {out}")
 
 
-def _stored(jobs: list[grid.Job]) -> list[dict[str, Any]]:
+def find_stored(jobs: Jobs) -> Results:
     """Results of those jobs that the ledger holds."""
-    stored = [ledger.find(job.unit) for job in jobs]
-    return [each.result for each in stored if each is not None]
+    stored = {key: [ledger.find(job.unit) for job in own] for key, own in jobs.items()}
+    return {key: [each.result for each in own if each is not None] for key, own in stored.items()}
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbd import files
-from jaxbd.base import Attack, Batch, Evidence, Suspect
+from jaxbd.base import Attack, Batch, Evidence, Net, Suspect
 from jaxbd.cli import case, common, outputs, show
 from jaxbd.interop import guarded
 from jaxbd.interop import load as models
-from jaxbd.metrics import evaluate
+from jaxbd.metrics import evaluate, paired
 from jaxbd.pipelines.repair import Repaired
 from jaxbd.report import results
 
@@ -23,12 +24,14 @@ class Row(NamedTuple):
     Attributes:
       evidence: the trigger; None without one, or if the repair did not use it.
       before, after: rates of the suspect, and of the repaired net.
+      change: of clean accuracy from the one to the other, which no trigger influences.
       detection: how well the guard detects triggered images; None for nets without a guard.
     """
 
     evidence: Evidence | None
     before: evaluate.Rates
     after: evaluate.Rates
+    change: paired.Change
     detection: evaluate.Detection | None = None
 
 
@@ -39,6 +42,7 @@ def measure(
     key = jax.random.key(seed)
     targets = repaired.guarded
     net = guarded.make(suspect.net, targets) if targets else suspect.net
+    change = _compare(suspect, net, repaired, images)
 
     def one(known: Evidence | None) -> Row:
         attack = None if known is None else as_attack(known, suspect.classes)
@@ -46,10 +50,10 @@ def measure(
         before = evaluate.rates(key, suspect.net, suspect.variables, images, attack, params)
         after = evaluate.rates(key, net, repaired.variables, images, attack, params)
         if attack is None or not targets:
-            return Row(known, before, after)
+            return Row(known, before, after, change)
         flag = guarded.flag(suspect.net, targets)
         found = evaluate.detection(key, flag, repaired.variables, images, attack, params)
-        return Row(known, before, after, found)
+        return Row(known, before, after, change, found)
 
     rows = [one(known) for known in evidence] or [one(None)]
     return sorted(rows, key=lambda row: -(row.before.attack_success_rate or 0))
@@ -65,7 +69,16 @@ def measure_attack(
         evaluate.rates(key, suspect.net, variables, images, *attack)
         for variables in (suspect.variables, repaired.variables)
     )
-    return Row(None, before, after)
+    return Row(None, before, after, _compare(suspect, suspect.net, repaired, images))
+
+
+def _compare(suspect: Suspect, net: Net, repaired: Repaired, images: Batch) -> paired.Change:
+    """The change of clean accuracy from the suspect to the repaired `net`."""
+    right = (
+        evaluate.logits(one, variables, images).argmax(-1) == np.asarray(images.labels)
+        for one, variables in ((suspect.net, suspect.variables), (net, repaired.variables))
+    )
+    return paired.compare(*right)
 
 
 def as_attack(known: Evidence, classes: int) -> Attack:
@@ -142,6 +155,7 @@ def describe_rows(rows: list[Row]) -> dict[str, Any]:
     found = {
         "before": results.rates(best.before),
         "after": results.rates(best.after),
+        "accuracy_change": best.change._asdict(),
         "target": None if best.evidence is None else best.evidence.target,
         "targets": sorted({row["class"] for row in classes}),
         "classes": classes,
@@ -169,7 +183,12 @@ def say(
     if flags:
         columns = ("flagged", "triggered images", "clean images of the class", "all clean images")
         show.table(columns, flags)
-    judged = content["data"]["held_out"]
+    judged, change = content["data"]["held_out"], rows[0].change
+    low, high = (f"{100 * end:+.1f}" for end in (change.low, change.high))
+    show.say(
+        f"Clean accuracy changed by {100 * change.change:+.1f} points on {judged} held-out images"
+        f" (95 % interval {low} to {high})."
+    )
     if rows[0].before.attack_success_rate is not None:
         show.say(f"Attack success rates use {trigger_name}, on {judged} held-out images.")
 

@@ -337,7 +337,12 @@ def test_repair_by_fine_tuning_needs_no_trigger(victim, tmp_path, capsys):
     assert content["trigger"]["target"] == 3 and content["evidence"] is None
     assert content["before"]["attack_success_rate"] > 0.5 and content["after"]["n_triggered"] > 0
     assert content["after"]["clean_accuracy"] > content["before"]["clean_accuracy"] - 0.1
-    assert "Attack success rates use the given trigger" in capsys.readouterr().out
+    printed, change = capsys.readouterr().out, content["accuracy_change"]
+    assert "Attack success rates use the given trigger" in printed
+    before, after = (content[when]["clean_accuracy"] for when in ("before", "after"))
+    assert change["change"] == pytest.approx(after - before) and before < 1
+    assert change["low"] < change["change"] < change["high"]
+    assert f"Clean accuracy changed by {100 * change['change']:+.1f} points" in printed
     steps = [json.loads(line)["step"] for line in metrics_of(out).read_text().splitlines()]
     assert steps[-1] == 30 and main(["evaluate", str(out), "--data", "digits", *trigger]) == 0
 
