@@ -424,6 +424,17 @@ def test_the_trade_off_is_over_the_dial_or_the_learning_rate(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+def test_the_section_has_the_lines_of_the_trade_off_that_were_measured():
+    jobs = tradeoff.list_jobs(Victim(attack=tradeoff.ATTACK, size="digits"))
+    assert not any(tradeoff.find_stored(jobs).values())
+    for job, asr in zip(jobs["finetune", 0.01], (0.2, 0.6), strict=False):
+        ledger.write(job.unit, {"accuracy": 0.9, "asr": asr}, 1.0)
+    tables, _, _ = reproduce_papers.run(False, ("digits",))
+    (line,) = tables[f"{reproduce_papers.TRADE_OFF}, size digits"]
+    assert (line["defence"], line["clean data"], line["units"]) == ("finetune", "1%", "2 of 20")
+    assert line["ASR mean"] == pytest.approx(0.4) and line["ASR highest"] == 0.6
+
+
 def test_the_section_writes_a_record_of_what_is_missing(monkeypatch, capsys):
     few = show.choose("digits", ("dhbe-7", "mesa-b-1"))
     monkeypatch.setattr(reproduce_papers.show, "all_tables", lambda size: few)
