@@ -25,6 +25,8 @@ from jaxbd.training.run import Stopped
 
 ATTACKS = ("bna-badnets", "bna-l2-inv", "bna-wanet", "dhbe-badnets-3", "dhbe-trojan-3")
 """Of the small size's first table."""
+WEAK = 0.3
+"""ASR below which a victim is called weak; the weakest of the papers has 46 %."""
 COMPARED = (
     "finetune",
     "ft-sam",
@@ -121,6 +123,12 @@ def _is_older(job: Job) -> bool:
     return stored is not None and stored.is_older
 
 
+def is_weak(job: Job, result: dict[str, Any]) -> bool:
+    """Whether a victim's own attack hardly works, so that its repairs have nothing to remove."""
+    is_victim = job.defence is None and job.victim.attack != "clean"
+    return is_victim and result.get("asr", 1.0) < WEAK
+
+
 def run(
     jobs: Sequence[Job],
     *,
@@ -151,6 +159,8 @@ def run(
             continue
         write(job.unit, result, clock() - started)
         units.say(f"{job.name}: {clock() - started:.0f} s")
+        if is_weak(job, result):
+            units.say(f"{job.name}: ASR {result['asr']:.3f}; repairs of this victim say little")
         done.append(waiting.pop(0))
     return Outcome(done, found, waiting, failed)
 
@@ -185,7 +195,10 @@ def row(job: Job) -> dict[str, Any]:
     stored = ledger.find(job.unit)
     if stored is None:
         return {**first, "ACC": "missing"}
-    return {**first, **describe(stored)}
+    shown = {**first, **describe(stored)}
+    if is_weak(job, stored.result):
+        shown["note"] = "; ".join(filter(None, [shown.get("note"), "weak attack"]))
+    return shown
 
 
 def describe(stored: ledger.Stored) -> dict[str, Any]:

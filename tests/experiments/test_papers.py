@@ -234,6 +234,17 @@ def test_a_job_that_fails_is_named_and_the_next_one_runs(capsys):
     assert "a: failed: FloatingPointError: loss is not finite" in capsys.readouterr().err
 
 
+def test_a_victim_whose_attack_fails_is_named(capsys):
+    weak = grid.plan(Victim(attack="dhbe-trojan-3", size="digits"))
+    repair = job("repair", lambda: {"asr": 0.0, "accuracy": 0.9})
+    clean = grid.plan(Victim(attack="clean", size="digits"))
+    bare = {"asr": 0.05, "accuracy": 0.9}
+    grid.run([one._replace(run=lambda: bare) for one in (weak, clean)] + [repair])
+    said = [line for line in capsys.readouterr().err.splitlines() if "say little" in line]
+    assert len(said) == 1 and "dhbe-trojan-3" in said[0]
+    assert [grid.row(one).get("note") for one in (weak, clean)] == ["weak attack", None]
+
+
 def test_what_nobody_measured_comes_before_what_older_code_did(monkeypatch):
     jobs = [job("a"), job("b"), job("b")]
     ledger.write(jobs[0].unit, {"asr": 0.1}, 1.0)
