@@ -418,6 +418,7 @@ def test_the_logistic_fit_finds_the_curve_behind_the_points():
     assert found.at(0.85 + 1) == pytest.approx(1.0)
     assert fit.fit_logistic(accuracy[:3], asr[:3]) is None, "three points tell no curve"
     assert fit.fit_logistic(np.full(9, 0.9), asr[:9]) is None, "nor do points of one accuracy"
+    assert fit.fit_logistic(accuracy, np.full(40, 0.99)) is None, "nor do those of one side"
 
 
 def test_the_trade_off_is_over_the_dial_or_the_learning_rate(tmp_path):
