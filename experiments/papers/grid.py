@@ -25,8 +25,6 @@ from jaxbd.training.run import Stopped
 
 ATTACKS = ("bna-badnets", "bna-l2-inv", "bna-wanet", "dhbe-badnets-3", "dhbe-trojan-3")
 """Of the small size's first table."""
-WEAK = 0.3
-"""ASR below which a victim is called weak; the weakest of the papers has 46 %."""
 COMPARED = (
     "finetune",
     "ft-sam",
@@ -44,6 +42,8 @@ COMPARED = (
     special.DEFAULT,
 )
 """Rows of that table, with the defender's own evidence alone."""
+WEAK = 0.3
+"""ASR below which a victim is called weak; the weakest of the papers has 46 %."""
 
 
 class Job(NamedTuple):
@@ -125,8 +125,8 @@ def _is_older(job: Job) -> bool:
 
 def is_weak(job: Job, result: dict[str, Any]) -> bool:
     """Whether a victim's own attack hardly works, so that its repairs have nothing to remove."""
-    is_victim = job.defence is None and job.victim.attack != "clean"
-    return is_victim and result.get("asr", 1.0) < WEAK
+    asr = result.get("asr") if job.defence is None and job.victim.attack != "clean" else None
+    return asr is not None and asr < WEAK
 
 
 def run(

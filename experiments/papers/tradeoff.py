@@ -41,8 +41,6 @@ NAMES = (
     "nc-unlearn-told",
     "unlearn-told",
 )
-
-
 Jobs = dict[tuple[str, float], list[grid.Job]]
 """(defence, share) -> its units, all draws."""
 Results = dict[tuple[str, float], list[dict[str, Any]]]
@@ -221,10 +219,9 @@ def main(
     else:
         grid.run(by_draw(jobs), deadline=runs.stop_after(minutes))
         found = find_stored(jobs)
-    curves = {key: collect(results) for key, results in found.items()}
     print(units.table(rows(jobs, found)))
     if out is not None:
-        plot(curves, out)
+        plot({key: collect(results) for key, results in found.items()}, out)
         print(f"written to {out}")
 
 

@@ -32,6 +32,6 @@ def compare(before: np.ndarray, after: np.ndarray) -> Change:
     gained, lost = (float(np.sum(a & ~b)) for a, b in ((after, before), (before, after)))
     count = before.size + 2
     middle = (gained - lost) / count
-    spread = np.sqrt((gained + lost + 1) / count - middle**2) / np.sqrt(count)
-    ends = (max(-1.0, middle - Z * spread), min(1.0, middle + Z * spread))
-    return Change((gained - lost) / before.size, float(ends[0]), float(ends[1]))
+    spread = float(np.sqrt(((gained + lost + 1) / count - middle**2) / count))
+    low, high = max(-1.0, middle - Z * spread), min(1.0, middle + Z * spread)
+    return Change((gained - lost) / before.size, low, high)
