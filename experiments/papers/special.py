@@ -126,12 +126,14 @@ def _repair_by_default(
     made, repairing = None, jax.random.fold_in(key, 1)
     if known:
         norms = None if found.located is None else found.located.norms
-        done = hold.repair(run, repairing, case.victim, case.defence, known, config, norms=norms)
+        done = hold.repair(
+            run, repairing, case.victim, searched, known, config, held=held, norms=norms
+        )
         made = done.repaired
         row |= {"end": done.end, "rounds": len(done.rounds) - 1}
     elif row["verdict"] != "clean":
         method, settings = hold.without_trigger(config.max_drop)
-        made = repair.repair(run, repairing, case.victim, case.defence, [], method.name, settings)
+        made = repair.repair(run, repairing, case.victim, searched, [], method.name, settings)
         row["note"] = f"no trigger found, {method.name} instead"
     else:
         row["note"] = "called clean"

@@ -222,10 +222,11 @@ class Rules:
         ]
 
     def is_shared(self, method: str, norm: float, wish: dict[int, int]) -> bool:
-        """Whether a joint trigger of size `norm` is not much larger than the single triggers of its
-        pairs."""
-        sizes = [self.searches[method].norms[pair] for pair in wish.items()]
-        return norm <= self.config.intrinsic_factor * np.max(sizes)
+        """Whether a joint trigger of size `norm` is not much larger than the single triggers that
+        were found for its pairs. Without any there is nothing to compare: no."""
+        sizes = np.array([self.searches[method].norms[pair] for pair in wish.items()])
+        largest = sizes.max(where=np.isfinite(sizes), initial=0.0)
+        return bool(norm <= self.config.intrinsic_factor * largest)
 
     def measure_outcomes(self, method: str, state: Any) -> tuple[np.ndarray, dict[int, int]]:
         """Where a trigger sends images: (shares [K, K] with 0 on the diagonal, {source: the other

@@ -256,14 +256,13 @@ def measure_moments(net: Net, variables: Variables, images: Array) -> dict[str, 
         assert net.outputs is not None, "make refuses nets without"
         _, found = net.outputs(variables, to_float(chunk))
         flat = {layer: z.reshape(-1, z.shape[-1]) for layer, z in found.items()}
-        return {layer: (z.mean(0), jnp.square(z).mean(0)) for layer, z in flat.items()}
+        return {layer: (z.mean(0), z.var(0)) for layer, z in flat.items()}
 
     found = {}
-    for layer, (first, second) in jax.lax.map(of_chunk, chunks).items():
-        mean = first.mean(0)
-        # rounding can make the difference slightly negative
-        variance = jnp.maximum(second.mean(0) - jnp.square(mean), 0)
-        found[layer] = Moments(mean, jnp.sqrt(variance) + LEAST_STD)
+    for layer, (means, variances) in jax.lax.map(of_chunk, chunks).items():
+        # E[z^2] - E[z]^2 would cancel where the mean is far larger than the spread
+        std = jnp.sqrt(variances.mean(0) + means.var(0))
+        found[layer] = Moments(means.mean(0), std + LEAST_STD)
     if not found:
         raise UserError(
             "clip: this net shows no layer whose activations could be bounded; build it with"

@@ -477,17 +477,19 @@ def test_the_default_repairs_what_its_scan_names(verdict, named, leads, repaired
     case = SimpleNamespace(victim=None, defence=None)
     made = Repaired({}, {}, Seconds(3.0, 4.0))
 
-    def hold_repair(run, key, suspect, clean, evidence, config, norms):
+    def hold_repair(run, key, suspect, clean, evidence, config, held, norms):
+        assert (clean, held) == ("searched", "held")  # no trigger is judged by images it is made on
         used.append(", ".join(each.trigger_params for each in evidence))
         return SimpleNamespace(repaired=made, end="nothing left", rounds=(0, 1))
 
     def repair_once(run, key, suspect, clean, evidence, method, config):
-        assert evidence == [] and config.max_drop == hold.Config().max_drop
+        assert clean == "searched" and evidence == []
+        assert config.max_drop == hold.Config().max_drop
         used.append(method)
         return made
 
     monkeypatch.setattr(special.victims, "make", lambda victim: case)
-    monkeypatch.setattr(special.bna_rows, "divide", lambda case: (None, None))
+    monkeypatch.setattr(special.bna_rows, "divide", lambda case: ("searched", "held"))
     monkeypatch.setattr(special.scan, "scan", lambda *args: found)
     monkeypatch.setattr(special.evidence, "every_trigger", lambda scan, target: [trigger(target)])
     monkeypatch.setattr(special.evidence, "of_leads", lambda scan: list(map(trigger, leads)))

@@ -319,6 +319,14 @@ def test_the_other_search_s_trigger_is_kept_where_it_works_and_is_small(monkeypa
     assert scan().others == {}
 
 
+@pytest.mark.parametrize("without", [[(0, 2)], list(TO_TWO.items())])
+def test_a_pair_without_a_trigger_of_its_own_excuses_no_large_joint_trigger(monkeypatch, without):
+    missing = norms_with(without, size=np.inf) / 99
+    sizes = {"neural-cleanse": norms_with(TO_TWO.items()), "pt-red": missing}
+    World(monkeypatch, sizes, TO_TWO)
+    assert scan().others == {}
+
+
 def test_a_correction_works_from_every_trigger_estimated_for_its_target(monkeypatch):
     World(monkeypatch, {"neural-cleanse": norms_with(TO_TWO.items()), "pt-red": PLAIN}, TO_TWO)
     found = scan()

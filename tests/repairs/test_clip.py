@@ -144,6 +144,14 @@ def test_moments_are_those_of_the_layers():
         np.testing.assert_allclose(moments[layer].std, flat.std(0), rtol=1e-2, atol=1e-4)
 
 
+def test_moments_far_from_zero_keep_their_spread():
+    far = NET._replace(outputs=lambda variables, images: (None, {"norm0": images + 4096.0}))
+    images = np.random.default_rng(0).uniform(0, 1, (512, *toys.SHAPE)).astype(np.float32)
+    moments = clip.measure_moments(far, {}, jnp.asarray(images))["norm0"]
+    rounded = (images + np.float32(4096)).astype(np.float64)
+    np.testing.assert_allclose(moments.std, rounded.std() + clip.LEAST_STD, rtol=1e-3)
+
+
 def test_what_cannot_be_clipped_is_refused():
     with pytest.raises(UserError, match="bare apply"):
         clip.make(Problem(toys.NET, toys.SHAPE, toys.CLASSES), QUICK)
