@@ -136,6 +136,7 @@ def random_places(
     key: Key, count: int, image_shape: tuple[int, int, int], patch_hw: tuple[int, int]
 ) -> Array:
     """Draws places [count, 2] int32 (row, column), uniform over all places where the patch fits."""
+    # Differs from released code: it leaves out the last row and column that fit
     limits = jnp.array([image_shape[0] - patch_hw[0] + 1, image_shape[1] - patch_hw[1] + 1])
     return jax.random.randint(key, (count, 2), 0, jnp.broadcast_to(limits, (count, 2)))
 

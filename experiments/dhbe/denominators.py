@@ -1,5 +1,6 @@
 """ASR by the two denominators in use: all images of other classes than the target, and those among
-them that the net classifies rightly without the trigger (Yan et al. 2023, eq. 9).
+them that the net under test classifies correctly without the trigger, as in the released code of
+Yan et al. 2023 (their eq. 9 asks the backdoored net).
 """
 
 from typing import Any

@@ -134,8 +134,8 @@ def unit(
 def row(result: dict[str, Any], **first: Any) -> dict[str, Any]:
     """A line of Tables 3 and 6: accuracy and ASR before and after.
 
-    "ASR" is over all images of other classes than the target; "ASR, eq. 9" is the paper's, over
-    those of them that the net under test classifies rightly without the trigger.
+    "ASR" is over all images of other classes than the target; "ASR, eq. 9" is over those of them
+    that the net under test classifies correctly without the trigger, as in the released code.
     """
     before, after = result["before"], result["after"]
     return {

@@ -115,6 +115,7 @@ def _plan_dhbe(name: str, target: int, dataset: str) -> Plan:
         config = badnets.Config(pattern="checkerboard", place="fixed", **common)
         return Plan("badnets", "replaced", "dhbe", config, 300, True)
     way: Way = "clean-label" if kind == "clean-label" else "trojan"
+    # the text lacks the Trojan's count; 2,500 is 5 % of the training images
     count = 300 if kind == "clean-label" else 2500
     return Plan(kind, way, "dhbe", module(kind).Config(**common), count, True)
 

@@ -2,7 +2,7 @@
 
 The row of a repair is its automatic choice, which sees the defender's images alone. Where a repair
 has a dial, the value with the lowest ASR on test images within the accuracy budget is judged
-besides, under "oracle": what nobody can choose who has no triggered images.
+besides, under "oracle": a choice that needs triggered images.
 
 Repairs that need a trigger come three times: "unlearn" takes what a scan names and finds,
 "unlearn-told" searches for the attacked class, which is told, and "unlearn-known" has the

@@ -28,8 +28,8 @@ class Logistic(NamedTuple):
 
 def fit_logistic(accuracy: np.ndarray, asr: np.ndarray) -> Logistic | None:
     """The curve nearest to points (accuracy [N], ASR [N]), both shares; None where there are fewer
-    than four, all have nearly the same accuracy, or all lie on one side of one half, so that no
-    curve is told by them."""
+    than four, all have nearly the same accuracy, or all lie on one side of one half: they do not
+    determine a curve."""
     accuracy, asr = np.asarray(accuracy, float), np.asarray(asr, float)
     if len(accuracy) < 4 or np.ptp(accuracy) < 1e-3 or not asr.min() < 0.5 < asr.max():
         return None

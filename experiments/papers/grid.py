@@ -93,8 +93,8 @@ def list_jobs(found: Iterable[Victim], names: Sequence[str], seeds: Sequence[int
 
 
 def fits(victim: Victim, name: str) -> bool:
-    """Whether a defence can be measured on a victim: one told target is none of an all-to-all
-    attack's, and a clean net has no trigger to be known."""
+    """Whether a defence can be measured on a victim: a "-told" repair needs a single target, which
+    all-to-all attacks lack, and a clean net has no trigger to be known."""
     if victim.attack == "clean":
         return name not in special.NAMES and "-known" not in name and "-told" not in name
     one_target = "-told" in name or name == "mesa-levels"

@@ -62,7 +62,7 @@ def divide(size_name: SizeName, dataset: str, seed: int, side: int) -> draw.Part
 
 
 def draw_balanced(data: Batch, count: int, seed: int) -> Batch:
-    """`count` images, as many of each class as can be.
+    """`count` images, balanced over the classes as far as possible.
 
     Raises: UserError when there are fewer.
     """

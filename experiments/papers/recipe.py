@@ -28,7 +28,7 @@ class Recipe:
       schedule: "one-cycle": up over `warm_up` of the steps, then by a cosine to zero; "steps": x0.1
         after 60 and 80 % of the steps; "constant".
       warm_up: share of the steps.
-      nesterov, momentum: of SGD.
+      nesterov, momentum: of SGD and Muon.
       weight_decay: added to the gradient of SGD and Adam.
       crop_padding, flip: augmentation, after the trigger is on.
     """
@@ -78,6 +78,7 @@ class Recipe:
         if self.schedule == "constant":
             return highest
         if self.schedule == "steps":
+            # Differs from paper: it falls after 50 and 75 % of the passes (Yan et al. 2023, App. A)
             drops = {int(steps * share): 0.1 for share in (0.6, 0.8)}
             return optax.piecewise_constant_schedule(highest, drops)
         warm = max(1, int(self.warm_up * steps))

@@ -54,8 +54,8 @@ TELLS = tuple(
 )
 """Modules of those packages that save, read or print, or whose every value is in the settings."""
 LEAVES = ("jaxbd.pipelines.compare", "jaxbd.pipelines.repair")
-"""Modules that are part of the code without what they import: everything uses their types, and who
-uses more names the modules behind it."""
+"""Modules that are part of the code without what they import: everything uses their types. Callers
+that use more must list the modules behind it."""
 
 
 def digest(*parts: str) -> str:

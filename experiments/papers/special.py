@@ -86,6 +86,7 @@ def measure(victim: Victim, name: str) -> dict[str, Any]:
     search, held = bna_rows.divide(case)
     config = dataclasses.replace(first, targets=(victim.aim,))
     found = scan.scan(run, jax.random.fold_in(key, 0), case.victim, search, held, config)
+    # Differs from paper: three single reversed triggers instead of ten
     comparison = compare.Comparison(
         unlearning=second, levels=config.levels, runs=3, batch_size=victim.made_of.batch_size
     )

@@ -24,7 +24,7 @@ MEASURES = {
 }
 """Title of a figure -> its name in a unit's result."""
 ORACLE = {"oracle ACC": "accuracy", "oracle ASR": "asr"}
-"""What the best value of a dial would have been for who knows the test images; never a result."""
+"""Figures at the best value of a dial, chosen with test images: an upper bound, never a result."""
 MISSING = "missing"
 """Of a row that nobody has measured."""
 Published = Mapping[str, float]

@@ -165,7 +165,7 @@ def build(size: SizeName) -> list[Table | Spread]:
             amplified,
             ("ASR", "ASR x4", "ASR x9"),
             _sixth(size, tuple(amplified)),
-            "",
+            note,
             seeds,
         ),
         Table("dhbe-7", "DHBE Table 7: other targets", ends, both, _targets(size), note),

@@ -1,4 +1,5 @@
-"""Every repair at the settings of its paper and of its released code, on a victim of that paper."""
+"""Every repair at the settings of its paper and of its released code: those of BNA and MESA on a
+victim of that paper, all others on DHBE's BadNets."""
 
 from experiments.papers import defences
 from experiments.papers.sizes import SizeName

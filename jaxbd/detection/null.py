@@ -103,8 +103,8 @@ def find_outliers(
     """Tests whether classes stand out in `statistics` [K], which are large for a backdoor's target.
 
     Non-finite statistics are ignored. Non-positive ones belong to classes that the search did not
-    reach; they count as the smallest positive one, so that they do not widen the null. If half of
-    the classes besides the largest are such, there is nothing to compare with and p is nan.
+    reach; they count as the smallest positive one, so that they do not widen the null. If more than
+    half of the classes besides the largest are such, there is nothing to compare with and p is nan.
 
     Up to `config.most` classes are tried as outliers: for each j, the j - 1 largest are set aside
     and the largest of the remaining m is tested against the others, relative to simulated models of

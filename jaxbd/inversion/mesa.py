@@ -123,7 +123,8 @@ class Config:
 
 
 def paper(**changes) -> Config:
-    """The settings in the paper's text; settings that it omits stay as released."""
+    """The settings in the paper's text; settings that it omits stay as released, but for the
+    generator's initial weights, which are Flax's."""
     wording = dict(
         noise="normal", generator="paper", trigger_noise=0.0, place="image", leaky_output=False
     )

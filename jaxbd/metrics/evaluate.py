@@ -26,8 +26,9 @@ class Rates:
         image counts.
       source_inference_accuracy: share of the same triggered images that get their true label (SIA,
         Li et al. 2022).
-      attack_success_rate_correct_only: attack success rate over images that the net classifies
-        correctly without the trigger (the denominator of DHBE's ASR, Yan et al. 2023, eq. 9).
+      attack_success_rate_correct_only: attack success rate over images that this net classifies
+        correctly without the trigger (the denominator of the released code of Yan et al. 2023;
+        their eq. 9 asks the backdoored net).
       n_clean: denominator of `clean_accuracy`.
       n_triggered: denominator of `attack_success_rate`.
     """

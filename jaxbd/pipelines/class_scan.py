@@ -127,6 +127,7 @@ PRESETS = {
         steps=150,
         locate_steps=150,
         batch_size=8,
+        # Differs from released code: it starts once, from a mask of at most 1
         first_masks=(0.1, 1.0),
         look=50,
         neural_cleanse=neural_cleanse.Config(memory=0.8),

@@ -177,7 +177,7 @@ def _search_patches(
 def search_additive(
     lab: Lab, key: Key, variables: Variables, targets: Sequence[int], label: str
 ) -> tuple[list[Trigger], Seconds]:
-    """Runs PT-RED from all classes to each target; takes the shortest additive pattern it met."""
+    """Runs PT-RED from all classes to each target; takes the additive pattern it ended with."""
     # patience 2: a success rate reached on one small batch may be luck
     settings = pt_red.Config(step_size=lab.config.step_size, patience=2)
     inversion = make_pt_red(lab.suspect.net, lab.suspect.image_shape, settings)

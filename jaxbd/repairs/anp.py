@@ -92,7 +92,8 @@ def quick(**changes: Any) -> Config:
 
 
 def released(**changes: Any) -> Config:
-    """The settings of the released code."""
+    """The settings of the released code, but for the choice of the threshold and without
+    augmentation."""
     return Config(**changes)
 
 

@@ -169,6 +169,7 @@ def _init(
     stamped = lambda number, images: stamp(jax.random.fold_in(key, number), triggers, images)
     clean_outputs = lambda _, images: _outputs(net, variables, images, config)
     outputs = lambda number, images: clean_outputs(number, stamped(number, images))
+    # Differs from paper: its extremes are those of all clean images, not only of source classes
     clean = activations.ranges(clean_outputs, sources.images)
     if target is not None:
         clean = activations.union(clean, activations.ranges(clean_outputs, target))

@@ -54,6 +54,7 @@ class Config:
       num_steps: length of the run.
     """
 
+    # Differs from paper: 0.03; here the budget of the default repair
     max_drop: float = 0.02
     first_reach: float = 4.0
     # Differs from paper: it has 1e-3 in units of the activations; relative steps suit every layer

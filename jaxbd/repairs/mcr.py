@@ -99,7 +99,7 @@ def quick(**changes: Any) -> Config:
 
 
 def released(**changes: Any) -> Config:
-    """The settings of the released code."""
+    """The settings of the released code, but for the choice of t and without augmentation."""
     return Config(**changes)
 
 

@@ -82,6 +82,7 @@ def make(problem: Problem, config: Config) -> Repair:
 
     def choose(triggers: ArrayTree, step: Array) -> ArrayTree:
         if config.mixing == "epoch" and isinstance(triggers, Mixture):
+            # Differs from released code: starts with the first level given; the release with 0.9
             return only(triggers, step // config.epoch_steps % triggers.weights.shape[0])
         return triggers
 
