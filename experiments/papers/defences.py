@@ -97,9 +97,8 @@ def unit(victim: Victim, defence: Defence) -> ledger.Unit:
     modules = [*victim_modules(victim), __name__, "jaxbd.attacks.amplified", method.path]
     modules += [method.pipeline] if method.guards else []
     name = f"{victim.name}-{defence.name}"
-    searches = method.guards or defence.source in ("found", "told")
-    without = () if searches else (finding.__name__,)
     stated = settings(victim, defence)
+    without = finding.unused(victim, defence)
     return ledger.Unit(f"{victim.size}/defence", name, stated, tuple(modules), without)
 
 

@@ -37,6 +37,17 @@ def search_of(victim: Victim, defence: Defence) -> Any:
     return dataclasses.replace(scan.PRESETS["quick"], **changes)
 
 
+def unused(victim: Victim, defence: Defence) -> tuple[str, ...]:
+    """Modules that this one imports but a defence's row does not run: all of it without a search
+    or a correction, the search over pairs where classes are searched."""
+    if method_of(defence.method).guards:
+        return ()
+    if defence.source not in ("found", "told"):
+        return (__name__,)
+    over_pairs = isinstance(search_of(victim, defence), pair_scan.Config)
+    return () if over_pairs else (pair_scan.__name__, correct.__name__)
+
+
 @functools.lru_cache(4)
 def _scan(victim: Victim, config: Any, drawn: tuple[int, int] | None) -> Any:
     """A scan of a victim with the defender's images; its stages are kept under `runs/`."""

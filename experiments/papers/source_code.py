@@ -53,6 +53,8 @@ TELLS = tuple(
     )
 )
 """Modules of those packages that save, read or print, or whose every value is in the settings."""
+FOREIGN = ("jaxbd.models.families",)
+"""Packages that rebuild nets of model files; no victim is one of those."""
 LEAVES = ("jaxbd.pipelines.compare", "jaxbd.pipelines.repair")
 """Modules that are part of the code without what they import: everything uses their types. Callers
 that use more must list the modules behind it."""
@@ -79,7 +81,7 @@ def closure(modules: Iterable[str], without: tuple[str, ...] = ()) -> set[str]:
     waiting, known = list(modules), set()
     while waiting:
         name = waiting.pop()
-        if name in known or name in left_out or _path(name) is None:
+        if name in known or name in left_out or _path(name) is None or _is_within(name, FOREIGN):
             continue
         known.add(name)
         if name not in LEAVES:

@@ -37,6 +37,7 @@ from experiments.papers.victim import Victim  # noqa: E402
 from experiments.verdict import null_models  # noqa: E402
 from jaxbd import methods  # noqa: E402
 from jaxbd.base import Batch, Evidence, UserError  # noqa: E402
+from jaxbd.models import build  # noqa: E402
 from jaxbd.pipelines import hold  # noqa: E402
 from jaxbd.pipelines.repair import Repaired  # noqa: E402
 from jaxbd.training.program import Seconds  # noqa: E402
@@ -83,13 +84,24 @@ def test_code_is_what_decides_and_not_what_saves_or_prints():
     own = source_code.closure(("experiments.papers.defences", "jaxbd.repairs.anp"))
     assert {"jaxbd.repairs.neurons", "jaxbd.training.loop", "jaxbd.metrics.evaluate"} <= own
     assert not own & {"jaxbd.training.checkpoint", "experiments.papers.grid", "jaxbd.files"}
+    assert "jaxbd.models.resnet" in own
+    assert not any(name.startswith(source_code.FOREIGN) for name in own)
     one = Victim(attack="dhbe-badnets-3", size="digits")
     plain = defences.unit(one, defences.named("finetune"))
     scanned = defences.unit(one, defences.named("unlearn"))
-    searches = lambda unit: (
-        "jaxbd.pipelines.scan" in source_code.closure(unit.modules, unit.without)
+    all_to_all = Victim(attack="bna-badnets-a2a", size="digits")
+    over_pairs = defences.unit(all_to_all, defences.named("unlearn"))
+    runs = lambda unit, name: (
+        f"jaxbd.pipelines.{name}" in source_code.closure(unit.modules, unit.without)
     )
-    assert searches(scanned) and not searches(plain), "a repair without a scan outlives its changes"
+    assert runs(scanned, "scan") and not runs(plain, "scan"), "a repair without a scan outlives it"
+    assert runs(over_pairs, "pair_rules") and not runs(scanned, "pair_rules")
+
+
+def test_no_victim_is_a_net_of_the_code_that_is_left_out():
+    sizes = ("full", "small", "digits")
+    jobs = [job for size in sizes for each in show.all_tables(size) for job in tables.jobs_of(each)]
+    assert jobs and {job.victim.spec.arch for job in jobs} <= set(build.MODULES)
 
 
 def test_two_machines_and_two_runs_lie_in_files_of_their_own(monkeypatch, results):
