@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxbd.base import UserError
-from jaxbd.data import bounded
+from jaxbd.data import bounded, words
 
 MAX_LETTERS, MAX_TEXTS = 1_000, 2_000_000
 """Limits on text labels, since each becomes a Python object: characters per label, and labels."""
@@ -47,7 +47,8 @@ def read_names(path: str | Path, count: int | None) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise UserError(f"--classes file {str(path)!r} is not UTF-8 text; convert it") from None
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    double = next((name for name, times in collections.Counter(names).items() if times > 1), None)
+    times = collections.Counter(map(words.compose, names))
+    double = next((name for name in names if times[words.compose(name)] > 1), None)
     if double is not None:
         raise UserError(
             f"--classes file {str(path)!r} names {double!r} twice; name each class once"
@@ -65,7 +66,8 @@ def number_folders(
 ) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
     """Numbers class folders by the first rule that applies.
 
-    1. By name, if the user or the model names the classes.
+    1. By name, if the user or the model names the classes; folders that are numbers only if a
+       class is named by a number too.
     2. In the order of the names, if there are as many folders as classes.
     3. By the number in the name, if all names are numbers.
 
@@ -74,17 +76,18 @@ def number_folders(
     Returns: (class number of each folder, names of all classes, notes for the user).
     Raises: UserError, with both counts, if no rule applies.
     """
-    if classes.names and (classes.stated or set(names) <= set(classes.names)):
+    if _go_by_name(names, classes):
         numbers = _by_name(names, classes, f"{where}: class folder")
         return numbers, classes.names, _few(names, classes, "by their names")
-    decimal = all(name.isascii() and name.isdecimal() for name in names)
-    if decimal:
+    decimal = words.are_decimal(names)
+    if words.are_numbers(names):
         _check_order(names, where)  # before rule 2, which relies on the order
+    stated = classes.names if classes.stated else ()
     if classes.count is None or len(names) == classes.count:
-        return list(range(len(names))), tuple(names), ()
+        return list(range(len(names))), stated or tuple(names), ()
     numbers = [int(name) for name in names] if decimal else []
     if decimal and len(names) < classes.count and max(numbers) < classes.count:
-        every = tuple(str(number) for number in range(classes.count))
+        every = stated or tuple(str(number) for number in range(classes.count))
         return numbers, every, _few(names, classes, "their names are taken for class numbers")
     raise UserError(
         f"{where} has {_count(len(names), 'class folder')} ({_join_names(names)}), the model has"
@@ -97,7 +100,7 @@ def _check_order(names: Sequence[str], where: str) -> None:
 
     Loaders disagree about them: some put 10 before 2.
     """
-    for text, number in zip(names, sorted(names, key=int), strict=True):
+    for text, number in zip(names, sorted(names, key=words.value), strict=True):
         if text != number:
             raise UserError(
                 f"{where}: as text class folder {text} comes before {number}; pad the numbers with"
@@ -112,15 +115,31 @@ def _few(names: Sequence[str], classes: Classes, how: str) -> tuple[str, ...]:
     return (f"{_count(len(names), 'class folder')}, the model has {total} classes: {how}",)
 
 
+def _go_by_name(found: Sequence[str], classes: Classes) -> bool:
+    """Whether folders or labels are looked up among the names of the classes.
+
+    Stated names must have them all. But if no name is a number, numbers are class numbers.
+    """
+    known = set(map(words.compose, classes.names))
+    if known and known.issuperset(map(words.compose, found)):
+        return True
+    has_number = any(words.are_numbers([name]) for name in known)
+    return classes.stated and (has_number or not words.are_numbers(found))
+
+
 def _by_name(names: Sequence[str], classes: Classes, what: str) -> list[int]:
-    place = {name: number for number, name in enumerate(classes.names)}
-    unknown = next((name for name in names if name not in place), None)
+    place = _places(classes.names)
+    unknown = next((name for name in names if words.compose(name) not in place), None)
     if unknown is not None:
         raise UserError(
             f"{what} {unknown!r} is not among the {len(place)} names"
-            f" ({_join_names(classes.names)}); correct the --classes file"
+            f" ({_join_names(classes.names)}); rename it, or correct the --classes file"
         )
-    return [place[name] for name in names]
+    return [place[words.compose(name)] for name in names]
+
+
+def _places(names: Sequence[str]) -> dict[str, int]:
+    return {words.compose(name): number for number, name in enumerate(names)}
 
 
 def number(
@@ -155,7 +174,8 @@ def number(
         )
     _check_count(int(labels.max()) + 1, names, classes, where)
     if names is None:
-        names = classes.names or [str(k) for k in range(int(labels.max()) + 1)]
+        count = classes.count or int(labels.max()) + 1
+        names = classes.names or [str(k) for k in range(count)]
     return labels.astype(np.int32), tuple(str(name) for name in names)
 
 
@@ -198,19 +218,24 @@ def _check_count(count: int, names: Sequence[str] | None, classes: Classes, wher
 def _number_text(
     labels: np.ndarray, names: Sequence[str] | None, classes: Classes, where: str
 ) -> tuple[np.ndarray, Sequence[str] | None]:
-    """Numbers text labels by known names, else as decimal numbers, else in alphabetical order."""
+    """Numbers text labels by known names, else as numbers in any spelling, else in alphabetical
+    order."""
     decode = lambda value: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    words = [decode(value) for value in labels.tolist()]
-    if not all(isinstance(word, str) for word in words):
+    given = [decode(value) for value in labels.tolist()]
+    if not all(isinstance(word, str) for word in given):
         raise UserError(f"{where}: labels are neither numbers nor text; give class numbers, [N]")
-    found = sorted(set(words))
+    given = list(map(words.compose, given))
+    found = sorted(set(given))
     if len(found) > MAX_CLASSES:
         raise UserError(f"{where} has {len(found):,} different labels, too many; correct them")
-    if classes.stated or (classes.names and set(found) <= set(classes.names)):
+    if (blank := words.missing(found)) is not None:
+        raise UserError(f"{where}: image {given.index(blank)} has no label; add it")
+    if _go_by_name(found, classes):
         _by_name(found, classes, f"{where}: label")
         names = classes.names
-    elif all(word.isascii() and word.isdecimal() and len(word) < 7 for word in found):
-        return np.array([int(word) for word in words], np.int64), names
+    elif words.are_numbers(found) and not _are_ids(found):
+        value = {word: float(word) for word in found}
+        return _whole(np.array([value[word] for word in given]), where), names
     elif names is None:
         if classes.count not in (None, len(found)):
             raise UserError(
@@ -218,11 +243,18 @@ def _number_text(
                 f" has {classes.count} classes; {FIX}"
             )
         names = found
-    place = {name: row for row, name in enumerate(names)}
-    missing = next((word for word in found if word not in place), None)
-    if missing is not None:
-        raise UserError(f"{where}: label {missing!r} is not among the class names; {FIX}")
-    return np.array([place[word] for word in words], np.int64), names
+    place = _places(names)
+    unknown = next((word for word in found if word not in place), None)
+    if unknown is not None:
+        raise UserError(f"{where}: label {unknown!r} is not among the class names; {FIX}")
+    return np.array([place[word] for word in given], np.int64), names
+
+
+def _are_ids(found: Sequence[str]) -> bool:
+    """Whether numbers, sorted as text, are names: too large for class numbers, and in the same
+    order as numbers."""
+    is_large = words.are_decimal(found) and max(map(int, found)) >= MAX_CLASSES
+    return is_large and sorted(found, key=int) == list(found)
 
 
 def _from_one_hot(labels: np.ndarray, where: str) -> np.ndarray:

@@ -35,6 +35,7 @@ def test_some_numbered_folders_of_a_models_classes_keep_their_numbers():
         ("abc", 2, "3 class folders ('a', 'b', 'c'), the model has 2 classes"),
         (["images"], 200, "1 class folder ('images'), the model has 200 classes"),
         (["3", "12"], 10, "as text class folder 12 comes before 3"),
+        ([f"{k}.0" for k in range(11)], 11, "as text class folder 10.0 comes before 2.0"),
         (["03", "12"], 10, "2 class folders ('03', '12'), the model has 10 classes"),
     ],
 )
@@ -46,6 +47,8 @@ def test_names_in_the_models_order():
     """As the person states it, or as the model's own folder has it."""
     stated = labels.Classes(4, ("dog", "cat", "10", "2"), stated=True)
     assert numbers(["2", "10", "cat"], stated)[0] == [2, 3, 1]
+    animals = labels.Classes(4, ("dog", "cat", "eel", "ape"), stated=True)
+    assert numbers(["1", "3"], animals)[:2] == ([1, 3], animals.names)
     refused("class folder 'eel' is not among the 4 names", numbers, ["eel"], stated)
     own = labels.Classes(3, ("dog", "cat", "eel"))
     assert numbers(["cat", "dog"], own)[0] == [1, 0]
@@ -60,6 +63,8 @@ def test_files_of_class_names(tmp_path):
     refused("names 3; name all 10 classes of the model", labels.read_names, path, 10)
     path.write_text("a\nb\na\n")
     refused("names 'a' twice", labels.read_names, path, 3)
+    path.write_text("\u00e9\nb\ne\u0301\n", encoding="utf-8")
+    refused("twice", labels.read_names, path, 3)
     path.write_bytes(b"\xff\xfe")
     refused("is not UTF-8 text", labels.read_names, path, 3)
     refused("cannot be read", labels.read_names, tmp_path / "missing", 3)
