@@ -8,12 +8,13 @@ import csv
 import io
 import itertools
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxbd.base import Dataset, UserError
-from jaxbd.data import bounded, folder, labels, pack, pictures, splits
+from jaxbd.data import bounded, folder, labels, pack, pictures, splits, words
 
 FILE_COLUMNS = (
     *("filename", "file_name", "file", "path", "filepath", "image", "img", "image_path"),
@@ -21,6 +22,8 @@ FILE_COLUMNS = (
 )
 LABEL_COLUMNS = ("classid", "class_id", "label", "labels", "class", "target", "category", "y")
 """Column titles in order of preference; case is ignored."""
+ANSWERS = "suspect_label"
+"""Column of the lines that `jaxbd guard` writes. Their labels are a model's answers."""
 MAX_LIST_BYTES, MAX_LISTED, MAX_ROW = 64 << 20, 1_500_000, 1 << 20
 """Limits: bytes of a list, images in a list, characters of a row."""
 ANNOTATIONS = "val_annotations.txt"
@@ -70,6 +73,8 @@ def _read(path: Path) -> List | None:
     rows = _json_rows(path) if path.suffix.lower() == ".jsonl" else _rows(path)
     head = next(rows, [])
     titles = [title.strip().lower() for title in head]
+    if ANSWERS in titles:
+        return None
     file = next((titles.index(each) for each in FILE_COLUMNS if each in titles), None)
     label = next((titles.index(each) for each in LABEL_COLUMNS if each in titles), None)
     if file is not None and label is not None:
@@ -121,7 +126,7 @@ def _rows(path: Path, delimiter: str | None = None) -> Iterator[list[str]]:
     delimiter = delimiter or max(",;\t", key=first.count)
     rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
     try:
-        yield from filter(None, lines.rows(rows))
+        yield from (row for row in lines.rows(rows) if any(map(str.strip, row)))
     except csv.Error:
         raise UserError(f"data {path} is not a readable .csv list; correct or remove it") from None
 
@@ -136,22 +141,31 @@ def _json_rows(path: Path) -> Iterator[list[str]]:
             if not titles:
                 titles = [str(title) for title in row]
                 yield titles
-            yield [str(row[title]) for title in titles]
+            yield ["" if row[title] is None else str(row[title]) for title in titles]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise UserError(f"data {path} is not a readable list; correct or remove it") from None
 
 
 def _columns(rows: Iterable[Sequence[str]], places: tuple[int, int], path: Path) -> List:
-    """Takes the files and labels out of the columns `places` (file, label) of `rows`."""
+    """Takes the files and labels out of the columns `places` (file, label) of `rows`.
+
+    Raises: UserError for an image without a label, or with two.
+    """
     file, label = places
     found = List(path, [], [])
+    known: dict[str, str] = {}
     for number, row in enumerate(rows):
         if number >= MAX_LISTED:
             raise UserError(f"data {path} lists more than {MAX_LISTED:,} images; give fewer")
-        if len(row) <= max(places):
+        if len(row) <= max(places) or not row[label].strip():
             raise UserError(f"data {path}: image {number} of the list has no label; complete it")
-        found.files.append(row[file].strip())
-        found.labels.append(row[label].strip())
+        name, word = row[file].strip(), row[label].strip()
+        if known.setdefault(name, word) != word:
+            raise UserError(
+                f"data {path} lists {name!r} with the labels {known[name]!r} and {word!r}; keep one"
+            )
+        found.files.append(name)
+        found.labels.append(word)
     return found
 
 
@@ -180,10 +194,11 @@ def load(
     numbers, class_names = labels.number(table.labels, names, classes, f"data {table.path}")
     seen: pictures.Seen = []
     images = folder.decode_files(files, path, image_shape, seen)
-    listed = {Path(name).name for name in table.files}
+    plain = lambda name: words.compose(name).lower()
+    listed = {plain(Path(name).name) for name in table.files}
     here = [entry for entry in path.iterdir() if folder.is_picture(entry)]
     # compare stems too: a list may omit the suffix
-    unlisted = sum(e.name not in listed and e.stem not in listed for e in here)
+    unlisted = sum(plain(e.name) not in listed and plain(e.stem) not in listed for e in here)
     if unlisted:
         notes += (f"skipped {unlisted} images that are not in the list",)
     notes += pictures.describe_changes(seen, images.shape[1:])
@@ -196,9 +211,20 @@ def _find_file(path: Path, table: List, name: str) -> Path:
     if given.is_absolute() or ".." in given.parts or not given.name:
         raise UserError(f"data {table.path} lists {name!r}; give names of files in this folder")
     places = (path / given, path / given.name, path / "images" / given.name, path.parent / given)
-    suffixes = ("",) if given.suffix.lower() in pictures.SUFFIXES else ("", ".png", ".jpg", ".jpeg")
     for place in places:
-        for suffix in suffixes:
-            if folder.is_picture(file := place.with_name(place.name + suffix)):
+        for spelling in _spellings(place.name):
+            if folder.is_picture(file := place.with_name(spelling)):
                 return file
     raise UserError(f"data {table.path} lists {name!r}, which is not there; add it or its suffix")
+
+
+def _spellings(name: str) -> list[str]:
+    """Names that a listed file may have: as listed; with a suffix, if the list omits it; with its
+    suffix or its accents in another form."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    if suffix.lower() not in pictures.SUFFIXES:
+        stem, suffix = name, ""
+    ends = (suffix, suffix.lower()) if suffix else ("", *pictures.SUFFIXES)
+    stems = (stem, unicodedata.normalize("NFC", stem), unicodedata.normalize("NFD", stem))
+    ends = dict.fromkeys((*ends, *map(str.upper, ends)))
+    return [stem + end for stem in dict.fromkeys(stems) for end in ends]

@@ -24,6 +24,9 @@ LISTS = {
     + "".join(f"x/{k:02}.png\t{k % 2}\n" for k in range(4)),
     "no suffix": "id,label\n" + "".join(f"{k:02},{k % 2}\n" for k in range(4)),
     "no titles": "".join(f"{k:02}.png,{k % 2}\n" for k in range(4)),
+    "no suffix, numbers as pandas writes them": "id,label\n"
+    + "".join(f"{k:02},{k % 2}.0\n" for k in range(4)),
+    "blank lines": "id,label\n\n" + "".join(f"{k:02},{k % 2}\n" for k in range(4)) + "  \n,\n",
     "text": "image,label\n"
     + "".join(f"{k:02}.png,{'cat' if k % 2 else 'ape'}\n" for k in range(4)),
 }
@@ -44,6 +47,9 @@ def test_metadata_of_json_lines(tmp_path):
     rows = [{"file_name": f"{k:02}.png", "label": k % 2, "note": None} for k in range(4)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert_same(load.load(str(tmp_path)), images, [0, 1, 0, 1], "01")
+    rows[1]["label"] = None
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused("image 1 of the list has no label", load.load, str(tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "00.png", "label": 0}\n[1]')
     refused("is not a readable list", load.load, str(tmp_path))
 
@@ -107,6 +113,8 @@ def test_tiny_imagenets_own_layout(tmp_path):
         ("file,label\n../outside.png,0\n", "give names of files in this folder"),
         ("file,label\n/etc/passwd,0\n", "give names of files in this folder"),
         ("file,label\n00.png\n", "image 0 of the list has no label"),
+        ("file,label\n00.png,1.0\n01.png,\n", "image 1 of the list has no label"),
+        ("file,label\n00.png,0\n01.png,1\n00.png,1\n", "'00.png' with the labels '0' and '1'"),
         ("file,label\n", "holds no images"),
         ("file,note\n00.png,0\n", "has no class sub-folders"),
         ("file,label\n00.png,5\n", "at least 6 classes (label 5), the model has 2"),
@@ -135,3 +143,34 @@ def test_several_lists(tmp_path):
     (tmp_path / "test2.csv").write_bytes((tmp_path / "test.csv").read_bytes())
     (tmp_path / "test.csv").rename(tmp_path / "more.csv")
     refused("has several lists of images", load.load, str(tmp_path), split="val")
+
+
+@pytest.mark.parametrize(
+    ("listed", "there"),
+    [("{}", ".PNG"), ("{}", ".JPEG"), ("{}", ".bmp"), ("{}.png", ".PNG"), ("{}.PNG", ".png")],
+)
+def test_suffixes_in_other_case_or_left_out(tmp_path, listed, there):
+    images = pixels(2)
+    kinds = {".PNG": "PNG", ".png": "PNG", ".JPEG": "PNG", ".bmp": "BMP"}
+    for row, image in enumerate(images):
+        (tmp_path / f"0_{row}{there}").write_bytes(encoded(image, kinds[there]))
+    rows = "".join(f"{listed.format(f'0_{row}')},{row}\n" for row in range(2))
+    (tmp_path / "l.csv").write_text("id,label\n" + rows)
+    found = load.load(str(tmp_path))
+    assert_same(found, images, [0, 1], "01")
+    assert found.notes == ("the classes are those of the list l.csv",)
+
+
+def test_files_with_the_accents_of_macos(tmp_path):
+    (tmp_path / "cafe\u0301.png").write_bytes(encoded(pixels(1)[0]))
+    (tmp_path / "l.csv").write_text("file,label\ncaf\u00e9.png,0\n", encoding="utf-8")
+    assert load.load(str(tmp_path)).notes == ("the classes are those of the list l.csv",)
+
+
+@pytest.mark.parametrize("place", ["d/answers.jsonl", "d.jsonl"])
+def test_the_answers_of_a_guard_are_no_labels(tmp_path, place):
+    flat(tmp_path / "d")
+    row = {"index": 0, "file": "00.png", "label": 1, "suspect_label": 1, "flagged": False}
+    (tmp_path / place).write_text(json.dumps(row) + "\n")
+    assert lists.find(tmp_path / "d", "test") is None
+    assert unlabelled.is_unlabelled(str(tmp_path / "d"))
