@@ -87,8 +87,10 @@ def load(
             " labels; fetch them again"
         )
     rows = pack.chosen_rows(len(images), limit, seed)
+    # number all labels, not only the drawn rows: a draw may miss a class
+    numbers, every = labels.number(numbers, None, classes, f"data {pair.images}")
     return pack.dataset(
-        images[rows][..., None], numbers[rows], None, str(pair.images), classes, notes
+        images[rows][..., None], numbers[rows], every, str(pair.images), classes, notes
     )
 
 

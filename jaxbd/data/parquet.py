@@ -85,7 +85,11 @@ def load(
         seen: pictures.Seen = []
         images = pictures.decode(found, len(rows), image_shape=image_shape, seen=seen)
     notes += pictures.describe_changes(seen, images.shape[1:])
-    return pack.dataset(images, _as_array(given, path), names, str(path), classes, notes)
+    # number all labels, not only the drawn rows: a draw may miss a class and shift the numbers
+    numbers, every = labels.number(_as_array(given, path), names, classes, f"data {path}")
+    if len(numbers) > len(rows):
+        numbers = numbers[rows]
+    return pack.dataset(images, numbers, every, str(path), classes, notes)
 
 
 def _as_array(given: list[Any], path: str | Path) -> np.ndarray:
@@ -172,7 +176,8 @@ def _worker(files: list[Path]) -> Iterator[tuple[Any, IO[bytes]]]:
 def _images(
     path: str | Path, ask: Any, stream: IO[bytes], rows: np.ndarray, given: list[Any]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, encoded image) of the chosen `rows`, then extends `given` by their labels."""
+    """Yields (name, encoded image) of the chosen `rows`, then extends `given` by the labels: of all
+    rows, or of these if they are lists."""
     ask({"rows": rows.tolist()}, reply=False)
     for row in rows:
         size = _next_size(stream)

@@ -7,7 +7,9 @@ rows for gigabytes. In this process such a claim ends in an error message and no
 Protocol. stdin: a JSON line {"files", "images", "labels", "seconds", "bytes_per_second"}, then a
 JSON line {"rows"}: the chosen rows, counted over all files. stdout: after the first line, a JSON
 line that describes the tables; after the second, an 8-byte length and the encoded image for every
-chosen row, then the length -1 and a JSON line {"labels"}. A line {"error"} replaces either answer.
+chosen row, then the length -1 and a JSON line {"labels"}: of all rows, as text is numbered by all
+words that occur; of the chosen rows if the labels are lists. A line {"error"} replaces either
+answer.
 """
 
 import contextlib
@@ -20,8 +22,8 @@ import sys
 
 MEMORY = 512 << 20
 """Bytes of address space beyond what the libraries use."""
-BATCH = 16
-"""Rows decoded at a time."""
+BATCH, LABEL_BATCH = 16, 1_024
+"""Rows of images and of labels decoded at a time."""
 MOST_TEXT, MOST_LETTERS, MOST_LABELS = 2 << 20, 1_000, 10_000_000
 """Limits: bytes of a table's metadata, characters per label, numbers in all labels together."""
 
@@ -81,15 +83,15 @@ class Table:
             batches = (file.get_batch(k) for k in range(file.num_record_batches))
             return pa.RecordBatchReader.from_batches(file.schema, batches)
 
-    def batches(self, columns):
-        """Yields all rows of the columns in order, at most `BATCH` at a time."""
+    def batches(self, column, size):
+        """Yields all rows of the column in order, at most `size` at a time."""
         if not self.is_arrow:
-            yield from self._file.iter_batches(BATCH, columns=columns, use_threads=False)
+            for batch in self._file.iter_batches(size, columns=[column], use_threads=False):
+                yield batch[column]
             return
         for batch in self._open_stream():
-            batch = batch.select(columns)
-            for start in range(0, batch.num_rows, BATCH):
-                yield batch.slice(start, BATCH)
+            for start in range(0, batch.num_rows, size):
+                yield batch[column].slice(start, size)
 
     def column(self, candidates):
         """The first of the candidate columns that the table has."""
@@ -121,11 +123,15 @@ def contents(column, name, path):
     return column.to_pylist()
 
 
+def holds_lists(kind):
+    return pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def labels(column, name, path):
     """Labels of one batch's column: numbers, booleans, one-hot lists, or text."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    is_list = holds_lists(column.type)
     kind = column.type.value_type if is_list else column.type
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -145,34 +151,52 @@ def labels(column, name, path):
 
 
 def read_rows(tables, asked, chosen):
-    """Sends the chosen rows' images; returns all their labels."""
-    found, start, total = [], 0, 0
-    most = max(256 << 20, 4 * sum(os.path.getsize(table.path) for table in tables))
-    chosen = iter(chosen)
+    """Sends the chosen rows' images; returns the labels of all rows, or of these if they are
+    lists."""
+    rows = range(sum(table.rows for table in tables))
+    first = tables[0].schema.field(tables[0].column(asked["labels"])).type
+    found = []
+    for path, part in pick(
+        tables, asked["labels"], LABEL_BATCH, chosen if holds_lists(first) else rows, labels
+    ):
+        found += part
+        width = len(found[0]) if isinstance(found[0], list) else 1
+        if len(found) * width > MOST_LABELS:
+            raise Refused(f"{path} has more than {MOST_LABELS:,} numbers for labels")
+    total, most = 0, max(256 << 20, 4 * sum(os.path.getsize(table.path) for table in tables))
+    for path, part in pick(tables, asked["images"], BATCH, chosen, contents):
+        for content in part:
+            total += len(content)
+            if total > most:
+                raise Refused(f"{path} unpacks to more than {most:,} bytes")
+            send(content)
+    return found
+
+
+def pick(tables, candidates, size, chosen, convert):
+    """Yields (path, converted values) of the `chosen` rows of a column, `size` rows or fewer at a
+    time; stops after the last of them.
+
+    Args:
+      candidates: names that the column may have.
+      chosen: ascending row numbers, counted over all tables.
+      convert: turns a part of the column into a list; also gets its name and the table's path.
+    """
+    start, chosen = 0, iter(chosen)
     row = next(chosen, None)
     for table in tables:
-        image, label = table.column(asked["images"]), table.column(asked["labels"])
+        name = table.column(candidates)
         try:
-            for batch in table.batches([image, label]):
+            for column in table.batches(name, size):
                 picked = []
-                while row is not None and row < start + batch.num_rows:
+                while row is not None and row < start + len(column):
                     picked.append(row - start)
                     row = next(chosen, None)
-                start += batch.num_rows
-                if not picked:
-                    continue
-                part = batch.take(pa.array(picked))
-                for content in contents(part[image], image, table.path):
-                    total += len(content)
-                    if total > most:
-                        raise Refused(f"{table.path} unpacks to more than {most:,} bytes")
-                    send(content)
-                found += labels(part[label], label, table.path)
-                width = len(found[0]) if isinstance(found[0], list) else 1
-                if len(found) * width > MOST_LABELS:
-                    raise Refused(f"{table.path} has more than {MOST_LABELS:,} numbers for labels")
+                start += len(column)
+                if picked:
+                    yield table.path, convert(column.take(pa.array(picked)), name, table.path)
                 if row is None:
-                    return found
+                    return
         except (pa.ArrowException, OSError, ValueError, MemoryError):
             raise Refused(f"{table.path} is a damaged parquet file; fetch it again") from None
     raise Refused(f"{tables[-1].path} has fewer rows than it claims; fetch it again")

@@ -47,6 +47,7 @@ def test_limit_draws_the_rows_of_the_seed(tmp_path):
     found = load.load(str(tmp_path), limit=6, seed=2)
     assert np.array_equal(found.images, images[rows])
     assert found.labels.tolist() == [row % 4 for row in rows]
+    assert load.load(str(tmp_path), limit=1).class_names == tuple("0123")
 
 
 def test_bad_files(tmp_path):
