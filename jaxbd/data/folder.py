@@ -89,13 +89,21 @@ def _name_from(root: Path, file: Path) -> str:
 
 
 def sub_folders(path: Path) -> list[Path]:
-    """The visible sub-folders of `path`, sorted by name as text."""
+    """The visible sub-folders of `path`, sorted by name as text; without what jaxbd wrote there."""
     if not path.is_dir():
         raise UserError(
             f"data {path} is not a folder; give a folder with one sub-folder of images per class"
         )
     found = (entry for entry in path.iterdir() if is_visible(entry.name) and entry.is_dir())
-    return sorted(found, key=lambda entry: entry.name)
+    return sorted((entry for entry in found if not is_output(entry)), key=lambda entry: entry.name)
+
+
+def is_output(path: Path) -> bool:
+    """Whether the folder is a case, a model folder, or the checkpoints of an unfinished run."""
+    if (path / "scan.json").is_file():
+        return (path / "triggers").is_dir()
+    is_run = path.suffix == ".run" or (path / "model.safetensors").is_file()
+    return is_run and (path / "config.json").is_file()
 
 
 def is_visible(name: str) -> bool:

@@ -30,6 +30,8 @@ KINDS = (
     " parquet, Arrow or IDX (MNIST) files, or of CIFAR batches, tfds:NAME, mini-imagenet:FOLDER,"
     " vggface2:FOLDER"
 )
+LARGEST_DIGITS = 512
+"""Largest side, in pixels, to which digits are enlarged; all of them take half a gigabyte then."""
 
 
 def load(
@@ -82,7 +84,8 @@ def load(
 def _digits(image_shape: pictures.Shape | None, classes: labels.Classes) -> Dataset:
     """Digits of the wanted side if `digits` can make it, else of the default side."""
     side = image_shape[0] if image_shape else 0
-    found = digits.load(side) if side >= 8 and side % 8 == 0 else digits.load()
+    can_make = 8 <= side <= LARGEST_DIGITS and side % 8 == 0
+    found = digits.load(side) if can_make else digits.load()
     return pack.dataset(found.images, found.labels, found.class_names, found.name, classes)
 
 
@@ -139,8 +142,10 @@ def _from_folder(
     if parquet.tables(path):
         return parquet.load(path, split=split, **sized)
     notes: tuple[str, ...] = ()
-    if parts := splits.folders(path):
-        path, notes = _find_labelled_part(path, parts, split)
+    for place in (path, folder.below_wrappers(path)):
+        if parts := splits.folders(place):
+            path, notes = _find_labelled_part(place, parts, split)
+            break
     table = None if _holds_classes(path) else lists.find(path, split)
     dataset = folder.load(path, **sized) if table is None else lists.load(path, table, **sized)
     return dataset._replace(notes=notes + dataset.notes)
@@ -217,6 +222,10 @@ def split(dataset: Dataset, first: int, seed: int) -> tuple[Dataset, Dataset]:
     Raises: UserError unless both parts get at least one image.
     """
     total = len(dataset.labels)
+    if total < 2:
+        raise UserError(
+            f"data {dataset.name} has {total} image(s), too few to divide; give at least 2"
+        )
     if not 0 < first < total:
         raise UserError(
             f"data {dataset.name} has {total} images, {first} cannot be set apart; give"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from samples import assert_same, encoded, pixels, refused
 
-from jaxbd.data import folder, load
+from jaxbd.data import folder, labels, load
 
 
 @pytest.fixture
@@ -251,3 +251,24 @@ def test_splits_by_other_names(tmp_path):
     assert found.notes == ("there is no test part, the val part is used",)
     (tmp_path / "val").rename(tmp_path / "Test")
     assert load.load(str(tmp_path)).notes == ()
+
+
+def test_splits_below_a_wrapper(tmp_path):
+    train = tree(tmp_path / "wrap" / "ds" / "train", ["a", "b"])
+    test = tree(tmp_path / "wrap" / "ds" / "test", ["a", "b"], 1)
+    assert_same(load.load(str(tmp_path / "wrap"), split="train"), train, [0, 0, 1, 1], "ab")
+    two = labels.Classes(2)
+    assert_same(load.load(str(tmp_path / "wrap"), classes=two), test, [0, 1], "ab")
+
+
+def test_what_jaxbd_wrote_into_the_folder_is_no_class(tmp_path):
+    """A case, a model, and the checkpoints of a run that was stopped."""
+    images = tree(tmp_path, ["a", "b"])
+    (tmp_path / "case" / "triggers").mkdir(parents=True)
+    (tmp_path / "case" / "scan.json").write_text("{}")
+    (tmp_path / "case" / "triggers" / "x.png").write_bytes(encoded(images[0]))
+    for name, inside in (("model", "model.safetensors"), ("fixed.pth.run", "0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / inside).write_text("")
+    assert_same(load.load(str(tmp_path)), images, [0, 0, 1, 1], "ab")

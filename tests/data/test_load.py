@@ -5,7 +5,7 @@ import numpy as np
 from samples import assert_same, pixels, refused
 
 from jaxbd.base import Batch, Dataset
-from jaxbd.data import load, pack
+from jaxbd.data import labels, load, pack
 
 
 def test_digits_by_name():
@@ -14,6 +14,7 @@ def test_digits_by_name():
     assert dataset.images.shape == (100, 8, 8, 1)
     assert len(dataset.class_names) == 10
     refused("16x16 images, the model takes 28x28", load.load, "digits", image_shape=(28, 28, 1))
+    refused("16x16 images, the model takes 4096x", load.load, "digits", image_shape=(4096, 4096, 1))
     refused("1 channel(s), the model takes 3", load.load, "digits", image_shape=(16, 16, 3))
 
 
@@ -34,6 +35,13 @@ def test_load_refuses_arrays_of_another_shape(tmp_path):
         str(tmp_path / "d.npz"),
         image_shape=(32, 32, 3),
     )
+
+
+def test_labels_without_the_last_classes_fit_a_model(tmp_path):
+    """Numbers only; the model has more classes than the images show."""
+    np.savez(tmp_path / "d.npz", images=pixels(2), labels=[0, 2])
+    found = load.load(str(tmp_path / "d.npz"), classes=labels.Classes(4))
+    assert_same(found, pixels(2), [0, 2], "0123")
 
 
 def some(count=10):
@@ -59,6 +67,7 @@ def test_take_and_split():
     assert not np.array_equal(load.split(dataset, 3, seed=2)[0].images, first.images)
     for wrong in (0, 10, -1):
         refused("cannot be set apart", load.split, dataset, wrong, 0)
+    refused("has 1 image(s), too few to divide", load.split, some(1), 0, 0)
 
 
 def test_as_batch():
