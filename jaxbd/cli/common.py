@@ -3,6 +3,7 @@ parts of a record that describe them."""
 
 import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ ComputeDtype = Literal["stored", "float32", "bfloat16"]
 """Compute type during a search: the one stated in the model file, or one of these."""
 SEARCH_SHARE = 0.75
 """Share of the given images used to search triggers and repair nets; the rest are held out."""
+MOST_SIDE, MOST_CHANNELS, MOST_VALUES = 4096, 4, 1 << 22
+"""Limits of --image-shape: pixels per side, channels, and values per image (H x W x C)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,21 +90,12 @@ class Reading:
 
     def __post_init__(self):
         check_seed(self.seed)
+        check_image_shape(self.image_shape)
 
     def constants(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """The (mean, std) given by the flags; None for "auto". Raises: UserError on contradictory
-        flags."""
-        if bool(self.mean) != bool(self.std):
-            raise UserError("--mean and --std belong together; give both")
-        if self.mean and self.normalisation != "auto":
-            raise UserError("give --normalisation or --mean and --std, not both")
-        if self.mean:
-            if len(self.mean) != len(self.std) or min(self.std) <= 0:
-                raise UserError(
-                    "--mean and --std need one number per channel each, and --std must be > 0"
-                )
-            return self.mean, self.std
-        return None if self.normalisation == "auto" else NORMALISATIONS[self.normalisation]
+        """`constants` of the flags."""
+        stated = None if self.normalisation == "auto" else self.normalisation
+        return constants(stated, self.mean, self.std)
 
 
 class Opened(NamedTuple):
@@ -132,6 +126,43 @@ def check_seed(seed: int) -> None:
     """Raises: UserError unless both NumPy and JAX accept `seed`."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed} is out of range; give 0..{2**32 - 1}")
+
+
+def check_image_shape(shape: tuple[int, int, int] | None) -> None:
+    """Raises: UserError unless images [H, W, C] may have this shape; None is not checked."""
+    if shape is None:
+        return
+    most = (MOST_SIDE, MOST_SIDE, MOST_CHANNELS)
+    # a record may come from anyone, so its shape may be of another form
+    is_one = len(shape) == 3 and all(isinstance(size, int) for size in shape)
+    if (
+        not is_one
+        or not all(1 <= size <= limit for size, limit in zip(shape, most, strict=True))
+        or math.prod(shape) > MOST_VALUES
+    ):
+        raise UserError(
+            f"--image-shape {' '.join(map(str, shape))} is out of range; give sides of"
+            f" 1..{MOST_SIDE} pixels and 1..{MOST_CHANNELS} channels, at most {MOST_VALUES:,}"
+            " values together"
+        )
+
+
+def constants(
+    normalisation: str | None, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The (mean, std) given by the flags; None if none are. Raises: UserError on contradictory
+    flags or impossible numbers."""
+    if bool(mean) != bool(std):
+        raise UserError("--mean and --std belong together; give both")
+    if not mean:
+        return None if normalisation is None else NORMALISATIONS[normalisation]
+    if normalisation is not None:
+        raise UserError("give --normalisation or --mean and --std, not both")
+    if len(mean) != len(std) or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise UserError(
+            "--mean and --std need one finite number per channel each, and --std must be > 0"
+        )
+    return mean, std
 
 
 def start() -> None:
@@ -195,6 +226,7 @@ def open_both(
     trusted = (model.spec.mean, model.spec.std) if model.states_normalisation() else None
     fixed_size = bool(reading.image_shape or is_ours(model) or has_fixed_size(model))
     if trusted and not given and not must_classify:
+        model = forms.stated(model, reading.form) if reading.form else model
         shape = model.spec.image_shape
         dataset = matching.read(source(data, reading), model, shape, reading.limit)
         show.notes((*dataset.notes, *_describe_classes(dataset, model)))

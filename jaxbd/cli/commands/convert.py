@@ -26,6 +26,8 @@ class Args:
       image_shape: height, width, channels of the model's images, if the file does not state them.
       normalisation: input normalisation the model expects, applied to pixels in [0, 1]; a model
         folder states its own.
+      mean: per-channel mean of a custom normalisation.
+      std: per-channel standard deviation of a custom normalisation.
       force: replace an existing output.
     """
 
@@ -36,26 +38,29 @@ class Args:
     form: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] | None = None
     normalisation: Literal[*NORMALISATIONS] | None = None  # pyright: ignore[reportInvalidTypeForm]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     force: bool = False
+
+    def __post_init__(self):
+        common.check_image_shape(self.image_shape)
 
 
 def run(args: Args) -> int:
     """Reads the model and writes it again; prints what the new file cannot hold."""
     outputs.check_model_output(args.out, [args.model], force=args.force)
     outputs.refuse_existing("--out", args.out, replace=args.force)
-    mean, std = NORMALISATIONS[args.normalisation] if args.normalisation else (None, None)
+    given = common.constants(args.normalisation, args.mean, args.std)
+    mean, std = given or (None, None)
     model = common.open_model(
         args.model, arch=args.arch, image_shape=args.image_shape, key=args.key, mean=mean, std=std
     )
     if args.form:
         model = forms.stated(model, args.form)
-    if (
-        outputs.is_folder(args.out)
-        and not model.states_normalisation()
-        and args.normalisation is None
-    ):
+    if outputs.is_folder(args.out) and not model.states_normalisation() and given is None:
         raise UserError(
-            "the file does not say which normalisation its net expects; give --normalisation"
+            "the file does not say which normalisation its net expects; give --normalisation, or"
+            " --mean and --std"
         )
     note = outputs.write_model(args.out, model, model.variables)
     show.say(
