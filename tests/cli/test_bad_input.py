@@ -315,6 +315,40 @@ def test_normalisation_flags_that_contradict(refused, victim):
         assert "--std" in refused("scan", victim, "--data", "digits", *flags)
 
 
+@pytest.mark.parametrize("verb", ["scan", "convert"])
+@pytest.mark.parametrize("flags", ["nan 1", "0 nan", "0 inf", "inf 1"])
+def test_normalisations_that_are_not_finite(refused, tmp_path, verb, flags):
+    mean, std = flags.split()
+    data = ["--out", tmp_path / "o"] if verb == "convert" else ["--data", "digits"]
+    line = refused(verb, "m", *data, "--mean", mean, "--std", std)
+    assert "one finite number per channel" in line
+
+
+def test_a_form_that_a_folder_does_not_have(refused, victim):
+    line = refused("evaluate", victim, "--data", "digits", "--form", "stride=2")
+    assert "--form stride=2 is not a form of this net" in line
+
+
+@pytest.mark.parametrize("verb", ["scan", "attack", "convert"])
+@pytest.mark.parametrize(
+    "shape", ["-1 16 1", "0 0 1", "8 8 0", "8 8 5", "100000 8 1", "4096 4096 3"]
+)
+def test_image_shapes_that_cannot_be(refused, tmp_path, verb, shape):
+    words = {
+        "scan": ["m", "--data", "digits"],
+        "attack": ["--data", "digits", "--out", tmp_path / "o"],
+        "convert": ["m", "--out", tmp_path / "o"],
+    }
+    line = refused(verb, *words[verb], "--image-shape", *shape.split())
+    assert f"--image-shape {shape} is out of range" in line and "1..4096" in line
+
+
+@pytest.mark.parametrize("name", ["vic.pth", "vic.json"])
+def test_attack_writes_no_file(refused, tmp_path, name):
+    line = refused("attack", "--data", "digits", "--out", tmp_path / name)
+    assert name in line and "a name without an ending" in line
+
+
 @pytest.mark.parametrize(
     "flags", [["--normalisation", "cifar10"], ["--mean", "0.5", "0.5", "--std", "1", "1"]]
 )

@@ -13,7 +13,7 @@ from jaxbd import files
 from jaxbd.attacks import paper_counts, poison
 from jaxbd.base import Attack, Batch, Dataset, Key, Suspect, UserError
 from jaxbd.cli import attacks, common, job, outputs, parse, show
-from jaxbd.data import draw, load
+from jaxbd.data import draw, labels, load, words
 from jaxbd.images import image_shape_of
 from jaxbd.interop import folder, trigger
 from jaxbd.interop import load as models
@@ -75,6 +75,8 @@ class Args(Generic[Planting]):
         from --recipe.
       flip: random left-right mirroring.
       limit: use at most this many images of the data.
+      classes: text file with the class names in the wanted order, one per line; by default the
+        data's own order.
       download: let tfds:NAME fetch and prepare a data set; nothing else uses the network.
       seed: seed for all random choices.
       planting: settings of the attack.
@@ -105,6 +107,7 @@ class Args(Generic[Planting]):
     crop_padding: int | None = None
     flip: bool = False
     limit: int | None = None
+    classes: pathlib.Path | None = None
     download: bool = False
     seed: int = 0
     planting: Annotated[Planting, tyro.conf.arg(name="")]
@@ -115,6 +118,7 @@ class Args(Generic[Planting]):
 
     def __post_init__(self):
         common.check_seed(self.seed)
+        common.check_image_shape(self.image_shape)
         if (self.poison_count or 1) < 1 or self.batch_size < 2 or (self.crop_padding or 0) < 0:
             raise UserError("attack: need poison_count >= 1, batch_size >= 2, crop_padding >= 0")
         if self.poison == "dynamic" and (self.poison_count is not None or self.per_class):
@@ -175,6 +179,11 @@ def run(args: Args) -> int:
     """Trains the model, measures it, and writes the folder."""
     common.start()
     count = _poison_count(args)
+    if outputs.ending(args.out):
+        raise UserError(
+            f"--out {args.out}: attack writes a model folder; give a name without an ending, then"
+            " `jaxbd convert` writes other formats"
+        )
     outputs.check_output(args.out, folder=True)
     outputs.refuse_existing("--out", args.out, replace=args.stopping.replace)
     paths = job.prepare(args.out, args.stopping)
@@ -290,13 +299,15 @@ def _data(args: Args, clean: models.Model | None) -> tuple[Dataset, Dataset]:
     together."""
     image_shape = args.image_shape if clean is None else clean.spec.image_shape
     settings: dict[str, Any] = dict(image_shape=image_shape, seed=args.seed, download=args.download)
-    train = load.load(args.data, split="train", limit=args.limit, **settings)
+    known = _classes(args.classes, clean)
+    train = load.load(args.data, split="train", limit=args.limit, classes=known, **settings)
     if args.test_data is None:
         total = len(train.labels)
         train, test = load.split(train, total - max(1, total // 4), args.seed)
     else:
         settings["image_shape"] = image_shape_of(train.images)
-        test = load.load(args.test_data, split="test", **settings)
+        known = _classes_of(train)
+        test = load.load(args.test_data, split="test", classes=known, **settings)
         load.check(test, settings["image_shape"], len(train.class_names))
     if clean is not None:
         load.check(train, clean.spec.image_shape, clean.spec.classes)
@@ -306,6 +317,23 @@ def _data(args: Args, clean: models.Model | None) -> tuple[Dataset, Dataset]:
             f" {args.batch_size}; give more or lower --batch-size"
         )
     return train, test
+
+
+def _classes(names: pathlib.Path | None, clean: models.Model | None) -> labels.Classes:
+    """What --classes and the clean net say about the classes of the data."""
+    count = None if clean is None else clean.spec.classes
+    if names is not None:
+        stated = labels.read_names(names, count)
+        return labels.Classes(len(stated), stated, stated=True)
+    return labels.Classes(count, () if clean is None else tuple(clean.spec.class_names))
+
+
+def _classes_of(train: Dataset) -> labels.Classes:
+    """The classes that test images must have: by the names of the training images, or by number if
+    these are only numbered."""
+    names = train.class_names
+    only_numbered = words.are_decimal(names) and list(map(int, names)) == [*range(len(names))]
+    return labels.Classes(len(names), names, stated=not only_numbered)
 
 
 def _spec(args: Args, train: Dataset) -> build.Spec:
