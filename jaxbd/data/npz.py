@@ -84,14 +84,20 @@ def has_labels(path: str | Path) -> bool:
         return True
 
 
-def load_images(path: str | Path, limit: int | None = None, seed: int = 0) -> np.ndarray:
-    """Reads only the images, uint8 [N, H, W, C]. Raises: UserError as `load` does."""
+def load_images(
+    path: str | Path, limit: int | None = None, seed: int = 0
+) -> tuple[np.ndarray, int]:
+    """Reads only the images.
+
+    Returns: (uint8 [n, H, W, C], the number of images in the file).
+    Raises: UserError as `load` does.
+    """
     with Archive(Path(path)) as archive:
         known = _lower(archive.headers)
         name = next((known[name] for name in BARE if name in known), None)
         if name is None or not archive.headers[name].shape or not archive.headers[name].shape[0]:
             raise UserError(f"data {path} has no images; save with np.savez(images=…)")
-        return _read_rows(archive, name, limit, seed)[1]
+        return _read_rows(archive, name, limit, seed)[1], archive.headers[name].shape[0]
 
 
 def _lower(names: dict[str, Header]) -> dict[str, str]:

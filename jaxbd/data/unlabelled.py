@@ -8,29 +8,53 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbd.base import UserError
-from jaxbd.data import folder, lists, npz, pack, pictures
+from jaxbd.data import folder, labels, lists, npz, pack, pictures
+from jaxbd.limits import clean_text
 
 
 class Pictures(NamedTuple):
-    """images: uint8 [N, H, W, C]; files: N file names, None for a .npz; name: the source."""
+    """Images without labels.
+
+    Attributes:
+      images: uint8 [N, H, W, C].
+      files: N file names; None for a .npz.
+      name: the source.
+      total: number of images in the source; N of them were drawn.
+      notes: what the user should know about how the source was read.
+    """
 
     images: np.ndarray
     files: tuple[str, ...] | None
     name: str
+    total: int
+    notes: tuple[str, ...] = ()
 
 
-def is_unlabelled(spec: str) -> bool:
+def is_unlabelled(spec: str, classes: labels.Classes = labels.Classes()) -> bool:
     """Whether `spec` names images without labels.
 
     False for a source that cannot be read: the readers of labelled data then report why.
+
+    Args:
+      classes: what is known of the model's classes. Sub-folders beside pictures that cannot be
+        these classes do not label anything.
     """
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
-        has_pictures = any(map(folder.is_picture, path.iterdir()))
-        return has_pictures and not folder.sub_folders(path) and lists.find(path, "test") is None
+        if not any(map(folder.is_picture, path.iterdir())):
+            return False
+        return not _has_classes(path, classes) and lists.find(path, "test") is None
     return path.is_file() and (
         folder.is_picture(path) or (path.suffix.lower() == ".npz" and not npz.has_labels(path))
     )
+
+
+def _has_classes(path: Path, classes: labels.Classes) -> bool:
+    names = [entry.name for entry in folder.sub_folders(path)]
+    try:
+        return bool(names) and bool(labels.number_folders(names, classes, str(path)))
+    except UserError:
+        return False
 
 
 def load(
@@ -46,12 +70,23 @@ def load(
     path = Path(os.path.expanduser(spec))
     if path.is_dir() or folder.is_picture(path):
         files = sorted(filter(folder.is_picture, path.iterdir())) if path.is_dir() else [path]
-        files = [files[row] for row in pack.chosen_rows(len(files), limit, seed)]
+        total = len(files)
+        files = [files[row] for row in pack.chosen_rows(total, limit, seed)]
         images = folder.decode_files(files, path if path.is_dir() else path.parent, image_shape)
-        return Pictures(images, tuple(file.name for file in files), str(path))
-    images = npz.load_images(path, limit, seed)
+        names = tuple(file.name for file in files)
+        return Pictures(images, names, str(path), total, _describe_folders(path))
+    images, total = npz.load_images(path, limit, seed)
     if images.shape[1:] != tuple(image_shape):
         raise UserError(
             f"data {path} has images {list(images.shape[1:])}, the model takes {list(image_shape)}"
         )
-    return Pictures(images, None, str(path))
+    return Pictures(images, None, str(path), total)
+
+
+def _describe_folders(path: Path) -> tuple[str, ...]:
+    """A note on the sub-folders, which are not read; empty if there are none."""
+    names = [entry.name for entry in folder.sub_folders(path)] if path.is_dir() else []
+    if not names:
+        return ()
+    listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return (clean_text(f"the pictures in sub-folders are left out ({listed})"),)

@@ -3,6 +3,7 @@ triggered."""
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from typing import Annotated, Any, NamedTuple
@@ -16,9 +17,9 @@ from jaxbd import files
 from jaxbd.base import Batch, Dataset, UserError
 from jaxbd.cli import common, outputs, show
 from jaxbd.cli.progress import Progress
-from jaxbd.data import load, unlabelled
+from jaxbd.data import labels, load, unlabelled
 from jaxbd.detection import strip as stripping
-from jaxbd.interop import guarded
+from jaxbd.interop import forms, guarded
 from jaxbd.interop import load as models
 from jaxbd.metrics import evaluate
 from jaxbd.models import build
@@ -68,14 +69,22 @@ class Args:
 
 
 class Opened(NamedTuple):
-    """The model; images uint8 [N, H, W, C]; true labels [N] and file names, if known; the name of
-    the source."""
+    """The model and the images.
+
+    Attributes:
+      model: the model.
+      images: uint8 [N, H, W, C]; labels: their true classes [N], if known; files: their names, if
+        known.
+      source: the name of the source.
+      total: the number of images in the source, if known.
+    """
 
     model: models.Model
     images: np.ndarray
     labels: np.ndarray | None
     files: tuple[str, ...] | None
     source: str
+    total: int | None
 
 
 def run(args: Args) -> int:
@@ -99,7 +108,7 @@ def run(args: Args) -> int:
     else:
         sys.stdout.write(lines)
         sys.stdout.flush()
-    for line in _summary(opened, found):
+    for line in (*_summary(opened, found), *_describe_limit(opened, args.reading.limit)):
         (show.note if args.out is None else show.say)(line)
     show.written(args.out)
     return 0
@@ -108,22 +117,14 @@ def run(args: Args) -> int:
 def _open(args: Args) -> Opened:
     """Opens model and images. Raises: UserError if the model has no guard, or the images do not
     fit."""
-    if unlabelled.is_unlabelled(args.data):
-        norm = common.stated(args.reading)
-        model = common.open_model(
-            args.model, arch=args.reading.arch, image_shape=args.reading.image_shape, **norm
-        )
-        shape = model.spec.image_shape
-        pictures = unlabelled.load(
-            args.data, shape, limit=args.reading.limit, seed=args.reading.seed
-        )
-        opened = Opened(model, pictures.images, None, pictures.files, pictures.name)
+    if _is_unlabelled(args):
+        opened = _open_unlabelled(args)
     else:
         both = common.open_both(
             args.model, args.data, args.reading, must_classify=False, guarded=True
         )
         opened = Opened(
-            both.model, both.dataset.images, both.dataset.labels, None, both.dataset.name
+            both.model, both.dataset.images, both.dataset.labels, None, both.dataset.name, None
         )
     if opened.model.guard is None:
         raise UserError(
@@ -131,6 +132,47 @@ def _open(args: Args) -> Opened:
             " writes one"
         )
     return opened
+
+
+def _is_unlabelled(args: Args) -> bool:
+    reading = args.reading
+    if not os.path.isdir(os.path.expanduser(args.data)):
+        return unlabelled.is_unlabelled(args.data)
+    # sub-folders may be classes or not; that depends on the model
+    model = models.open_model(
+        args.model, arch=reading.arch, image_shape=reading.image_shape, key=reading.key
+    )
+    return unlabelled.is_unlabelled(args.data, _classes(model, reading))
+
+
+def _classes(model: models.Model, reading: common.Reading) -> labels.Classes:
+    """What the model and --classes say about the classes."""
+    spec = model.spec
+    if reading.classes is None:
+        return labels.Classes(spec.classes, spec.class_names)
+    return labels.Classes(
+        spec.classes, labels.read_names(reading.classes, spec.classes), stated=True
+    )
+
+
+def _open_unlabelled(args: Args) -> Opened:
+    """Opens the model and images without labels. Raises: UserError for flags about labels."""
+    reading = args.reading
+    if reading.classes is not None:
+        raise UserError(f"--classes is about labels, and {args.data} has none; leave it out")
+    model = common.open_model(
+        args.model,
+        arch=reading.arch,
+        image_shape=reading.image_shape,
+        key=reading.key,
+        **common.stated(reading),
+    )
+    if reading.form:
+        model = forms.stated(model, reading.form)
+    shape = model.spec.image_shape
+    found = unlabelled.load(args.data, shape, limit=reading.limit, seed=reading.seed)
+    show.notes(found.notes)
+    return Opened(model, found.images, None, found.files, found.name, found.total)
 
 
 def _judge(opened: Opened, args: Args, progress: Progress):
@@ -152,6 +194,7 @@ def _clean(model: models.Model, args: Args) -> tuple[Dataset, Dataset]:
         image_shape=shape,
         limit=reading.limit,
         seed=reading.seed,
+        classes=labels.Classes() if reading.classes is None else _classes(model, reading),
         download=reading.download,
     )
     return load.split(clean, len(clean.labels) // 2, reading.seed)
@@ -199,6 +242,16 @@ def _lines(opened: Opened, found: dict[str, np.ndarray]) -> str:
             row["true_label"] = int(opened.labels[index])
         lines.append(json.dumps(files.plain(row)) + "\n")
     return "".join(lines)
+
+
+def _describe_limit(opened: Opened, limit: int) -> list[str]:
+    """A line on the images that --limit left out, if any."""
+    count = len(opened.images)
+    if opened.total is not None and opened.total > count:
+        return [f"--limit left out {opened.total - count:,} of {opened.total:,} images."]
+    if opened.total is None and count == limit:
+        return [f"These are the {limit:,} images that --limit allows; raise it to judge more."]
+    return []
 
 
 def _summary(opened: Opened, found: dict[str, np.ndarray]) -> list[str]:
