@@ -220,13 +220,14 @@ def guard(suspect: Suspect, images: Any) -> Verdicts:
 
     Returns: labels, the suspect's own labels, which images are flagged, and which were checked by a
       corrected net; [N] each, NumPy.
-    Raises: UserError for a model without a guard.
+    Raises: UserError for a model without a guard, or images that do not fit it.
     """
     found = getattr(suspect.source, "guard", None)
     if found is None:
         raise UserError("this model has no guard; make one with repair(..., method='bna')")
     judge = guarded.judge(_plain_net(suspect), found.targets)
-    data = Batch(np.asarray(images), np.zeros(len(images), np.int32))  # labels are not used
+    images = _check_pixels(suspect, images)
+    data = Batch(images, np.zeros(len(images), np.int32))  # labels are not used
     asked = measuring.per_image(
         jax.random.key(0), _ignore_key(judge), suspect.variables, data, batch_size=64
     )
@@ -281,20 +282,45 @@ def _check_images(suspect: Suspect, images: Any, labels: Any) -> Batch:
     """The images as a batch. Raises: UserError when they do not fit the suspect."""
     if labels is None:
         raise UserError("images need labels [N]; give both")
-    images, labels = np.asarray(images), np.asarray(labels, np.int32)
+    images, labels = _check_pixels(suspect, images), np.asarray(labels)
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
+    if labels.dtype.kind not in "buif":
+        raise UserError(f"labels must be class numbers, got {labels.dtype}")
+    fractions = labels[labels != np.round(labels)]
+    if fractions.size:
+        raise UserError(f"labels must be whole class numbers, got {fractions[0]:g}")
+    if not 0 <= labels.min() <= labels.max() < suspect.classes:
+        raise UserError(f"labels must be 0..{suspect.classes - 1}, got up to {labels.max()}")
+    return Batch(images, labels.astype(np.int32))
+
+
+def _check_pixels(suspect: Suspect, images: Any) -> np.ndarray:
+    """Images [N, H, W, C] as uint8, or float in [0, 1]; whole numbers of any type may be in 0..255.
+
+    Raises: UserError when they do not fit the suspect.
+    """
+    images = np.asarray(images)
     if images.ndim != 4 or images.shape[1:] != suspect.image_shape:
         shape = ", ".join(map(str, suspect.image_shape))
         raise UserError(f"images must be [N, {shape}], got {list(images.shape)}")
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < suspect.classes:
-        raise UserError(f"labels must be 0..{suspect.classes - 1}, got up to {labels.max()}")
+    if not len(images):
+        raise UserError("there are no images; give at least one")
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype == bool:
+        return images.astype(np.float32)
+    low, high = images.min(), images.max()
+    if images.dtype.kind in "iu":
+        if not 0 <= low <= high <= 255:
+            raise UserError(f"whole-number images must lie in 0..255, got {low} to {high}")
+        if high <= 1:  # may mean black and white, or almost black
+            raise UserError(f"images are {images.dtype} with only 0 and 1; give uint8 or floats")
+        return images.astype(np.uint8)
     # written with `not`, so that NaN is refused too
-    if images.dtype != np.uint8 and not 0 <= images.min() <= images.max() <= 1:
-        raise UserError(
-            f"float images must lie in [0, 1], got {images.min():g} to {images.max():g}"
-        )
-    return Batch(images, labels)
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"float images must lie in [0, 1], got {low:g} to {high:g}")
+    return images
 
 
 def _check_accuracy(suspect: Suspect, batch: Batch) -> float:

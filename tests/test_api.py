@@ -183,6 +183,67 @@ def test_images_that_do_not_fit_are_named(suspect, victim, change, message):
         jaxbd.scan(suspect, *change(images, labels))
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A net of 3 classes with a guard for class 1."""
+    from jaxbd.detection import guard
+    from jaxbd.interop import guarded
+
+    path = tmp_path_factory.mktemp("api") / "untrained"
+    spec = build.Spec(arch="cnn", classes=3, image_shape=SHAPE, options={"width": 2})
+    variables = build.net(spec).init(jax.random.key(0))
+    guarded.save(path, spec, guard.pack(variables, [variables]), [1])
+    return jaxbd.open_model(path)
+
+
+SOME = np.arange(4 * 64, dtype=np.uint8).reshape(4, *SHAPE)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, np.int32])
+def test_whole_numbers_of_any_type_are_pixels(untrained, kind):
+    for function, others in ((jaxbd.guard, ()), (jaxbd.evaluate, ([0, 1, 2, 0],))):
+        found = function(untrained, SOME.astype(kind), *others)
+        wanted = function(untrained, SOME, *others)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (SOME.astype(float), r"float images must lie in \[0, 1\], got 0 to 255"),
+        (SOME[:, :4], r"images must be \[N, 8, 8, 1\], got \[4, 4, 8, 1\]"),
+        (SOME[:0], "there are no images; give at least one"),
+        (SOME.astype(int) + 1, r"whole-number images must lie in 0\.\.255, got 1 to 256"),
+        (SOME.astype(int) % 2, "int64 with only 0 and 1; give uint8 or floats"),
+    ],
+)
+def test_pixels_that_do_not_fit_are_named(untrained, images, message):
+    with pytest.raises(jaxbd.UserError, match=message):
+        jaxbd.guard(untrained, images)
+    with pytest.raises(jaxbd.UserError, match=message):
+        jaxbd.evaluate(untrained, images, np.zeros(len(images), int))
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([0, 1, 0.7, 2], "labels must be whole class numbers, got 0.7"),
+        ([0, 1, np.nan, 2], "labels must be whole class numbers, got nan"),
+        (["0", "1", "0", "2"], "labels must be class numbers, got <U1"),
+        ([0, 1, 2**32, 2], r"labels must be 0\.\.2, got up to 4294967296"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(untrained, labels, message):
+    with pytest.raises(jaxbd.UserError, match=message):
+        jaxbd.evaluate(untrained, SOME, labels)
+
+
+def test_floats_and_booleans_may_hold_labels_and_pixels(untrained):
+    wanted = jaxbd.evaluate(untrained, (SOME > 99).astype(np.float32), [0, 1, 0, 1])
+    for labels in ([0.0, 1.0, 0.0, 1.0], [False, True, False, True]):
+        assert jaxbd.evaluate(untrained, SOME > 99, labels) == wanted
+
+
 def test_a_repair_says_what_it_lacks(suspect, victim):
     _, images, labels = victim
     with pytest.raises(jaxbd.UserError, match="auto needs a trigger; give the result of scan"):
