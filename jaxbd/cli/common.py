@@ -16,7 +16,7 @@ from jaxbd import files
 from jaxbd.base import ArrayTree, Batch, Dataset, Suspect, UserError, check_targets
 from jaxbd.cli import show
 from jaxbd.data import load
-from jaxbd.interop import forms, manifest, matching, one_output, preprocess
+from jaxbd.interop import forms, graph_model, manifest, matching, one_output, preprocess
 from jaxbd.interop import load as models
 from jaxbd.metrics import evaluate
 from jaxbd.models.norm import NORMALISATIONS
@@ -55,7 +55,8 @@ class Reading:
       arch: architecture of a foreign model file; by default recognised from its tensors.
         Use "package.module:make" to name your own code: `make` is imported and called; see the
         documentation of `jaxbd.interop.own`.
-      key: name of the net in a file that holds several, for example "netC" or "student".
+      key: name of the net in a file that holds several, for example "netC" or "student", or of
+        an ONNX file's output with the logits.
       form: choice that neither the weights nor the images determine, NAME=VALUE.
       image_shape: height, width and channels of the model's images, for a foreign file whose
         weights do not determine them.
@@ -181,8 +182,11 @@ def start() -> None:
 
 
 def open_model(path: pathlib.Path, **how: Any) -> models.Model:
-    """`interop.load.open_model`; prints a note if a second file changes the model's answers."""
+    """`interop.load.open_model`; prints a note if a second file changes the model's answers, or if
+    one of several outputs was chosen."""
     model = models.open_model(path, **how)
+    if model.graph is not None and (remark := graph_model.remark(model.graph)):
+        show.note(f"note: {remark}")
     if model.bounds is not None:
         show.note(
             f"applying the activation bounds in {model.bounds}, which lies beside the model and was"

@@ -15,7 +15,7 @@ from jaxbd.caching import cached
 from jaxbd.interop import foreign, safetensors_file, torch_zip
 from jaxbd.interop.container import Container
 from jaxbd.interop.onnx import open as graphs
-from jaxbd.interop.onnx import pt2
+from jaxbd.interop.onnx import outputs, pt2
 from jaxbd.interop.onnx.open import Opened
 from jaxbd.limits import Limits, Refusal
 from jaxbd.models import build
@@ -44,9 +44,16 @@ def is_graph(path: pathlib.Path) -> bool:
     return foreign.is_onnx(head) and not safetensors_file.looks_like(head, size)
 
 
-def open_graph(path: pathlib.Path, image_shape: tuple[int, int, int] | None = None) -> Opened:
+def open_graph(
+    path: pathlib.Path, image_shape: tuple[int, int, int] | None = None, output: str | None = None
+) -> Opened:
     """See `interop.onnx.open.open_graph`."""
-    return graphs.open_graph(path, image_shape=image_shape)
+    return graphs.open_graph(path, image_shape=image_shape, output=output)
+
+
+def remark(graph: Opened) -> str:
+    """See `interop.onnx.outputs.remark`."""
+    return outputs.remark(graph.graph)
 
 
 def spec_of(graph: Opened) -> build.Spec:
@@ -83,8 +90,8 @@ def container_of(graph: Opened, spec: build.Spec) -> Container:
 
 
 class _Known(NamedTuple):
-    """An opened graph, hashed and compared by its file's SHA-256 and image shape, so that each
-    file's net is built only once."""
+    """An opened graph, hashed and compared by its file's SHA-256, image shape and output, so that
+    each file's net is built only once."""
 
     graph: Opened
 
@@ -92,7 +99,7 @@ class _Known(NamedTuple):
         return hash(self.graph.sha256)
 
     def __eq__(self, other: object) -> bool:
-        key = lambda graph: (graph.sha256, graph.image_shape)
+        key = lambda graph: (graph.sha256, graph.image_shape, graph.graph.chosen)
         return isinstance(other, _Known) and key(self.graph) == key(other.graph)
 
 

@@ -10,7 +10,7 @@ import jax
 from jaxbd.base import UserError, Variables
 from jaxbd.interop import beside, fit, folder, graph_model, guarded, layouts, load, manifest
 from jaxbd.interop import container as containers
-from jaxbd.limits import Limits, Refusal, opened, sha256
+from jaxbd.limits import Limits, Refusal, opened, quote, sha256
 from jaxbd.models import build
 
 NOT_TRAINED = ("running_mean", "running_var", "num_batches_tracked")
@@ -51,7 +51,8 @@ def describe(
     facts |= {"prefix": "", "bounds": None, "guard": None, "refused": None, "manifest": None}
     try:
         # values that are not finite are counted below, not refused
-        model = load.open_model(path, allow_nonfinite=True) if graph_model.is_graph(path) else None
+        is_graph = graph_model.is_graph(path)
+        model = load.open_model(path, key=key, allow_nonfinite=True) if is_graph else None
         wanted = containers.Wanted(functools.partial(layouts.fits, arch=arch), key)
         found: Any = containers.read(path, wanted=wanted) if model is None else model.container
     except UserError as error:
@@ -115,6 +116,8 @@ def _graph(model: load.Model) -> dict[str, Any]:
     options: dict[str, Any] = {"opset": opened.graph.opset, "nodes": len(opened.graph.nodes)}
     if opened.graph.answer:
         options["last"] = f"{opened.graph.answer}, left out: its input is used as the logits"
+    if len(opened.graph.outputs) > 1:
+        options["logits"] = f"from output {quote(opened.graph.chosen)}"
     if opened.mean is not None:
         options["normalises"] = f"by mean {list(opened.mean)} and std {list(opened.std)} itself"
     whole = manifest.statement(pathlib.Path(model.path).name, model.files)

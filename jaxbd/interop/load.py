@@ -84,14 +84,15 @@ def open_model(
       mean, std: input normalisation, one number or one per channel. Default: what the file or its
         folder states, otherwise none.
       image_shape: (H, W, C), if the tensors do not determine it.
-      key: name of the net in a file that holds several, e.g. "netC", "ema.module" or "student.".
+      key: name of the net in a file that holds several, e.g. "netC", "ema.module" or "student.";
+        for an ONNX file, name of the output with the logits.
       allow_nonfinite: accept weights that are NaN or infinite, which are refused otherwise.
     Raises: UserError naming the file and what is wrong: refused, not recognised, not fitting, not
       finite.
     """
     path = pathlib.Path(path)
     if graph_model.is_graph(path):
-        return _open_graph(path, arch, (mean, std), image_shape, allow_nonfinite)
+        return _open_graph(path, arch, (mean, std), image_shape, key, allow_nonfinite)
     container = layout = guard = bounds = None
     if path.is_dir() and folder.is_model(path) and hub.weights_of(path) is None:
         if guarded.is_guarded(path):
@@ -138,12 +139,13 @@ def _open_graph(
     arch: str | None,
     given: tuple[tuple[float, ...] | None, tuple[float, ...] | None],
     image_shape: tuple[int, int, int] | None,
+    output: str | None,
     allow_nonfinite: bool,
 ) -> Model:
     """`open_model` for an ONNX file or a torch.export archive, which itself describes its net."""
     if arch is not None:
         raise UserError(f"{path.name}: the file describes its own net; leave --arch out")
-    graph = graph_model.open_graph(path, image_shape)
+    graph = graph_model.open_graph(path, image_shape, output)
     spec = graph_model.spec_of(graph)
     container = graph_model.container_of(graph, spec)
     if not allow_nonfinite:

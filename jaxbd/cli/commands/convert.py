@@ -21,7 +21,7 @@ class Args:
       model: a PyTorch file, .safetensors, .onnx, .pt2, a jaxbd model folder or an Orbax folder.
       out: path to write; its ending selects the format.
       arch: architecture of a foreign file; by default recognised from its tensors.
-      key: name of the net in a file that holds several.
+      key: name of the net in a file that holds several, or of an ONNX file's logits.
       form: choice that the weights leave open, NAME=VALUE; by default the most likely one.
       image_shape: height, width, channels of the model's images, if the file does not state them.
       normalisation: input normalisation the model expects, applied to pixels in [0, 1]; a model

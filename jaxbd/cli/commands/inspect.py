@@ -23,7 +23,7 @@ class Args:
     Attributes:
       file: a PyTorch file, .safetensors, .onnx, .pt2, a jaxbd model folder or an Orbax folder.
       arch: compare the file with this architecture.
-      key: name of the net in a file that holds several.
+      key: name of the net in a file that holds several, or of an ONNX file's logits.
       json: print JSON instead of tables.
     """
 

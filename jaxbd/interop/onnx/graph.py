@@ -121,6 +121,7 @@ class Graph(NamedTuple):
       metadata: the file's metadata, {key: text}.
       ir_version: version of ONNX's file format.
       output_info: an ONNX file's serialised descriptions of its outputs; empty for other graphs.
+      output: the output that the logits are taken from; empty for the first.
     """
 
     kind: str
@@ -136,6 +137,12 @@ class Graph(NamedTuple):
     ir_version: int = 10
     fixed: frozenset[str] = frozenset()
     output_info: tuple[bytes, ...] = ()
+    output: str = ""
+
+    @property
+    def chosen(self) -> str:
+        """Name of the output that the logits are taken from."""
+        return self.output or self.outputs[0]
 
     @property
     def opset(self) -> int:
@@ -144,30 +151,60 @@ class Graph(NamedTuple):
 
 
 ANSWERS = ("Softmax", "LogSoftmax", "Sigmoid")
+PASSING = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+"""Operators after a softmax that leave its numbers as they are."""
+FLOATS = (1, 10, 11, 16)
+"""ONNX's numbers of the float types."""
 
 
 def before_answer(nodes: tuple[Node, ...], output: str) -> tuple[str, str]:
     """(value with the logits from which `output` is computed, operator applied to them); (output,
     "") if the output already is the logits."""
+    chain = answer_chain(nodes, output)
+    return (chain[-1].inputs[0], chain[0].op) if chain else (output, "")
+
+
+def answer_chain(nodes: tuple[Node, ...], output: str) -> list[Node]:
+    """The softmax or sigmoid that ends in `output`, through casts and changes of shape; empty if
+    there is none. A softmax of a softmax, which orders the classes alike, gives both, the last one
+    first."""
     makers = {value: node for node in nodes for value in node.outputs if value}
-    value, answer = output, ""
-    while value in makers and makers[value].op in (*ANSWERS, "Identity") and makers[value].has(0):
-        if makers[value].op != "Identity":
-            if answer:  # a softmax of a softmax: its input is not logits
-                break
-            answer = makers[value].op
-        value = makers[value].inputs[0]
-    return (value, answer) if answer else (output, "")
+    chain: list[Node] = []
+    while output in makers and makers[output].has(0):
+        node = makers[output]
+        if node.op in ANSWERS:
+            if chain and "Sigmoid" in (node.op, chain[0].op):
+                break  # of one number, it would move the border between the classes
+            chain.append(node)
+        elif node.op not in PASSING or (node.op == "Cast" and node.get("to") not in FLOATS):
+            break
+        output = node.inputs[0]
+    return chain
 
 
 def needed(graph: Graph, value: str) -> tuple[Node, ...]:
     """The nodes that `value` depends on, in order."""
-    values, nodes = {value}, []
-    for node in reversed(graph.nodes):
+    return needed_by(graph.nodes, value)
+
+
+def needed_by(nodes: tuple[Node, ...], value: str) -> tuple[Node, ...]:
+    """Those of `nodes` that `value` depends on, in order."""
+    values, found = {value}, []
+    for node in reversed(nodes):
         if values & set(node.outputs):
-            nodes.append(node)
+            found.append(node)
             values |= set(node.inputs)
-    return tuple(reversed(nodes))
+    return tuple(reversed(found))
+
+
+def depends_on(nodes: tuple[Node, ...], value: str) -> tuple[Node, ...]:
+    """Those of `nodes` that depend on `value`, in order."""
+    values, found = {value}, []
+    for node in nodes:
+        if values & set(node.inputs):
+            found.append(node)
+            values |= set(node.outputs)
+    return tuple(found)
 
 
 def readers(nodes: tuple[Node, ...]) -> dict[str, list[Node]]:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
 from jaxbd.interop.onnx import freeze, ops
 from jaxbd.interop.onnx.graph import MISFITS, Graph, Node
+from jaxbd.interop.onnx.outputs import check_answer
 from jaxbd.interop.onnx.parameters import Layout, lay_out, look_up, variables_of
 from jaxbd.interop.onnx.tidying import BATCH_NORM, tidy
 from jaxbd.interop.onnx.values import Budget, Value, check_size
@@ -155,6 +156,7 @@ def _compute(
                 )
                 outputs[layer.name] = jnp.moveaxis(result, layer.axis, -1)
             known[value] = result
+    check_answer(graph, np.shape(known[graph.logits]))
     return _as_logits(known[graph.logits], program.batch), moments, outputs if has_layers else {}
 
 
@@ -239,12 +241,12 @@ def _apply_bounds(x: Array, bounds: Mapping[str, Array] | None, axis: int) -> Ar
 
 
 def _as_logits(x: Value, batch: int) -> Array:
-    """Reshapes an output to logits [b, K]; it may be one number per image, or have trailing axes of
+    """Reshapes an output to logits [b, K]; it may be one number per image, or have further axes of
     size 1."""
     x = jnp.asarray(x)
     if x.ndim == 1 and x.shape[0] == batch:
         return x[:, None]
-    if x.ndim < 2 or x.shape[0] != batch or x.size != x.shape[0] * x.shape[1]:
+    if x.ndim < 2 or x.shape[0] != batch or x.size != x.shape[0] * max(x.shape[1:]):
         raise Refusal(
             f"its output has the shape {quote(x.shape)} for {batch} images; logits have two axes"
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Net, UserError, Variables
-from jaxbd.interop.onnx import interpret, pt2, read
+from jaxbd.interop.onnx import interpret, outputs, pt2, read
 from jaxbd.interop.onnx.graph import Graph, GraphLimits, Node, readers
 from jaxbd.interop.onnx.parameters import ARITHMETIC
 from jaxbd.limits import Deadline, Limits, Refusal, opened, quote, refusing, sha256
@@ -53,21 +53,25 @@ def open_graph(
     path: pathlib.Path,
     limits: GraphLimits = GraphLimits(),
     image_shape: tuple[int, int, int] | None = None,
+    output: str | None = None,
 ) -> Opened:
     """Reads an ONNX file or a torch.export archive.
 
     Args:
       image_shape: (H, W, C), if the file leaves it open.
+      output: name of an ONNX file's output with the logits, if there are several.
     Raises: UserError naming the file and why it is refused, or saying that the image size must be
       given.
     """
     with refusing(path):
         with opened(path, Limits(file_bytes=limits.file_bytes)) as (file, size):
             data = file.read()
+        if data.startswith(ZIP) and output is not None:
+            raise Refusal("a .pt2 does not name its outputs; leave --key out")
         if data.startswith(ZIP):
             graph, others = pt2.read_pt2(data, limits), ()
         else:
-            graph, others = read.read_with_files(data, limits, path.parent)
+            graph, others = read.read_with_files(data, limits, path.parent, output)
         files = {path.name: hashlib.sha256(data).hexdigest()}
         del data  # may be gigabytes, and the graph has copies of what it needs
         for other in others:
@@ -91,6 +95,7 @@ def examine(
     limits: GraphLimits = GraphLimits(),
 ) -> Opened:
     """Determines the shape of a graph's images and its number of classes, by tracing it."""
+    outputs.check_logits(graph)
     first = _takes_channels_first(graph)
     shape = _image_shape(graph, first, image_shape)
     inside = normalisation_inside(graph, first)

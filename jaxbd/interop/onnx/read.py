@@ -2,7 +2,6 @@
 name."""
 
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from jaxbd.base import UserError
 from jaxbd.interop.onnx import ops, scan
 from jaxbd.interop.onnx.graph import Graph, GraphLimits, Node, before_answer
+from jaxbd.interop.onnx.outputs import choose_output
 from jaxbd.interop.onnx.tensors import TYPES, Reader
 from jaxbd.limits import Refusal, quote
 
@@ -41,18 +41,20 @@ def read_onnx(
     data: bytes,
     limits: GraphLimits = GraphLimits(),
     folder: pathlib.Path | None = None,
+    output: str | None = None,
 ) -> Graph:
     """Reads the graph in `data`, the bytes of an ONNX file.
 
     Args:
       folder: folder of external data files; if None, external data is refused.
+      output: name of the output with the logits, if there are several; see `choose_output`.
     Raises: Refusal saying what in the file is wrong or not supported.
     """
-    return read_with_files(data, limits, folder)[0]
+    return read_with_files(data, limits, folder, output)[0]
 
 
 def read_with_files(
-    data: bytes, limits: GraphLimits, folder: pathlib.Path | None
+    data: bytes, limits: GraphLimits, folder: pathlib.Path | None, output: str | None = None
 ) -> tuple[Graph, tuple[pathlib.Path, ...]]:
     """Like `read_onnx`, but also returns the external data files that were read."""
     onnx = import_onnx()
@@ -71,7 +73,7 @@ def read_with_files(
     tensors = _tensors(model.graph, reader, limits)
     nodes = _nodes(model.graph, opset, reader, limits)
     _check_order(model.graph, nodes, tensors)
-    return _graph(model, nodes, tensors, limits), tuple(sorted(reader.files))
+    return _graph(model, nodes, tensors, limits, output), tuple(sorted(reader.files))
 
 
 def _opset(model: Any) -> int:
@@ -217,7 +219,11 @@ def _check_order(graph: Any, nodes: tuple[Node, ...], tensors: dict[str, np.ndar
 
 
 def _graph(
-    model: Any, nodes: tuple[Node, ...], tensors: dict[str, np.ndarray], limits: GraphLimits
+    model: Any,
+    nodes: tuple[Node, ...],
+    tensors: dict[str, np.ndarray],
+    limits: GraphLimits,
+    wanted: str | None,
 ) -> Graph:
     graph = model.graph
     # before IR version 4 the stored tensors are listed among the inputs
@@ -227,7 +233,8 @@ def _graph(
         raise Refusal(f"it has {len(inputs)} inputs ({names}); a classifier takes only images")
     shape, dtype = _shape(inputs[0])
     outputs = tuple(output.name for output in graph.output)
-    logits, answer = before_answer(nodes, choose_output(graph.output, nodes))
+    chosen = choose_output(graph.output, nodes, wanted)
+    logits, answer = before_answer(nodes, chosen)
     notes = {
         _text(entry.key, limits): entry.value[: limits.text_bytes] for entry in model.metadata_props
     }
@@ -245,17 +252,8 @@ def _graph(
         notes,
         max(model.ir_version, 3),
         output_info=stated,
+        output=chosen,
     )
-
-
-def choose_output(outputs: Iterable[Any], nodes: tuple[Node, ...]) -> str:
-    """Name of the first output that may be logits: with two axes, or with no stated shape."""
-    named = [output for output in outputs if any(output.name in node.outputs for node in nodes)]
-    for output in named:
-        kind = output.type.tensor_type
-        if not kind.HasField("shape") or len(kind.shape.dim) == 2:
-            return output.name
-    raise Refusal("none of its outputs has two axes, as a classifier's logits have")
 
 
 def _shape(value: Any) -> tuple[tuple[int | None, ...], np.dtype]:
