@@ -22,6 +22,10 @@ from jaxbd.models import build
 
 SUFFIXES = (".onnx", ".pt2")
 Write = Callable[[pathlib.Path], None]
+LARGE = 16
+"""A graph that begins with (pixels - mean) / std takes pixels of 0..255 if a constant is larger: a
+std of 58 to 255, or a mean of about 120. For pixels in [0, 1] a std above 1 is a mere scale, like
+that of a quantiser, and hardly ever above 10."""
 
 
 def is_graph(path: pathlib.Path) -> bool:
@@ -63,9 +67,9 @@ def spec_of(graph: Opened) -> build.Spec:
     A graph with one output becomes a net with two classes, see `one_output`. A graph that begins by
     rescaling pixels of 0..255 is given pixels in that range.
     """
-    # constants above 2 can only be for pixels of 0..255; std 1/255 scales [0, 1] up to that
+    # std 1/255 scales [0, 1] up to 0..255
     largest = 0.0 if graph.std is None else max(map(abs, (*graph.std, *(graph.mean or ()))))
-    std = (1 / 255,) if largest > 2 else (1.0,)
+    std = (1 / 255,) if largest > LARGE else (1.0,)
     shape, classes = graph.image_shape, max(graph.classes, 2)
     return build.Spec(arch=graph.graph.kind, classes=classes, image_shape=shape, std=std)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Array, ArrayTree, Key, Net, UserError, Variables
-from jaxbd.interop.onnx import freeze, ops
+from jaxbd.interop.onnx import freeze, ops, pixels
 from jaxbd.interop.onnx.graph import MISFITS, Graph, Node
 from jaxbd.interop.onnx.outputs import check_answer
 from jaxbd.interop.onnx.parameters import Layout, lay_out, look_up, variables_of
@@ -60,10 +60,15 @@ def to_net(
       channels_first: whether the graph takes images as [B, C, H, W].
       batch: number of images that it takes at a time.
       check: called before each operator is traced; raises Refusal when the time is up.
+    Raises: Refusal if the graph computes with integer pixels, or rounds all that the logits are
+      computed from.
     """
     graph = tidy(graph)
-    program = Program(graph, lay_out(graph), batch, channels_first, check)
-    own = variables_of(graph, program.layout)
+    layout = lay_out(graph)
+    layout = layout._replace(nodes=pixels.as_floats(graph, layout.nodes))
+    pixels.check_gradient(graph, layout.nodes)
+    program = Program(graph, layout, batch, channels_first, check)
+    own = variables_of(graph, layout)
 
     def forward(
         variables: Variables, images: Array, train: bool, has_layers: bool
@@ -83,7 +88,7 @@ def to_net(
         logits, _, layers = forward(variables, images, False, True)
         return logits, layers
 
-    return Net(lambda key: _fresh(key, own), apply, outputs, freeze.freezing(program.layout)), own
+    return Net(lambda key: _fresh(key, own), apply, outputs, freeze.freezing(layout)), own
 
 
 def _fresh(key: Key, own: Variables) -> Variables:

@@ -133,6 +133,8 @@ def _classes(
             graph, channels_first=first, batch=batch, check=deadline.check
         )
         return jax.eval_shape(lambda v, x: net.apply(v, x)[0], variables, images).shape[1]
+    except Refusal:
+        raise
     except UserError as error:
         raise Refusal(str(error)) from None
     except Exception as error:  # untrusted graphs can make JAX raise anything
