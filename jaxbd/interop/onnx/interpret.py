@@ -146,6 +146,9 @@ def _compute(
     moments, outputs, budget = {}, {}, Budget(program.batch)
     for node in layout.nodes:
         program.check()
+        missing = [name for name in node.inputs if name and name not in known]
+        if missing:  # its node has it as a further output, which the operator here does not return
+            raise Refusal(f"value {quote(missing[0])} is an output that is not supported")
         inputs = [known[name] if name else None for name in node.inputs]
         if node.op == BATCH_NORM and node.outputs[0] in layout.norms:
             name = layout.norms[node.outputs[0]]

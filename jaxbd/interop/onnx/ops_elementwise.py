@@ -10,11 +10,14 @@ import numpy as np
 
 from jaxbd.interop.onnx.graph import Node
 from jaxbd.interop.onnx.tensors import TYPES
-from jaxbd.interop.onnx.values import Value, aligned, computed, is_static, library
+from jaxbd.interop.onnx.values import Value, aligned, computed, is_static, library, static
 from jaxbd.limits import Refusal, quote
 
 HALVES = {np.dtype(np.float16), np.dtype(TYPES[16])}
 """Float types that are computed in float32 for accuracy."""
+
+
+TRAINING = "the model was exported in training mode; call .eval() before the export"
 
 
 def _unary(name: str) -> Callable[..., Value]:
@@ -75,7 +78,7 @@ def power(node: Node, x: Value, y: Value) -> Value:
         if exponent.is_integer() and abs(exponent) <= 64:
             return jax.lax.integer_pow(x, int(exponent))
     xp, (x, y) = aligned(x, y)
-    return (x ** y.astype(x.dtype) if xp is np else jnp.power(x, y)).astype(x.dtype)
+    return xp.power(x, y).astype(x.dtype)
 
 
 def mean(node: Node, *values: Value) -> Value:
@@ -146,11 +149,12 @@ def swish(node: Node, x: Value) -> Value:
     return x * jax.nn.sigmoid(node.get("alpha", 1.0) * x)
 
 
-def same(node: Node, x: Value, *others: Value) -> Value:
-    """Identity, and Dropout outside training: the input."""
-    if len(node.outputs) > 1:  # Dropout's mask
-        return x, np.ones(x.shape, bool)
-    return x
+def dropout(node: Node, x: Value, ratio: Value = None, training: Value = None) -> Value:
+    """The input and, if asked for, a mask that keeps all of it, as outside training."""
+    active = training is not None and static(training, "the mode of a Dropout").any()
+    if active and (ratio is None or static(ratio, "the ratio of a Dropout").any()):
+        raise Refusal(f"it drops values at random: {TRAINING}")
+    return (x, np.ones(x.shape, bool)) if len(node.outputs) > 1 else x
 
 
 def constant(node: Node) -> Value:
@@ -210,8 +214,8 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "Clip": clip,
     "Cast": cast,
     "CastLike": cast_like,
-    "Identity": same,
-    "Dropout": same,
+    "Identity": lambda node, x: x,
+    "Dropout": dropout,
     "Constant": constant,
     "PRelu": prelu,
     "Erf": _activation(erf),

@@ -34,6 +34,8 @@ def slice_(node: Node, x: Value, *bounds: Value) -> Value:
         axis = axis_of(axis, x.ndim)
         if step < 0 and end < -x.shape[axis]:
             end = None  # ONNX means "to the start"; in Python a negative end counts from the end
+        if step < 0 and start < -x.shape[axis]:
+            start = 0  # ONNX starts at the first entry, Python before it
         index[axis] = slice(start, end, step)
     return x[tuple(index)]
 
@@ -93,8 +95,9 @@ def one_hot(node: Node, indices: Value, depth: Value, values: Value) -> Value:
     axis = axis_of(node.get("axis", -1), indices.ndim + 1)
     check_size((*indices.shape, count), limit(indices))
     places = np.arange(count).reshape([-1 if i == axis else 1 for i in range(indices.ndim + 1)])
-    # the modulo lets negative indices count from the end
-    xp, (found, places) = aligned(library(indices).expand_dims(indices % count, axis), places)
+    # negative indices count from the end; those out of range match no place
+    indices = library(indices).where(indices < 0, indices + count, indices)
+    xp, (found, places) = aligned(library(indices).expand_dims(indices, axis), places)
     return xp.where(found == places, values[1], values[0]).astype(values.dtype)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.interop.onnx.graph import Node
+from jaxbd.interop.onnx.ops_elementwise import TRAINING
 from jaxbd.interop.onnx.ops_shape import listed
 from jaxbd.interop.onnx.values import Value, axis_of, computed, is_static, library, whole
 from jaxbd.limits import Refusal
@@ -77,6 +78,9 @@ def batch_norm(
     node: Node, x: Value, scale: Value, bias: Value, mean: Value, variance: Value
 ) -> Value:
     """(x - mean) scale / sqrt(variance + epsilon) + bias, with stored moments."""
+    # before opset 14, further outputs (new moments) are what asks for training
+    if node.get("training_mode", 0) or len([name for name in node.outputs if name]) > 1:
+        raise Refusal(f"it uses the moments of its batch: {TRAINING}")
     if node.get("spatial", 1) != 1:
         raise Refusal("a BatchNormalization that is not spatial is not supported")
     factor = jax.lax.rsqrt(variance + node.get("epsilon", 1e-5))
@@ -123,12 +127,11 @@ def group_norm(node: Node, x: Value, scale: Value, bias: Value) -> Value:
 
 def lp_norm(node: Node, x: Value) -> Value:
     axis, p = node.get("axis", -1), node.get("p", 2)
-    size = (
-        jnp.abs(x).sum(axis, keepdims=True)
-        if p == 1
-        else jnp.sqrt(jnp.square(x).sum(axis, keepdims=True))
-    )
-    return x / size
+    if p == 1:
+        size = jnp.abs(x).sum(axis, keepdims=True)
+    else:
+        size = root(jnp.square(x).sum(axis, keepdims=True))
+    return x / jnp.where(size == 0, 1, size)  # zeros stay zeros
 
 
 def _softmax(function: Callable[..., Value]) -> Callable[..., Value]:
@@ -155,22 +158,29 @@ def _reduction(
     name: str | Callable[[Any], Callable[..., Value]],
     since: int,
     before: str = "",
-    after: str = "",
+    after: Callable[[Value], Value] = lambda y: y,
 ) -> Callable[..., Value]:
     """A reduction with `xp.name`, or with `name(xp)`; the axes are an attribute before opset
     `since` and an input from then on."""
 
     def run(node: Node, x: Value, *more: Value) -> Value:
         xp, axes = library(x), listed(node, (x, *more), 1, "axes", since)
-        if not axes and node.get("noop_with_empty_axes", 0):
-            return x
-        axes = tuple(axis_of(axis, x.ndim) for axis in axes) if axes else None
         x = getattr(xp, before)(x) if before else x
+        if not axes and node.get("noop_with_empty_axes", 0):
+            return after(x)
+        axes = tuple(axis_of(axis, x.ndim) for axis in axes) if axes else None
         reduce = getattr(xp, name) if isinstance(name, str) else name(xp)
         y = reduce(x, axis=axes, keepdims=bool(node.get("keepdims", 1)))
-        return getattr(xp, after)(y) if after else y
+        return after(y.astype(x.dtype))  # the mean of integers is rounded towards zero
 
     return run
+
+
+def root(x: Value) -> Value:
+    """Square root with the derivative 0 at 0, where the true one is infinite."""
+    if is_static(x):
+        return np.sqrt(x)
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), jnp.where(x < 0, jnp.nan, 0))
 
 
 def _extreme(name: str) -> Callable[..., Value]:
@@ -207,7 +217,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "ReduceMin": _reduction("min", 18),
     "ReduceProd": _reduction("prod", 18),
     "ReduceL1": _reduction("sum", 18, before="abs"),
-    "ReduceL2": _reduction("sum", 18, before="square", after="sqrt"),
+    "ReduceL2": _reduction("sum", 18, before="square", after=root),
     "ReduceSumSquare": _reduction("sum", 18, before="square"),
     "ReduceLogSumExp": _reduction(_log_sum_exp, 18),
     "ArgMax": _extreme("argmax"),

@@ -21,6 +21,8 @@ def resize(node: Node, x: Value, *inputs: Value) -> Value:
             "a Resize with tf_crop_and_resize, antialias or exclude_outside is not supported"
         )
     axes, sizes, scales = _read_sizes(node, x, inputs)
+    if all(size == x.shape[axis] for axis, size in zip(axes, sizes, strict=True)):
+        return x  # as onnxruntime does, whatever the scales
     if node.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise Refusal("a Resize that keeps the aspect ratio is not supported")
     for axis, size, scale in zip(axes, sizes, scales, strict=True):
@@ -28,7 +30,7 @@ def resize(node: Node, x: Value, *inputs: Value) -> Value:
             check_size([size if i == axis else dim for i, dim in enumerate(x.shape)], limit(x))
             spots = _spots(place, x.shape[axis], size, scale)
             if mode == "nearest":
-                x = library(x).take(x, _nearest(node, spots, x.shape[axis]), axis=axis)
+                x = library(x).take(x, _nearest(node, spots, x.shape[axis], scale), axis=axis)
             else:
                 matrix = _matrix(mode, node.get("cubic_coeff_a", -0.75), spots, x.shape[axis])
                 x = library(x).moveaxis(
@@ -39,46 +41,51 @@ def resize(node: Node, x: Value, *inputs: Value) -> Value:
 
 def _read_sizes(
     node: Node, x: Value, inputs: tuple[Value, ...]
-) -> tuple[list[int], list[int], list[float]]:
+) -> tuple[list[int], list[int], list[np.float32]]:
     """(axes, new sizes, scales), from the input `scales` or `sizes`; opsets 9 and 10 only have
-    `scales`."""
+    `scales`. The scales are float32, as onnxruntime's: 0.7 * 10 is then 7, not 6.9999999."""
     roi_scales_sizes = (None, *inputs) if node.opset < 11 else inputs
     _, scales, sizes = (*roi_scales_sizes, None, None, None)[:3]
     axes = [axis_of(axis, x.ndim) for axis in node.get("axes", tuple(range(x.ndim)))]
     if sizes is not None and np.size(sizes):
         new = list(whole(sizes, "the sizes of a Resize"))
-        return axes, new, [size / x.shape[axis] for axis, size in zip(axes, new, strict=True)]
+        ratio = lambda axis, size: np.float32(size) / np.float32(x.shape[axis])
+        return axes, new, [ratio(axis, size) for axis, size in zip(axes, new, strict=True)]
     if scales is None or not np.size(scales):
         raise Refusal("a Resize without sizes or scales")
-    factors = [float(scale) for scale in static(scales, "the scales of a Resize").reshape(-1)]
+    factors = list(static(scales, "the scales of a Resize").reshape(-1).astype(np.float32))
     if not all(0 < factor < 1e4 for factor in factors):
-        raise Refusal(f"a Resize by {quote(factors)}")
+        raise Refusal(f"a Resize by {quote([*map(float, factors)])}")
     return (
         axes,
-        [int(x.shape[axis] * scale) for axis, scale in zip(axes, factors, strict=True)],
+        [int(np.float32(x.shape[axis]) * scale) for axis, scale in zip(axes, factors, strict=True)],
         factors,
     )
 
 
-def _spots(place: str, old: int, new: int, scale: float) -> np.ndarray:
-    """Coordinates of the new positions on the old axis."""
-    at = np.arange(new, dtype=np.float64)
+def _spots(place: str, old: int, new: int, scale: np.float32) -> np.ndarray:
+    """Coordinates of the new positions on the old axis, in float32: rounding decides which of two
+    neighbours is the nearest."""
+    at, half = np.arange(new, dtype=np.float32), np.float32(0.5)
     if place == "align_corners":
-        return at * (old - 1) / max(new - 1, 1)
+        return at * np.float32(old - 1) / np.float32(max(new - 1, 1))
     if place == "asymmetric":
         return at / scale
     if place == "pytorch_half_pixel" and new == 1:
-        return np.zeros(1)
+        return np.zeros(1, np.float32)
     if place == "half_pixel_symmetric":
-        return old / 2 * (1 - new / (old * scale)) + (at + 0.5) / scale - 0.5
+        size = np.float32(old)
+        return half * size * (1 - np.float32(new) / (size * scale)) + (at + half) / scale - half
     if place in ("half_pixel", "pytorch_half_pixel"):
-        return (at + 0.5) / scale - 0.5
+        return (at + half) / scale - half
     raise Refusal(f"a Resize with coordinates {quote(place)} is not supported")
 
 
-def _nearest(node: Node, spots: np.ndarray, old: int) -> np.ndarray:
+def _nearest(node: Node, spots: np.ndarray, old: int, scale: np.float32) -> np.ndarray:
     """The old position nearest to each coordinate, rounded as the node says."""
-    rule = node.get("nearest_mode", "round_prefer_floor") if node.opset >= 11 else "floor"
+    # opset 10 leaves it open; onnxruntime rounds up where the axis shrinks
+    default = "round_prefer_floor" if node.opset >= 11 else "ceil" if scale < 1 else "floor"
+    rule = node.get("nearest_mode", default)
     rules = {
         "round_prefer_floor": lambda s: np.ceil(s - 0.5),
         "round_prefer_ceil": lambda s: np.floor(s + 0.5),

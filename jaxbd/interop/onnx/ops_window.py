@@ -18,6 +18,8 @@ Pairs = list[tuple[int, int]]
 def conv(node: Node, x: Value, w: Value, b: Value = None) -> Value:
     """Convolution of x [B, C, …] with kernels w [O, C / group, …]."""
     kernel, rank = w.shape[2:], x.ndim - 2
+    if tuple(node.get("kernel_shape", kernel)) != tuple(kernel):
+        raise Refusal(f"its kernel_shape is {quote(node.get('kernel_shape'))}, not {kernel}")
     strides, dilations = node.get("strides", (1,) * rank), node.get("dilations", (1,) * rank)
     spread = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     pads = padding(node, x.shape[2:], spread, strides)
@@ -45,6 +47,8 @@ def padding(
     if rule == "VALID":
         return [(0, 0)] * len(dims)
     if rule in ("SAME_UPPER", "SAME_LOWER"):
+        if set(node.get("dilations", ())) - {1}:  # onnxruntime ignores or refuses them
+            raise Refusal(f"dilations with a padding of {rule} are not supported; state the pads")
         totals = [
             max((-(-d // s) - 1) * s + k - d, 0)
             for d, k, s in zip(dims, window, strides, strict=True)

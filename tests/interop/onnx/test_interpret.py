@@ -292,6 +292,83 @@ def test_frozen_variables_answer_alike_and_cannot_be_trained(net, bounds):
         plain.apply(plain.frozen(variables), IMAGES, train=True)
 
 
+@pytest.mark.parametrize("other", ["bias of a convolution", "factor", "scale of its own"])
+def test_a_parameter_that_a_norm_shares_is_its_own(tmp_path, other):
+    """Folding and repairs change it for the norm alone, and the written file too."""
+    inputs, more = ["n.weight", "n.bias", "n.running_mean", "n.running_var"], []
+    if other == "bias of a convolution":
+        inputs[1] = "c.bias"
+    elif other == "factor":
+        more = [
+            helper.make_node("Reshape", ["n.weight", "tall"], ["t"]),
+            helper.make_node("Mul", ["m", "t"], ["n"]),
+        ]
+    else:
+        inputs[1] = "n.weight"
+    norm = helper.make_node("BatchNormalization", ["c", *inputs], ["m" if more else "n"])
+    nodes = [BODY[0], norm, *more, *BODY[2:], *HEAD]
+    path = save(tmp_path / "shared.onnx", nodes, {**WEIGHTS, "tall": np.array([4, 1, 1])})
+    opened, given = graphs.open_graph(path), IMAGES.transpose(0, 3, 1, 2)
+    net, variables = graphs.to_net(opened)
+    apply = lambda variables: net.apply(variables, IMAGES)[0]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(apply(variables), in_onnxruntime(path, given)[0])
+    close(apply(net.frozen(variables)), apply(variables))
+    (layer,) = variables["batch_stats"]
+    new = jax.tree.map(lambda a: a, variables)
+    new["params"][layer] = jax.tree.map(lambda a: a + 0.3, new["params"][layer])
+    assert not np.allclose(apply(new), apply(variables))
+    back = tmp_path / "back.onnx"
+    write.write(back, opened, new)
+    close(in_onnxruntime(back, given)[0], apply(new))
+    close(apply(net.frozen(new)), apply(new))
+
+
+def test_norms_that_share_through_an_identity_keep_the_names(tmp_path):
+    """PyTorch's exporter stores equal tensors once."""
+    inputs = ["c", "n.weight", "n.bias", "n.running_mean", "n.running_var"]
+    twin = ["m", "twin.weight", *inputs[2:]]
+    nodes = [
+        BODY[0],
+        helper.make_node("Identity", ["n.weight"], ["twin.weight"]),
+        helper.make_node("BatchNormalization", inputs, ["m"]),
+        helper.make_node("BatchNormalization", twin, ["n"]),
+        *BODY[2:],
+        *HEAD,
+    ]
+    opened = graphs.open_graph(save(tmp_path / "twins.onnx", nodes))
+    assert {"n.weight", "twin.weight", "n.bias_copy"} <= set(write.prepare(opened)[0].tensors)
+
+
+def test_an_export_in_training_mode_is_refused(tmp_path):
+    inputs = ["c", "n.weight", "n.bias", "n.running_mean", "n.running_var"]
+    more = [["n", "mean", "var"], ["n", "mean", "var", "mean2", "var2"]]
+    for opset, outputs, settings in ((17, more[0], {"training_mode": 1}), (11, more[1], {})):
+        norm = helper.make_node("BatchNormalization", inputs, outputs, **settings)
+        path = save(tmp_path / "t.onnx", [BODY[0], norm, *BODY[2:], *HEAD], opset=opset)
+        with pytest.raises(UserError, match=r"of node 'n': .*in training mode; call .eval"):
+            graphs.open_graph(path)
+    for ratio, active in ((0.5, True), (0.0, True), (0.5, False)):
+        drop = helper.make_node("Dropout", ["h", "ratio", "active"], ["z"])
+        head = [HEAD[0], drop, helper.make_node("Gemm", ["z", *HEAD[1].input[1:]], ["y"], transB=1)]
+        settings = {"ratio": np.float32(ratio), "active": np.array(active)}
+        path = save(tmp_path / "d.onnx", [*BODY, *head], {**WEIGHTS, **settings})
+        if ratio and active:
+            with pytest.raises(UserError, match=r"Dropout of node 'z': .*training mode"):
+                graphs.open_graph(path)
+        else:
+            graphs.open_graph(path)
+
+
+def test_a_further_output_that_is_not_supported_is_named(tmp_path):
+    norm = helper.make_node("LayerNormalization", ["h", "n6"], ["l", "mean"])
+    head = [HEAD[0], norm, helper.make_node("Add", ["l", "mean"], ["z"])]
+    head.append(helper.make_node("Gemm", ["z", *HEAD[1].input[1:]], ["y"], transB=1))
+    path = save(tmp_path / "l.onnx", [*BODY, *head], {**WEIGHTS, "n6": floats(6)})
+    with pytest.raises(UserError, match="value 'mean' is an output that is not supported"):
+        graphs.open_graph(path)
+
+
 def test_fresh_variables_have_the_same_form(net):
     fresh = net[0].init(jax.random.key(0))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, net[1])

@@ -27,6 +27,7 @@ GROUPED = RNG.normal(size=(6, 2, 3, 3)).astype(np.float32)
 BIAS = RNG.normal(size=(6,)).astype(np.float32)
 A, B, C = (RNG.normal(size=s).astype(np.float32) for s in ((3, 5), (5, 4), (4,)))
 LINE = RNG.normal(size=(2, 4, 9)).astype(np.float32)
+TALL = RNG.normal(size=(1, 2, 10, 13)).astype(np.float32)
 VOLUME = RNG.normal(size=(1, 2, 5, 5, 5)).astype(np.float32)
 NO = None
 
@@ -282,6 +283,49 @@ CASES += [
     ("Attention", 23, {}, [SQUARE, SQUARE + 1, SQUARE - 1], 1),
     ("Attention", 23, {"q_num_heads": 2, "kv_num_heads": 2, "scale": 0.4}, [X[0], Y[0], X[1]], 1),
     ("Attention", 23, {"is_causal": 1}, [SQUARE, SQUARE + 1, SQUARE - 1], 1),
+    # edges of the standard, and what onnxruntime makes of them
+    ("Slice", 13, {}, [X, ints(-100), ints(-100), ints(1), ints(-1)], 1),
+    ("Slice", 13, {}, [X, ints(100), ints(-100), ints(1), ints(-2)], 1),
+    ("Pow", 17, {}, [ints(5, 9), floats(0.5)], 1),
+    ("OneHot", 17, {}, [ints(0, 3, -1, -4, 5), np.array(3), floats(-1, 2)], 1),
+    ("LpNormalization", 17, {"axis": 1}, [np.maximum(X - 1, 0)], 1),
+    ("LpNormalization", 17, {"p": 1, "axis": 3}, [np.maximum(X - 1, 0)], 1),
+    ("ReduceMean", 13, {"axes": [1]}, [WHOLE], 1),
+    ("ReduceL1", 18, {"noop_with_empty_axes": 1}, [X], 1),
+    ("ReduceL2", 18, {"noop_with_empty_axes": 1}, [X, ints()], 1),
+    ("ReduceSumSquare", 18, {"noop_with_empty_axes": 1}, [X], 1),
+    ("Dropout", 13, {}, [X, floats(0.0).reshape(()), np.array(True)], 1),
+    (
+        "AveragePool",
+        19,
+        {"kernel_shape": [2, 2], "dilations": [3, 2], "pads": [1, 1, 1, 1]},
+        [X],
+        1,
+    ),
+    ("Resize", 10, {"mode": "nearest"}, [X, floats(1, 1, 0.5, 0.67)], 1),
+    ("Resize", 10, {"mode": "nearest"}, [X, floats(1, 1, 0.7, 1.9)], 1),
+    ("Resize", 10, {"mode": "nearest"}, [TALL, floats(1, 1, 0.7, 0.9)], 1),
+    ("Resize", 10, {"mode": "linear"}, [TALL, floats(1, 1, 1.04, 1.03)], 1),
+    ("Upsample", 9, {"mode": "nearest"}, [TALL, floats(1, 1, 1.8, 1.6)], 1),
+    ("Upsample", 9, {"mode": "linear"}, [TALL, floats(1, 1, 1.1, 2.9)], 1),
+    (
+        "Resize",
+        18,
+        {
+            "mode": "nearest",
+            "coordinate_transformation_mode": "pytorch_half_pixel",
+            "nearest_mode": "ceil",
+        },
+        [TALL, NO, floats(1, 1, 1.8, 3)],
+        1,
+    ),
+    (
+        "Resize",
+        19,
+        {"mode": "linear", "coordinate_transformation_mode": "half_pixel_symmetric"},
+        [TALL, NO, floats(1, 1, 1.7, 0.6)],
+        1,
+    ),
 ]
 
 
@@ -411,12 +455,25 @@ def test_every_operator_has_a_case():
         ("OneHot", 17, {}, [WHOLE, np.array(1 << 40), floats(0, 1)]),
         ("Transpose", 17, {"perm": [0, 0, 1, 2]}, [X]),
         ("Squeeze", 13, {}, [X, ints(7)]),
+        ("Conv", 17, {"kernel_shape": [1, 1]}, [X, KERNEL]),
+        ("Conv", 17, {"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, [X, KERNEL]),
+        ("BatchNormalization", 15, {"training_mode": 1}, [X, ROW, ROW, ROW, ROW**2]),
+        ("Dropout", 13, {}, [X, NO, np.array(True)]),
     ],
     ids=lambda v: str(v)[:24],
 )
 def test_what_does_not_fit_is_refused_by_name(op, opset, attributes, inputs):
     with pytest.raises(Refusal, match=op):
         compute(as_node(op, opset, attributes, 2), inputs)
+
+
+@pytest.mark.parametrize("op", ["LpNormalization", "ReduceL2"])
+def test_norms_of_zeros_have_a_gradient(op):
+    """A net's dead features must not make a search's gradient NaN."""
+    node = as_node(op, 17, {"axes": [1]} if op == "ReduceL2" else {"axis": 1}, 1)
+    zeros = jnp.zeros((2, 3, 4, 4))
+    gradient = jax.grad(lambda x: compute(node, [x])[0].sum())(zeros)
+    assert np.isfinite(gradient).all()
 
 
 def test_powers_of_negative_numbers_have_a_gradient():
