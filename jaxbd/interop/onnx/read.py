@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxbd.base import UserError
-from jaxbd.interop.onnx import ops, scan
+from jaxbd.interop.onnx import ops, scan, schema
 from jaxbd.interop.onnx.graph import Graph, GraphLimits, Node, before_answer
 from jaxbd.interop.onnx.outputs import choose_output
 from jaxbd.interop.onnx.tensors import TYPES, Reader
@@ -153,6 +153,7 @@ def _node(node: Any, opset: int, reader: Reader, limits: GraphLimits) -> Node:
     }
     if len(attributes) != len(node.attribute):
         raise Refusal(f"{place} has an attribute twice")
+    schema.check(import_onnx(), node, opset, place)
     return Node(op, name, inputs, outputs, attributes, opset)
 
 

@@ -155,6 +155,30 @@ REFUSALS = {
         changed(lambda m: m.graph.node[2].attribute.append(m.graph.node[2].attribute[0])),
         "attribute twice",
     ),
+    "an attribute of no standard": (
+        changed(lambda m: m.graph.node[2].attribute.append(helper.make_attribute("foo", 3))),
+        "'Gemm' of node 'y' has an attribute 'foo', which opset 17 does not define",
+    ),
+    "an attribute of another opset": (
+        model([helper.make_node("ReduceMean", ["x"], ["g"], axes=[2, 3]), *NODES[1:]], opset=18),
+        "'axes', which opset 18 does not",
+    ),
+    "an attribute of another type": (
+        model([NODES[0], helper.make_node("Flatten", ["g"], ["f"], axis=1.0), NODES[2]]),
+        "'axis' is of another type",
+    ),
+    "an operator that is gone": (
+        model([helper.make_node("Upsample", ["x", "w"], ["g"]), *NODES[1:]], opset=13),
+        "'Upsample' of node 'g' does not exist in opset 13",
+    ),
+    "an input too many": (
+        model([helper.make_node("ReduceMean", ["x", "w"], ["g"]), *NODES[1:]]),
+        "2 inputs; in opset 17 it has at most 1",
+    ),
+    "an input too few": (
+        model([NODES[0], NODES[1], helper.make_node("Gemm", ["f"], ["y"])]),
+        "1 inputs; it needs 2",
+    ),
     "a long name": (
         changed(lambda m: setattr(m.graph.node[0], "name", "n" * 5000)),
         "name of 5,000",
