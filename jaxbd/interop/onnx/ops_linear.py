@@ -41,9 +41,10 @@ def attention(node: Node, q: Value, k: Value, v: Value, mask: Value = None, *pas
         any(value is not None for value in past)
         or len([o for o in node.outputs if o]) > 1
         or node.get("softcap", 0.0)
+        or {node.get("left_window_size", -1), node.get("right_window_size", -1)} != {-1}
     ):
         raise Refusal(
-            "an Attention with a past, a softcap or more than one output is not supported"
+            "an Attention with a past, a softcap, a window or more than one output is not supported"
         )
     packed = q.ndim == 3
     if packed:

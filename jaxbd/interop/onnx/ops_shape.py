@@ -67,7 +67,7 @@ def split(node: Node, x: Value, *more: Value) -> tuple[Value, ...]:
     axis = axis_of(node.get("axis", 0), x.ndim)
     sizes = listed(node, (x, *more), 1, "split", 13)
     if sizes is None:
-        parts = len(node.outputs)
+        parts = node.get("num_outputs", len(node.outputs))
         size = -(-x.shape[axis] // parts)
         # the last part may be smaller
         sizes = [min(size, x.shape[axis] - size * i) for i in range(parts)]
