@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbd.interop.onnx.graph import FLOATS, Graph, Node
+from jaxbd.interop.onnx.graph import Graph, Node
 from jaxbd.interop.onnx.parameters import ARITHMETIC
 from jaxbd.interop.onnx.tensors import TYPES
 from jaxbd.limits import Refusal, quote
@@ -48,9 +48,9 @@ def as_floats(graph: Graph, nodes: Sequence[Node]) -> tuple[Node, ...]:
     whole, found = {graph.image}, []
     for node in nodes:
         read = [i for i, value in enumerate(node.inputs) if value in whole]
-        if read and node.op not in SIZES:
-            if _is_whole_cast(node):
-                node = node._replace(op="Identity", attributes={})
+        if read and node.op not in SIZES and not (node.op == "CastLike" and read == [1]):
+            if _is_whole(_cast_to(node, graph)):
+                node = node._replace(op="Identity", inputs=node.inputs[:1], attributes={})
             if node.op in MOVES and (read == [0] or node.op == "Concat"):
                 whole |= set(node.outputs)
             elif not _makes_floats(node, graph):
@@ -62,21 +62,31 @@ def as_floats(graph: Graph, nodes: Sequence[Node]) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _is_whole_cast(node: Node) -> bool:
-    """Whether `node` is a cast to an integer type that holds 0..255."""
-    kind = TYPES.get(node.get("to")) if node.op == "Cast" else None
+def _cast_to(node: Node, graph: Graph) -> np.dtype | None:
+    """The type that `node` casts to; None if it is no cast. A CastLike of a computed value is taken
+    for one to float."""
+    if node.op == "Cast":
+        return TYPES.get(node.get("to"))
+    if node.op == "CastLike":
+        return graph.tensors.get(node.inputs[1], np.zeros(0, np.float32)).dtype
+    return None
+
+
+def _is_whole(kind: np.dtype | None) -> bool:
+    """Whether `kind` is an integer type that holds 0..255."""
     return kind is not None and kind.kind in "iu" and kind != np.int8
+
+
+def _is_float(kind: np.dtype | None) -> bool:
+    return kind is not None and jnp.issubdtype(kind, jnp.floating)
 
 
 def _makes_floats(node: Node, graph: Graph) -> bool:
     """Whether `node` makes floats of integers: by a cast, or by arithmetic with floats, which only
     PyTorch's programs allow."""
-    if node.op == "Cast":
-        return node.get("to") in FLOATS
-    return node.op in ARITHMETIC and any(
-        jnp.issubdtype(graph.tensors[name].dtype, jnp.floating)
-        for name in node.inputs
-        if name in graph.tensors
+    beside = [graph.tensors[name].dtype for name in node.inputs if name in graph.tensors]
+    return _is_float(_cast_to(node, graph)) or (
+        node.op in ARITHMETIC and any(map(_is_float, beside))
     )
 
 
@@ -87,7 +97,8 @@ def check_gradient(graph: Graph, nodes: Sequence[Node]) -> None:
     for node in nodes:
         if not smooth & set(node.inputs) or node.op in SIZES:
             continue
-        if node.op in STEPS or (node.op == "Cast" and node.get("to") not in FLOATS):
+        kind = _cast_to(node, graph)
+        if node.op in STEPS or (kind is not None and not _is_float(kind)):
             step = node
         else:
             smooth |= set(node.outputs)

@@ -54,6 +54,10 @@ LOSSLESS = {
         node("Transpose", ["u"], ["t"], perm=[0, 1, 3, 2]),
         node("Cast", ["t"], ["f"], to=T.FLOAT),
     ],
+    "cast like": [
+        node("CastLike", ["x", "number"], ["i"]),
+        node("CastLike", ["i", "scale"], ["f"]),
+    ],
     "to half": [node("Cast", ["x"], ["i"], to=T.FLOAT16), node("Cast", ["i"], ["f"], to=T.FLOAT)],
 }
 
