@@ -497,7 +497,6 @@ def test_every_attribute_of_the_standard_is_read_or_harmless():
         ("Conv", 17, {"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, [X, KERNEL]),
         ("BatchNormalization", 15, {"training_mode": 1}, [X, ROW, ROW, ROW, ROW**2]),
         ("Dropout", 13, {}, [X, NO, np.array(True)]),
-        ("Attention", 25, {"left_window_size": 1}, [SQUARE, SQUARE, SQUARE]),
         ("Split", 18, {"num_outputs": 3}, [X]),
     ],
     ids=lambda v: str(v)[:24],
@@ -505,6 +504,12 @@ def test_every_attribute_of_the_standard_is_read_or_harmless():
 def test_what_does_not_fit_is_refused_by_name(op, opset, attributes, inputs):
     with pytest.raises(Refusal, match=op):
         compute(as_node(op, opset, attributes, 2), inputs)
+
+
+def test_an_attention_within_a_window_is_refused():
+    node = as_node("Attention", 25, {"left_window_size": 1}, 1)
+    with pytest.raises(Refusal, match="a window"):
+        compute(node, [SQUARE, SQUARE, SQUARE])
 
 
 @pytest.mark.parametrize("op", ["LpNormalization", "ReduceL2"])
