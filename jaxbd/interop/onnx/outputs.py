@@ -17,6 +17,7 @@ from jaxbd.interop.onnx.graph import (
 from jaxbd.interop.onnx.values import axis_of
 from jaxbd.limits import Refusal, quote
 
+MOST_OUTPUTS = 64
 PRODUCTS = ("Gemm", "MatMul", "Conv", "Einsum")
 PROBABILITIES = ("Softmax", "Sigmoid")
 BLENDS = frozenset(
@@ -67,7 +68,8 @@ def choose_output(
     if not fitting:
         raise Refusal("none of its outputs has two axes, as a classifier's logits have")
     narrow = {name for name in fitting if _columns(kinds[name]) == 1}
-    found = _last(nodes, fitting, narrow)
+    # tracing what each depends on takes time, and no classifier has that many
+    found = _last(nodes, fitting, narrow) if len(fitting) <= MOST_OUTPUTS else fitting
     if len(found) > 1:
         raise Refusal(
             f"it has {len(found)} outputs that may be logits, {_listed(found)}; choose one with "
@@ -90,7 +92,8 @@ def _last(nodes: tuple[Node, ...], names: Sequence[str], narrow: set[str]) -> li
     if len(by_logits) == 1:
         return list(by_logits.values())
     behind = {value: needed_by(nodes, value) for value in by_logits}
-    is_behind = lambda early, late: any(early in node.inputs for node in behind[late])
+    read = {value: {name for node in behind[value] for name in node.inputs} for value in behind}
+    is_behind = lambda early, late: early in read[late]
     sums_up = lambda early, late: (
         by_logits[late] in narrow
         and by_logits[early] not in narrow

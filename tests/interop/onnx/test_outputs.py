@@ -246,6 +246,14 @@ def test_two_heads_are_refused_and_key_chooses(tmp_path, capsys):
         np.testing.assert_allclose(found, logits)
 
 
+def test_a_hundred_outputs_are_refused(tmp_path):
+    nodes = [node("Mul", ["y", "half"], [f"y{i}"]) for i in range(100)]
+    path = save(tmp_path / "m.onnx", nodes, {f"y{i}": (5, FLOAT) for i in range(100)})
+    with pytest.raises(UserError, match=r"has 100 outputs that may be logits, 'y0', .*…"):
+        load.open_model(path)
+    assert load.open_model(path, key="y7").spec.classes == 5
+
+
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_a_class_number_alone_is_refused_by_name(tmp_path, keepdims):
     nodes = [node("ArgMax", ["y"], ["k"], axis=1, keepdims=keepdims)]
