@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxbd.interop import torch_zip
-from jaxbd.interop.onnx.aten import TYPES, Meta
+from jaxbd.interop.onnx.aten import Meta
+from jaxbd.interop.onnx.aten_arguments import TYPES
 from jaxbd.interop.onnx.graph import MOST_AXES, GraphLimits
 from jaxbd.limits import Refusal, parse_json, quote
 

@@ -4,54 +4,14 @@ nodes."""
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
+from jaxbd.interop.onnx.aten_arguments import Arguments, Recorded, Tensor
+from jaxbd.interop.onnx.aten_pixels import VIEWS, passes_on
 from jaxbd.interop.onnx.build import Builder
 from jaxbd.interop.onnx.graph import MISFITS
+from jaxbd.interop.onnx.stated import Stated, check, join, kind_of
 from jaxbd.limits import Refusal, quote
-
-TYPES: dict[int, np.dtype] = {
-    1: np.dtype(np.uint8),
-    2: np.dtype(np.int8),
-    3: np.dtype(np.int16),
-    4: np.dtype(np.int32),
-    5: np.dtype(np.int64),
-    6: np.dtype(np.float16),
-    7: np.dtype(np.float32),
-    8: np.dtype(np.float64),
-    12: np.dtype(np.bool_),
-    13: np.dtype(ml_dtypes.bfloat16),
-}
-"""Number of an element type in torch.export's schema -> NumPy dtype."""
-VIEWS = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "contiguous",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "detach",
-        "alias",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "narrow",
-        "dropout",
-        "to",
-    ]
-)
-"""Operators that may return a view of their input's memory."""
-IGNORED = ("as_device", "as_layout", "as_memory_format")
 
 
 class Meta(NamedTuple):
@@ -62,23 +22,20 @@ class Meta(NamedTuple):
     dtype: np.dtype
 
 
-class Tensor(NamedTuple):
-    """A tensor argument, by its name in the program."""
-
-    name: str
-
-
 class Converter(Builder):
     """A graph under construction from a program.
 
     Attributes:
       metas: name of a tensor in the program -> its stated shape and type.
       values: name in the program -> name in the graph.
+      stated: name in the graph -> what the program states of the value.
+      pixels: names in the program of values that hold the integers of an integer image.
     """
 
     def __init__(self, weights: Mapping[str, np.ndarray], metas: Mapping[str, Meta]):
         super().__init__(weights)
         self.metas, self.values = metas, dict[str, str]()
+        self.stated, self.pixels = dict[str, Stated](), set[str]()
         # name of a view -> name of the tensor that owns its memory
         self._group: dict[str, str] = {}
         # names of values whose memory an in-place operator has changed since
@@ -93,11 +50,15 @@ class Converter(Builder):
                 )
             if argument.name not in self.values:
                 raise Refusal(f"value {quote(argument.name)} is used before it is computed")
+            if not self.values[argument.name]:
+                raise Refusal(f"value {quote(argument.name)} is an output that is not supported")
             return self.values[argument.name]
         dtype = self.meta(like).dtype if like is not None else np.dtype(np.float32)
-        if isinstance(argument, float) and dtype.kind in "iub":
+        if isinstance(argument, float) and kind_of(dtype) != "f":
             dtype = np.dtype(np.float32)
-        return self.constant(argument, dtype)
+        elif type(argument) is int and dtype.kind == "b":
+            dtype = np.dtype(np.int64)
+        return self.constant(argument, widened(dtype))
 
     def meta(self, tensor: Tensor) -> Meta:
         """Shape and type of a tensor."""
@@ -108,6 +69,12 @@ class Converter(Builder):
         if tensor.name not in self.metas:
             raise Refusal(f"the shape of {quote(tensor.name)} is not stated")
         return self.metas[tensor.name]
+
+    def kind(self, argument: Any) -> str:
+        """The kind of a tensor's elements, or of a number, as `kind_of` gives it."""
+        if isinstance(argument, Tensor):  # sizes are integers, and not among the tensors
+            return kind_of(self.meta(argument).dtype) if argument.name in self.metas else "i"
+        return np.asarray(argument).dtype.kind
 
     def rank(self, tensor: Tensor) -> int:
         return len(self.meta(tensor).shape)
@@ -149,7 +116,7 @@ class Converter(Builder):
     def run(
         self,
         target: str,
-        arguments: dict[str, Any],
+        arguments: Arguments,
         outputs: list[str],
         handlers: Mapping[str, Any],
     ) -> None:
@@ -161,8 +128,16 @@ class Converter(Builder):
             raise Refusal(
                 f"operator {quote(target)} (of {quote(outputs[0] if outputs else '')}) is not known"
             )
+        own = arguments.get("self", arguments.get("input"))
+        own = own if isinstance(own, Tensor) else None
+        recorded = Recorded(arguments)
         try:
-            result = handler(self, arguments)
+            if passes_on(base, arguments, self.pixels, self.kind):
+                self.pixels |= set(outputs)
+            result = handler(self, recorded)
+            recorded.check_all_read()
+        except Refusal as refusal:
+            raise Refusal(f"operator {quote(target)}: {refusal}") from None
         except MISFITS as error:
             reason = quote(str(error).partition("\n")[0])
             raise Refusal(
@@ -174,67 +149,64 @@ class Converter(Builder):
                 f"operator {quote(target)} has {len(outputs)} outputs where {len(results)} are "
                 "known"
             )
-        own = next((each for each in arguments.values() if isinstance(each, Tensor)), None)
         self._bind(base, own, outputs, list(results), in_place)
+        for name in [*outputs, *([own.name] if own is not None and in_place else [])]:
+            self.expect(name)
+
+    def expect(self, name: str) -> None:
+        """Compares what the program states of the value `name` with what is known of it, now or,
+        through `stated`, when the graph is computed.
+
+        Raises: Refusal if they differ: handlers rely on what is stated.
+        """
+        value, meta = self.values.get(name), self.metas.get(name)
+        if not value or meta is None:
+            return
+        stated = Stated(meta.shape, "" if name in self.pixels else kind_of(meta.dtype))
+        found = self.known.get(value, self.tensors.get(value))
+        if found is not None:
+            check(found, stated, name)
+            # NumPy computes with integers in float64, PyTorch in float32
+            if found.dtype == np.float64 != meta.dtype and value in self.known:
+                self.known[value] = found.astype(np.float32)
+        elif value in self.stated:
+            self.stated[value] = join(self.stated[value], stated, name)
+        else:
+            self.stated[value] = stated
 
     def _bind(
         self, base: str, own: Tensor | None, outputs: list[str], results: list[str], in_place: bool
     ) -> None:
         """Assigns the results to `outputs`. An in-place operator also rebinds its input, and marks
         everything that shares the input's memory as stale."""
-        self.values |= dict(zip(outputs, results, strict=False))
+        self.values |= {name: value for name, value in zip(outputs, results, strict=False) if name}
         if own is None:
             return
         root = self._group.get(own.name, own.name)
         if base.rstrip("_") in VIEWS or in_place:
             self._group |= dict.fromkeys(outputs, root)
-        # known arrays are changed themselves, so their views stay valid
-        if in_place and self.values[own.name] not in self.known:
-            others = {name for name, group in self._group.items() if group == root} | {root}
-            self._stale |= others - {own.name, *outputs}
-            self.values[own.name] = results[0]
+        if not in_place:
+            return
+        others = {name for name, group in self._group.items() if group == root} | {root}
+        others -= {own.name, *outputs}
+        array, result = self.known.get(self.values[own.name]), self.known.get(results[0])
+        if array is not None and result is not None:
+            # a known array is changed itself, and with it the views that NumPy made of it
+            if array.shape != result.shape or not array.flags.writeable:
+                raise Refusal(f"value {quote(own.name)} is changed in place")
+            array[...] = result
+            others = {name for name in others if not self._shares(name, array)}
+            results = [self.values[own.name]]
+        self._stale |= others
+        self.values |= dict.fromkeys([own.name, *outputs], results[0])
+
+    def _shares(self, name: str, array: np.ndarray) -> bool:
+        """Whether the value `name` is a view of `array`, or the array itself."""
+        found = self.known.get(self.values.get(name, ""))
+        return found is not None and np.may_share_memory(found, array)
 
 
-def decode(argument: Any) -> Any:
-    """An argument's value: a number, string, None, `Tensor`, or a list of these. Raises Refusal for
-    other kinds."""
-    if type(argument) is not dict or len(argument) != 1:
-        raise Refusal(f"an argument is {quote(argument)}")
-    ((kind, value),) = argument.items()
-    if kind in ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool"):
-        return _read_value(value)
-    if kind in ("as_tensors", "as_sym_ints", "as_optional_tensors", "as_sym_floats"):
-        return [_read_value(each) for each in _list(value)]
-    if kind == "as_none" or kind in IGNORED:
-        return None
-    plain = {
-        "as_int": int,
-        "as_float": float,
-        "as_bool": bool,
-        "as_string": str,
-        "as_scalar_type": int,
-    }
-    if kind == "as_float" and type(value) in (int, str):
-        return float(value)  # "Infinity" and "NaN" are stored as strings
-    if kind in plain and type(value) is plain[kind]:
-        return value
-    lists = {"as_ints": int, "as_floats": float, "as_bools": bool}
-    if kind in lists and all(type(each) in (int, float, bool) for each in _list(value)):
-        return [lists[kind](each) for each in value]
-    raise Refusal(f"an argument of kind {quote(kind)} is not supported")
-
-
-def _read_value(value: Any) -> Any:
-    """A tensor or symbolic number: {"name": …}, {"as_name": …}, {"as_int": …}, {"as_tensor": …} or
-    {"as_none": …}."""
-    if type(value) is dict and type(value.get("name", value.get("as_name"))) is str:
-        return Tensor(str(value.get("name", value.get("as_name"))))
-    if type(value) is dict and len(value) == 1:
-        return decode(value)
-    raise Refusal(f"an argument is {quote(value)}")
-
-
-def _list(value: Any) -> list[Any]:
-    if type(value) is not list or len(value) > 4096:
-        raise Refusal(f"an argument is {quote(value)}")
-    return value
+def widened(dtype: np.dtype) -> np.dtype:
+    """`dtype`, or float32 for a shorter float: PyTorch does not round the numbers in a program to
+    them either."""
+    return np.dtype(np.float32) if kind_of(dtype) == "f" and dtype.itemsize < 4 else dtype

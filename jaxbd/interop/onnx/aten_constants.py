@@ -6,31 +6,36 @@ from typing import Any
 
 import numpy as np
 
-from jaxbd.interop.onnx.aten import TYPES, Converter, Tensor
-from jaxbd.interop.onnx.aten_shape import Arguments
+from jaxbd.interop.onnx.aten import Converter, widened
+from jaxbd.interop.onnx.aten_arguments import TYPES, Arguments, Tensor
 from jaxbd.interop.onnx.graph import MOST_STATIC
+from jaxbd.interop.onnx.stated import kind_of
 from jaxbd.interop.onnx.values import check_size
-from jaxbd.limits import Refusal
+from jaxbd.limits import Refusal, quote
 
 
-def full(fill: float | None) -> Callable[[Converter, Arguments], str]:
-    """Handler for a constant tensor filled with `fill`, or with the operator's own value."""
+def full(fill: float | str) -> Callable[[Converter, Arguments], str]:
+    """Handler for a constant tensor filled with the number `fill`, or with the argument of that
+    name. Without a `dtype` it has the type of `self`, if there is one."""
 
     def make(c: Converter, a: Arguments) -> str:
-        like = a.get("self")
-        shape = a.get("size", c.meta(like).shape if like is not None else ())
+        like, number = a.get("self"), a[fill] if isinstance(fill, str) else fill
+        shape = a["size"] if "size" in a else () if like is None else c.meta(like).shape
+        if not isinstance(number, int | float):
+            raise Refusal("a constant filled with a tensor is not supported")
+        if a.get("dtype") is not None:
+            dtype = TYPES[a["dtype"]]
+        elif like is not None:
+            dtype = widened(c.meta(like).dtype)
+        else:  # only `full` takes the type of its number
+            is_whole = fill == "fill_value" and isinstance(number, int)
+            dtype = np.asarray(number).dtype if is_whole else np.dtype(np.float32)
+        if "size" not in a and None in shape:
+            return c.add("Expand", [c.constant(number, dtype), c.add("Shape", [c.value(like)])])
         if not all(isinstance(size, int) for size in shape):
             raise Refusal("a constant of symbolic size is not supported")
         check_size(shape, MOST_STATIC)
-        number = a.get("fill_value", a.get("value", 0)) if fill is None else fill
-        given = (
-            TYPES[a["dtype"]]
-            if a.get("dtype") is not None
-            else c.meta(like).dtype
-            if like is not None
-            else None
-        )
-        return c.constant(np.full(shape, number, given or np.asarray(number, np.float32).dtype))
+        return c.constant(np.full(shape, number, dtype))
 
     return make
 
@@ -65,6 +70,20 @@ def sym_size(c: Converter, a: Arguments) -> str:
     return c.add("Gather", [shape, c.constant(axis, np.int64)], axis=0)
 
 
+def assert_metadata(c: Converter, a: Arguments) -> list[str]:
+    """Checks what the program asserts about a tensor; it has no output."""
+    x, dtype = c.meta(a["a"]), a.get("dtype")
+    a.get("stride")
+    shape = a.get("size") or [None] * len(x.shape)
+    fits = len(shape) == len(x.shape) and all(
+        size is None or own is None or size == own or isinstance(size, Tensor)
+        for size, own in zip(shape, x.shape, strict=True)
+    )
+    if not fits or (dtype is not None and kind_of(TYPES[dtype]) != kind_of(x.dtype)):
+        raise Refusal(f"it does not hold for {quote(a['a'].name)}")
+    return []
+
+
 def arithmetic(op: str) -> Callable[[Converter, Arguments], str]:
     """Handler for arithmetic on sizes."""
 
@@ -81,9 +100,12 @@ def arithmetic(op: str) -> Callable[[Converter, Arguments], str]:
 CONSTANTS: dict[str, Callable[[Converter, Arguments], Any]] = {
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), full(0)),
     **dict.fromkeys(("ones", "new_ones", "ones_like"), full(1)),
-    **dict.fromkeys(("full", "new_full", "full_like", "scalar_tensor"), full(None)),
+    **dict.fromkeys(("full", "new_full", "full_like"), full("fill_value")),
+    "scalar_tensor": full("s"),
     "arange": arange,
-    "fill": fill,
+    "_assert_tensor_metadata": assert_metadata,
+    "fill": full("value"),
+    "fill_": fill,
     "sym_size": sym_size,
 }
 """Name of an aten operator, without overload -> its handler."""

@@ -1,18 +1,18 @@
-"""aten operators that are layers: convolution, matrix products, pooling, normalisation,
-attention."""
+"""aten operators that are layers: convolution, matrix products, pooling, softmax, attention."""
 
 from typing import Any
 
 import numpy as np
 
 from jaxbd.interop.onnx.aten import Converter
-from jaxbd.interop.onnx.aten_math import Handler, source
-from jaxbd.interop.onnx.aten_shape import Arguments
+from jaxbd.interop.onnx.aten_arguments import TYPES, Arguments
+from jaxbd.interop.onnx.aten_math import Handler, cast
+from jaxbd.interop.onnx.stated import kind_of
 from jaxbd.limits import Refusal
 
 
 def conv(c: Converter, a: Arguments) -> str:
-    if a.get("transposed"):
+    if a.get("transposed") or any(a.get("output_padding", [])):
         raise Refusal("a transposed convolution is not supported")
     inputs = [c.value(a["input"]), c.value(a["weight"])]
     rank = c.rank(a["weight"]) - 2
@@ -61,7 +61,7 @@ def matmul(c: Converter, a: Arguments) -> str:
 
 def pooling(op: str) -> Handler:
     def make(c: Converter, a: Arguments) -> Any:
-        x = source(a)
+        x = a["self"]
         rank = c.rank(x) - 2
         kernel = _each(a["kernel_size"], rank)
         attributes: dict[str, Any] = {
@@ -115,67 +115,14 @@ def _shares(size: int, parts: int) -> np.ndarray:
     return shares
 
 
-def batch_norm(c: Converter, a: Arguments) -> list[str]:
-    """BatchNorm with stored moments. Without affine parameters, a scale of 1 and a bias of 0 are
-    added."""
-    if a.get("training") or a.get("running_mean") is None:
-        raise Refusal(
-            "a batch_norm with the moments of its batch is not supported; export the model in"
-            " evaluation mode"
-        )
-    mean = c.value(a["running_mean"])
-    count = c.meta(a["running_mean"]).shape
-    affine = [a.get(key) for key in ("weight", "bias")]
-    scale, bias = (
-        c.value(given)
-        if given is not None
-        else _add_weight(c, np.full(count, fill, np.float32), mean, leaf)
-        for given, fill, leaf in zip(affine, (1, 0), ("weight", "bias"), strict=True)
-    )
-    inputs = [c.value(a["input"]), scale, bias, mean, c.value(a["running_var"])]
-    # PyTorch's momentum weights the new moments, ONNX's the old ones
-    keep = {"epsilon": float(a.get("eps", 1e-5)), "momentum": 1 - float(a.get("momentum", 0.1))}
-    return [c.add("BatchNormalization", inputs, "", 1, **keep), "", ""]
-
-
-def _add_weight(c: Converter, array: np.ndarray, beside: str, leaf: str) -> str:
-    """Adds a weight that the program lacks, named after the moments of the same layer."""
-    name = c.name(f"{beside.removesuffix('.running_mean')}.{leaf}")
-    c.tensors[name] = array
-    return name
-
-
-def layer_norm(c: Converter, a: Arguments) -> list[str]:
-    x, count = a["input"], len(a["normalized_shape"])
-    shape = tuple(a["normalized_shape"])
-    scale = (
-        c.constant(np.ones(shape, np.float32)) if a.get("weight") is None else c.value(a["weight"])
-    )
-    inputs = [c.value(x), scale, *([] if a.get("bias") is None else [c.value(a["bias"])])]
-    return [
-        c.add("LayerNormalization", inputs, "", 1, axis=-count, epsilon=float(a.get("eps", 1e-5))),
-        "",
-        "",
-    ]
-
-
-def group_norm(c: Converter, a: Arguments) -> str:
-    """GroupNorm as InstanceNormalization of the value reshaped to [B, groups, …], followed by scale
-    and bias per channel."""
-    x, groups = a["input"], a["num_groups"]
-    name, rest = c.value(x), (1,) * (c.rank(x) - 2)
-    parts = c.add("Reshape", [name, c.integers([0, groups, -1])])
-    one, zero = (c.constant(np.full(groups, fill, np.float32)) for fill in (1, 0))
-    parts = c.add("InstanceNormalization", [parts, one, zero], epsilon=float(a.get("eps", 1e-5)))
-    y = c.add("Reshape", [parts, c.add("Shape", [name])])
-    for op, key in (("Mul", "weight"), ("Add", "bias")):
-        if a.get(key) is not None:
-            y = c.add(op, [y, c.add("Reshape", [c.value(a[key]), c.integers([1, -1, *rest])])])
-    return y
-
-
 def softmax(op: str) -> Handler:
-    return lambda c, a: c.add(op, [c.value(a["self"])], axis=c.axis(a["self"], a["dim"]))
+    def make(c: Converter, a: Arguments) -> str:
+        x = c.value(a["self"])
+        if a.get("dtype") is not None:
+            x = cast(c, x, TYPES[a["dtype"]])
+        return c.add(op, [x], axis=c.axis(a["self"], a["dim"]))
+
+    return make
 
 
 def attention(c: Converter, a: Arguments) -> list[str]:
@@ -183,12 +130,14 @@ def attention(c: Converter, a: Arguments) -> list[str]:
     q, k, v = (a[key] for key in ("query", "key", "value"))
     if a.get("is_causal") or a.get("enable_gqa"):
         raise Refusal("a causal or grouped attention is not supported")
-    scale = a.get("scale") or c.size(q, -1) ** -0.5
+    if a.get("dropout_p", 0) != 0:
+        raise Refusal("an attention with dropout is not supported; export the model after .eval()")
+    scale = c.size(q, -1) ** -0.5 if a.get("scale") is None else float(a["scale"])
     perm = [*range(c.rank(k) - 2), c.rank(k) - 1, c.rank(k) - 2]
     scores = c.add("MatMul", [c.value(q), c.add("Transpose", [c.value(k)], perm=tuple(perm))])
     scores = c.add("Mul", [scores, c.constant(scale, np.float32)])
     if a.get("attn_mask") is not None:
-        if c.meta(a["attn_mask"]).dtype.kind == "b":
+        if kind_of(c.meta(a["attn_mask"]).dtype) == "b":
             scores = c.add(
                 "Where", [c.value(a["attn_mask"]), scores, c.constant(-np.inf, np.float32)]
             )
@@ -204,8 +153,6 @@ LAYERS: dict[str, Handler] = {
     **dict.fromkeys(
         ("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool1d"), adaptive_average
     ),
-    **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), batch_norm),
-    **dict.fromkeys(("layer_norm", "native_layer_norm"), layer_norm),
     **dict.fromkeys(("softmax", "_softmax"), softmax("Softmax")),
     **dict.fromkeys(("log_softmax", "_log_softmax"), softmax("LogSoftmax")),
     **dict.fromkeys(
@@ -215,6 +162,5 @@ LAYERS: dict[str, Handler] = {
     "addmm": addmm,
     "max_pool2d": pooling("MaxPool"),
     "avg_pool2d": pooling("AveragePool"),
-    "group_norm": group_norm,
 }
 """Name of an aten operator, without overload -> its handler."""

@@ -6,17 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from jaxbd.interop.onnx.aten import Converter, Tensor
+from jaxbd.interop.onnx.aten import Converter, widened
+from jaxbd.interop.onnx.aten_arguments import Arguments, Tensor, source
 from jaxbd.limits import Refusal
 
-Arguments = Any
-"""{name of an argument: its value}."""
 INT_MAX = 1 << 62
 
 
 def first(c: Converter, a: Arguments) -> str:
     """The operator's input, unchanged."""
-    return c.value(next(iter(a.values())))
+    return c.value(source(a))
+
+
+def dropout(c: Converter, a: Arguments) -> list[str]:
+    """The operator's input: dropout changes nothing in evaluation mode. The second output of
+    `native_dropout`, the mask, is not supported and gets no name."""
+    probability, training = a.get("p"), a.get("train")
+    if training is not False and probability != 0:
+        raise Refusal(
+            "it drops values at random: the model was exported in training mode; call .eval() "
+            "before torch.export.export"
+        )
+    return [first(c, a), ""]
 
 
 def view(c: Converter, a: Arguments) -> str:
@@ -25,7 +36,7 @@ def view(c: Converter, a: Arguments) -> str:
 
 def flatten(c: Converter, a: Arguments) -> str:
     """Merges the axes from `start_dim` to `end_dim`."""
-    x = a.get("self", a.get("input"))
+    x = source(a)
     start, end = c.axis(x, a.get("start_dim", 0)), c.axis(x, a.get("end_dim", -1))
     shape = c.meta(x).shape
     if start == 1 and end == len(shape) - 1:
@@ -124,14 +135,35 @@ def slice_(c: Converter, a: Arguments) -> str:
 
 
 def index(c: Converter, a: Arguments) -> str:
-    """Advanced indexing by a tensor along one axis; all other indices must be absent."""
+    """Advanced indexing by a tensor along one axis, or by constants along several, each along its
+    own as in x[:, :, rows[:, None], columns]."""
     x, indices = a["self"], a.get("indices", a.get("index"))
     if isinstance(indices, Tensor):
         return c.add("Gather", [c.value(x), c.value(indices)], axis=c.axis(x, a.get("dim", 0)))
-    given = [axis for axis, each in enumerate(indices) if each is not None]
-    if len(given) != 1 or c.meta(indices[given[0]]).dtype.kind == "b":
-        raise Refusal("indexing by several tensors, or by a mask, is not supported")
-    return c.add("Gather", [c.value(x), c.value(indices[given[0]])], axis=given[0])
+    given = [(axis, each) for axis, each in enumerate(indices) if each is not None]
+    if not given or any(c.meta(each).dtype.kind not in "iu" for _, each in given):
+        raise Refusal("indexing by a mask is not supported")
+    names = [c.value(each) for _, each in given]
+    if len(given) > 1:
+        names = [c.integers(each) for each in _open_mesh(c, names)]
+        if given[-1][0] - given[0][0] != len(given) - 1:
+            raise Refusal("indexing by tensors along axes apart from each other is not supported")
+    y = c.value(x)
+    for (axis, _), name in zip(given, names, strict=True):
+        y = c.add("Gather", [y, name], axis=axis)
+    return y
+
+
+def _open_mesh(c: Converter, names: list[str]) -> list[list[int]]:
+    """The numbers along axis i of array i, where each array has one entry along all others."""
+    arrays = [c.known.get(name) for name in names]
+    for place, array in enumerate(arrays):
+        shape = () if array is None else (1,) * (len(names) - array.ndim) + array.shape
+        if array is None or shape != tuple(
+            array.size if i == place else 1 for i in range(len(names))
+        ):
+            raise Refusal("indexing by several tensors that are not an open mesh is not supported")
+    return [array.reshape(-1).tolist() for array in arrays if array is not None]
 
 
 def unsqueeze(c: Converter, a: Arguments) -> str:
@@ -144,9 +176,9 @@ def squeeze(c: Converter, a: Arguments) -> str:
     x = a["self"]
     axes = a.get("dim", list(range(c.rank(x))))
     axes = [c.axis(x, axis) for axis in (axes if isinstance(axes, list) else [axes])]
-    return c.add(
-        "Squeeze", [c.value(x), c.integers([axis for axis in axes if c.meta(x).shape[axis] == 1])]
-    )
+    # an open number of images is not squeezed, even if it happens to be one
+    alone = [axis for axis in axes if (axis or c.meta(x).shape[0]) and c.size(x, axis) == 1]
+    return c.add("Squeeze", [c.value(x), c.integers(alone)])
 
 
 def expand(c: Converter, a: Arguments) -> str:
@@ -160,6 +192,14 @@ def repeat(c: Converter, a: Arguments) -> str:
     x = c.value(a["self"])
     x = c.add("Unsqueeze", [x, c.integers(range(more))]) if more else x
     return c.add("Tile", [x, c.vector(a["repeats"])])
+
+
+def flip(c: Converter, a: Arguments) -> str:
+    """Reverses axes: slices from the last entry backwards."""
+    axes = [c.axis(a["self"], axis) for axis in a["dims"]]
+    bounds = ([number] * len(axes) for number in (-1, -INT_MAX))
+    inputs = [*map(c.integers, bounds), c.integers(axes), c.integers([-1] * len(axes))]
+    return c.add("Slice", [c.value(a["self"]), *inputs])
 
 
 def roll(c: Converter, a: Arguments) -> str:
@@ -187,13 +227,16 @@ def pad(c: Converter, a: Arguments) -> str:
         a.get("mode", "constant")
     ]
     spread = c.integers([*(low for low, _ in pairs), *(high for _, high in pairs)])
-    return c.add("Pad", [c.value(x), spread, c.constant(value, c.meta(x).dtype)], mode=mode)
+    return c.add(
+        "Pad", [c.value(x), spread, c.constant(value, widened(c.meta(x).dtype))], mode=mode
+    )
 
 
 SHAPES: dict[str, Callable[[Converter, Arguments], Any]] = {
+    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh_copy"), first),
     **dict.fromkeys(
-        ("contiguous", "clone", "alias", "detach", "lift_fresh_copy", "dropout", "feature_dropout"),
-        first,
+        ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
+        dropout,
     ),
     **dict.fromkeys(("view", "reshape", "_unsafe_view"), view),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),
@@ -214,5 +257,6 @@ SHAPES: dict[str, Callable[[Converter, Arguments], Any]] = {
     "expand": expand,
     "repeat": repeat,
     "roll": roll,
+    "flip": flip,
 }
 """Name of an aten operator, without overload -> its handler."""

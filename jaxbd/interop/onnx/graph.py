@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxbd.interop.onnx.stated import Stated
 from jaxbd.limits import Limits
 
 MOST_ELEMENTS = 1 << 28
@@ -122,6 +123,8 @@ class Graph(NamedTuple):
       ir_version: version of ONNX's file format.
       output_info: an ONNX file's serialised descriptions of its outputs; empty for other graphs.
       output: the output that the logits are taken from; empty for the first.
+      stated: name of a value -> shape and type that the file states, compared with the real ones
+        when the graph is computed.
     """
 
     kind: str
@@ -138,6 +141,7 @@ class Graph(NamedTuple):
     fixed: frozenset[str] = frozenset()
     output_info: tuple[bytes, ...] = ()
     output: str = ""
+    stated: Mapping[str, Stated] = {}
 
     @property
     def chosen(self) -> str:

@@ -19,6 +19,7 @@ from jaxbd.interop.onnx import freeze, ops, pixels
 from jaxbd.interop.onnx.graph import MISFITS, Graph, Node
 from jaxbd.interop.onnx.outputs import check_answer
 from jaxbd.interop.onnx.parameters import Layout, lay_out, look_up, variables_of
+from jaxbd.interop.onnx.stated import check_all
 from jaxbd.interop.onnx.tidying import BATCH_NORM, tidy
 from jaxbd.interop.onnx.values import Budget, Value, check_size
 from jaxbd.limits import Refusal, quote
@@ -155,6 +156,7 @@ def _compute(
             results = [_batch_norm(node, inputs, name, variables, moments if train else None)]
         else:
             results = compute(node, inputs)
+        check_all(node.outputs, results, graph.stated)
         for value, result in zip(node.outputs, results, strict=False):
             budget.spend(result)
             layer = at_value.get(value)

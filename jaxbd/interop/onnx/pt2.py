@@ -6,15 +6,20 @@ from typing import Any
 import numpy as np
 
 from jaxbd.interop.onnx.archive import PROGRAM, Archive, field, meta_of
-from jaxbd.interop.onnx.aten import Converter, Tensor, decode
+from jaxbd.interop.onnx.aten import Converter, Meta
+from jaxbd.interop.onnx.aten_activations import ACTIVATIONS
+from jaxbd.interop.onnx.aten_arguments import Tensor, decode, read_arguments
 from jaxbd.interop.onnx.aten_constants import CONSTANTS, OPERATORS
 from jaxbd.interop.onnx.aten_layers import LAYERS
 from jaxbd.interop.onnx.aten_math import MATH
+from jaxbd.interop.onnx.aten_norms import NORMS
+from jaxbd.interop.onnx.aten_pixels import HOLDING
 from jaxbd.interop.onnx.aten_shape import SHAPES
 from jaxbd.interop.onnx.graph import Graph, GraphLimits, before_answer
+from jaxbd.interop.onnx.stated import kind_of
 from jaxbd.limits import Refusal, quote
 
-HANDLERS = {**SHAPES, **CONSTANTS, **MATH, **LAYERS}
+HANDLERS = {**SHAPES, **CONSTANTS, **MATH, **ACTIVATIONS, **LAYERS, **NORMS}
 
 
 def is_pt2(names: Any) -> bool:
@@ -39,8 +44,22 @@ def read_pt2(data: bytes, limits: GraphLimits = GraphLimits()) -> Graph:
     converter.taken |= set(converter.known)
     converter.values |= {argument: name for argument, (name, _) in weights.items()}
     converter.values[image] = converter.name(image)
+    _check_image(converter.metas.get(image))
+    if kind_of(converter.metas[image].dtype) != "f":
+        converter.pixels.add(image)
+    for name in [*weights, image]:
+        converter.expect(name)
     _convert(converter, field(graph, "nodes", list), limits)
     return _graph(converter, image, _output(signature, converter), moments, archive)
+
+
+def _check_image(meta: Meta | None) -> None:
+    """Raises Refusal if the input is not stated to be an image, of floats or of pixels 0..255."""
+    if meta is None or len(meta.shape) != 4:
+        count = 0 if meta is None else len(meta.shape)
+        raise Refusal(f"its input has {count} axes; images have four")
+    if kind_of(meta.dtype) != "f" and meta.dtype not in HOLDING:
+        raise Refusal(f"its images are of type {meta.dtype}, which does not hold pixels of 0..255")
 
 
 def _inputs(
@@ -89,16 +108,14 @@ def _convert(converter: Converter, nodes: list[Any], limits: GraphLimits) -> Non
         if type(node) is not dict:
             raise Refusal(f"a node is {quote(node)}")
         target = field(node, "target", str)
-        arguments = {}
-        for given in field(node, "inputs", list):
-            arguments[field(given, "name", str)] = decode(field(given, "arg", dict))
+        arguments = read_arguments(field(node, "inputs", list))
         outputs = []
         for output in field(node, "outputs", list):
             made = decode(output)
             outputs += made if isinstance(made, list) else [made]
         if not all(each is None or isinstance(each, Tensor) for each in outputs):
             raise Refusal(f"operator {quote(target)} makes {quote(outputs)}")
-        outputs = [each.name for each in outputs if each is not None]
+        outputs = ["" if each is None else each.name for each in outputs]
         handlers = OPERATORS if target.startswith("_operator.") else HANDLERS
         if not target.startswith(("torch.ops.aten.", "_operator.")):
             raise Refusal(f"operator {quote(target)} is not one of PyTorch's own (aten)")
@@ -124,11 +141,7 @@ def _graph(
     }
     # buffers other than running moments are settings, not weights
     fixed = frozenset(converter.fixed | (buffers - moments))
-    meta = converter.metas.get(image)
-    if meta is None or len(meta.shape) != 4:
-        raise Refusal(
-            f"its input has {0 if meta is None else len(meta.shape)} axes; images have four"
-        )
+    meta = converter.metas[image]
     logits, answer = before_answer(nodes, output)
     read = {value for node in nodes for value in node.inputs}
     tensors = {name: array for name, array in converter.tensors.items() if name in read}
@@ -145,4 +158,5 @@ def _graph(
         {},
         10,
         fixed,
+        stated=converter.stated,
     )

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("onnx")
 from test_hostile_graphs import W, model
 
+from jaxbd.base import UserError
+from jaxbd.interop.onnx.open import open_graph
 from jaxbd.interop.onnx.pt2 import read_pt2
 from jaxbd.interop.onnx.read import read_onnx
 from jaxbd.limits import Refusal
@@ -110,6 +112,16 @@ def weight_of(found):
     return found["weights"]["config"]["fc.weight"]
 
 
+def value_of(found, name):
+    """What the program states of a value."""
+    return graph_of(found)["tensor_values"][name]
+
+
+def give(found, name, value):
+    """Gives the last operator one more argument."""
+    graph_of(found)["nodes"][1]["inputs"].append({"name": name, "arg": value, "kind": 1})
+
+
 def nested(depth):
     value = 0
     for _ in range(depth):
@@ -194,6 +206,26 @@ PT2 = {
         archive(lambda f: graph_of(f)["nodes"][0]["inputs"][1].update(arg={"as_graph": {}})),
         "'as_graph'",
     ),
+    "an argument that is not read": (
+        archive(lambda f: give(f, "scale", {"as_float": 2.0})),
+        "'torch.ops.aten.linear.default': its argument 'scale' = 2.0 is not supported",
+    ),
+    "an argument twice": (
+        archive(lambda f: give(f, "weight", {"as_tensor": {"name": "p_w"}})),
+        "an argument is",
+    ),
+    "a weight of another shape": (
+        archive(lambda f: value_of(f, "p_w").update(sizes=[{"as_int": 3}, {"as_int": 4}])),
+        "value 'p_w' as floats of shape 3x4, but it is floats of shape 4x3",
+    ),
+    "an image of integers that the net averages": (
+        archive(lambda f: value_of(f, "x").update(dtype=1)),
+        "'torch.ops.aten.mean.dim': it takes the image's integers",
+    ),
+    "an image of booleans": (
+        archive(lambda f: value_of(f, "x").update(dtype=12)),
+        "its images are of type bool",
+    ),
     "a complex tensor": (
         archive(lambda f: weight_of(f)["tensor_meta"].update(dtype=10)),
         "element type 10",
@@ -212,6 +244,27 @@ def test_archives_refused(case):
     with pytest.raises(Refusal, match=match or None) as caught:
         read_pt2(data)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "match"),
+    [
+        ({"sizes": [{"as_int": 1}, {"as_int": 5}]}, "shape 1x5, but it is floats of shape 1x3"),
+        ({"sizes": [{"as_int": 1}]}, "shape 1, but it is floats of shape 1x3"),
+        ({"dtype": 5}, "as integers of shape 1x3, but it is floats"),
+    ],
+)
+def test_what_a_program_states_of_its_values_is_compared(stated, match, tmp_path):
+    path = tmp_path / "m.pt2"
+    path.write_bytes(archive(lambda f: value_of(f, "g").update(stated)))
+    with pytest.raises(UserError, match=match):
+        open_graph(path)
+
+
+def test_arguments_that_change_nothing_are_passed_over(tmp_path):
+    path = tmp_path / "m.pt2"
+    path.write_bytes(archive(lambda f: give(f, "device", {"as_device": {"type": "cpu"}})))
+    assert open_graph(path).classes == 4
 
 
 @pytest.mark.parametrize(
