@@ -14,12 +14,13 @@ from jaxbd.interop.onnx.aten_layers import LAYERS
 from jaxbd.interop.onnx.aten_math import MATH
 from jaxbd.interop.onnx.aten_norms import NORMS
 from jaxbd.interop.onnx.aten_pixels import HOLDING
+from jaxbd.interop.onnx.aten_resize import RESIZES
 from jaxbd.interop.onnx.aten_shape import SHAPES
 from jaxbd.interop.onnx.graph import Graph, GraphLimits, before_answer
 from jaxbd.interop.onnx.stated import kind_of
 from jaxbd.limits import Refusal, quote
 
-HANDLERS = {**SHAPES, **CONSTANTS, **MATH, **ACTIVATIONS, **LAYERS, **NORMS}
+HANDLERS = {**SHAPES, **CONSTANTS, **MATH, **ACTIVATIONS, **LAYERS, **NORMS, **RESIZES}
 
 
 def is_pt2(names: Any) -> bool:

@@ -1,6 +1,7 @@
 """Operators of torch.export programs, before and after decomposition, compared with PyTorch; and
 programs that are refused because they would be computed differently."""
 
+import itertools
 import warnings
 
 import jax
@@ -64,10 +65,29 @@ NORMS = {
     "layer_norm": lambda x: F.layer_norm(x, (SIDE,), torch.arange(float(SIDE)), eps=0.01),
     "batch_norm": lambda x: F.batch_norm(x, torch.arange(3.0), torch.ones(3) * 2),
 }
+RESIZES = {
+    "nearest by 2": lambda x: F.interpolate(x, scale_factor=2),
+    "nearest to a size": lambda x: F.interpolate(x, size=(74, 9)),  # rounded as in float32
+    "nearest-exact": lambda x: F.interpolate(x, size=(8, 4), mode="nearest-exact"),
+    "bilinear by 1.5": lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
+    "bilinear by 1.25, rounded": lambda x: F.interpolate(
+        x, scale_factor=(1.25, 1.5), mode="bilinear"
+    ),
+    "bilinear to a size": lambda x: F.interpolate(x, size=(4, 9), mode="bilinear"),
+    "bilinear to one pixel": lambda x: F.interpolate(x, size=1, mode="bilinear"),
+    "bilinear with aligned corners": lambda x: F.interpolate(
+        x, size=(4, 9), mode="bilinear", align_corners=True
+    ),
+    "bicubic": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "bicubic with aligned corners": lambda x: F.interpolate(
+        x, size=(5, 11), mode="bicubic", align_corners=True
+    ),
+}
 GROUPS = {
     "activations": ACTIVATIONS,
     "arithmetic": ARITHMETIC,
     "norms": NORMS,
+    "resizes": RESIZES,
 }
 
 
@@ -113,8 +133,13 @@ def logits(path, images):
     return np.asarray(jax.jit(net.apply)(variables, x)[0])
 
 
-@pytest.mark.parametrize("form", ["any batch", "decomposed"])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    ("group", "form"),
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] if each == ("resizes", "decomposed") else [])
+        for each in itertools.product(GROUPS, ["any batch", "decomposed"])
+    ],
+)
 def test_operators_compute_what_pytorch_does(group, form, tmp_path):
     functions = GROUPS[group]
     images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
