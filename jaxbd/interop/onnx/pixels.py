@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.interop.onnx.graph import Graph, Node
-from jaxbd.interop.onnx.parameters import ARITHMETIC
 from jaxbd.interop.onnx.tensors import TYPES
 from jaxbd.limits import Refusal, quote
 
@@ -36,12 +35,13 @@ def as_floats(graph: Graph, nodes: Sequence[Node]) -> tuple[Node, ...]:
     """`nodes`, for an image of floats in 0..255 instead of integers.
 
     Casts between integer types, on the image's way to its first cast to float, become Identity:
-    they change no number, but as casts they would have no gradient.
+    they change no number, but as casts they would have no gradient. A torch.export program stays
+    as it is: `aten_pixels` has followed its integers.
 
     Raises: Refusal naming a node that computes with integer pixels.
     """
     kind = np.dtype(graph.image_type)
-    if kind.kind not in "iu":
+    if kind.kind not in "iu" or graph.kind != "onnx":
         return tuple(nodes)
     if kind == np.int8:
         raise Refusal("it takes int8 images, which cannot hold pixels of 0..255")
@@ -53,7 +53,7 @@ def as_floats(graph: Graph, nodes: Sequence[Node]) -> tuple[Node, ...]:
                 node = node._replace(op="Identity", inputs=node.inputs[:1], attributes={})
             if node.op in MOVES and (read == [0] or node.op == "Concat"):
                 whole |= set(node.outputs)
-            elif not _makes_floats(node, graph):
+            elif not _is_float(_cast_to(node, graph)):
                 raise Refusal(
                     f"operator {node.op} of node {quote(node.name or node.outputs[0])} computes "
                     "with the image as integers; cast it to float first"
@@ -79,15 +79,6 @@ def _is_whole(kind: np.dtype | None) -> bool:
 
 def _is_float(kind: np.dtype | None) -> bool:
     return kind is not None and jnp.issubdtype(kind, jnp.floating)
-
-
-def _makes_floats(node: Node, graph: Graph) -> bool:
-    """Whether `node` makes floats of integers: by a cast, or by arithmetic with floats, which only
-    PyTorch's programs allow."""
-    beside = [graph.tensors[name].dtype for name in node.inputs if name in graph.tensors]
-    return _is_float(_cast_to(node, graph)) or (
-        node.op in ARITHMETIC and any(map(_is_float, beside))
-    )
 
 
 def check_gradient(graph: Graph, nodes: Sequence[Node]) -> None:
