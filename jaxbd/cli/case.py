@@ -184,11 +184,13 @@ def describe_inputs(args: Any, read: Any = None) -> dict[str, Any]:
         reading["classes"] = str(args.reading.classes.expanduser().absolute())
     data = None
     if args.data is not None:
-        data = {**_place(args.data), "sha256": common.digest(read)}
-    return {"inputs": {"model": _place(args.model), "data": data, "reading": reading}}
+        data = {**place_of(args.data), "sha256": common.digest(read)}
+    return {"inputs": {"model": place_of(args.model), "data": data, "reading": reading}}
 
 
-def _place(source: str | pathlib.Path) -> dict[str, str | None]:
+def place_of(source: str | pathlib.Path) -> dict[str, str | None]:
+    """What a record says about where an input is: the path as given, and its absolute path if there
+    is one."""
     path = pathlib.Path(source).expanduser()
     return {"given": str(source), "absolute": str(path.absolute()) if path.exists() else None}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import pathlib
 
 import jax
@@ -197,7 +198,7 @@ def test_files_that_are_the_recorded_ones(case, capsys):
 def test_a_file_that_changed_is_named(case, capsys, name):
     (case / name).write_bytes((case / name).read_bytes() + b"x")
     code, said = verify(capsys, "scan.json")
-    line = next(line for line in said.splitlines() if line.split()[1:2] == [name])
+    line = next(line for line in said.splitlines() if line.split()[1:2] == [str(case / name)])
     assert code == 1 and line.startswith("differs") and "1 of 2 files" in said
 
 
@@ -217,6 +218,73 @@ def test_files_that_went_or_came_are_named(case, capsys):
     (case / "moved" / "r.bounds.safetensors").write_bytes(b"x")
     code, said = verify(capsys, "moved")
     assert code == 1 and "new" in said
+
+
+def test_what_a_repair_wrote_is_looked_for_beside_its_record_alone(case, capsys, monkeypatch):
+    """Pristine copies in the working folder, or at an absolute path, are other files."""
+    stated = manifest.statement("clean.pth", {"clean.pth": digest(case / "r.pth")})
+    for name in ("arch", "desk"):
+        (case / name).mkdir()
+        shutil.copy(case / "r.pth", case / name / "clean.pth")
+    for place in ("clean.pth", str(case / "desk" / "clean.pth")):
+        record = {"repaired": {"path": place, "manifest": stated}}
+        (case / "arch" / "clean.repair.json").write_text(json.dumps(record))
+        monkeypatch.chdir(case / "desk")
+        assert verify(capsys, "../arch/clean.repair.json")[0] == 0
+        (case / "arch" / "clean.pth").write_bytes(b"tampered")
+        code, said = verify(capsys, "../arch/clean.repair.json")
+        assert code == 1 and f"differs  {case}" in said and "arch/clean.pth" in said
+        shutil.copy(case / "r.pth", case / "arch" / "clean.pth")
+
+
+def test_the_model_is_found_from_any_working_folder(case, capsys, monkeypatch):
+    """At its absolute path, beside the record, beside the case, and only then in the folder at
+    hand, whose file of that name may be another."""
+    record = json.loads((case / "scan.json").read_text())
+    record["model"]["path"] = "models/r.pth"  # as it was given, from a folder that is not known
+    places = [case / "models", case / "out" / "CASE", case / "out", case / "desk" / "models"]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("r.pth", "r.bounds.safetensors"):
+            shutil.copy(case / name, place / name)
+    (places[1] / "triggers").mkdir()
+    record["inputs"] = {"model": {"given": "models/r.pth", "absolute": str(places[0] / "r.pth")}}
+    (places[1] / "scan.json").write_text(json.dumps(record))
+    monkeypatch.chdir(case / "desk")
+    for place in places:
+        code, said = verify(capsys, places[1])
+        assert code == 0 and f"{place / 'r.pth'} (" in said, said
+        for name in ("r.pth", "r.bounds.safetensors"):
+            (place / name).unlink()
+    code, said = verify(capsys, places[1])
+    assert code == 1 and f"missing  {places[0] / 'r.pth'} (" in said
+
+
+def test_another_path_is_that_of_the_scanned_model_alone(case, capsys):
+    """Not of the repaired model, nor of a rescan's."""
+    scanned, repaired = json.loads((case / "scan.json").read_text()), case / "c.pth"
+    load.save_model(repaired, load.open_model("m"), load.open_model("m").variables)
+    stated = manifest.statement("c.pth", {"c.pth": digest(repaired)})
+    own = {"path": "c.pth", "manifest": stated}
+    (case / "c.repair.json").write_text(json.dumps(scanned | {"repaired": own}))
+    (case / "c.rescan.json").write_text(json.dumps({"model": own}))
+    (case / "moved").mkdir()
+    for name in ("r.pth", "r.bounds.safetensors"):
+        (case / name).rename(case / "moved" / name)
+    assert verify(capsys, case)[0] == 1
+    code, said = verify(capsys, case, "--model", "moved/r.pth")
+    assert code == 0 and "6 of 6 files match" in said
+    code, said = verify(capsys, "c.rescan.json", "--model", "moved/r.pth")
+    assert code == 2 and "leave --model out" in said
+
+
+def test_files_that_are_no_records_are_passed_over_by_name(case, capsys):
+    (case / "notes.json").write_text("remember the milk")
+    code, said = verify(capsys, case)
+    assert code == 0 and "passed over notes.json, which is no record" in said
+    assert verify(capsys, "notes.json")[0] == 2
+    (case / "c.repair.json").write_text("{")  # the name says what it is: a damaged record
+    assert verify(capsys, case)[0] == 2
 
 
 def test_a_model_folder_is_held_against_its_own_settings(case, capsys):

@@ -11,7 +11,7 @@ import tyro
 from jaxbd import files
 from jaxbd.attacks import amplified, given
 from jaxbd.base import Batch, UserError
-from jaxbd.cli import common, outputs, show, triggers
+from jaxbd.cli import case, common, outputs, show, triggers
 from jaxbd.data import load
 from jaxbd.interop import preprocess
 from jaxbd.metrics import evaluate, relearn
@@ -140,6 +140,7 @@ def _as_record(
             else {**triggers.describe(args.given, config), "copies": args.copies}
         ),
         "model": common.model_record(opened.model),
+        "inputs": {"model": case.place_of(args.model)},
         "data": common.data_record(opened.dataset, args.reading),
         "preprocessing": preprocess.as_record(opened.table) if opened.table else None,
         **results.provenance(args.reading.seed),

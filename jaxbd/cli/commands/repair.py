@@ -11,6 +11,7 @@ import tyro
 from jaxbd import files, methods
 from jaxbd.base import Batch, RepairData, Suspect, UserError
 from jaxbd.cli import (
+    case,
     common,
     erasing,
     from_case,
@@ -550,6 +551,7 @@ def _as_record(
         seed=args.reading.seed,
     )
     content |= {
+        "inputs": {"model": case.place_of(args.model)},
         "preset": args.preset or (method.presets[0] if method.presets else None),
         "trigger": None,
         "evidence": None,

@@ -1,6 +1,7 @@
 """`jaxbd verify`: checks that files still match the hashes in a record."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ class Args:
     Attributes:
       case: a record (scan.json, repair.json, evaluate.json, …), a folder with records, or a model
         folder, whose config.json names its files.
-      model: current path of the recorded model, if it was moved.
+      model: current path of the model that was scanned, repaired or measured, if it was moved.
     """
 
     case: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="CASE_OR_RECORD")]
@@ -40,16 +41,18 @@ def run(args: Args) -> int:
     if not args.case.exists():
         raise UserError(f"{args.case}: no such file or folder")
     rows: list[tuple[str, str, str]] = []
-    for name, model, stated in _list_records(args):
+    listed = list(_list_records(args))
+    if args.model is not None and all(model != args.model for _, model, _ in listed):
+        raise UserError(f"no record in {args.case} names a model to look for; leave --model out")
+    for name, model, stated in listed:
         try:
             found = manifest.of(model, named=stated)
         except UserError:
             found = {}
         words = manifest.differences(stated, found)
-        rows += [
-            (name, str(model.parent / each if model.is_file() else model / each), word)
-            for each, word in words.items()
-        ]
+        # a model that is missing is a file if its record names it itself
+        above = model.parent if model.is_file() or model.name in stated else model
+        rows += [(name, str(above.absolute() / each), word) for each, word in words.items()]
     rows += _compare_companions(args.case if args.case.is_dir() else args.case.parent)
     if not rows:
         raise UserError(f"{args.case} contains no file hashes; give a record written by jaxbd")
@@ -69,9 +72,18 @@ def _list_records(args: Args) -> Iterator[tuple[str, pathlib.Path, dict[str, str
     else:
         paths = [given]
     for path in paths:
+        try:
+            content = files.read_json(path)
+        except UserError as error:
+            if not given.is_dir() or _is_result(path.name):
+                raise
+            show.note(f"passed over {path.name}, which is no record: {error}")
+            continue
         with refusing(path):
-            for place, stated in _manifests(files.read_json(path)):
-                yield path.name, args.model or _find_model(place, path), manifest.parse(stated)
+            for key, place, stated in _manifests(content):
+                moved = args.model if key == "model" and not _is_rescan(path.name) else None
+                model = moved or _find_model(key, place, path, content)
+                yield path.name, model, manifest.parse(stated)
 
 
 def _compare_companions(place: pathlib.Path) -> list[tuple[str, str, str]]:
@@ -96,28 +108,54 @@ def _compare_companions(place: pathlib.Path) -> list[tuple[str, str, str]]:
         names = {*stated, *(case.companions(place) if record == case.RECORD else [])}
         there = {n: case.digest(place / n) for n in names if (place / n).is_file()}
         words = manifest.differences(stated, there)
-        rows += [(record, str(place / name), word) for name, word in words.items()]
+        rows += [(record, str(place.absolute() / name), word) for name, word in words.items()]
     return rows
 
 
-def _manifests(content: Any) -> Iterator[tuple[str, Any]]:
-    """(path, manifest) of every model in a record."""
-    waiting = [content]
+def _manifests(content: Any) -> Iterator[tuple[str, str, Any]]:
+    """(key, path, manifest) of every model in a record."""
+    waiting = [("", content)]
     while waiting:
-        value = waiting.pop()
+        key, value = waiting.pop()
         if isinstance(value, dict):
             if isinstance(value.get("manifest"), dict) and isinstance(value.get("path"), str):
-                yield value["path"], value["manifest"]
-            waiting += reversed([entry for name, entry in value.items() if name != "manifest"])
+                yield key, value["path"], value["manifest"]
+            waiting += reversed([each for each in value.items() if each[0] != "manifest"])
         elif isinstance(value, list):
-            waiting += reversed(value)
+            waiting += reversed([(key, each) for each in value])
 
 
-def _find_model(place: str, record: pathlib.Path) -> pathlib.Path:
-    """Path of the record's model: as recorded, or beside the record. A record inside a model folder
-    names it "."."""
+def _find_model(key: str, place: str, record: pathlib.Path, content: Any) -> pathlib.Path:
+    """The model under `key` of a record, which names it `place`; "." is the record's own folder.
+
+    What a repair wrote is only in the record's folder: a file elsewhere would be another copy. Any
+    other model is at its absolute path, else beside the record or its case, else in the working
+    folder.
+    """
     beside = record.parent / (place if place == "." else pathlib.Path(place).name)
-    return beside if place == "." or not pathlib.Path(place).exists() else pathlib.Path(place)
+    if key == "repaired":
+        return beside
+    inputs = content.get("inputs") if isinstance(content, dict) else None
+    stated = inputs.get("model") if isinstance(inputs, dict) else None
+    full = stated.get("absolute") if isinstance(stated, dict) else None
+    places = [beside, pathlib.Path(place)]
+    if case.is_case(record.parent):
+        places.insert(1, record.parent.absolute().parent / beside.name)
+    if isinstance(full, str) or os.path.isabs(full := place):
+        # a rescan's model is one that a repair wrote, so a copy beside the record comes first
+        places.insert(1 if _is_rescan(record.name) else 0, pathlib.Path(full))
+    # not `Path.exists`, which raises for a folder that may not be entered
+    return next((each for each in places if os.path.exists(each)), places[0])
+
+
+def _is_rescan(name: str) -> bool:
+    """Whether a record of that name is the scan of a repaired model beside it."""
+    return f".{name}".endswith(f".{case.RESCAN}")
+
+
+def _is_result(name: str) -> bool:
+    """Whether the verbs give a record that name; such a file is damaged if it cannot be read."""
+    return name == case.RECORD or _is_rescan(name) or f".{name}".endswith(f".{case.REPAIR}")
 
 
 def _list_companions(place: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, dict[str, str]]]:
