@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import shutil
 import pathlib
+import shutil
 
 import jax
 import numpy as np
