@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxbd import files
 from jaxbd.cli import common, show
@@ -22,7 +23,8 @@ BLIND = (
 def open_suspect(path: Any, reading: common.Reading) -> models.Model:
     """Opens the model; assumes what only images could tell, and prints a note about it.
 
-    Raises: UserError for a guarded model; no margin can be searched through one.
+    Raises: UserError for a guarded model, since no margin can be searched through one, and for one
+      whose logits are not finite.
     """
     given = common.stated(reading)
     model = common.open_model(
@@ -37,13 +39,17 @@ def open_suspect(path: Any, reading: common.Reading) -> models.Model:
     if reading.image_shape is None and not (common.is_ours(model) or common.has_fixed_size(model)):
         height, width, _ = model.spec.image_shape
         show.note(f"note: the file does not say how large images are; assuming {height}x{width}")
+    common._check_answers(model)
     return model
 
 
 def search(
     run: Run, model: models.Model, reading: common.Reading, config: margin_scan.Config
 ) -> dict[str, Any]:
-    """The content of scan.json."""
+    """The content of scan.json.
+
+    Raises: FloatingPointError if the logits overflow on the images that are searched.
+    """
     suspect = models.suspect_of(model)
     spec = model.spec
     names = tuple(spec.class_names or map(str, range(spec.classes)))
@@ -54,7 +60,16 @@ def search(
             " margin mirrors the other"
         )
     else:
-        found = margin_scan.scan(run, jax.random.key(reading.seed), suspect, config)
+        overflow = FloatingPointError(
+            f"{model.path}: its logits are not finite on some images, so it has no margins to"
+            " compare; ask for the file again"
+        )
+        try:
+            found = margin_scan.scan(run, jax.random.key(reading.seed), suspect, config)
+        except FloatingPointError:
+            raise overflow from None
+        if np.isnan(found.outliers.p_value) and found.outliers.measured < spec.classes:
+            raise overflow
     content = results.first_answer(
         found,
         why_not,

@@ -1,7 +1,7 @@
 """`jaxbd-pre-commit FILE …`: scans every model file in a commit, without data.
 
-Exit code 1 if a class stands out in any model, 2 if a file cannot be read, else 0. Files that
-belong to a model, such as its activation bounds or a jaxbd folder's guard, are read with it.
+Exit code 1 if a class stands out in any model, 2 if a file cannot be read, else 0. The files of a
+jaxbd folder are read as one model; activation bounds are read with the model beside them.
 """
 
 import argparse
@@ -11,10 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxbd.limits import clean_text
-
-BESIDE = (".bounds.safetensors", "guard.safetensors")
-"""Endings of files that are not models on their own."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks each model in turn; returns the worst exit code."""
@@ -34,16 +30,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def list_models(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     """The models to open for the changed `files`; a model folder appears once, however many of its
-    files changed."""
+    own files changed. Prints which files are no models."""
     from jaxbd.interop import folder
 
     models = []
     for path in files:
-        if folder.is_model(path.parent):
+        if path.name in (folder.WEIGHTS, folder.CONFIG, folder.GUARD) and folder.is_model(
+            path.parent
+        ):
             models.append(path.parent)
-        elif not path.name.endswith(BESIDE):
+        elif is_bounds(path):
+            _say(f"{path}: activation bounds, which are read with the model beside them")
+        else:
             models.append(path)
     return list(dict.fromkeys(models))
+
+
+def is_bounds(path: pathlib.Path) -> bool:
+    """Whether `path` holds activation bounds and nothing else. Its name alone proves nothing."""
+    from jaxbd.base import UserError
+    from jaxbd.interop import beside, safetensors_file
+    from jaxbd.limits import Limits, opened, refusing
+
+    if not path.name.endswith(beside.ENDING):
+        return False
+    try:
+        with refusing(path), opened(path, Limits()) as (file, size):
+            tensors, _ = safetensors_file.read(file, size, Limits())
+    except (UserError, OSError):
+        return False
+    return all(name.startswith("bounds/") for name in tensors)
 
 
 def _answer(path: pathlib.Path, pass_unreadable: bool) -> int:
@@ -56,6 +72,10 @@ def _answer(path: pathlib.Path, pass_unreadable: bool) -> int:
         # a refused file may be hostile, so it passes only if the user says so
         _say(f"{path}: {'passed over, ' if pass_unreadable else ''}{error}")
         return 0 if pass_unreadable else 2
+    except Exception as error:
+        # Python exits with 1 on a crash, but here 1 means that a class stands out
+        _say(f"{path}: could not be checked, {type(error).__name__}: {error}")
+        return 2
     from jaxbd.cli import first_answer
 
     names = tuple(row["name"] for row in content["classes"])

@@ -4,17 +4,23 @@ import json
 import pathlib
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from jaxbd.base import UserError
 from jaxbd.cli import case as cases
-from jaxbd.cli import common, holding, known, pre_commit
+from jaxbd.cli import common, first_answer, holding, known, pre_commit
 from jaxbd.cli.main import main
 from jaxbd.cli.rebuild import rebuild
 from jaxbd.files import plain
+from jaxbd.interop import folder, load, safetensors_file
+from jaxbd.models import build
+from jaxbd.pipelines import margin_scan
 from jaxbd.pipelines.pair_rules import Config as PairConfig
 from jaxbd.pipelines.scan import PRESETS, ScanConfig
 from jaxbd.report import results
+from jaxbd.training.run import Run
 
 DATA = ["--data", "digits", "--limit", "200"]
 SURE = ["--detection.threshold", "1e-6", "--detection.doubt", "1e-6"]
@@ -343,3 +349,65 @@ def test_the_hook_answers_for_each_model_once(made, tmp_path, monkeypatch, capsy
     assert pre_commit.main([str(tmp_path / "bad.pth")]) == 2
     assert pre_commit.main([str(tmp_path / "bad.pth"), "--pass-unreadable"]) == 0
     assert pre_commit.main([]) == 0
+
+
+def save_toy(path: pathlib.Path, **changed) -> pathlib.Path:
+    """A folder with an untrained net; `changed` tensors, by the end of their name, are scaled."""
+    spec = build.Spec(
+        arch="cnn", classes=10, image_shape=(8, 8, 1), options={"width": 4, "stages": 2}
+    )
+    tensors = folder.flatten(build.net(spec).init(jax.random.key(0)))
+    for name, factor in changed.items():
+        tensors[f"params/{name}/kernel"] = np.asarray(tensors[f"params/{name}/kernel"]) * factor
+        tensors[f"params/{name}/kernel"] = np.clip(tensors[f"params/{name}/kernel"], -9e14, 9e14)
+    folder.save(path, spec, folder.unflatten(tensors))
+    return path
+
+
+def test_the_hook_opens_each_file_that_is_not_one_of_a_folders_own(tmp_path, monkeypatch, capsys):
+    """Whatever it is called: a name proves nothing."""
+    model, opened = save_toy(tmp_path / "m"), []
+
+    def answer(path):
+        opened.append(path)
+        raise UserError("no model")
+
+    monkeypatch.setattr(pre_commit, "answer", answer)
+    names = ["evil.pth", "xguard.safetensors", "x.bounds.safetensors"]
+    others = [model / name for name in names] + [tmp_path / "guard.safetensors"]
+    for path in others:
+        path.write_bytes(b"PK")
+    assert pre_commit.main([str(path) for path in others]) == 2 and opened == others
+    opened.clear()
+    (model / "guard.safetensors").write_bytes(b"PK")
+    assert pre_commit.main([str(model / "guard.safetensors")]) == 2 and opened == [model]
+    opened.clear()
+    capsys.readouterr()
+    bounds = tmp_path / "r.bounds.safetensors"
+    safetensors_file.write(bounds, {"bounds/norm0/upper": np.ones(4, np.float32)}, {})
+    assert pre_commit.main([str(bounds)]) == 0 and not opened
+    assert f"{bounds}: activation bounds" in capsys.readouterr().out
+
+
+def test_the_hook_passes_no_model_that_could_not_be_checked(tmp_path, monkeypatch, capsys):
+    """A crash is no "stands out", which is Python's own exit code for one."""
+
+    def answer(path):
+        raise ZeroDivisionError("by chance")
+
+    monkeypatch.setattr(pre_commit, "answer", answer)
+    assert pre_commit.main(["m.pth", "--pass-unreadable"]) == 2
+    assert "m.pth: could not be checked, ZeroDivisionError: by chance" in capsys.readouterr().out
+
+
+def test_logits_that_overflow_are_no_first_answer(tmp_path, monkeypatch):
+    """For a black image, or only where the search went; the hook and `scan` say the same."""
+    steep = save_toy(tmp_path / "steep", conv0=1e15, conv1=1e15, head=1e15)
+    config = margin_scan.Config(starts=1, steps=2)
+    with pytest.raises(FloatingPointError, match=r"steep: its logits are not finite on some"):
+        first_answer.search(Run(), load.open_model(steep), common.Reading(), config)
+    model = load.open_model(save_toy(tmp_path / "m"))
+    logits = lambda net, variables, batch: np.full((1, 10), np.inf)
+    monkeypatch.setattr(common.evaluate, "logits", logits)
+    with pytest.raises(UserError, match="not finite, even for a black image"):
+        first_answer.open_suspect(model.path, common.Reading())
