@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxbd.limits import clean_text
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks each model in turn; returns the worst exit code."""
     parser = argparse.ArgumentParser(
