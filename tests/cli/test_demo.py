@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from jaxbd.cli.commands import demo
+from jaxbd.cli.main import main
 from jaxbd.detection.detect import Decision
 from jaxbd.detection.verdict import Judgement
 
@@ -34,3 +35,29 @@ def test_a_twin_that_is_not_accused_is_no_failure(capsys, suspect, twin, code, w
     )
     assert demo._say(demo.Args(), found, 9.0) == code
     assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_demo_replaces_an_earlier_demo_and_nothing_else(tmp_path, monkeypatch, capsys):
+    """Above all no case, whose scan.json and report.html have the same names."""
+    started = []
+    monkeypatch.setattr(demo, "_plant", lambda *args: started.append(args) or 1 / 0)
+    out = tmp_path / "out"
+
+    def refused() -> bool:
+        started.clear()
+        code = main(["demo", "--out", str(out)])
+        said = capsys.readouterr().err
+        return code == 2 and "is not overwritten: it contains" in said and not started
+
+    assert not refused() and started
+    (out / "triggers").mkdir(parents=True)
+    (out / "scan.json").write_text("mine")
+    assert refused() and (out / "scan.json").read_text() == "mine"
+    (out / "triggers").rmdir()
+    assert refused()
+    (out / "suspect").mkdir()
+    for name in ("scan-twin.json", "suspect/model.safetensors", "suspect/config.json"):
+        (out / name).write_text("the demo's")
+    assert not refused() and started
+    (out / "triggers").mkdir()
+    assert refused()

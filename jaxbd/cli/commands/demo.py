@@ -13,6 +13,7 @@ from jaxbd import files
 from jaxbd.attacks import badnets
 from jaxbd.base import Batch, Net, Suspect, UserError
 from jaxbd.cli import by_class, class_page, common, outputs, show
+from jaxbd.cli import case as cases
 from jaxbd.cli.progress import Progress
 from jaxbd.data import digits, draw
 from jaxbd.interop import folder
@@ -33,6 +34,8 @@ TRAIN, DEFENCE = 997, 400
 BATCH = 64
 LEVELS = (0.5, 0.8, 0.9)
 WRITTEN = ("suspect", "twin", "repaired")
+TWIN = "scan-twin.json"
+"""The twin's record, by which a later demo knows its own folder."""
 OTHERS = (
     "This page shows one repair, unlearning. You can try the others on the models in this folder:"
     " `jaxbd repair suspect --data digits --method bna --out guarded` leaves the weights alone and"
@@ -57,7 +60,8 @@ class Args:
     jaxbd-demo/suspect --data digits --method bna --out guarded`.
 
     Attributes:
-      out: folder for the models, scan.json, repair.json and report.html; created if missing.
+      out: folder for the models, scan.json, repair.json and report.html; created if missing. Only
+        the folder of an earlier demo is written over.
       seed: seed for all random choices; the attacked class is the seed modulo 10.
       scan_steps: optimisation steps of each part of the scan.
       repair_steps: optimisation steps of each repair.
@@ -100,9 +104,7 @@ class Found(NamedTuple):
 def run(args: Args) -> int:
     """Runs the demo; returns 0 if the suspect's class is named and the twin is not accused, 1
     otherwise."""
-    outputs.check_output(args.out / "report.html")
-    for name in WRITTEN:
-        outputs.check_output(args.out / name, folder=True)
+    check(args.out)
     common.start()
     started = time.perf_counter()
     config = _scan_config(args)
@@ -126,6 +128,21 @@ def run(args: Args) -> int:
     found = Found(case, twin, scans, before, repaired, after, curves)
     _write(args, config, found)
     return _say(args, found, time.perf_counter() - started)
+
+
+def check(out: pathlib.Path) -> None:
+    """Checks that the demo can be written to `out`, before any work.
+
+    Raises: UserError for a folder that an earlier demo did not write.
+    """
+    held = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
+    own = (out / TWIN).is_file() and folder.is_model(out / "suspect")
+    if held and (not own or cases.is_case(out)):
+        what = ", ".join(held[:3])
+        raise UserError(f"--out {out} is not overwritten: it contains {what}; choose another name")
+    outputs.check_output(out / "report.html")
+    for name in WRITTEN:
+        outputs.check_output(out / name, folder=True)
 
 
 def _scan_config(args: Args) -> scanning.ScanConfig:
@@ -220,7 +237,7 @@ def _write(args: Args, config: scanning.ScanConfig, found: Found) -> None:
         folder.save(args.out / name, _spec(), variables)
     records = {name: _scan_record(args, config, found, name) for name in found.scans}
     files.write_json(args.out / "scan.json", records["suspect"])
-    files.write_json(args.out / "scan-twin.json", records["twin"])
+    files.write_json(args.out / TWIN, records["twin"])
     files.write_json(args.out / "repair.json", _repair_record(args, found))
     page.write(args.out / "report.html", _content(args, config, found, records))
 
