@@ -7,6 +7,7 @@ from anyone, so every field is checked before it is used.
 
 import base64
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -80,11 +81,10 @@ def check(path: pathlib.Path, stopping: job.Flags) -> None:
 
     Raises: UserError naming what is in the way. --force replaces a case and nothing else.
     """
-    place = path.expanduser()
-    if place.exists():
-        held = {each.name for each in place.iterdir()} if place.is_dir() else {"a file"}
+    if path.exists():
+        held = {each.name for each in path.iterdir()} if path.is_dir() else {"a file"}
         others = sorted(name for name in held if not _is_ours(name))
-        if held and (others or not is_case(place)):
+        if held and (others or not is_case(path)):
             what = ", ".join(others[:3]) or "half a case"
             raise UserError(
                 f"--out {path} is not overwritten: it contains {what}; choose another name"
@@ -181,7 +181,7 @@ def describe_inputs(args: Any, read: Any = None) -> dict[str, Any]:
     reading = dataclasses.asdict(args.reading)
     del reading["download"]  # a record must not be able to turn on network access
     if args.reading.classes is not None:
-        reading["classes"] = str(args.reading.classes.expanduser().absolute())
+        reading["classes"] = str(args.reading.classes.absolute())
     data = None
     if args.data is not None:
         data = {**place_of(args.data), "sha256": common.digest(read)}
@@ -191,7 +191,7 @@ def describe_inputs(args: Any, read: Any = None) -> dict[str, Any]:
 def place_of(source: str | pathlib.Path) -> dict[str, str | None]:
     """What a record says about where an input is: the path as given, and its absolute path if there
     is one."""
-    path = pathlib.Path(source).expanduser()
+    path = pathlib.Path(os.path.expanduser(source))
     return {"given": str(source), "absolute": str(path.absolute()) if path.exists() else None}
 
 

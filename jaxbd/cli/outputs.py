@@ -33,7 +33,7 @@ def check_output(path: pathlib.Path | None, *, folder: bool = False) -> None:
     """
     if path is None:
         return
-    path = path.expanduser().absolute()
+    path = path.absolute()
     if folder and path.exists():
         held = {f"a file of that name, {path.name}"}
         if path.is_dir():
@@ -52,7 +52,7 @@ def check_output(path: pathlib.Path | None, *, folder: bool = False) -> None:
 
 def check_writable(path: pathlib.Path) -> None:
     """Raises UserError if nothing can be written at `path`, which need not exist."""
-    path = path.expanduser().absolute()
+    path = path.absolute()
     above = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     try:
         with tempfile.TemporaryFile(dir=above):
@@ -85,8 +85,7 @@ def refuse_existing(flag: str, path: pathlib.Path | None, *, replace: bool) -> N
     """
     if path is None or replace:
         return
-    place = path.expanduser()
-    if place.exists() and not _is_empty_folder(place):
+    if path.exists() and not _is_empty_folder(path):
         raise UserError(f"{flag} {path} already exists; choose another name, or give --force")
 
 
@@ -110,9 +109,10 @@ def check_model_output(
             f"models cannot be written as {path.suffix}; end --out with {known}, or with no ending"
             " for a jaxbd folder"
         )
-    place = path.expanduser().resolve()
+    place = path.resolve()
     for each in () if force else inputs:
-        if each is not None and place == pathlib.Path(each).expanduser().resolve():
+        # --data is text, in which the parser expands no "~"
+        if each is not None and place == pathlib.Path(os.path.expanduser(each)).resolve():
             raise UserError(
                 f"--out {path} is also an input; choose another path, or give --force to overwrite"
                 " it"
@@ -126,8 +126,8 @@ def check_page(path: pathlib.Path | None, others: Iterable[pathlib.Path]) -> Non
     if path is None:
         return
     check_output(path)
-    place = path.expanduser().resolve()
-    if {other.expanduser().resolve() for other in others} & {place, *place.parents}:
+    place = path.resolve()
+    if {other.resolve() for other in others} & {place, *place.parents}:
         raise UserError(
             f"--report {path} is where the model, output or checkpoints are; choose another name"
         )
@@ -146,7 +146,7 @@ def write_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], object]) -> 
     """
     if not devices.is_first():
         return
-    path = path.expanduser().resolve()  # of a symlink, replace the folder and keep the link
+    path = path.resolve()  # of a symlink, replace the folder and keep the link
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

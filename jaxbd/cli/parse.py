@@ -7,6 +7,8 @@ choose the method, then `parse` reads all flags into the `Args` built for that m
 import argparse
 import dataclasses
 import difflib
+import os
+import pathlib
 import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -33,6 +35,23 @@ def _bytes_rule(
         instance_from_str=lambda words: Bytes.parse(words[0]),
         is_instance=lambda value: isinstance(value, int),
         str_from_instance=lambda value: [str(int(value))],
+    )
+
+
+@REGISTRY.primitive_rule
+def _path_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Expands "~" once, here: the shell leaves it in --out=~/x.pth, and no later reader of a path
+    has to know."""
+    if info.type is not pathlib.Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: pathlib.Path(os.path.expanduser(words[0])),
+        is_instance=lambda value: isinstance(value, pathlib.Path),
+        str_from_instance=lambda value: [str(value)],
     )
 
 
