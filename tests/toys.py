@@ -1,10 +1,13 @@
 """Hand-built victims and data whose answers are known, small enough for seconds on a CPU."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Array, Batch, Net, Variables
+from jaxbd.interop import folder
 from jaxbd.models import build
 
 SHAPE = (8, 8, 1)
@@ -101,3 +104,15 @@ class Counted:
     def apply(self, variables, images, *, train=False):
         self.traces += 1
         return NET.apply(variables, images, train=train)
+
+
+def save(path: pathlib.Path, scale: float = 1.0) -> pathlib.Path:
+    """A model folder with an untrained net of ten classes, whose kernels are multiplied by `scale`,
+    as far as a reader takes them."""
+    options = {"width": 4, "stages": 2}
+    spec = build.Spec(arch="cnn", classes=10, image_shape=(8, 8, 1), options=options)
+    tensors = folder.flatten(build.net(spec).init(jax.random.key(0)))
+    for name in filter(lambda name: name.endswith("kernel"), tensors):
+        tensors[name] = np.clip(np.asarray(tensors[name]) * scale, -9e14, 9e14)
+    folder.save(path, spec, folder.unflatten(tensors))
+    return path

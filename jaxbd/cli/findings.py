@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxbd import files
 from jaxbd.base import UserError
-from jaxbd.cli import case, common, outputs, recovered
+from jaxbd.cli import case, common, job, outputs, recovered
 from jaxbd.report import mlbom, sarif
 
 ENDINGS = {
@@ -38,7 +38,7 @@ def check(args: Any) -> None:
     Raises: UserError naming the first output that cannot, or whose path is also another output or
       the model.
     """
-    taken = [pathlib.Path(args.model)]
+    taken, own = [pathlib.Path(args.model)], args.out or args.report
     for flag, endings in ENDINGS.items():
         path = getattr(args, flag)
         if path is None:
@@ -48,11 +48,12 @@ def check(args: Any) -> None:
         else:
             outputs.check_output(path)
             outputs.check_ending(f"--{flag}", path, endings)
-            outputs.refuse_existing(f"--{flag}", path, replace=args.stopping.replace)
-        place = path.expanduser().resolve()
-        for other in taken:
-            if place == other.expanduser().resolve() and not args.stopping.force:
-                raise UserError(f"--{flag} {path} is also another input or output; choose a name")
+            stopping = args.stopping
+            replace = stopping.replace if path == own else job.may_replace(own, stopping)
+            outputs.refuse_existing(f"--{flag}", path, replace=replace)
+        # even with --force: the second output would replace the first
+        if path.resolve() in [other.resolve() for other in taken]:
+            raise UserError(f"--{flag} {path} is also another input or output; choose a name")
         taken.append(path)
 
 

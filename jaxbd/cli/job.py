@@ -38,7 +38,8 @@ class Flags:
 
     @property
     def replace(self) -> bool:
-        """Whether an existing output may be replaced."""
+        """Whether the output whose run is continued may be replaced; with --resume, `prepare` still
+        refuses one without an unfinished run. For other outputs, see `may_replace`."""
         return self.force or self.resume
 
     def __post_init__(self):
@@ -66,13 +67,24 @@ def prepare(out: pathlib.Path | None, flags: Flags) -> Paths | None:
                 "--resume continues the run beside the output; give the same --out as before"
             )
         return None
-    out = out.expanduser().absolute()
-    paths = Paths(*(out.with_name(out.name + ending) for ending in (".run", ".metrics.jsonl")))
+    out = out.absolute()
+    paths = _beside(out)
     lock.check(paths.checkpoints)
     _check_state(out, paths, flags)
     if flags.resume and not checkpoint.is_started(paths.checkpoints):
         show.note(f"nothing to resume at {paths.checkpoints}: starting from the beginning")
     return paths
+
+
+def may_replace(out: pathlib.Path | None, flags: Flags) -> bool:
+    """Whether the outputs besides `out` may be replaced: with --force, or if --resume continues an
+    unfinished run beside `out`, which may have written some of them."""
+    started = out is not None and checkpoint.is_started(_beside(out).checkpoints)
+    return flags.force or (flags.resume and started)
+
+
+def _beside(out: pathlib.Path) -> Paths:
+    return Paths(*(out.with_name(out.name + ending) for ending in (".run", ".metrics.jsonl")))
 
 
 def _check_state(out: pathlib.Path, paths: Paths, flags: Flags) -> None:

@@ -4,9 +4,9 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
+import toys
 
 from jaxbd.base import UserError
 from jaxbd.cli import case as cases
@@ -14,8 +14,7 @@ from jaxbd.cli import common, first_answer, holding, known, pre_commit
 from jaxbd.cli.main import main
 from jaxbd.cli.rebuild import rebuild
 from jaxbd.files import plain
-from jaxbd.interop import folder, load, safetensors_file
-from jaxbd.models import build
+from jaxbd.interop import load, safetensors_file
 from jaxbd.pipelines import margin_scan
 from jaxbd.pipelines.pair_rules import Config as PairConfig
 from jaxbd.pipelines.scan import PRESETS, ScanConfig
@@ -351,22 +350,9 @@ def test_the_hook_answers_for_each_model_once(made, tmp_path, monkeypatch, capsy
     assert pre_commit.main([]) == 0
 
 
-def save_toy(path: pathlib.Path, **changed) -> pathlib.Path:
-    """A folder with an untrained net; `changed` tensors, by the end of their name, are scaled."""
-    spec = build.Spec(
-        arch="cnn", classes=10, image_shape=(8, 8, 1), options={"width": 4, "stages": 2}
-    )
-    tensors = folder.flatten(build.net(spec).init(jax.random.key(0)))
-    for name, factor in changed.items():
-        tensors[f"params/{name}/kernel"] = np.asarray(tensors[f"params/{name}/kernel"]) * factor
-        tensors[f"params/{name}/kernel"] = np.clip(tensors[f"params/{name}/kernel"], -9e14, 9e14)
-    folder.save(path, spec, folder.unflatten(tensors))
-    return path
-
-
 def test_the_hook_opens_each_file_that_is_not_one_of_a_folders_own(tmp_path, monkeypatch, capsys):
     """Whatever it is called: a name proves nothing."""
-    model, opened = save_toy(tmp_path / "m"), []
+    model, opened = toys.save(tmp_path / "m"), []
 
     def answer(path):
         opened.append(path)
@@ -402,11 +388,11 @@ def test_the_hook_passes_no_model_that_could_not_be_checked(tmp_path, monkeypatc
 
 def test_logits_that_overflow_are_no_first_answer(tmp_path, monkeypatch):
     """For a black image, or only where the search went; the hook and `scan` say the same."""
-    steep = save_toy(tmp_path / "steep", conv0=1e15, conv1=1e15, head=1e15)
+    steep = toys.save(tmp_path / "steep", scale=1e15)
     config = margin_scan.Config(starts=1, steps=2)
     with pytest.raises(FloatingPointError, match=r"steep: its logits are not finite on some"):
         first_answer.search(Run(), load.open_model(steep), common.Reading(), config)
-    model = load.open_model(save_toy(tmp_path / "m"))
+    model = load.open_model(toys.save(tmp_path / "m"))
     logits = lambda net, variables, batch: np.full((1, 10), np.inf)
     monkeypatch.setattr(common.evaluate, "logits", logits)
     with pytest.raises(UserError, match="not finite, even for a black image"):

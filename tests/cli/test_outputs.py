@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import toys
 
+from jaxbd.base import UserError
+from jaxbd.cli import findings, job
 from jaxbd.cli.main import main
 from jaxbd.training import lock
 
@@ -228,3 +232,62 @@ def test_the_record_of_a_repair_is_whole_or_not_at_all(model, tmp_path, capsys, 
     assert main(command) == 0
     content = json.loads((tmp_path / "fixed.repair.json").read_text())
     assert np.isfinite(content["after"]["clean_accuracy"])
+
+
+def test_home_is_expanded_once_and_for_all(tmp_path, monkeypatch, capsys):
+    """`--out=~/x` reaches the program as it is; what was checked is what is written."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for place in (home, here):
+        place.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    toy = toys.save(tmp_path / "toy")
+    for name in ("x.pth", "x"):
+        assert main(["convert", str(toy), f"--out=~/{name}"]) == 0
+        assert (home / name).exists()
+        assert main(["convert", str(toy), f"--out=~/{name}"]) == 2
+        assert "already exists" in refusal(capsys)
+    (home / "null.json").write_text("{}")
+    words = ["calibrate", str(toy), "--data", "never-read.npz", "--out=~/null.json"]
+    assert main(words) == 2 and "already exists" in refusal(capsys)
+    assert not list(here.iterdir()), "a folder called ~"
+
+
+def scan_flags(args: dict, **stopping):
+    outputs = {"out": None, "report": None, "sarif": None, "mlbom": None, **args}
+    return SimpleNamespace(model=pathlib.Path("m.pth"), stopping=job.Flags(**stopping), **outputs)
+
+
+def test_resume_replaces_nothing_without_an_unfinished_run(tmp_path, monkeypatch, capsys):
+    """Then it is a first run, and the other outputs are someone else's."""
+    mine = tmp_path / "mine.json"
+    mine.write_text("{}")
+    for flag in ("sarif", "mlbom", "report"):
+        other = mine.with_suffix(".html") if flag == "report" else mine
+        other.write_text("{}")
+        flags = scan_flags({"out": tmp_path / "fresh.json", flag: other}, resume=True)
+        with pytest.raises(UserError, match="already exists"):
+            findings.check(flags)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                job.checkpoint, "is_started", lambda folder: folder.name == "fresh.json.run"
+            )
+            findings.check(flags)
+    command = ["repair", "m.pth", "--method", "dhbe", "--out", str(tmp_path / "f.pth"), "--resume"]
+    command += ["--report", str(tmp_path / "mine.html")]
+    for name in ("f.repair.json", "mine.html"):
+        (tmp_path / name).write_text("mine")
+        assert main(command) == 2
+        assert f"{name} already exists" in capsys.readouterr().err
+        (tmp_path / name).unlink()
+
+
+def test_two_outputs_of_one_path_are_refused_with_force_too(tmp_path):
+    """By any of its names: the second would replace the first."""
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("a.json")
+    for other in ("a.json", "link.json", "x/../a.json"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        paths = {"out": tmp_path / "a.json", "mlbom": tmp_path / other}
+        with pytest.raises(UserError, match="is also another input or output"):
+            findings.check(scan_flags(paths, force=True))

@@ -364,12 +364,13 @@ def _check(args: Any, method: methods.Method) -> job.Paths:
     outputs.check_model_output(args.out, inputs, force=args.stopping.force)
     figures = outcome.figures(args.out)
     outputs.check_output(None if in_folder else figures)
-    for each in (args.out, figures):
-        outputs.refuse_existing("--out", each, replace=args.stopping.replace)
+    outputs.refuse_existing("--out", args.out, replace=args.stopping.replace)
     paths = job.prepare(args.out, args.stopping)
     assert paths is not None
     outputs.check_page(args.report, [args.model, args.out, figures, *paths])
-    outputs.refuse_existing("--report", args.report, replace=args.stopping.replace)
+    for flag, each in (("--out", figures), ("--report", args.report)):
+        replace = job.may_replace(args.out, args.stopping)
+        outputs.refuse_existing(flag, each, replace=replace)
     return paths
 
 
