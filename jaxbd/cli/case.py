@@ -7,6 +7,7 @@ from anyone, so every field is checked before it is used.
 
 import base64
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -94,7 +95,11 @@ def check(path: pathlib.Path, stopping: job.Flags) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in {RECORD, PAGE, TRIGGERS, REPAIR, RESCAN} or name.startswith(REPAIRED)
+    """Whether a file of that name in a case is the case's own, such as a broken-off rescan."""
+    if name.startswith(".") and name.endswith(".lock"):  # left by a run that was killed
+        name = name[1:-5]
+    known = {RECORD, PAGE, TRIGGERS, REPAIR, RESCAN, f"{RESCAN}.run", f"{RESCAN}.metrics.jsonl"}
+    return name in known or name.startswith(REPAIRED)
 
 
 def write(
@@ -199,17 +204,42 @@ def place_of(source: str | pathlib.Path) -> dict[str, str | None]:
 
 
 def read(path: pathlib.Path) -> Case:
-    """Reads a case from its folder or its scan.json. Raises: UserError if `path` is neither."""
+    """Reads a case from its folder or its scan.json. Raises: UserError if `path` is neither, or
+    what it says of verdict and classes was edited into something no scan says."""
     record = path / RECORD if path.is_dir() else path
     content = files.read_json(record)
     if not isinstance(content, dict) or not isinstance(content.get("targets"), list):
         raise UserError(f"{record} is not the result of a scan; give what `jaxbd scan --out` wrote")
-    return Case(record.parent, record, content, digest(record))
+    found = Case(record.parent, record, content, digest(record))
+    _check_answer(found)
+    return found
+
+
+def _check_answer(case: Case) -> None:
+    """Raises UserError unless targets and leads are classes, and the verdict, if there is one, is a
+    scan's and fits the targets."""
+    rows = case.content.get("classes")
+    most = len(rows) if isinstance(rows, list) else math.inf
+    for name in ("targets", "leads"):
+        for number in case.get(name, kind=list) if name in case.content else ():
+            if type(number) is not int or not 0 <= number < most:
+                raise UserError(f"{case.record}: {name} has {quote(number)}, no class; scan again")
+    verdict = case.content.get("verdict")
+    if "verdict" in case.content and (type(verdict) is not str or verdict not in common.EXIT):
+        raise UserError(f"{case.record}: verdict is {quote(verdict)}; scan again")
+    if verdict == "backdoored" and not case.content["targets"]:
+        raise UserError(f"{case.record}: verdict is 'backdoored', of no class; scan again")
 
 
 def has_triggers(case: Case) -> bool:
     """Whether the scan saved the triggers it recovered."""
     return isinstance(case.content.get("trigger_files"), list)
+
+
+def has_trigger_for(case: Case, target: int) -> bool:
+    """Whether the scan saved a trigger to class `target`."""
+    rows = case.get("trigger_files", kind=list)
+    return any(isinstance(row, dict) and row.get("class") == target for row in rows)
 
 
 def check_model(case: Case, model: models.Model) -> None:

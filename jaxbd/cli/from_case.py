@@ -3,17 +3,19 @@ repaired model."""
 
 import dataclasses
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxbd.base import Suspect, UserError
-from jaxbd.cli import case, common, job, known, outputs, show
+from jaxbd import devices
+from jaxbd.base import Suspect, UserError, check_targets
+from jaxbd.cli import case, common, job, known, outcome, outputs, show
 from jaxbd.cli.case import Case
 from jaxbd.cli.commands import scan as scanning
 from jaxbd.cli.rebuild import rebuild
 from jaxbd.interop import hub
 from jaxbd.interop import load as models
+from jaxbd.limits import quote
 from jaxbd.methods import Method
 from jaxbd.pipelines.pair_rules import Config as PairConfig
 from jaxbd.pipelines.scan import ScanConfig
@@ -26,16 +28,20 @@ class Past(NamedTuple):
       case: the scan, with its triggers.
       is_own: whether the repair was called on this case, so that all outputs go into it.
       stated: whether the images are the ones named in the case; if so, their hash is checked.
+      searches: whether --target names a class for which the scan saved no trigger, so that the
+        repair searches for one.
     """
 
     case: Case
     is_own: bool = False
     stated: bool = False
+    searches: bool = False
 
 
 def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past | None]:
     """For `repair CASE`, the flags completed from the case, and the case; otherwise `args`
-    unchanged, and the case in --scan if it has triggers.
+    unchanged, and the case in --scan if it has triggers. A first answer without data has none, so
+    the repair searches for them.
 
     Args:
       usual: default reading settings; a value that differs from them was given by the user.
@@ -44,8 +50,15 @@ def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past
     if not case.is_case(args.model):
         if args.out is None:
             raise UserError("missing: --out; see jaxbd repair --help")
-        earlier = None if args.scan is None else case.read(args.scan)
-        return args, Past(earlier) if earlier and case.has_triggers(earlier) else None
+        if args.scan is None:
+            return args, None
+        earlier = case.read(args.scan)
+        if "data" in earlier.content and not earlier.has_searched:
+            show.note(f"note: {earlier.record} is a first answer without data: searching anew")
+            return dataclasses.replace(args, scan=None), None
+        if not case.has_triggers(earlier):
+            return args, None
+        return args, Past(earlier, searches=_lacks_trigger(earlier, args))
     if args.scan is not None:
         raise UserError("a case already is a scan; leave --scan out")
     found = case.read(args.model)
@@ -62,9 +75,16 @@ def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past
         changes[flag] = _find_data(found)
     if "clean" not in method.needs:
         changes["reading"] = _state_preprocessing(found, changes["reading"])
-    past = Past(found, is_own=True, stated=stated and flag == "data")
-    # a first answer without data has no triggers, so the repair searches for them
-    return dataclasses.replace(args, **changes), past if found.has_searched else None
+    args = dataclasses.replace(args, **changes)
+    if not found.has_searched:
+        return args, None
+    searches = _lacks_trigger(found, args)
+    return args, Past(found, is_own=True, stated=stated and flag == "data", searches=searches)
+
+
+def _lacks_trigger(found: Case, args: Any) -> bool:
+    target = args.given.target
+    return target is not None and not case.has_trigger_for(found, target)
 
 
 def _find_model(found: Case) -> pathlib.Path:
@@ -188,46 +208,75 @@ def _list_norms(found: Case, classes: int) -> np.ndarray | None:
     return norms if np.isfinite(norms).any() else None
 
 
+def place_rescan(out: pathlib.Path) -> pathlib.Path:
+    """Where the rescan of a model repaired into `out` goes: into the case it is in, else beside
+    it."""
+    if case.is_case(out.parent):
+        return out.parent / case.RESCAN
+    name = out.name if outputs.is_folder(out) else out.stem
+    return out.with_name(f"{name}.{case.RESCAN}")
+
+
 def is_repaired(args: Any, past: Past | None) -> bool:
     """Whether --resume finds the repair of a case finished, with only its rescan left to do."""
     if past is None or not past.is_own or not args.stopping.resume:
         return False
     unfinished = args.out.with_name(f"{args.out.name}.run").exists()
-    there = args.out.exists() and (past.case.folder / case.REPAIR).exists()
-    return there and not unfinished and not (past.case.folder / case.RESCAN).exists()
+    there = args.out.exists() and outcome.figures(args.out).exists()
+    return there and not unfinished and not place_rescan(args.out).exists()
+
+
+def check_rescan(args: Any, past: Past) -> None:
+    """Raises UserError if the repaired model could not be scanned with the suspect's settings, or
+    another model's scan is where the result belongs. Called before the repair."""
+    flags = _configure_rescan(args, past)
+    replace = job.may_replace(args.out, args.stopping)
+    outputs.refuse_existing("the rescan", flags.out, replace=replace)
+    job.prepare(flags.out, flags.stopping)
 
 
 def rescan(args: Any, past: Past) -> None:
-    """Scans the repaired model with the suspect's settings and writes the result into the case.
+    """Scans the repaired model with the suspect's settings and writes the result into the case, or
+    beside a repaired model that is elsewhere.
 
     Raises: UserError, which says that the repaired model is already written.
     """
+    flags = _configure_rescan(args, past)
+    if devices.is_first():
+        flags.out.unlink(missing_ok=True)  # the scan of a model that was replaced
+    show.say("", "Rescan of the repaired model, with the suspect's settings:")
+    try:
+        scanning.run(flags)
+    except UserError as error:
+        raise UserError(f"{args.out} is written, but was not scanned again: {error}") from None
+
+
+def _configure_rescan(args: Any, past: Past) -> Any:
+    """The flags of the rescan. Raises: UserError if the case states none that a scan takes."""
     found = past.case
-    method = found.get("config", "method", kind=str)
-    kind = scanning.kind_of(method)
+    kind = scanning.kind_of(found.get("config", "method", kind=str))
     by_pair = kind is scanning.by_pair
     config: Any = rebuild(
         PairConfig if by_pair else ScanConfig,
         found.get("config", kind=dict),
         f"{found.record}: config",
     )
-    out = found.folder / case.RESCAN
+    check_targets(config.targets, len(found.get("classes", kind=list)))
+    dtype: Any = found.content.get("compute_dtype") or "stored"
+    if dtype not in get_args(common.ComputeDtype):
+        raise UserError(f"{found.record}: compute_dtype is {quote(dtype)}; scan again")
+    out = place_rescan(args.out)
     begun = out.with_name(f"{out.name}.run").exists()
     stopping = job.Flags(
         resume=args.stopping.resume and begun, save_every=kind.SAVE_EVERY, force=True
     )
-    flags = (scanning.ByPair if by_pair else scanning.ByClass)(
+    return (scanning.ByPair if by_pair else scanning.ByClass)(
         model=args.out,
         data=args.data or args.test_data,
         out=out,
         search=config,
         stopping=stopping,
-        compute_dtype=found.content.get("compute_dtype") or "stored",
+        compute_dtype=dtype,
         # the repair may have cost accuracy, but the images and the preprocessing are the same
         reading=dataclasses.replace(args.reading, accept_accuracy=True),
     )
-    show.say("", "Rescan of the repaired model, with the suspect's settings:")
-    try:
-        scanning.run(flags)
-    except UserError as error:
-        raise UserError(f"{args.out} is written, but was not scanned again: {error}") from None

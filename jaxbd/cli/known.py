@@ -145,8 +145,6 @@ def classes_to_search(args: Any) -> tuple[int, ...]:
         return args.search.targets
     earlier = case.read(args.scan)
     targets = earlier.get("targets", kind=list)
-    if not all(type(target) is int for target in targets):
-        raise UserError(f"{earlier.record}: its targets are not classes; scan again")
     if not targets:
         raise UserError(
             f"{args.scan} names no target class, so there is nothing to repair; leave --scan out to"

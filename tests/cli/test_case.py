@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import toys
 
 from jaxbd.base import UserError
 from jaxbd.cli import case as cases
-from jaxbd.cli import common, first_answer, holding, known, pre_commit
+from jaxbd.cli import common, first_answer, from_case, holding, job, known, pre_commit
+from jaxbd.cli.commands import repair
 from jaxbd.cli.main import main
 from jaxbd.cli.rebuild import rebuild
 from jaxbd.files import plain
@@ -238,6 +240,135 @@ def test_masks_are_triggers_for_evaluate(made, tmp_path, capsys):
     trigger = ["--trigger", str(case / rows[0]["file"]), "--out", str(tmp_path / "rates.json")]
     assert main(["evaluate", str(made / "model"), *DATA, *trigger]) == 0
     assert read(tmp_path / "rates.json")["trigger"]["target"] == rows[0]["class"]
+
+
+# Cases that were edited, broken off, or repaired elsewhere: a toy, which nobody has scanned.
+
+
+@pytest.fixture
+def toy(tmp_path) -> pathlib.Path:
+    """A case with a trigger for no class."""
+    case, model = tmp_path / "toy", toys.save(tmp_path / "net")
+    (case / "triggers").mkdir(parents=True)
+    content = {
+        "verdict": "backdoored",
+        "targets": [3],
+        "leads": [],
+        "classes": [{"class": k, "name": str(k)} for k in range(10)],
+        "config": plain(results.settings(ScanConfig())),
+        "compute_dtype": "stored",
+        "data": {"source": "digits"},
+        "inputs": {
+            "model": {"given": "net", "absolute": str(model)},
+            "data": {"given": "digits", "absolute": None, "sha256": "0" * 64},
+            "reading": {},
+        },
+        "trigger_files": [],
+        "files": {},
+    }
+    (case / "scan.json").write_text(json.dumps(content))
+    return case
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list:
+    """What `repair` would search for once it reads the model, which it does not here."""
+    asked = []
+
+    def fail(args, method, *, searches):
+        asked.append((searches, args.search.targets, args.scan))
+        raise UserError("nothing is read here")
+
+    monkeypatch.setattr(repair, "_open", fail)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"targets": [{}]},
+        {"targets": [[3]]},
+        {"targets": [3.0]},
+        {"targets": ["a"]},
+        {"targets": [True]},
+        {"targets": [10]},
+        {"targets": [-1]},
+        {"targets": []},
+        {"targets": [], "verdict": "inconclusive", "leads": [{}]},
+        {"targets": [], "verdict": "inconclusive", "leads": 3},
+        {"verdict": "evil"},
+        {"verdict": ["clean"]},
+        {"verdict": None},
+        {"compute_dtype": "evil"},
+        {"compute_dtype": ["float32"]},
+        {"config": {"method": "auto", "steps": "many"}},
+        {"config": {"method": "auto", "targets": [10]}},
+    ],
+)
+def test_an_edited_case_is_refused_before_anything_is_read(toy, opened, capsys, fields):
+    change(toy / "scan.json", **fields)
+    line = refusal(capsys, "repair", toy, *REPAIR)
+    assert not opened and ("scan.json" in line or "target 10 is out of range" in line)
+
+
+def test_the_rescan_of_a_model_elsewhere_lies_beside_it(toy, opened, tmp_path, capsys):
+    """And takes no other scan's place: the case's rescan is of the case's model."""
+    past = from_case.Past(cases.read(toy), is_own=True)
+    assert from_case.place_rescan(toy / "repaired.pth") == toy / "rescan.json"
+    for name, beside in (("c.pth", "c.rescan.json"), ("c", "c.rescan.json")):
+        assert from_case.place_rescan(tmp_path / name) == tmp_path / beside
+    for out, other in ((toy / "r.pth", toy / "rescan.json"), (tmp_path / "c.pth", None)):
+        other = other or tmp_path / "c.rescan.json"
+        other.write_text("mine")
+        line = refusal(capsys, "repair", toy, *REPAIR, "--out", out)
+        assert f"{other} already exists" in line and not opened and other.read_text() == "mine"
+        for flag in ("--no-rescan", "--force"):
+            assert "nothing is read" in refusal(capsys, "repair", toy, *REPAIR, "--out", out, flag)
+            assert opened.pop()
+        other.unlink()
+    out = tmp_path / "c.pth"  # its figures are beside it, not in the case
+    args = SimpleNamespace(out=out, stopping=job.Flags(resume=True))
+    out.write_text("repaired")
+    assert not from_case.is_repaired(args, past)
+    (tmp_path / "c.repair.json").write_text("{}")
+    assert from_case.is_repaired(args, past)
+    (tmp_path / "c.rescan.json").write_text("{}")
+    assert not from_case.is_repaired(args, past)
+
+
+def test_a_class_without_a_trigger_is_searched_if_named(toy, opened, tmp_path, capsys):
+    """With the case as the model, or as its earlier scan."""
+    words = ["repair", tmp_path / "net", *DATA, "--scan", toy, "--out", tmp_path / "o.pth", *REPAIR]
+    for command in (["repair", toy, *REPAIR], words):
+        refusal(capsys, *command, "--target", 5)
+        assert opened.pop()[:2] == (True, (5,))
+        refusal(capsys, *command)
+        assert opened.pop()[:2] == (False, ())
+    change(toy / "scan.json", trigger_files=[{"class": 5}])
+    refusal(capsys, "repair", toy, *REPAIR, "--target", 5)
+    assert opened.pop()[:2] == (False, ())
+
+
+def test_an_earlier_first_answer_is_searched_anew(toy, opened, tmp_path, capsys):
+    """It found nothing because it had no images to search with."""
+    change(toy / "scan.json", data=None, verdict="inconclusive", targets=[], method="margin")
+    content = read(toy / "scan.json")
+    del content["leads"]
+    (toy / "scan.json").write_text(json.dumps(content))
+    command = ["repair", tmp_path / "net", *DATA, "--scan", toy, "--out", tmp_path / "o.pth"]
+    for method in ([], REPAIR):
+        refusal(capsys, *command, *method)
+        assert opened.pop() == (True, (), None)
+
+
+def test_what_a_broken_off_rescan_left_is_the_cases_own(toy):
+    (toy / "rescan.json.run").mkdir()
+    for name in (".rescan.json.run.lock", "rescan.json.metrics.jsonl", ".repaired.run.lock"):
+        (toy / name).write_text("")
+    cases.check(toy, job.Flags(force=True))
+    (toy / ".notes.lock").write_text("mine")
+    with pytest.raises(UserError, match=r"it contains \.notes\.lock"):
+        cases.check(toy, job.Flags(force=True))
 
 
 # Who may overwrite what.

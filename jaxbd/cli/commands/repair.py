@@ -98,7 +98,8 @@ class Args(Generic[Settings, Search]):
       level: the level for --evidence level.
       scan: an earlier scan: either a case, whose triggers replace the search, or a scan.json, which
         limits the search to its attacked classes.
-      rescan: whether to scan the repaired model of a case, into rescan.json.
+      rescan: whether to scan the repaired model of a case, into the case's rescan.json, or
+        <name>.rescan.json beside an --out elsewhere.
       given: the trigger, if you have it; then no scan is run.
       settings: settings of the method.
       search: what is searched, and for how long.
@@ -194,20 +195,24 @@ def run(args: Any) -> int:
     common.start()
     method = holding.find(args.method)
     args, past = from_case.fill_in(args, method, _usual_reading(method))
-    if past is not None and from_case.is_repaired(args, past):
+    rescans = past is not None and past.is_own and args.rescan and not method.guards
+    if rescans and from_case.is_repaired(args, past):
         from_case.rescan(args, past)
         return 0
     paths, settings = _check(args, method), with_steps(args.settings, args.steps)
+    if rescans:
+        from_case.check_rescan(args, past)
     loaded = triggers.load_trigger(args.given)
-    searches = loaded is None and past is None and "trigger" in method.needs
-    if "trigger" in method.needs and past is None:
+    searches = "trigger" in method.needs and (past is None or past.searches)
+    if searches:
         searched = dataclasses.replace(args.search, targets=known.classes_to_search(args))
         args = dataclasses.replace(args, search=searched)
-    there = _open(args, method, searches=searches)
+    there = _open(args, method, searches=searches and loaded is None)
     suspect, watch = models.suspect_of(there.model), None
     recalled = None
     if past is not None:
         from_case.check(past, there.model, there.material)
+    if past is not None and not past.searches:
         take_leads = args.method == DEFAULT
         recalled = from_case.recall(past, suspect, args.given.target, take_leads=take_leads)
     identity = _identify(args, method, there, loaded)
@@ -242,7 +247,7 @@ def run(args: Any) -> int:
             holding.say(held, args)
     beside = None if outputs.is_folder(args.out) else outcome.figures(args.out)
     show.written(args.out, beside, paths.metrics, args.report)
-    if past is not None and past.is_own and args.rescan and not repaired.guarded:
+    if rescans:
         from_case.rescan(args, past)
     return 0
 
