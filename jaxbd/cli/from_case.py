@@ -181,8 +181,8 @@ def recall(
     missing = sorted({*targets} - {each.target for each in evidence})
     if missing:
         raise UserError(
-            f"{found.record}: it has no trigger for class {missing[0]}; repair the model itself,"
-            " which searches for one"
+            f"{found.record}: it has no trigger for class {missing[0]}; give --target {missing[0]}"
+            " to search for one"
         )
     return known.Known(evidence, past=found, norms=_list_norms(found, suspect.classes))
 

@@ -74,16 +74,21 @@ def describe(
     facts["nonfinite"] = {
         name: bad for name, tensor in found.tensors.items() if (bad := fit.nonfinite(name, tensor))
     }
-    return facts | (_architecture(found, arch) if model is None else _graph(model))
+    if model is None:
+        return facts | _architecture(found, arch)
+    if arch is not None:
+        return facts | {"not_recognised": "the file describes its own net; leave --arch out"}
+    return facts | _graph(model)
 
 
 def _architecture(found: containers.Container, arch: str | None) -> dict[str, Any]:
     try:
         if found.kind == "folder" and guarded.is_guarded(pathlib.Path(found.path)):
-            return _read_guarded(found.path)
+            return _read_guarded(found.path, arch)
         if found.kind == "folder":
             whole = folder.read(found.path)
             spec, digests = whole.spec, whole.files
+            _check_stated(spec, arch)
         else:
             layout, variables = load.lay_out(found, arch)
             spec, digests = layout.spec, found.files
@@ -98,6 +103,13 @@ def _architecture(found: containers.Container, arch: str | None) -> dict[str, An
     facts["manifest"] = manifest.statement(pathlib.Path(found.path).name, digests)
     # a folder holds its own bounds
     return facts if found.kind == "folder" else facts | _bounds(found, spec, variables)
+
+
+def _check_stated(spec: build.Spec, arch: str | None) -> None:
+    """Raises UserError if a folder, which names its own architecture, is to be compared with
+    another."""
+    if arch not in (None, spec.arch):
+        raise UserError(f"the folder says {spec.arch}, not {arch}; leave --arch out")
 
 
 def _constants(found: containers.Container) -> dict[str, list[float]] | None:
@@ -125,11 +137,12 @@ def _graph(model: load.Model) -> dict[str, Any]:
     return {**facts, "manifest": whole}
 
 
-def _read_guarded(path: str) -> dict[str, Any]:
+def _read_guarded(path: str, arch: str | None) -> dict[str, Any]:
     """Facts about a guarded model. It is read as a whole or refused: described alone, its suspect
     would pass for the guarded model."""
     try:
         (spec, variables, digests), guard = guarded.read(path)
+        _check_stated(spec, arch)
     except UserError as error:
         return {"refused": str(error)}
     whole = manifest.statement(pathlib.Path(path).name, digests)

@@ -291,3 +291,13 @@ def test_two_outputs_of_one_path_are_refused_with_force_too(tmp_path):
         paths = {"out": tmp_path / "a.json", "mlbom": tmp_path / other}
         with pytest.raises(UserError, match="is also another input or output"):
             findings.check(scan_flags(paths, force=True))
+
+
+@pytest.mark.parametrize("name", ["m", "m.onnx"])
+def test_inspect_compares_an_architecture_that_the_file_states_itself(tmp_path, capsys, name):
+    toy = toys.save(tmp_path / "m")
+    if name != "m":
+        assert main(["convert", str(toy), "--out", str(tmp_path / name)]) == 0
+    assert main(["inspect", str(tmp_path / name), "--arch", "zzz"]) == 2
+    assert "leave --arch out" in refusal(capsys)
+    assert main(["inspect", str(toy), "--arch", "cnn"]) == 0
