@@ -217,9 +217,9 @@ def place_rescan(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{name}.{case.RESCAN}")
 
 
-def is_repaired(args: Any, past: Past | None) -> bool:
+def is_repaired(args: Any) -> bool:
     """Whether --resume finds the repair of a case finished, with only its rescan left to do."""
-    if past is None or not past.is_own or not args.stopping.resume:
+    if not args.stopping.resume:
         return False
     unfinished = args.out.with_name(f"{args.out.name}.run").exists()
     there = args.out.exists() and outcome.figures(args.out).exists()

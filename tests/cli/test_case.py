@@ -313,7 +313,6 @@ def test_an_edited_case_is_refused_before_anything_is_read(toy, opened, capsys, 
 
 def test_the_rescan_of_a_model_elsewhere_lies_beside_it(toy, opened, tmp_path, capsys):
     """And takes no other scan's place: the case's rescan is of the case's model."""
-    past = from_case.Past(cases.read(toy), is_own=True)
     assert from_case.place_rescan(toy / "repaired.pth") == toy / "rescan.json"
     for name, beside in (("c.pth", "c.rescan.json"), ("c", "c.rescan.json")):
         assert from_case.place_rescan(tmp_path / name) == tmp_path / beside
@@ -329,11 +328,11 @@ def test_the_rescan_of_a_model_elsewhere_lies_beside_it(toy, opened, tmp_path, c
     out = tmp_path / "c.pth"  # its figures are beside it, not in the case
     args = SimpleNamespace(out=out, stopping=job.Flags(resume=True))
     out.write_text("repaired")
-    assert not from_case.is_repaired(args, past)
+    assert not from_case.is_repaired(args)
     (tmp_path / "c.repair.json").write_text("{}")
-    assert from_case.is_repaired(args, past)
+    assert from_case.is_repaired(args)
     (tmp_path / "c.rescan.json").write_text("{}")
-    assert not from_case.is_repaired(args, past)
+    assert not from_case.is_repaired(args)
 
 
 def test_a_class_without_a_trigger_is_searched_if_named(toy, opened, tmp_path, capsys):

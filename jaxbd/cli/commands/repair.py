@@ -195,13 +195,15 @@ def run(args: Any) -> int:
     common.start()
     method = holding.find(args.method)
     args, past = from_case.fill_in(args, method, _usual_reading(method))
-    rescans = past is not None and past.is_own and args.rescan and not method.guards
-    if rescans and from_case.is_repaired(args, past):
-        from_case.rescan(args, past)
+    scanned = past  # the case whose settings the repaired model is scanned with
+    if past is None or not past.is_own or not args.rescan or method.guards:
+        scanned = None
+    if scanned is not None and from_case.is_repaired(args):
+        from_case.rescan(args, scanned)
         return 0
     paths, settings = _check(args, method), with_steps(args.settings, args.steps)
-    if rescans:
-        from_case.check_rescan(args, past)
+    if scanned is not None:
+        from_case.check_rescan(args, scanned)
     loaded = triggers.load_trigger(args.given)
     searches = "trigger" in method.needs and (past is None or past.searches)
     if searches:
@@ -247,8 +249,8 @@ def run(args: Any) -> int:
             holding.say(held, args)
     beside = None if outputs.is_folder(args.out) else outcome.figures(args.out)
     show.written(args.out, beside, paths.metrics, args.report)
-    if rescans:
-        from_case.rescan(args, past)
+    if scanned is not None:
+        from_case.rescan(args, scanned)
     return 0
 
 
