@@ -53,7 +53,8 @@ def fill_in(args: Any, method: Method, usual: common.Reading) -> tuple[Any, Past
         if args.scan is None:
             return args, None
         earlier = case.read(args.scan)
-        if "data" in earlier.content and not earlier.has_searched:
+        stated = earlier.content["targets"] or "data" not in earlier.content
+        if not stated and not earlier.has_searched:
             show.note(f"note: {earlier.record} is a first answer without data: searching anew")
             return dataclasses.replace(args, scan=None), None
         if not case.has_triggers(earlier):
@@ -229,7 +230,10 @@ def is_repaired(args: Any) -> bool:
 def check_rescan(args: Any, past: Past) -> None:
     """Raises UserError if the repaired model could not be scanned with the suspect's settings, or
     another model's scan is where the result belongs. Called before the repair."""
-    flags = _configure_rescan(args, past)
+    try:
+        flags = _configure_rescan(args, past)
+    except UserError as error:
+        raise UserError(f"{error}, or give --no-rescan") from None
     replace = job.may_replace(args.out, args.stopping)
     outputs.refuse_existing("the rescan", flags.out, replace=replace)
     job.prepare(flags.out, flags.stopping)

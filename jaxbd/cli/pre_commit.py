@@ -34,11 +34,9 @@ def list_models(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     own files changed. Prints which files are no models."""
     from jaxbd.interop import folder
 
-    models = []
+    own, models = (folder.WEIGHTS, folder.CONFIG, folder.GUARD), []
     for path in files:
-        if path.name in (folder.WEIGHTS, folder.CONFIG, folder.GUARD) and folder.is_model(
-            path.parent
-        ):
+        if path.name in own and folder.is_model(path.parent):
             models.append(path.parent)
         elif is_bounds(path):
             _say(f"{path}: activation bounds, which are read with the model beside them")
