@@ -136,7 +136,7 @@ def _fill_reading(found: Case, given: common.Reading, usual: common.Reading) -> 
 
 
 def _state_preprocessing(found: Case, reading: common.Reading) -> common.Reading:
-    """Adds the normalisation and image size the scan found, for methods that read no images."""
+    """Adds the normalisation and image size the scan found, for what cannot tell them itself."""
     if reading.constants() is None:
         norm = {
             name: tuple(found.get("model", "normalisation", name, kind=list))
@@ -269,6 +269,11 @@ def _configure_rescan(args: Any, past: Past) -> Any:
     dtype: Any = found.content.get("compute_dtype") or "stored"
     if dtype not in get_args(common.ComputeDtype):
         raise UserError(f"{found.record}: compute_dtype is {quote(dtype)}; scan again")
+    # the repair may have cost accuracy, but the images and the preprocessing are the same
+    reading = dataclasses.replace(args.reading, accept_accuracy=True)
+    if args.model.is_dir() and not outputs.is_folder(args.out) and args.out.suffix != ".onnx":
+        # a folder states its preprocessing, and a file of weights cannot
+        reading = _state_preprocessing(found, reading)
     out = place_rescan(args.out)
     begun = out.with_name(f"{out.name}.run").exists()
     stopping = job.Flags(
@@ -281,6 +286,5 @@ def _configure_rescan(args: Any, past: Past) -> Any:
         search=config,
         stopping=stopping,
         compute_dtype=dtype,
-        # the repair may have cost accuracy, but the images and the preprocessing are the same
-        reading=dataclasses.replace(args.reading, accept_accuracy=True),
+        reading=reading,
     )

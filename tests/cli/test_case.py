@@ -257,6 +257,7 @@ def toy(tmp_path) -> pathlib.Path:
         "classes": [{"class": k, "name": str(k)} for k in range(10)],
         "config": plain(results.settings(ScanConfig())),
         "compute_dtype": "stored",
+        "model": {"image_shape": [8, 8, 1], "normalisation": {"mean": [0.0], "std": [1.0]}},
         "data": {"source": "digits"},
         "inputs": {
             "model": {"given": "net", "absolute": str(model)},
@@ -333,6 +334,16 @@ def test_the_rescan_of_a_model_elsewhere_lies_beside_it(toy, opened, tmp_path, c
     assert from_case.is_repaired(args)
     (tmp_path / "c.rescan.json").write_text("{}")
     assert not from_case.is_repaired(args)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("c.pth", (8, 8, 1)), ("c", None), ("c.onnx", None)])
+def test_a_file_of_weights_is_scanned_as_the_folder_it_was_said(toy, tmp_path, name, shape):
+    """A folder or a graph says its images' size and normalisation itself."""
+    reading, known = common.Reading(), from_case.Past(cases.read(toy), is_own=True)
+    args = SimpleNamespace(model=tmp_path / "net", out=tmp_path / name, data="digits")
+    args.stopping, args.reading, args.test_data = job.Flags(), reading, None
+    found = from_case._configure_rescan(args, known).reading
+    assert found.image_shape == shape and found.mean == ((0.0,) if shape else ())
 
 
 def test_a_class_without_a_trigger_is_searched_if_named(toy, opened, tmp_path, capsys):
