@@ -75,23 +75,29 @@ class Tensor:
 @final
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """Placeholder for a value of an unsupported type; its contents are dropped.
+    """Placeholder for a value of an unsupported type; its contents are never used.
 
     Attributes:
       name: the class or function that the file asked for, e.g. "argparse.Namespace".
       is_name: True for the class or function itself, False for the result of calling it.
+      held: what it was made from, and its state, for `handed`.
+      items: the items that were put into it, for `handed`.
     """
 
     name: str
     is_name: bool = False
+    held: list[Any] = dataclasses.field(default_factory=list, repr=False)
+    items: list[Any] = dataclasses.field(default_factory=list, repr=False)
 
 
 @final
 @dataclasses.dataclass(slots=True, eq=False)
 class NumpyArray:
-    """A NumPy array in the file; `values` is None until a later instruction supplies them."""
+    """A NumPy array in the file; `values` and the `raw` bytes that hold them are None until a later
+    instruction supplies them."""
 
     values: np.ndarray | None = None
+    raw: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,7 +147,7 @@ def _rebuild_tensor(machine: Any, arguments: tuple) -> Tensor | Foreign:
     """torch._utils._rebuild_tensor(storage, offset, size, stride). A tensor of an opaque type
     becomes `Foreign`."""
     if len(arguments) == 4 and type(arguments[0]) is Foreign:
-        return Foreign(f"a tensor of {arguments[0].name}")
+        return Foreign(f"a tensor of {arguments[0].name}", held=[arguments[0]])
     if len(arguments) != 4 or type(arguments[0]) is not Storage:
         raise Refusal("a tensor is rebuilt from something other than a storage")
     storage, offset, shape, stride = arguments[:4]
@@ -151,7 +157,7 @@ def _rebuild_tensor(machine: Any, arguments: tuple) -> Tensor | Foreign:
         raise Refusal("a tensor has a shape, stride or offset that makes no sense")
     _check_bounds(storage, offset, shape, stride)
     if any(extra for extra in arguments[5:]):
-        return Foreign("a tensor with hooks or flags")
+        return Foreign("a tensor with hooks or flags", held=[storage])
     return Tensor(storage, offset, shape, stride)
 
 
@@ -170,7 +176,7 @@ def _rebuild_tensor_v2(machine: Any, arguments: tuple) -> Tensor | Foreign:
         return tensor
     _check_gradient(tensor, arguments[4])
     if not _is_empty(arguments[5]) or not (metadata is None or _is_empty(metadata)):
-        return Foreign("a tensor with hooks or flags")
+        return Foreign("a tensor with hooks or flags", held=[tensor])
     return tensor
 
 
@@ -271,8 +277,8 @@ def _numpy_frombuffer(machine: Any, arguments: tuple) -> NumpyArray | Foreign:
         raise Refusal("a NumPy array is made from something other than a buffer, type and shape")
     raw, kind, shape, order = arguments
     if type(kind) is Foreign:
-        return Foreign(f"a NumPy array of {kind.name}")
-    return NumpyArray(numpy_values(machine, shape, kind, order == "F", raw))
+        return Foreign(f"a NumPy array of {kind.name}", held=[raw])
+    return NumpyArray(numpy_values(machine, shape, kind, order == "F", raw), raw)
 
 
 def numpy_values(machine: Any, shape: Any, kind: Any, is_fortran: Any, raw: Any) -> np.ndarray:
@@ -297,7 +303,7 @@ RUNS_CODE = frozenset(
     builtins.breakpoint builtins.compile builtins.delattr builtins.eval builtins.exec
     builtins.execfile builtins.globals builtins.input builtins.locals builtins.open
     builtins.setattr builtins.vars cloudpickle code codeop commands ctypes dill distutils ftplib
-    http httplib importlib io.open io.FileIO joblib marshal multiprocessing nt numpy.load
+    gc http httplib importlib io.open io.FileIO joblib marshal multiprocessing nt numpy.load
     numpy.lib.npyio.load numpy.f2py numpy.testing operator.attrgetter operator.methodcaller
     operator.call operator.delitem operator.setitem operator.ior operator.iadd os pdb pickle
     pip pkgutil posix posixpath.os profile pty pydoc requests runpy shelve shutil signal smtplib

@@ -16,7 +16,7 @@ import collections
 import pickle
 import pickletools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,11 @@ from jaxbd.interop.allowed import (
     NumpyArray,
     Storage,
     Symbol,
-    Tensor,
     is_count,
     numpy_values,
     runs_code,
 )
+from jaxbd.interop.handed import Handed, parts
 from jaxbd.limits import Limits, Refusal, quote
 
 MAX_INTEGER_BYTES = 255
@@ -44,9 +44,6 @@ MOST_NAME = 256
 """Maximum length in characters of a name that a pickle asks for."""
 SMALL_KEY = 1 << 20
 """Integer keys below this are too few to be chosen so that they collide."""
-REBUILDERS = ("torch._utils._rebuild_", "torch._tensor._rebuild_")
-"""Prefixes of PyTorch functions that make a tensor of another kind and do not modify their
-arguments."""
 NO_HASH = (dict, collections.OrderedDict, list, NumpyArray)
 """Types that are not hashable, so neither they nor a tuple containing one can be a dictionary
 key."""
@@ -75,7 +72,7 @@ class Machine:
         self.storages: dict[str, Storage] = {}
         self.left, self.integer_keys = limits.instructions, limits.integer_keys
         self.deadline = limits.deadline("the pickle", len(data))
-        self.handed: list[tuple[str, Any, bool]] = []
+        self.handed = Handed([], [])
 
     def run(self) -> Any:
         """Returns the pickled value. Raises Refusal at the first thing that a tensor file does not
@@ -85,7 +82,7 @@ class Machine:
             code = self.take(1)
             if code == pickle.STOP:
                 value = self.pop()
-                self.check_untouched(value)
+                self.handed.check(value, self.spend)
                 return value
             instruction = INSTRUCTIONS.get(code)
             if instruction is None:
@@ -188,13 +185,17 @@ class Machine:
             raise Refusal("the pickle puts entries into something that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if self._is_cheap(key):
+                if key in target:
+                    raise Refusal("the pickle puts two entries under one key of a dictionary")
                 target[key] = value
             else:
-                if any(type(part) in NO_HASH for part in self._parts(key)):
+                if any(type(part) in NO_HASH for part in parts(key, self.spend)):
                     raise Refusal("a dictionary has a key that is not hashable")
                 # hashing a key that the file chose could take hours: the entry is dropped and
                 # reported as such
-                target[ODD_KEY] = Foreign(f"an entry under a {type(key).__name__}")
+                dropped = [key, value, target.get(ODD_KEY)]
+                name = f"an entry under a {type(key).__name__}"
+                target[ODD_KEY] = Foreign(name, items=dropped)
 
     def _is_cheap(self, key: Any) -> bool:
         """Whether the file cannot drive up the cost of `key` as a dictionary key."""
@@ -223,23 +224,18 @@ class Machine:
         self.spend(len(items))
         self.fill(target, items)
 
-    def fill(self, target: Foreign, given: Any) -> None:
+    def fill(self, target: Foreign, given: Any, *, is_state: bool = False) -> None:
         """Records what a foreign object is filled with. Filling a class instead of an instance is
         refused: other readers fail there."""
         if target.is_name:
             raise Refusal(f"the pickle fills {quote(target.name)}, which is not an instance")
-        self.hand(target, given)
-
-    def hand(self, function: Foreign, given: Any, *, is_call: bool = False) -> None:
-        """Records what a foreign function or object was given, see `check_untouched`."""
-        self.handed.append((function.name, given, is_call))
+        self.handed.fill(target, given, is_state=is_state)
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         self.spend(8)  # a call costs about as much as 8 other instructions
         if type(function) is Foreign:
-            self.hand(function, arguments, is_call=True)
-            self.push(Foreign(function.name))
+            self.push(self.handed.call(function, arguments))
             return
         if type(function) is not Symbol or function.build is None or type(arguments) is not tuple:
             raise Refusal("the pickle calls something that cannot be called")
@@ -252,8 +248,7 @@ class Machine:
         made = self.pop()
         if type(made) is not Foreign:
             raise Refusal("the pickle makes an object of something that is not a class")
-        self.hand(made, given)
-        self.push(Foreign(made.name))
+        self.push(self.handed.call(made, given))
 
     def build(self) -> None:
         """BUILD: sets the state of an object. Accepted are a state_dict's `_metadata`, the byte
@@ -261,7 +256,7 @@ class Machine:
         dropped."""
         state, target = self.pop(), self.top()
         if type(target) is Foreign:
-            self.fill(target, state)
+            self.fill(target, state, is_state=True)
         elif (
             type(target) is collections.OrderedDict
             and type(state) is dict
@@ -283,6 +278,7 @@ class Machine:
         _, shape, kind, is_fortran, raw = state
         if target.values is not None:
             raise Refusal("a NumPy array is filled twice")
+        target.raw = raw if type(raw) is bytes else None
         if type(kind) is not Foreign:
             target.values = numpy_values(self, shape, kind, is_fortran, raw)
 
@@ -331,37 +327,6 @@ class Machine:
         if self.storages.setdefault(key, storage) != storage:
             raise Refusal(f"storage {quote(key)} is described with two types, sizes or devices")
 
-    def check_untouched(self, value: Any) -> None:
-        """Raises Refusal if a foreign function was given a container of the file's tensors, or the
-        memory of one. A reader that really calls the function could end up with other weights."""
-        if not self.handed:
-            return
-        owner: dict[int, str] = {}
-        memory: dict[str, str] = {}
-        for name, given, is_call in self.handed:
-            takes_memory = is_call and not name.startswith(REBUILDERS)
-            for part in self._parts(given):
-                if type(part) in (dict, list, collections.OrderedDict):
-                    owner.setdefault(id(part), name)
-                elif type(part) is Tensor and takes_memory:
-                    memory.setdefault(part.storage.key, name)
-        for part in self._parts(value):
-            by = memory.get(part.storage.key) if type(part) is Tensor else owner.get(id(part))
-            if by is not None and any(type(inner) is Tensor for inner in self._parts(part)):
-                raise Refusal(f"it hands its tensors to {quote(by)}, which is never called here")
-
-    def _parts(self, value: Any) -> Iterator[Any]:
-        """`value` and everything in it, entering each container once; foreign values have no
-        parts."""
-        waiting, seen = [value], set()
-        while waiting:
-            part = waiting.pop()
-            self.spend(1)
-            yield part
-            if isinstance(part, (dict, list, tuple)) and id(part) not in seen:
-                seen.add(id(part))
-                waiting.extend(part.values() if isinstance(part, dict) else part)
-
 
 ODD_KEY = Foreign("a key that is not text or a number")
 """Key that replaces all unsupported keys of a dictionary."""
@@ -406,7 +371,7 @@ def _pop_group(machine: Machine) -> None:
 
 def _frozen_set(machine: Machine) -> None:
     made = Foreign("builtins.frozenset")
-    machine.hand(made, machine.since_mark())
+    machine.fill(made, machine.since_mark())
     machine.push(made)
 
 
