@@ -18,6 +18,7 @@ from jaxbd.cli import show
 from jaxbd.data import load
 from jaxbd.interop import forms, graph_model, manifest, matching, one_output, preprocess
 from jaxbd.interop import load as models
+from jaxbd.interop.layouts.convert import few
 from jaxbd.metrics import evaluate
 from jaxbd.models.norm import NORMALISATIONS
 
@@ -183,10 +184,15 @@ def start() -> None:
 
 def open_model(path: pathlib.Path, **how: Any) -> models.Model:
     """`interop.load.open_model`; prints a note if a second file changes the model's answers, or if
-    one of several outputs was chosen."""
+    one of several outputs was chosen, or weights in the file are not the net's."""
     model = models.open_model(path, **how)
     if model.graph is not None and (remark := graph_model.remark(model.graph)):
         show.note(f"note: {remark}")
+    if model.container is not None and (unused := model.container.unused):
+        show.note(
+            f"note: {len(unused)} weights beside the net are left out ({few(list(unused))}); if the"
+            " model uses them, export it as ONNX"
+        )
     if model.bounds is not None:
         show.note(
             f"applying the activation bounds in {model.bounds}, which lies beside the model and was"

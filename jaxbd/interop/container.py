@@ -52,6 +52,7 @@ class Container(NamedTuple):
       constants: key -> tensor of the input normalisation, mean then standard deviation; written
         back unchanged.
       config: settings from the folder around the weights: "mean", "std", "image_shape".
+      unused: weights of layers that lie in one dictionary with the net's and belong to no net.
     """
 
     tensors: dict[str, np.ndarray]
@@ -69,6 +70,7 @@ class Container(NamedTuple):
     merged: tuple[str, ...] = ()
     constants: Mapping[str, np.ndarray] = {}
     config: Mapping[str, Any] = {}
+    unused: tuple[str, ...] = ()
 
 
 class Wanted(NamedTuple):
@@ -152,6 +154,7 @@ def _read_file(
         {path.name: digest},
         *_names(found.selection),
         found.constants,
+        unused=found.selection.unused,
     )
 
 
@@ -166,7 +169,7 @@ def _of_arrays(
     """The container of a `net` that `state_dict.find_named` found in a flat table of arrays."""
     found, chosen, constants = net
     head = (found, kind, (), chosen.prefix, notes, chosen.ignored, digest, str(path), size, None)
-    return Container(*head, {path.name: digest}, *_names(chosen), constants)
+    return Container(*head, {path.name: digest}, *_names(chosen), constants, unused=chosen.unused)
 
 
 def _names(chosen: selection.Selection) -> tuple[dict[str, str], tuple[str, ...]]:

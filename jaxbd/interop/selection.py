@@ -38,6 +38,8 @@ class Selection(NamedTuple):
       ignored: keys of the file that belong to none of the weights.
       constants: keys of the input's mean and standard deviation, or None.
       fits: whether the names and shapes are those of an architecture.
+      unused: weights of layers in the same dictionary that belong to none of its nets.
+      link: how one of them shows that the net is only a part of another; "" if none does.
     """
 
     names: dict[str, Piece]
@@ -45,6 +47,8 @@ class Selection(NamedTuple):
     ignored: tuple[str, ...] = ()
     constants: tuple[str, str] | None = None
     fits: bool = False
+    unused: tuple[str, ...] = ()
+    link: str = ""
 
 
 def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None) -> list[Selection]:
@@ -84,7 +88,46 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
             taken.append(set(names.values()))
             if len(names) == len(whole):
                 break
-    return found or [_as_it_is(shapes)]
+    left = {
+        name: shape
+        for name, shape in whole.items()
+        if _is_layer(name, shape) and not any(name in names for names in taken)
+    }
+    return [
+        each._replace(unused=tuple(left), link=_link([whole[n] for n in whole if n in names], left))
+        for each, names in zip(found, taken, strict=True)
+    ] or [_as_it_is(shapes)]
+
+
+def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer or a convolution."""
+    return len(shape) >= 2 and "weight" in name.rpartition(".")[2]
+
+
+def _link(net: list[tuple[int, ...]], left: Shapes) -> str:
+    """How a weight that is `left` shows that a net is only a part of another: it takes as many
+    numbers as the net puts out, or makes as many channels as the net's images have; "" if none
+    does.
+
+    Args:
+      net: the shapes of the net's tensors, in file order.
+    """
+    linear = [shape for shape in net if len(shape) == 2]
+    convs = [shape for shape in net if len(shape) == 4]
+    if not linear and not convs:
+        return ""
+    outputs = (linear or convs)[-1][0]
+    firsts = {shape[1] for shape in convs}
+    # a depthwise convolution has 1 input channel too
+    channels = next((count for count in (3, 1) if count in firsts), None)
+    for name, shape in left.items():
+        # without a linear layer, the net's outputs are still an image that is flattened
+        takes = shape[1] == outputs or not (linear or shape[1] % outputs)
+        if takes and set(shape[2:]) <= {1}:
+            return f"{quote(name)} takes its {outputs} outputs"
+        if len(shape) == 4 and shape[0] == channels:
+            return f"{quote(name)} makes its {channels}-channel input"
+    return ""
 
 
 def _without_parts(keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -170,12 +213,27 @@ def choose(
       key: the name of the net that the user asked for, or None.
       known: tells whether a candidate is under a name commonly used for classifiers.
       equal: tells whether two candidates hold the same values.
-    Raises: Refusal naming the candidates when no single one can be chosen.
+    Raises: Refusal naming the candidates when no single one can be chosen, or when it is only a
+      part of another net and `key` does not name it.
     """
     if not candidates:
         raise Refusal("no dictionary of tensors is found in it")
-    if key is not None:
-        return _pick(candidates, key)
+    chosen = _choose(candidates, known, equal) if key is None else _pick(candidates, key)
+    selected, title = chosen.selection, chosen.title()
+    if selected.link and (key or "").rstrip(".") not in (title, selected.prefix.rstrip(".")):
+        raise Refusal(
+            f"the net {quote(title)} in it is only a part of another: {selected.link}; export the"
+            f" whole model as ONNX (torch.onnx.export), or take the part alone with --key {title}"
+        )
+    return chosen
+
+
+def _choose(
+    candidates: list[Candidate],
+    known: Callable[[Candidate], bool],
+    equal: Callable[[Candidate, Candidate], bool],
+) -> Candidate:
+    """`choose` without a name."""
     fitting = [candidate for candidate in candidates if candidate.selection.fits]
     plain = [candidate for candidate in fitting if not AVERAGE.search(candidate.title())]
     chosen = plain or fitting

@@ -156,6 +156,55 @@ def test_two_nets_are_not_guessed_between_but_can_be_named(tmp_path):
             load.open_model(tmp_path / "m.pth", key="c", image_shape=SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"1.weight": (10, 5), "1.bias": (10,)}, "'1.weight' takes its 5 outputs"),
+        ({"head.0.weight": (9, 5), "head.2.weight": (3, 9)}, "'head.0.weight' takes its 5 outputs"),
+        ({"cam.weight": (5, 5, 1, 1)}, "'cam.weight' takes its 5 outputs"),
+        ({"stn.0.weight": (8, 3, 3, 3), "stn.2.weight": (3, 8, 5, 5)}, "makes its 3-channel input"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_part_of_a_net_is_not_read_as_the_whole(tmp_path, more, said, kind):
+    from safetensors.torch import save_file
+
+    state = weights()
+    whole = prefixed(state, "0.") | {name: torch.ones(shape) for name, shape in more.items()}
+    path = tmp_path / f"m.{kind}"
+    (torch.save if kind == "pth" else save_file)(dict(whole), path)
+    with pytest.raises(UserError, match=f"only a part of another: .*{said}.* with --key 0$"):
+        load.open_model(path, image_shape=SHAPE)
+    assert_same(load.open_model(path, image_shape=SHAPE, key="0"), state)
+
+
+def test_what_does_not_belong_to_the_net_is_left_out_with_a_note(tmp_path, capsys):
+    from jaxbd.cli import common
+
+    state = weights()
+    beside = {
+        "criterion.weight": torch.ones(5),
+        "accuracy.confmat": torch.ones(5, 5),
+        "queue": torch.ones(5, 99),
+        "centres": torch.ones(4, 5),
+        **prefixed(weights(2), "ema_model."),
+    }
+    model = opened(tmp_path / "m.pth", prefixed(state, "model.") | beside)
+    assert_same(model, state)
+    assert set(model.container.ignored) == set(beside) and model.container.unused == ()
+    others = {
+        "rotation.weight": torch.ones(4, 16),
+        "projector.0.weight": torch.ones(8, 16),
+        "teacher.patch.weight": torch.ones(9, 3, 4, 4),
+    }
+    for nesting in (lambda value: value, lambda value: {"state_dict": value, "optimizer": others}):
+        torch.save(nesting(prefixed(state, "model.") | beside | others), tmp_path / "m.pth")
+        model = common.open_model(tmp_path / "m.pth", image_shape=SHAPE)
+        assert_same(model, state)
+        assert model.container.unused == tuple(others)
+        assert "note: 3 weights beside the net are left out (rotation" in capsys.readouterr().err
+
+
 def test_a_normalisation_in_the_file_becomes_the_models(tmp_path):
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 1.0])
     state = weights()
