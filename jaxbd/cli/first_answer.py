@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxbd import files
 from jaxbd.cli import common, show
+from jaxbd.interop import forms
 from jaxbd.interop import load as models
 from jaxbd.inversion import margin as margins
 from jaxbd.pipelines import margin_scan
@@ -23,14 +24,22 @@ BLIND = (
 def open_suspect(path: Any, reading: common.Reading) -> models.Model:
     """Opens the model; assumes what only images could tell, and prints a note about it.
 
-    Raises: UserError for a guarded model, since no margin can be searched through one, and for one
-      whose logits are not finite.
+    Raises: UserError for a guarded model, since no margin can be searched through one; for one
+      whose logits are not finite; or when the net has no form that agrees with --form.
     """
     given = common.stated(reading)
     model = common.open_model(
         path, arch=reading.arch, image_shape=reading.image_shape, key=reading.key, **given
     )
     common.refuse_guarded(model, path)
+    if reading.form:
+        model = forms.stated(model, reading.form)
+    if len(open_forms := forms.keep(model.forms, reading.form)) > 1:
+        assumed = " ".join(forms.parts(model.spec, open_forms))
+        show.note(
+            f"note: the file does not say which form its net has; assuming {assumed} (set it with"
+            " --form NAME=VALUE, or give --data to find it)"
+        )
     if not given and not model.states_normalisation():
         show.note(
             "note: the file does not say which normalisation its net expects; assuming none, pixels"
@@ -74,7 +83,7 @@ def search(
         found,
         why_not,
         config,
-        model=common.model_record(model),
+        model={**common.model_record(model), "form": forms.parts(spec, model.forms)},
         class_names=names,
         seed=reading.seed,
     )

@@ -65,7 +65,7 @@ def keep(forms: Sequence[build.Spec], stated: Sequence[str]) -> list[build.Spec]
         name, _, value = text.partition("=")
         matching = [s for s in matching if str(s.options.get(name)).lower() == value.lower()]
         if not matching:
-            known = ", ".join(dict.fromkeys(part for s in forms for part in _parts(s, forms)))
+            known = ", ".join(dict.fromkeys(part for s in forms for part in parts(s, forms)))
             raise UserError(f"--form {text} is not a form of this net; known: {known or 'none'}")
     return matching
 
@@ -91,8 +91,9 @@ def _accuracy(found: Matched) -> float:
     return _table(found).used.accuracy
 
 
-def _parts(spec: build.Spec, among: Sequence[build.Spec]) -> list[str]:
-    """The options in which `spec` differs from other forms `among`, as arguments of --form."""
+def parts(spec: build.Spec, among: Sequence[build.Spec]) -> list[str]:
+    """The options in which the forms `among` differ, with their values in `spec`, as arguments of
+    --form."""
     names = [name for name in spec.options if len({_text(s, name) for s in among}) > 1]
     return [f"{name}={_text(spec, name)}" for name in names]
 
@@ -105,7 +106,7 @@ def _question(best: Matched, near: list[tuple[Model, float]]) -> str:
     found: list[tuple[Any, float]] = [(best.model, _accuracy(best)), *near]
     specs = [model.spec for model, _ in found]
     listed = "; ".join(
-        f"{' '.join(_parts(model.spec, specs))} ({accuracy:.3f})" for model, accuracy in found
+        f"{' '.join(parts(model.spec, specs))} ({accuracy:.3f})" for model, accuracy in found
     )
     return (
         f"several forms of the net are equally accurate on these images: {listed}; say which with"

@@ -10,7 +10,11 @@ import kills
 import numpy as np
 import pytest
 
+from jaxbd.base import UserError
+from jaxbd.cli import common, first_answer
 from jaxbd.cli.main import main
+from jaxbd.pipelines import margin_scan
+from jaxbd.training.run import Run
 
 FAST = ["--margin.starts", "2", "--margin.steps", "150"]
 SHORT = [*FAST, "--levels", "0.9", "--steps", "3", "--locate-steps", "3", "--mesa.hidden", "8"]
@@ -57,6 +61,28 @@ def test_what_needs_images_is_refused_without_them(model, tmp_path, capsys, flag
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_the_form_that_is_assumed_is_said_and_recorded(tmp_path, capsys):
+    """Where a net pools, and its activation, leave no trace in its weights."""
+    torch = pytest.importorskip("torch")
+    # with two classes nothing is searched
+    shapes = {"conv1": (4, 1, 3, 3), "conv2": (4, 4, 3, 3), "conv3": (4, 4, 3, 3), "out": (2, 36)}
+    state = {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "m.pth")
+
+    def answer(*form):
+        reading = common.Reading(form=form, image_shape=(12, 12, 1))
+        model = first_answer.open_suspect(tmp_path / "m.pth", reading)
+        content = first_answer.search(Run(), model, reading, margin_scan.Config())
+        return content["model"]["form"], capsys.readouterr().err
+
+    assumed, said = answer()
+    assert assumed and f"assuming {' '.join(assumed)} (set it with --form NAME=VALUE" in said
+    given = [*assumed[:-1], "activation=tanh"]
+    assert answer(*given)[0] == given and "which form" not in answer(*given)[1]
+    with pytest.raises(UserError, match="is not a form of this net"):
+        answer("activation=none")
+
+
 def test_targets_are_checked_before_any_image_is_read(model, capsys):
     assert main(["scan", str(model), "--data", "nowhere.npz", "--targets", "12"]) == 2
     assert "target 12 is out of range" in capsys.readouterr().err
@@ -95,7 +121,11 @@ def test_ten_kills(model, tmp_path):
         event = rng.randrange(1, 5)
         call = f"""if True:
             import sys, kills
-            from jaxbd.cli.main import main
+            from jaxbd.base import UserError
+from jaxbd.cli import common, first_answer
+from jaxbd.cli.main import main
+from jaxbd.pipelines import margin_scan
+from jaxbd.training.run import Run
             kills.die_at_file({out.name!r}, {event})
             sys.exit(main({[*command, str(out)]!r}))"""
         words, known = [sys.executable, "-c", call], kills.environment()
