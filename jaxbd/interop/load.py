@@ -119,8 +119,10 @@ def open_model(
             variables = {**variables, "bounds": clipped}
     if not allow_nonfinite:
         _check_finite(path, tensors)
+    forms = () if layout is None or len(layout.forms) < 2 else layout.forms
     if layout is not None and layout.spec.classes == 1:
         spec, variables = one_output.widen(spec, variables)
+        forms = tuple(map(one_output.widen_spec, forms))
     stated = (None, None) if container is None else stated_constants(container)
     mean, std = (
         next(value for value in values if value is not None)
@@ -128,7 +130,6 @@ def open_model(
     )
     spec = _with_normalisation(path, spec, mean, std)
     net, applied = guarded.net(spec, guard), None if bounds is None else bounds.name
-    forms = () if layout is None or len(layout.forms) < 2 else layout.forms
     return Model(
         spec, net, variables, digest, str(path), container, layout, guard, applied, digests, forms
     )
@@ -319,7 +320,7 @@ def save_model(path: str | os.PathLike, model: Model, variables: Variables) -> s
     source = container if container and not _has_our_names(container.tensors) else None
     layout = model.layout or layouts.export_names(model.spec)
     if layout.spec.classes == 1:
-        variables = one_output.narrow(variables)
+        variables = one_output.narrow(layout.spec, variables)
     original = None if source is None else source.tensors
     tensors = layouts.to_tensors(variables, layout, original)
     blank = Container(tensors, kind, (), "", {}, (), model.sha256, model.path, 0)

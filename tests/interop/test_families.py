@@ -162,6 +162,41 @@ def test_a_net_of_a_family_is_kept_in_a_folder(case, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("case", "biased"), [("ResNet-14 option A", False), ("LeNet", True)])
+def test_a_net_of_one_output_has_two_classes(case, biased, tmp_path):
+    """Its probabilities are PyTorch's sigmoid, in every form, and it goes back as it was."""
+    twin, _, _, form, images = read(case)
+    name, last = [(n, m) for n, m in twin.named_modules() if isinstance(m, torch.nn.Linear)][-1]
+    single = torch.nn.Linear(last.in_features, 1, bias=biased)
+    twin.set_submodule(name, single)
+    torch.save(twin.state_dict(), tmp_path / "m.pth")
+    model = load.open_model(tmp_path / "m.pth", image_shape=images.shape[1:])
+    model = forms.stated(model, [f"{name}={value}" for name, value in form.items()])
+    assert {spec.classes for spec in (model.spec, *model.forms)} == {2}
+    logits = model.net.apply(model.variables, images)[0]
+    with torch.no_grad():
+        expected = torch.sigmoid(twin(nets.chw(images)))
+    np.testing.assert_allclose(jax.nn.softmax(logits)[:, 1:], expected, atol=1e-5)
+    head = {**model.variables["params"][name]}
+    head["kernel"] = head["kernel"].at[:, 1].add(0.5)
+    changed = {**model.variables, "params": {**model.variables["params"], name: head}}
+    load.save_model(tmp_path / "changed.pth", model, changed)
+    single.load_state_dict(
+        {
+            key.removeprefix(f"{name}."): value
+            for key, value in torch.load(tmp_path / "changed.pth").items()
+            if key.startswith(f"{name}.")
+        }
+    )
+    with torch.no_grad():
+        expected = torch.sigmoid(twin(nets.chw(images)))
+    logits = model.net.apply(changed, images)[0]
+    np.testing.assert_allclose(jax.nn.softmax(logits)[:, 1:], expected, atol=1e-5)
+    load.save_model(tmp_path / "folder", model, changed)
+    again = load.open_model(tmp_path / "folder")
+    np.testing.assert_array_equal(again.net.apply(again.variables, images)[0], logits)
+
+
 @pytest.mark.parametrize("depth", [20, 56, 110])
 def test_akamasters_names_are_read_at_any_depth(depth):
     count = (depth - 2) // 6
