@@ -193,6 +193,10 @@ def open_model(path: pathlib.Path, **how: Any) -> models.Model:
             f"note: {len(unused)} weights beside the net are left out ({few(list(unused))}); if the"
             " model uses them, export it as ONNX"
         )
+    if model.container is not None and models.is_for_bytes(model.container):
+        show.note(
+            "note: the file states its normalisation for pixels from 0 to 255; it is divided by 255"
+        )
     if model.bounds is not None:
         show.note(
             f"applying the activation bounds in {model.bounds}, which lies beside the model and was"

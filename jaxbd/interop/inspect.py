@@ -25,8 +25,9 @@ def describe(
       `not_recognised` (the reason); `tensors` [(name, shape, dtype)]; `parameters`, the number of
       trained scalars; `nonfinite` {name: count}; `ignored`, `nesting`, `prefix` as in
       `container.Container`; `forms`, other forms that fit the weights equally well; `merged`,
-      weights stored in parts; `normalisation` {mean, std} stated by the file; `bounds`, the name of
-      the bounds file that is applied; `guard` {targets, sha256, arrays} of a guarded model;
+      weights stored in parts; `normalisation` {mean, std, divided_by} stated by the file;
+      `bounds`, the name of the bounds file that is applied; `guard` {targets, sha256, arrays} of a
+      guarded model;
       `manifest`, all files that decide what the model computes (see `manifest`); `refused`, the
       reason why it is not read. Unknown facts are None or empty.
     Raises: UserError only when there is no such file.
@@ -112,13 +113,17 @@ def _check_stated(spec: build.Spec, arch: str | None) -> None:
         raise UserError(f"the folder says {spec.arch}, not {arch}; leave --arch out")
 
 
-def _constants(found: containers.Container) -> dict[str, list[float]] | None:
-    """The normalisation stated by the file or its folder."""
+def _constants(found: containers.Container) -> dict[str, Any] | None:
+    """The normalisation stated by the file or its folder, for pixels in [0, 1]; `divided_by` is 255
+    if it is stated for pixels from 0 to 255, else 1."""
     try:
         mean, std = load.stated_constants(found)
     except UserError:
         return None
-    return None if mean is None or std is None else {"mean": list(mean), "std": list(std)}
+    if mean is None or std is None:
+        return None
+    scale = 255 if load.is_for_bytes(found) else 1
+    return {"mean": list(mean), "std": list(std), "divided_by": scale}
 
 
 def _graph(model: load.Model) -> dict[str, Any]:

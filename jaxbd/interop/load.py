@@ -191,11 +191,28 @@ def suspect_of(model: Model) -> Suspect:
     return Suspect(model.net, model.variables, shape, spec.classes, spec.mean, spec.std, model)
 
 
-def stated_constants(
-    container: Container,
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """(mean, std) of the normalisation stored in a file or stated by the folder around it; (None,
-    None) if there is none. Raises: UserError if it makes no sense."""
+Constants = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+
+
+def stated_constants(container: Container) -> Constants:
+    """(mean, std), for pixels in [0, 1], of the normalisation stored in a file or stated by the
+    folder around it; (None, None) if there is none. Raises: UserError if it makes no sense."""
+    mean, std = _constants_of(container)
+    if not is_for_bytes(container):
+        return mean, std
+    in_unit = lambda values: values and tuple(value / 255 for value in values)
+    return in_unit(mean), in_unit(std)
+
+
+def is_for_bytes(container: Container) -> bool:
+    """Whether the stated normalisation is for pixels from 0 to 255. Raises: UserError if it makes
+    no sense."""
+    mean, std = _constants_of(container)
+    return max(mean or (0,)) > 2 or min(std or (0,)) > 2
+
+
+def _constants_of(container: Container) -> Constants:
+    """(mean, std) as they are stated."""
     if not container.constants:
         return container.config.get("mean"), container.config.get("std")
     mean, std = (

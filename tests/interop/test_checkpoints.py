@@ -222,6 +222,27 @@ def test_a_normalisation_in_the_file_becomes_the_models(tmp_path):
         opened(tmp_path / "m.pth", collections.OrderedDict(held | state))
 
 
+def test_a_normalisation_for_bytes_is_divided_by_255(tmp_path, capsys):
+    from jaxbd.cli import common, main
+
+    state = prefixed(weights(), "1.")
+    for mean, std in (
+        ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+        ([0.0] * 3, [255.0] * 3),
+    ):
+        held = {"0.mean": torch.tensor(mean), "0.std": torch.tensor(std)}
+        torch.save(collections.OrderedDict(held | state), tmp_path / "m.pth")
+        model = common.open_model(tmp_path / "m.pth", image_shape=SHAPE)
+        assert "for pixels from 0 to 255" in capsys.readouterr().err
+        np.testing.assert_allclose(model.spec.mean, np.array(mean) / 255, rtol=1e-6)
+        np.testing.assert_allclose(model.spec.std, np.array(std) / 255, rtol=1e-6)
+        assert main.main(["inspect", str(tmp_path / "m.pth")]) == 0
+        assert "(stated for pixels from 0 to 255)" in capsys.readouterr().out
+        load.save_model(tmp_path / "out.pth", model, model.variables)
+        back = torch.load(tmp_path / "out.pth", weights_only=True)
+        assert all(torch.equal(back[name], value) for name, value in held.items())
+
+
 def test_weights_in_parts_are_multiplied_out_as_pytorch_does(tmp_path):
     from torch.nn.utils import parametrizations, prune
 

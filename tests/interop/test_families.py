@@ -1,5 +1,8 @@
 """Every family of architectures computes what PyTorch computes, whatever its depth and width."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +198,14 @@ def test_a_net_of_one_output_has_two_classes(case, biased, tmp_path):
     load.save_model(tmp_path / "folder", model, changed)
     again = load.open_model(tmp_path / "folder")
     np.testing.assert_array_equal(again.net.apply(again.variables, images)[0], logits)
+
+
+def test_code_of_the_users_that_returns_one_logit_is_refused(tmp_path, monkeypatch):
+    one = lambda tensors, images: images.mean((1, 2)) @ tensors["w.weight"].T
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(make=lambda: one))
+    torch.save({"w.weight": torch.ones(1, 3)}, tmp_path / "m.pth")
+    with pytest.raises(UserError, match="returns one logit; let it return two"):
+        load.open_model(tmp_path / "m.pth", arch="mine:make", image_shape=(8, 8, 3))
 
 
 @pytest.mark.parametrize("depth", [20, 56, 110])

@@ -86,10 +86,11 @@ def _print(facts: dict[str, Any]) -> None:
             show.say(f"{name:<13} {value}")
 
 
-def _normalisation(constants: dict[str, list[float]]) -> str:
+def _normalisation(constants: dict[str, Any]) -> str:
     """The normalisation constants stated in the file."""
     mean, std = (", ".join(f"{value:g}" for value in constants[name]) for name in ("mean", "std"))
-    return f"by the file: mean {mean}; std {std}"
+    divided = " (stated for pixels from 0 to 255)" if constants["divided_by"] == 255 else ""
+    return f"by the file: mean {mean}; std {std}{divided}"
 
 
 def _guard(facts: dict[str, Any]) -> str:
