@@ -40,6 +40,7 @@ OPAQUE_STORAGES: dict[str, int] = {
     "QUInt2x4Storage": 1,
     "QUInt4x2Storage": 1,
     "QUInt8Storage": 1,
+    "storage.UntypedStorage": 1,
 }
 """Storage classes of types that weights do not have -> bytes per element. These are skipped."""
 
@@ -178,6 +179,14 @@ def _rebuild_tensor_v2(machine: Any, arguments: tuple) -> Tensor | Foreign:
     if not _is_empty(arguments[5]) or not (metadata is None or _is_empty(metadata)):
         return Foreign("a tensor with hooks or flags", held=[tensor])
     return tensor
+
+
+def _rebuild_tensor_v3(machine: Any, arguments: tuple) -> Foreign:
+    """torch._utils._rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype[,
+    metadata]): a tensor of a type that has no storage class, such as uint16 or float8."""
+    if len(arguments) not in (7, 8) or type(arguments[6]) not in (Foreign, Symbol):
+        raise Refusal("a tensor is rebuilt from something other than a storage and a type")
+    return Foreign(f"a tensor of {arguments[6].name}", held=[arguments])
 
 
 def _rebuild_parameter(machine: Any, arguments: tuple) -> Tensor | Foreign:
@@ -329,6 +338,7 @@ ALLOWED: dict[tuple[str, str], Symbol] = {
     ("collections", "OrderedDict"): Symbol("OrderedDict", _ordered_dict),
     ("torch._utils", "_rebuild_tensor"): Symbol("_rebuild_tensor", _rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Symbol("_rebuild_tensor_v2", _rebuild_tensor_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): Symbol("_rebuild_tensor_v3", _rebuild_tensor_v3),
     ("torch._utils", "_rebuild_parameter"): Symbol("_rebuild_parameter", _rebuild_parameter),
     ("torch", "Size"): Symbol("torch.Size", _torch_size),
     ("torch", "device"): Symbol("torch.device", _torch_device),

@@ -132,9 +132,12 @@ def _read_file(
             digest = sha256(file)
             return found._replace(sha256=digest, bytes=size, files={path.name: digest})
     if kind in ("safetensors", "npz"):
-        reader = safetensors_file.read if kind == "safetensors" else archive.read_npz
-        tensors, notes = reader(file, size, limits)
-        net = state_dict.find_named(tensors, limits, *wanted)
+        opaque: dict[str, str] = {}
+        if kind == "safetensors":
+            tensors, notes = safetensors_file.read(file, size, limits, opaque)
+        else:
+            tensors, notes = archive.read_npz(file, size, limits)
+        net = state_dict.find_named(tensors, limits, *wanted, opaque=opaque)
         return _of_arrays(path, kind, net, notes, sha256(file), size)
     value, load = (torch_zip if kind == "torch-zip" else torch_legacy).read(file, size, limits)
     # storages are loaded only for the tensors that are needed
@@ -174,17 +177,12 @@ def _of_arrays(
 
 def _names(chosen: selection.Selection) -> tuple[dict[str, str], tuple[str, ...]]:
     """(`Container.names`, `Container.merged`) of the chosen net."""
-    keys, merged = {}, []
-    for name, piece in chosen.names.items():
-        key = piece.keys[0]
-        if piece.how in ("mask", "weight_norm"):
-            merged.append(key)
-            # the whole weight is written under the prefix that its parts had
-            stem = name.rpartition(".")[0]
-            key = key[: key.find(stem)] + name if stem in key else chosen.prefix + name
-        if key != chosen.prefix + name:
-            keys[name] = key
-    return keys, tuple(merged)
+    merged = [
+        piece.keys[0] for piece in chosen.names.values() if piece.how in ("mask", "weight_norm")
+    ]
+    keys = {name: chosen.whole.get(name, piece.keys[0]) for name, piece in chosen.names.items()}
+    renamed = {name: key for name, key in keys.items() if key != chosen.prefix + name}
+    return renamed, tuple(merged)
 
 
 def _kind(head: bytes, size: int) -> Kind:

@@ -18,6 +18,9 @@ ANP = ("neuron_mask", "neuron_noise", "neuron_noise_bias")
 MEANS = ("mean", "mu", "means", "new_mean", "norm_mean", "pixel_mean", "image_mean", "_mean")
 STDS = ("std", "sigma", "stds", "new_std", "norm_std", "pixel_std", "image_std", "_std")
 MOST_CHANNELS = 16
+COUNTS = ("total_ops", "total_params")
+"""Buffers in which thop counts a module's operations and parameters."""
+STATISTICS = ("running_mean", "running_var")
 
 
 class Piece(NamedTuple):
@@ -72,6 +75,17 @@ def _add_neuron_mask(found: dict[str, Piece], name: str) -> None:
     found[f"{base}weight"] = Piece((*weight.keys, name), "anp")
     for part in ANP:
         found.pop(f"{base}{part}", None)
+
+
+def may_be_part(name: str) -> bool:
+    """Whether a tensor of that name may decide what a net computes: a weight, a part of one, a
+    moment or a constant."""
+    module, _, leaf = name.rpartition(".")
+    return (
+        any(word in leaf for word in ("weight", "bias"))
+        or leaf in (*STATISTICS, *ANP, *MEANS, *STDS)
+        or "parametrizations" in module.split(".")
+    )
 
 
 def put_together(name: str, piece: Piece, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

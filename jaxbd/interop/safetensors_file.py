@@ -26,6 +26,9 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+OPAQUE = {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
+"""Types that weights do not have -> bytes per element."""
+SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | OPAQUE
 
 
 def looks_like(head: bytes, file_size: int) -> bool:
@@ -37,9 +40,12 @@ def looks_like(head: bytes, file_size: int) -> bool:
 
 
 def read(
-    file: BinaryFile, file_size: int, limits: Limits
+    file: BinaryFile, file_size: int, limits: Limits, opaque: dict[str, str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors in the header's order, and the file's `__metadata__`.
+
+    Tensors of a type in `OPAQUE` are refused or, given a dictionary `opaque`, left out and added to
+    it: name -> type.
 
     The bytes are read from the same open file whose hash is recorded. Before anything is allocated,
     the header is checked: its size, its nesting, duplicate names, and that the tensors fill the
@@ -63,8 +69,16 @@ def read(
         raise Refusal(f"it holds {len(header):,} tensors; the limit is {limits.tensors:,}")
     spans = {name: _span(name, entry) for name, entry in header.items()}
     _check_tiling(spans, file_size - 8 - length)
+    skipped = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] in OPAQUE}
+    if skipped and (opaque is None or len(skipped) == len(header)):
+        name, kind = next(iter(skipped.items()))
+        raise Refusal(f"tensor {quote(name)} is of type {quote(kind)}, which is not supported")
+    if opaque is not None:
+        opaque |= skipped
     return {
-        name: _load(file, 8 + length, name, header[name], span) for name, span in spans.items()
+        name: _load(file, 8 + length, name, header[name], span)
+        for name, span in spans.items()
+        if name not in skipped
     }, notes
 
 
@@ -75,14 +89,14 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refusal(f"tensor {quote(name)} is not described by dtype, shape and data_offsets")
     shape, offsets, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
-    if type(kind) is not str or kind not in DTYPES:
+    if type(kind) is not str or kind not in SIZES:
         raise Refusal(f"tensor {quote(name)} is of type {quote(kind)}, which is not supported")
     if not (_are_counts(shape) and _are_counts(offsets)) or len(shape) > 16 or len(offsets) != 2:
         raise Refusal(f"tensor {quote(name)} has a shape or offsets that make no sense")
     # count sizes of 0 as 1: NumPy cannot hold every empty shape either
     if math.prod(max(size, 1) for size in shape) >= 1 << 40:
         raise Refusal(f"tensor {quote(name)} claims the shape {tuple(shape)}")
-    if math.prod(shape) * DTYPES[kind].itemsize != offsets[1] - offsets[0]:
+    if math.prod(shape) * SIZES[kind] != offsets[1] - offsets[0]:
         raise Refusal(
             f"tensor {quote(name)} of shape {tuple(shape)} does not have as many bytes as its shape"
             " needs"

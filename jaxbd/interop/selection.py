@@ -20,6 +20,8 @@ Fits = Callable[[Shapes, bool], bool]
 allows a plain chain of layers, which hardly constrains the names."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel and torch.compile add to every key."""
+INNER = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What a wrapper around one module of a net adds to its keys."""
 AVERAGE = re.compile(r"(^|[._-])(ema|swa|shadow|averaged?)($|[._\d-])", re.IGNORECASE)
 """Names for the moving average of a net's weights, which is used only if there is no other net."""
 MOST_PREFIXES = 40
@@ -40,6 +42,7 @@ class Selection(NamedTuple):
       fits: whether the names and shapes are those of an architecture.
       unused: weights of layers in the same dictionary that belong to none of its nets.
       link: how one of them shows that the net is only a part of another; "" if none does.
+      whole: name of each weight -> its key in a file that stores it as one tensor.
     """
 
     names: dict[str, Piece]
@@ -49,6 +52,7 @@ class Selection(NamedTuple):
     fits: bool = False
     unused: tuple[str, ...] = ()
     link: str = ""
+    whole: Mapping[str, str] = {}
 
 
 def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None) -> list[Selection]:
@@ -63,7 +67,11 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
     if any(len(name) > MOST_NAME for name in shapes):
         return [Selection({name: Piece((name,), "") for name in shapes}, "")]
     constants = pieces.normalisation(shapes)
-    rest = {name: shape for name, shape in shapes.items() if name not in (constants or ())}
+    rest = {
+        name: shape
+        for name, shape in shapes.items()
+        if name not in (constants or ()) and name.rpartition(".")[2] not in pieces.COUNTS
+    }
     parts = pieces.pieces(rest)
     whole = {
         name: rest[piece.keys[-1 if piece.how == "weight_norm" else 0]]
@@ -71,20 +79,25 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
     }
     found: list[Selection] = []
     taken: list[set[str]] = []
-    tried = [(prefixes, loose) for loose in (False, True) for prefixes in _prefixes(whole)]
-    for prefixes, loose in tried:
+    tried = [
+        (names, prefixes[0], loose)
+        for loose in (False, True)
+        for prefixes in _prefixes(whole)
+        for names in _strip(whole, prefixes)
+    ]
+    for names, prefix, loose in tried:
         check()
         if loose and found:
             break
-        names = _strip(whole, prefixes)
         # skip what is part of a net that was found already
-        if names is None or not names or any(set(names.values()) <= earlier for earlier in taken):
+        if not names or any(set(names.values()) <= earlier for earlier in taken):
             continue
         if fits({short: whole[full] for short, full in names.items()}, loose):
             chosen = {short: parts[full] for short, full in names.items()}
             used = {key for piece in chosen.values() for key in piece.keys} | {*(constants or ())}
             ignored = tuple(key for key in shapes if key not in used)
-            found.append(Selection(chosen, prefixes[0], _without_parts(ignored), constants, True))
+            ignored = _without_parts(ignored)
+            found.append(Selection(chosen, prefix, ignored, constants, True, whole=names))
             taken.append(set(names.values()))
             if len(names) == len(whole):
                 break
@@ -174,17 +187,20 @@ def _prefixes(names: Shapes) -> Iterator[tuple[str, ...]]:
     yield from ((body, head) for body in bodies for head in heads[:MOST_PREFIXES] if body != head)
 
 
-def _strip(names: Shapes, prefixes: tuple[str, ...]) -> dict[str, str] | None:
-    """Name without its prefix -> full name; None if two names become the same."""
-    short: dict[str, str] = {}
+def _strip(names: Shapes, prefixes: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Name without its prefix -> full name; then, if that changes any, the same without the marks
+    of inner wrappers. Nothing where two names become the same."""
+    pairs = []
     for name in names:
         prefix = next((each for each in prefixes if name.startswith(each)), None)
-        if prefix is None:
-            continue
-        if name[len(prefix) :] in short or name == prefix:
-            return None
-        short[name[len(prefix) :]] = name
-    return short
+        if prefix == name:
+            return
+        if prefix is not None:
+            pairs.append((name[len(prefix) :], name))
+    inner = [(INNER.sub("", short), name) for short, name in pairs]
+    for each in (pairs, inner) if inner != pairs else (pairs,):
+        if len(dict(each)) == len(each):
+            yield dict(each)
 
 
 class Candidate(NamedTuple):

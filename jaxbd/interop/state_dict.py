@@ -24,6 +24,10 @@ KNOWN_NAMES = (
 )
 """Keys under which a classifier is usually saved."""
 LEAVES = ("weight", "bias", "running_mean", "running_var")
+TENSORS = ("a tensor", "torch._utils._rebuild", "torch._tensor.")
+"""Prefixes of the names of unsupported values that are tensors."""
+OPAQUE = "a tensor of "
+"""Prefix of the names of those among them that are unsupported only because of their type."""
 
 Load = Callable[[str, int], np.ndarray]
 """(key, number of bytes) -> a storage as uint8."""
@@ -114,10 +118,19 @@ def _make_found(
 
 
 def find_named(
-    tensors: Mapping[str, np.ndarray], limits: Limits, fits: Fits, key: str | None = None
+    tensors: Mapping[str, np.ndarray],
+    limits: Limits,
+    fits: Fits,
+    key: str | None = None,
+    *,
+    opaque: Mapping[str, str] = {},
 ) -> tuple[dict[str, np.ndarray], Selection, dict[str, np.ndarray]]:
     """The net in a flat table of arrays: its tensors, selection and constants as in `Found`.
-    Raises: Refusal as `find` does."""
+
+    Args:
+      opaque: names of tensors that are not read -> their types, which are not supported.
+    Raises: Refusal as `find` does, or if an opaque tensor may be part of the net.
+    """
     shapes = {name: np.shape(tensor) for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     check = limits.deadline("choosing among its tensors", size).check
@@ -125,6 +138,13 @@ def find_named(
     read = lambda each, keys: {key: tensors[key] for key in keys}
     chosen = selection.choose(candidates, key, lambda each: True, _Equal(read, check)).selection
     _check_names(chosen.names, limits)
+    keys = [key for piece in chosen.names.values() for key in piece.keys]
+    # a body and a head may have different prefixes
+    prefix = chosen.prefix if all(key.startswith(chosen.prefix) for key in keys) else ""
+    for name, kind in opaque.items():
+        if name.startswith(prefix) and pieces.may_be_part(name):
+            raise Refusal(f"tensor {quote(name)} is of type {quote(kind)}, which is not supported")
+    chosen = chosen._replace(ignored=(*chosen.ignored, *opaque))
     whole = {
         name: pieces.put_together(name, piece, tensors) for name, piece in chosen.names.items()
     }
@@ -205,10 +225,13 @@ def _check_names(tensors: Mapping[Any, Any], limits: Limits) -> None:
 def _check_no_foreign(state: dict) -> None:
     """Raises Refusal if an unsupported value has the name of a weight."""
     for name, entry in state.items():
-        if type(entry) is Foreign and (
+        if type(entry) is not Foreign:
+            continue
+        has_type = entry.name.startswith(OPAQUE)
+        if (
             type(name) is not str
             or name.rpartition(".")[2] in LEAVES
-            or entry.name.startswith(("a tensor", "torch._utils._rebuild", "torch._tensor."))
+            or (pieces.may_be_part(name) if has_type else entry.name.startswith(TENSORS))
         ):
             what = name if type(name) is str else entry.name
             raise Refusal(

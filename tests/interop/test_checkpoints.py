@@ -108,6 +108,86 @@ def test_any_prefix_is_taken_off_and_put_back(tmp_path, prefix):
     assert list(back) == list(prefixed(state, prefix))
 
 
+@pytest.mark.parametrize(
+    "inner", ["module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."]
+)
+@pytest.mark.parametrize("outer", ["", "model.", "module."])
+def test_inner_wrappers_are_taken_off_and_put_back(tmp_path, inner, outer):
+    state = weights()
+    inside = lambda name: name.replace("conv1.", f"conv1.{inner}").replace("head.", f"{inner}head.")
+    wrap = lambda name: outer + inside(name)
+    wrapped = collections.OrderedDict((wrap(name), value) for name, value in state.items())
+    model = opened(tmp_path / "m.pth", wrapped)
+    assert_same(model, state)
+    assert load.save_model(tmp_path / "out.pth", model, model.variables) is None
+    assert list(torch.load(tmp_path / "out.pth", weights_only=True)) == list(wrapped)
+    # two names that become one
+    wrapped[f"{outer}conv1.weight"] = torch.zeros_like(state["conv1.weight"])
+    with pytest.raises(UserError, match=r"no known architecture|2 missing .* 3 extra"):
+        opened(tmp_path / "m.pth", wrapped)
+
+
+def test_a_pruned_weight_in_an_inner_wrapper_is_written_whole_under_its_key(tmp_path):
+    state = weights()
+    mask = (torch.rand_like(state["conv1.weight"]) > 0.5).float()
+    wrapped = {name.replace("conv1.", "conv1._orig_mod."): value for name, value in state.items()}
+    whole = wrapped.pop("conv1._orig_mod.weight")
+    parts = {"conv1._orig_mod.weight_orig": whole, "conv1._orig_mod.weight_mask": mask}
+    model = opened(tmp_path / "m.pth", prefixed(wrapped | parts, "net."))
+    assert_same(model, state | {"conv1.weight": whole * mask})
+    load.save_model(tmp_path / "out.pth", model, model.variables)
+    back = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert torch.equal(back["net.conv1._orig_mod.weight"], whole * mask)
+    assert len(back) == len(state)
+
+
+def test_counts_of_operations_are_left_out(tmp_path):
+    state = weights()
+    counts = {
+        f"{m}total_{what}": torch.ones(1) for m in ("", "conv1.") for what in ("ops", "params")
+    }
+    model = opened(tmp_path / "m.pth", collections.OrderedDict(state | counts))
+    assert_same(model, state)
+    assert set(model.container.ignored) == set(counts) and not model.container.unused
+
+
+OPAQUE = {
+    "a": torch.zeros(3, dtype=torch.uint16),
+    "b": torch.zeros(2, 2, dtype=torch.uint32),
+    "c": torch.zeros((), dtype=torch.uint64),
+    "d": torch.zeros(3).to(torch.float8_e4m3fn),
+    "e": torch.zeros(3).to(torch.float8_e5m2),
+}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["pth", "stream", "safetensors"])
+def test_types_that_are_not_read_are_left_out_beside_the_weights(tmp_path, kind, nested):
+    from safetensors.torch import save_file
+
+    state, path = weights(), tmp_path / f"m.{kind}"
+    if kind == "safetensors":
+        write = lambda value: save_file(value, path)
+    else:
+        write = lambda value: torch.save(value, path, _use_new_zipfile_serialization=kind == "pth")
+    if nested and kind != "safetensors":
+        write({"state_dict": state, "beside": OPAQUE, "storage": torch.zeros(3).untyped_storage()})
+        left_out = {"beside", "storage"}
+    elif nested:
+        write(prefixed(state, "net.") | {f"other.{n}.weight": t for n, t in OPAQUE.items()})
+        left_out = {f"other.{n}.weight" for n in OPAQUE}
+    else:
+        write(dict(state) | OPAQUE)
+        left_out = set(OPAQUE)
+    model = load.open_model(path, image_shape=SHAPE)
+    assert_same(model, state)
+    assert set(model.container.ignored) == left_out
+    for name in ("conv1.weight", "norm0.running_mean", "norm1.neuron_mask", "mean"):
+        write(dict(state) | {name: OPAQUE["a"]})
+        with pytest.raises(UserError, match=rf"{name}'.* is .*(U|u\w*)(int)?16"):
+            load.open_model(path, image_shape=SHAPE)
+
+
 def test_body_and_head_may_have_different_prefixes(tmp_path):
     state = weights()
     two = {("head." if n.startswith("head") else "backbone.") + n: v for n, v in state.items()}
