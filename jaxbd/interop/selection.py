@@ -79,14 +79,7 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
     }
     found: list[Selection] = []
     taken: list[set[str]] = []
-    tried = [
-        (names, prefixes[0], loose)
-        for loose in (False, True)
-        for prefixes in _prefixes(whole)
-        for names in _strip(whole, prefixes)
-    ]
-    for names, prefix, loose in tried:
-        check()
+    for names, prefix, loose in _tries(whole, check):
         if loose and found:
             break
         # skip what is part of a net that was found already
@@ -95,8 +88,7 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
         if fits({short: whole[full] for short, full in names.items()}, loose):
             chosen = {short: parts[full] for short, full in names.items()}
             used = {key for piece in chosen.values() for key in piece.keys} | {*(constants or ())}
-            ignored = tuple(key for key in shapes if key not in used)
-            ignored = _without_parts(ignored)
+            ignored = _without_parts(tuple(key for key in shapes if key not in used))
             found.append(Selection(chosen, prefix, ignored, constants, True, whole=names))
             taken.append(set(names.values()))
             if len(names) == len(whole):
@@ -110,6 +102,16 @@ def select(shapes: Shapes, fits: Fits, check: Callable[[], None] = lambda: None)
         each._replace(unused=tuple(left), link=_link([whole[n] for n in whole if n in names], left))
         for each, names in zip(found, taken, strict=True)
     ] or [_as_it_is(shapes)]
+
+
+def _tries(whole: Shapes, check: Callable[[], None]) -> Iterator[tuple[dict[str, str], str, bool]]:
+    """(name without prefix -> full name, the prefix, loose) to try, in order. They are made one by
+    one, because together they may take gigabytes."""
+    for loose in (False, True):
+        for prefixes in _prefixes(whole):
+            check()
+            for names in _strip(whole, prefixes):
+                yield names, prefixes[0], loose
 
 
 def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
