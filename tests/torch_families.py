@@ -57,14 +57,24 @@ class CifarBlock(nn.Module):
 class Stages(nn.Module):
     """conv1, bn1, layer1.., a head, with any block made by `block(inputs, width, stride)`."""
 
-    def __init__(self, block, counts, width, expansion, classes, head="linear", stem=None):
+    def __init__(
+        self,
+        block,
+        counts,
+        width,
+        expansion,
+        classes,
+        head="linear",
+        stem=None,
+        strides=(1, 2, 2, 2),
+    ):
         super().__init__()
         self.conv1, self.bn1 = stem or conv(3, width), nn.BatchNorm2d(width)
         inputs, self.names, self.head = width, [], head
         for stage, count in enumerate(counts):
             blocks = []
             for index in range(count):
-                stride = 2 if stage and index == 0 else 1
+                stride = strides[stage] if index == 0 else 1
                 blocks.append(block(inputs, width * 2**stage, stride))
                 inputs = width * 2**stage * expansion
             self.names.append(f"layer{stage + 1}")
@@ -81,11 +91,15 @@ class Stages(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1, with `groups` and squeeze-and-excitation where asked for."""
+    """1x1, 3x3, 1x1, with `groups`, squeeze-and-excitation and the full width inside where asked
+    for."""
 
-    def __init__(self, inputs, width, stride, groups=1, squeeze=False, shortcut="shortcut"):
+    def __init__(
+        self, inputs, width, stride, groups=1, squeeze=False, shortcut="shortcut", wide=False
+    ):
         super().__init__()
         outputs = width * 4
+        width = outputs if wide else width
         self.conv1, self.bn1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, stride, groups=groups)
         self.bn2 = nn.BatchNorm2d(width)
@@ -252,6 +266,54 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.features(x).mean((2, 3)))
+
+
+class TimmBlock(nn.Module):
+    """An inverted residual block in timm's names, which sort the depthwise convolution first."""
+
+    def __init__(self, inputs, outputs, size, stride, expansion, activation):
+        super().__init__()
+        hidden = inputs * expansion
+        names = ["conv_pw", "conv_dw", "conv_pwl"] if expansion > 1 else ["conv_dw", "conv_pw"]
+        made = [conv(inputs, hidden, 1)] if expansion > 1 else []
+        made += [conv(hidden, hidden, size, stride, groups=hidden), conv(hidden, outputs, 1)]
+        for index, (name, layer) in enumerate(zip(names, made, strict=True), 1):
+            setattr(self, name, layer)
+            setattr(self, f"bn{index}", nn.BatchNorm2d(layer.out_channels))
+        self.names, self.activation = names, activation
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        y = x
+        for index, name in enumerate(self.names, 1):
+            y = getattr(self, f"bn{index}")(getattr(self, name)(y))
+            y = self.activation(y) if index < len(self.names) else y
+        return x + y if self.adds else y
+
+
+class TimmMobile(nn.Module):
+    """timm's MobileNetV2 (ReLU6, 3x3) or MNASNet (ReLU, some 5x5), narrow."""
+
+    def __init__(self, classes, activation, sizes=(3,) * 7):
+        super().__init__()
+        self.conv_stem, self.bn1, inputs = conv(3, 4, 3, 2), nn.BatchNorm2d(4), 4
+        stages, strides, expansions = [], (1, 2, 2, 2, 1, 2, 1), (1, 3, 3, 3, 3, 3, 3)
+        for outputs, size, stride, expansion in zip(
+            (2, 3, 4, 5, 6, 7, 8), sizes, strides, expansions, strict=True
+        ):
+            blocks = []
+            for step in (stride, 1):
+                blocks.append(TimmBlock(inputs, outputs, size, step, expansion, activation))
+                inputs = outputs
+            stages.append(nn.Sequential(*blocks))
+        self.blocks = nn.Sequential(*stages)
+        self.conv_head, self.bn2 = conv(8, 16, 1), nn.BatchNorm2d(16)
+        self.classifier, self.activation = nn.Linear(16, classes), activation
+
+    def forward(self, x):
+        x = self.blocks(self.activation(self.bn1(self.conv_stem(x))))
+        x = self.activation(self.bn2(self.conv_head(x)))
+        return self.classifier(x.mean((2, 3)))
 
 
 class DenseLayer(nn.Module):

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_families as nets
 import torch_twins as twins
 
 from jaxbd.base import UserError
 from jaxbd.interop import forms, layouts, load
-from jaxbd.models import build
+from jaxbd.models import build, families
 
 torch.set_num_threads(1)
 STEM = lambda width: torch.nn.Conv2d(3, width, 7, 2, 3, bias=False)
@@ -58,6 +59,33 @@ CASES = {
         "ResNet-17",
         {"pool": True, "stem_stride": 2},
         32,
+    ),
+    "grouped, wide inside, of ImageNet": (
+        lambda: nets.Stages(
+            lambda i, w, s: nets.Bottleneck(i, w, s, groups=4, shortcut="downsample", wide=True),
+            (1, 1, 1, 1),
+            4,
+            4,
+            7,
+            "fc",
+            STEM(4),
+        ),
+        "ResNeXt-14",
+        {},
+        64,
+    ),
+    "RegNet": (
+        lambda: nets.Stages(
+            lambda i, w, s: nets.Bottleneck(i, w, s, groups=4, wide=True),
+            (1, 1, 1, 1),
+            4,
+            4,
+            7,
+            strides=(1, 1, 2, 2),
+        ),
+        "RegNet-14",
+        {},
+        16,
     ),
     "grouped": (
         lambda: nets.Stages(lambda i, w, s: nets.Bottleneck(i, w, s, groups=2), (1, 1, 1), 4, 4, 7),
@@ -106,6 +134,13 @@ CASES = {
     "LeNet": (lambda: nets.LeNet(7), "CNN-5", {"padded": False}, 28),
     "LeNet with padding": (lambda: nets.LeNet(7, 3, 32, 2), "CNN-5", {"padded": True}, 32),
     "MobileNetV2": (lambda: nets.MobileNetV2(7), "MobileNetV2", {"strides": "1222121"}, 64),
+    "timm's MobileNetV2": (lambda: nets.TimmMobile(7, F.relu6), "MobileNetV2", {}, 32),
+    "timm's MNASNet": (
+        lambda: nets.TimmMobile(7, F.relu, (3, 3, 5, 5, 3, 5, 3)),
+        "MobileNetV2",
+        {},
+        64,
+    ),
     "DenseNet": (lambda: nets.DenseNet((2, 3, 1, 2), 3, 7), "DenseNet-21", {}, 16),
 }
 """Name -> (the PyTorch net, what it is called, what its form is, side of the images)."""
@@ -232,6 +267,12 @@ def test_a_net_with_one_layer_more_or_less_is_none(name, tensor, message):
         changed[name] = tensor
     with pytest.raises(UserError, match=message):
         layouts.recognise(changed)
+
+
+def test_a_convolution_has_groups_only_where_its_family_has_them():
+    net = families.Layers({"a": (8, 2, 1, 1)}, frozenset(), jnp.float32, False)
+    with pytest.raises(families.Mismatch, match="a does not take 4 channels"):
+        net.conv("a", jnp.zeros((1, 8, 8, 4)))
 
 
 def test_what_is_not_read_from_weights_alone_is_told_by_name():

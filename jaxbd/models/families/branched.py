@@ -131,7 +131,7 @@ def _dpn(net: Layers, x: Array) -> Array:
 def _dual(net: Layers, name: str, x: Array, stride: int) -> Array:
     """A dual path block: the first d channels are added, the others concatenated."""
     y = nn.relu(net.unit(f"{name}.conv1", f"{name}.bn1", x))
-    y = nn.relu(net.unit(f"{name}.conv2", f"{name}.bn2", y, stride))
+    y = nn.relu(net.unit(f"{name}.conv2", f"{name}.bn2", y, stride, grouped=True))
     y = net.unit(f"{name}.conv3", f"{name}.bn3", y)
     stage = name.rpartition(".")[0]
     if net.has(f"{name}.shortcut.0"):
@@ -156,9 +156,12 @@ def _shufflenet(net: Layers, x: Array) -> Array:
 
 def _apply_shuffle_unit(net: Layers, name: str, x: Array, stride: int) -> Array:
     groups = x.shape[-1] // net.size(f"{name}.conv1")[1]
-    y = nn.relu(net.unit(f"{name}.conv1", f"{name}.bn1", x))
-    y = nn.relu(net.unit(f"{name}.conv2", f"{name}.bn2", shuffle(y, groups), stride))
-    y = net.unit(f"{name}.conv3", f"{name}.bn3", y)
+    unit = lambda number, value, stride=1: net.unit(
+        f"{name}.conv{number}", f"{name}.bn{number}", value, stride, grouped=True
+    )
+    y = nn.relu(unit(1, x))
+    y = nn.relu(unit(2, shuffle(y, groups), stride))
+    y = unit(3, y)
     if stride == 2:
         return nn.relu(jnp.concatenate([y, avg_pool(x, 3, 2, 1)], -1))
     return nn.relu(y + x)
@@ -176,14 +179,14 @@ def _half(net: Layers, name: str, x: Array) -> Array:
     # half of the channels pass through unchanged
     still, y = jnp.split(x, 2, -1)
     y = nn.relu(net.unit(f"{name}.conv1", f"{name}.bn1", y))
-    y = net.unit(f"{name}.conv2", f"{name}.bn2", y)
+    y = net.unit(f"{name}.conv2", f"{name}.bn2", y, grouped=True)
     y = nn.relu(net.unit(f"{name}.conv3", f"{name}.bn3", y))
     return shuffle(jnp.concatenate([still, y], -1), 2)
 
 
 def _down(net: Layers, name: str, x: Array) -> Array:
     unit = lambda number, value, stride=1: net.unit(
-        f"{name}.conv{number}", f"{name}.bn{number}", value, stride
+        f"{name}.conv{number}", f"{name}.bn{number}", value, stride, grouped=number in (1, 4)
     )
     left = nn.relu(unit(2, unit(1, x, 2)))
     right = nn.relu(unit(5, unit(4, nn.relu(unit(3, x)), 2)))
@@ -202,7 +205,7 @@ def _pnasnet(net: Layers, x: Array) -> Array:
 
 def _cell(net: Layers, name: str, x: Array, stride: int) -> Array:
     separable = lambda number: net.unit(
-        f"{name}.sep_conv{number}.conv1", f"{name}.sep_conv{number}.bn1", x, stride
+        f"{name}.sep_conv{number}.conv1", f"{name}.sep_conv{number}.bn1", x, stride, grouped=True
     )
     pooled = max_pool(x, 3, stride, 1)
     if net.has(f"{name}.conv1"):

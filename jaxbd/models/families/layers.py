@@ -71,14 +71,23 @@ class Layers:
         return self.shapes[name]
 
     def conv(
-        self, name: str, x: Array, stride: int = 1, padding: int | Sequence[int] | None = None
+        self,
+        name: str,
+        x: Array,
+        stride: int = 1,
+        padding: int | Sequence[int] | None = None,
+        grouped: bool = False,
     ) -> Array:
-        """Applies a convolution; the default padding keeps the image's size at stride 1."""
+        """Applies a convolution; the default padding keeps the image's size at stride 1. It may
+        have groups (a depthwise one has as many as channels) only if `grouped`."""
         shape = self.size(name)
         if len(shape) != 4 or x.shape[-1] % shape[1] or min(x.shape) < 1:
             raise Mismatch(f"{name} does not take {x.shape[-1]} channels")
-        # PyTorch stores I / groups, so the input tells the number of groups
+        # PyTorch stores I / groups, so the input tells the number of groups. A convolution in the
+        # wrong place could fit in this way too, so only those that have groups in the family may
         groups = x.shape[-1] // shape[1]
+        if groups > 1 and not grouped:
+            raise Mismatch(f"{name} does not take {x.shape[-1]} channels")
         if shape[0] % groups:
             raise Mismatch(f"{name} does not divide its channels into {groups} groups")
         sides = shape[2:]
@@ -133,9 +142,11 @@ class Layers:
         blank = jnp.zeros((1, 1, 1, shape[0] if len(shape) == 1 else shape[1]), jnp.float32)
         self.norm(name, blank) if len(shape) == 1 else self.conv(name, blank)
 
-    def unit(self, conv: str, norm: str | None, x: Array, stride: int = 1) -> Array:
+    def unit(
+        self, conv: str, norm: str | None, x: Array, stride: int = 1, grouped: bool = False
+    ) -> Array:
         """Applies a convolution, then BatchNorm unless `norm` is None."""
-        x = self.conv(conv, x, stride)
+        x = self.conv(conv, x, stride, grouped=grouped)
         return x if norm is None else self.norm(norm, x)
 
     def pool(self, x: Array) -> Array:

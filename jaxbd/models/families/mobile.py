@@ -1,6 +1,9 @@
 """Depthwise nets of any width: MobileNet v1 and v2 (Howard et al. 2017, Sandler et al. 2018),
 EfficientNet (Tan and Le 2019), with the layer names of torchvision, kuangliu/pytorch-cifar and
-weiaicunzai/pytorch-cifar100."""
+weiaicunzai/pytorch-cifar100; timm's MobileNetV2 and MNASNet (Tan et al. 2019).
+
+timm's EfficientNets are not read: variants with the same names and shapes differ in padding and in
+BatchNorm's epsilon."""
 
 from typing import Any, NamedTuple
 
@@ -35,13 +38,17 @@ def blocks(net: Layers) -> tuple[list[str], tuple[str, str]]:
         if stem[0] not in net.shapes:
             continue
         found = net.matching(pattern)
-        if len(found) > 4 and all(_depthwise(net, name) for name in found):
+        if len(found) > 4 and all(_has_depthwise(net, name) for name in found):
             return found, stem
     raise Mismatch("it has no depthwise blocks")
 
 
-def _depthwise(net: Layers, name: str) -> bool:
+def _has_depthwise(net: Layers, name: str) -> bool:
     return any(len(net.shapes[key]) == 4 and net.shapes[key][1] == 1 for key in net.within(name))
+
+
+def _is_depthwise(net: Layers, conv: str) -> bool:
+    return net.size(conv)[1] == 1 and net.size(conv)[-1] > 1
 
 
 def block(net: Layers, name: str) -> Inverted:
@@ -53,13 +60,18 @@ def block(net: Layers, name: str) -> Inverted:
     excite = excite or [
         key for key in main if len(net.shapes[key]) == 4 and key in net.biased and ".se" in key
     ]
-    convs = [key for key in main if len(net.shapes[key]) == 4 and key not in excite]
+    convs = sorted((k for k in main if len(net.shapes[k]) == 4 and k not in excite), key=natural)
     norms = [key for key in main if len(net.shapes[key]) == 1]
     if len(convs) != len(norms) or len(convs) not in (2, 3):
         raise Mismatch(f"{name} is not an inverted residual block")
+    # timm's names sort the depthwise convolution first, but it comes before the last one
+    deep = [key for key in convs if _is_depthwise(net, key)]
+    others = [key for key in convs if key not in deep]
+    if len(deep) == 1:
+        convs = [*others[:-1], *deep, *others[-1:]]
     pair = tuple(sorted(excite, key=natural))
     return Inverted(
-        tuple(zip(sorted(convs, key=natural), sorted(norms, key=natural), strict=True)),
+        tuple(zip(convs, sorted(norms, key=natural), strict=True)),
         (pair[0], pair[1]) if len(pair) == 2 else None,
         (aside[0], aside[1]) if len(aside) == 2 else None,
     )
@@ -94,13 +106,26 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
             for act in ("relu", "relu6")
             for strides in (SEVEN["cifar"], SEVEN["imagenet"])
         )
-    if any(block(net, name).squeeze for name in blocks(net)[0]):
+    excited = any(block(net, name).squeeze for name in blocks(net)[0])
+    if excited and stem[0] == "conv_stem":
+        raise Mismatch("timm's EfficientNets differ in padding and in BatchNorm's epsilon")
+    if excited:
         return ({"strides": SEVEN["imagenet"], "stem_stride": 2, "activation": "swish"},)
-    return (
-        {"strides": SEVEN["imagenet"], "stem_stride": 2, "activation": "relu6"},
-        {"strides": SEVEN["imagenet"], "stem_stride": 1, "activation": "relu6"},
-        {"strides": SEVEN["cifar"], "stem_stride": 1, "activation": "relu6"},
+    activations = ("relu6",)
+    if stem[0] == "conv_stem":
+        # timm's MNASNet has 5x5 convolutions and ReLU, its MobileNetV2 neither
+        activations = ("relu", "relu6") if _has_large(net) else ("relu6", "relu")
+    strides = ((SEVEN["imagenet"], 2), (SEVEN["imagenet"], 1), (SEVEN["cifar"], 1))
+    return tuple(
+        {"strides": each, "stem_stride": first, "activation": act}
+        for act in activations
+        for each, first in strides
     )
+
+
+def _has_large(net: Layers) -> bool:
+    """Whether any convolution is larger than 3x3."""
+    return any(len(shape) == 4 and shape[-1] > 3 for shape in net.shapes.values())
 
 
 ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6, "swish": nn.swish}
@@ -130,8 +155,8 @@ def _apply_inverted(net: Layers, at: Inverted, x: Array, stride: int, activate: 
         net.unused(units[0][1])
         units = units[1:]
     for index, (conv, norm) in enumerate(units):
-        is_depthwise = net.size(conv)[1] == 1 and net.size(conv)[-1] > 1
-        y = net.norm(norm, net.conv(conv, y, stride if is_depthwise else 1))
+        is_depthwise = _is_depthwise(net, conv)
+        y = net.unit(conv, norm, y, stride if is_depthwise else 1, is_depthwise)
         y = activate(y) if index < len(units) - 1 else y
         if is_depthwise and at.squeeze:
             y = squeeze(net, at.squeeze, y, activate)

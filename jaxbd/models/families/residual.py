@@ -143,8 +143,9 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
         choices.append({**base, "pool": True, "stem_stride": 2})
     if side == 5:
         choices = [{**base, "stem_stride": 2}, base]
-    if _is_regnet(net, blocks):
-        choices = [{**base, "strides": "11" + strides[2:]}, base]
+    if _is_wide_inside(net, blocks) and side == 3:
+        regnet = {**base, "strides": "11" + strides[2:]}
+        choices = [regnet, base] if _is_regnet(net, blocks) else [*choices, regnet]
     if preactivated:
         biased = blocks[0].convs[0] in net.biased
         sequence = ".residual." in blocks[0].convs[0]
@@ -161,6 +162,14 @@ def forms(net: Layers) -> tuple[dict[str, Any], ...]:
 
 
 def _is_regnet(net: Layers, blocks: list[Block]) -> bool:
+    """Whether it is a RegNet: those read here are kuangliu's, with a 3x3 stem and no `fc`.
+    torchvision's resnext101_32x8d has such wide bottlenecks too."""
+    stem = next((conv for conv, _ in STEMS if conv in net.shapes), None)
+    small = stem is None or net.shapes[stem][-1] == 3
+    return small and not net.has("fc") and _is_wide_inside(net, blocks)
+
+
+def _is_wide_inside(net: Layers, blocks: list[Block]) -> bool:
     """Whether the bottlenecks are not narrower inside."""
     last = blocks[-1]
     return len(last.convs) == 3 and net.shapes[last.convs[0]][0] == net.shapes[last.convs[2]][0]
@@ -218,7 +227,7 @@ def _apply_postactivated(
     y = x
     bearer = _bearer(at, form)
     for index, (conv, norm) in enumerate(zip(at.convs, at.norms, strict=True)):
-        y = net.norm(norm, net.conv(conv, y, stride if index == bearer else 1))
+        y = net.unit(conv, norm, y, stride if index == bearer else 1, _may_group(at, index))
         if index < len(at.convs) - 1:
             y = nn.relu(y)
         if at.squeeze and index == _find_excitation(net, at):
@@ -244,11 +253,16 @@ def _apply_preactivated(
     bearer = _bearer(at, form)
     for index, conv in enumerate(at.convs):
         y = y if index == 0 else nn.relu(net.norm(at.norms[index], y))
-        y = net.conv(conv, y, stride if index == bearer else 1)
+        y = net.unit(conv, None, y, stride if index == bearer else 1, _may_group(at, index))
     if at.squeeze:
         y = squeeze(net, at.squeeze, y, nn.relu)
     start = x if form.get("raw") or at.shortcut[0] is None else activated
     return y + _shortcut(net, at, start, y, stride, form)
+
+
+def _may_group(at: Block, index: int) -> bool:
+    """Whether a convolution may have groups: the second of a bottleneck, as in ResNeXt."""
+    return len(at.convs) == 3 and index == 1
 
 
 def _bearer(at: Block, form: dict[str, Any]) -> int:

@@ -46,10 +46,8 @@ def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
     x = activate(net.norm(norm, net.conv(conv, x, form["stem_stride"])))
     for index, (depthwise, pointwise) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
         widens = net.size(pointwise[0])[0] > net.size(depthwise[0])[0]
-        x = activate(
-            net.norm(depthwise[1], net.conv(depthwise[0], x, 2 if index and widens else 1))
-        )
-        x = activate(net.norm(pointwise[1], net.conv(pointwise[0], x)))
+        x = activate(net.unit(*depthwise, x, 2 if index and widens else 1, grouped=True))
+        x = activate(net.unit(*pointwise, x))
     return net.head(x)
 
 
