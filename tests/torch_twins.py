@@ -159,7 +159,9 @@ class MobileNet(nn.Module):
 
 
 class SmallVGG(nn.Module):
-    def __init__(self, classes: int, width: int, side: int = 32, channels: int = 3):
+    def __init__(
+        self, classes: int, width: int, side: int = 32, channels: int = 3, activation=nn.ELU
+    ):
         super().__init__()
         stack, inputs = [], channels
         for outputs in (width, 2 * width, 4 * width):
@@ -167,7 +169,7 @@ class SmallVGG(nn.Module):
                 stack += [
                     nn.Conv2d(number, outputs, 3, padding=1),
                     nn.BatchNorm2d(outputs),
-                    nn.ELU(),
+                    activation(),
                 ]
             stack += [nn.MaxPool2d(2), nn.Dropout(0.0)]
             inputs = outputs

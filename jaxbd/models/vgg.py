@@ -1,5 +1,5 @@
-"""A small VGG for CIFAR-sized images: pairs of [3x3 convolution, BatchNorm, ELU], max-pooling,
-linear."""
+"""A small VGG for CIFAR-sized images: pairs of [3x3 convolution, BatchNorm, ELU or ReLU],
+max-pooling, linear."""
 
 from typing import Any
 
@@ -19,13 +19,16 @@ class VGG(nn.Module):
 
     Stage i (from 0) is two convolutions with bias of `width * 2**i` channels and a 2x2 max-pooling.
     The linear layer reads the activations flattened channel first, as in PyTorch, so the net knows
-    where a feature is. Dropout, with which the published nets are trained, is left out.
+    where a feature is. Dropout, with which the published nets are trained, is left out. The
+    activation is "elu" or "relu".
 
-    Raises: UserError for images with a side below 8 pixels, which pooling would reduce to nothing.
+    Raises: UserError for images with a side below 8 pixels, which pooling would reduce to nothing,
+      and for another activation.
     """
 
     classes: int
     width: int = 32
+    activation: str = "elu"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -34,6 +37,11 @@ class VGG(nn.Module):
             raise UserError(
                 f"the small VGG needs images of at least 8x8 pixels, not {x.shape[1]}x{x.shape[2]}"
             )
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"the small VGG has activation {' or '.join(ACTIVATIONS)}, not {self.activation!r}"
+            )
+        activate = ACTIVATIONS[self.activation]
         for stage in range(STAGES):
             for index in range(2):
                 x = nn.Conv(
@@ -45,7 +53,7 @@ class VGG(nn.Module):
                     dtype=self.dtype,
                     name=f"conv{stage}_{index}",
                 )(x)
-                x = elu(BatchNorm(not train, dtype=self.dtype, name=f"bn{stage}_{index}")(x))
+                x = activate(BatchNorm(not train, dtype=self.dtype, name=f"bn{stage}_{index}")(x))
             x = halve(x)
         x = Correction(name="features")(x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
         bias_init = torch_bias(x.shape[-1])
@@ -69,6 +77,9 @@ def elu(x: Array) -> Array:
 def _elu_jvp(primals, tangents):
     y = elu(primals[0])
     return y, tangents[0] * jnp.where(y > 0, 1, y + 1)
+
+
+ACTIVATIONS = {"elu": elu, "relu": nn.relu}
 
 
 def halve(x: Array) -> Array:

@@ -131,6 +131,13 @@ CASES = {
         {"pools": "01011"},
         16,
     ),
+    "the small VGG": (lambda: twins.SmallVGG(7, 4, 16), "vgg", {"activation": "elu"}, 16),
+    "the small VGG with ReLU": (
+        lambda: twins.SmallVGG(7, 4, 16, activation=torch.nn.ReLU),
+        "vgg",
+        {"activation": "relu"},
+        16,
+    ),
     "LeNet": (lambda: nets.LeNet(7), "CNN-5", {"padded": False}, 28),
     "LeNet with padding": (lambda: nets.LeNet(7, 3, 32, 2), "CNN-5", {"padded": True}, 32),
     "MobileNetV2": (lambda: nets.MobileNetV2(7), "MobileNetV2", {"strides": "1222121"}, 64),

@@ -99,6 +99,12 @@ def test_options_that_make_no_net_are_refused(arch, options, message):
         build.module(build.Spec(arch=arch, classes=10, image_shape=(32, 32, 3), options=options))
 
 
+def test_an_activation_that_the_vgg_does_not_have_is_refused():
+    spec = build.Spec(arch="vgg", classes=10, image_shape=(8, 8, 3), options={"activation": "gelu"})
+    with pytest.raises(UserError, match="activation elu or relu, not 'gelu'"):
+        build.net(spec).init(jax.random.key(0))
+
+
 def test_images_too_small_for_the_vgg_are_refused():
     net = build.net(build.Spec(arch="vgg", classes=10, image_shape=(7, 9, 3)))
     with pytest.raises(UserError, match="at least 8x8"):

@@ -64,7 +64,7 @@ def recognise(
     else:
         name, naming = _nearest(shapes, arch, exact)
         spec = _spec(name, naming, shapes, image_shape)
-        layout = _lay_out_known(spec, naming)._replace(forms=_stem_forms(spec))
+        layout = _lay_out_known(spec, naming)._replace(forms=_known_forms(spec))
     check(tensors, layout)
     return layout
 
@@ -163,13 +163,15 @@ def _trace(
     return lay_out(spec, naming)
 
 
-def _stem_forms(spec: build.Spec) -> tuple[build.Spec, ...]:
-    """The forms of a spec: a 3x3 stem may be followed by max-pooling, which leaves no trace in the
-    weights."""
-    if spec.options.get("stem") != "cifar":
-        return (spec,)
-    pooled = {**spec.options, "stem": "cifar-pool"}
-    return (spec, dataclasses.replace(spec, options=pooled))
+def _known_forms(spec: build.Spec) -> tuple[build.Spec, ...]:
+    """The forms of a spec: max-pooling after a 3x3 stem and the activation of the small VGG leave
+    no trace in the weights."""
+    open_options = {"stem": ("cifar", "cifar-pool"), "activation": ("elu", "relu")}
+    for name, values in open_options.items():
+        if spec.options.get(name) == values[0]:
+            options = [{**spec.options, name: value} for value in values]
+            return tuple(dataclasses.replace(spec, options=each) for each in options)
+    return (spec,)
 
 
 def fits(
@@ -266,6 +268,8 @@ def _spec(
         options["stem"] = {3: "cifar", 5: "64px", 7: "imagenet"}.get(kernel, "cifar")
     if arch == "cnn":
         options["stages"] = _stages(arch, shapes)
+    if arch == "vgg":
+        options["activation"] = "elu"
     side = {"imagenet": 224, "64px": 64}.get(options.get("stem", ""), 32)
     if arch == "vgg" and features:
         side = _vgg_side(features // (4 * width), image_shape)
