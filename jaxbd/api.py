@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbd import methods
-from jaxbd.base import Attack, Batch, Evidence, Suspect, UserError
+from jaxbd.base import Attack, Batch, Dataset, Evidence, Suspect, UserError
 from jaxbd.caching import cached
 from jaxbd.detection.detect import Verdict
 from jaxbd.detection.guard import Verdicts
-from jaxbd.interop import guarded, preprocess
+from jaxbd.interop import forms, guarded, matching, preprocess
 from jaxbd.interop import load as models
 from jaxbd.metrics import evaluate as measuring
 from jaxbd.metrics.evaluate import Rates
@@ -88,10 +88,25 @@ def open_model(
     model = models.open_model(path, **settings)
     if images is None:
         return models.suspect_of(model)
-    batch = _check_images(models.suspect_of(model), images, labels)
     stated = model.states_normalisation() or "mean" in settings
     given = (model.spec.mean, model.spec.std) if stated else None
-    table = preprocess.check(model, preprocess.sample(batch), given, only_given=stated)
+
+    suspect = models.suspect_of(model)
+
+    def read(shape: tuple[int, ...]) -> Batch:
+        wanted = shape if shape[0] else np.shape(images)[1:]
+        return _check_images(suspect._replace(image_shape=wanted), images, labels)
+
+    def match(candidate: models.Model, constants: preprocess.Constants | None) -> matching.Matched:
+        batch = read(candidate.spec.image_shape)
+        given_only = stated or constants is not None
+        table = preprocess.check(
+            candidate, preprocess.sample(batch), constants or given, only_given=given_only
+        )
+        return matching.Matched(candidate, Dataset(*batch, (), "images"), table)
+
+    model, _, table = forms.choose(model, match, read)
+    assert table is not None  # `match` measures every form
     return models.suspect_of(preprocess.adopt(model, table))
 
 

@@ -224,6 +224,45 @@ class LeNet(nn.Module):
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
 
 
+class Plain(nn.Module):
+    """conv1, bn1, .., fc1, ..: `convs` holds (width, size, padding, stride), `pools` "1" or "0" for
+    each."""
+
+    def __init__(self, channels, convs, linears, pools, act=F.relu, pool=F.max_pool2d, norm=False):
+        super().__init__()
+        self.pools, self.act, self.pool, self.norm = pools, act, pool, norm
+        for number, (width, size, padding, stride) in enumerate(convs, 1):
+            layer = conv(channels, width, size, stride, True, padding=padding)
+            setattr(self, f"conv{number}", layer)
+            if norm:
+                setattr(self, f"bn{number}", nn.BatchNorm2d(width))
+            channels = width
+        self.count, self.mean = len(linears) - 1, linears[0] == channels
+        for number in range(self.count):
+            setattr(self, f"fc{number + 1}", nn.Linear(linears[number], linears[number + 1]))
+
+    def forward(self, x):
+        for number, pool in enumerate(self.pools, 1):
+            x = getattr(self, f"conv{number}")(x)
+            x = self.act(getattr(self, f"bn{number}")(x) if self.norm else x)
+            x = self.pool(x, 2) if pool == "1" else x
+        x = x.mean((2, 3)) if self.mean else x.flatten(1)
+        for number in range(self.count):
+            x = getattr(self, f"fc{number + 1}")(x)
+            x = self.act(x) if number < self.count - 1 else x
+        return x
+
+
+def sequential_with_dropout():
+    """Convolutions in a `Sequential` with a dropout where others pool, for images of 16x16."""
+    unit = lambda i, o: [conv(i, o, bias=True), nn.BatchNorm2d(o), nn.ReLU()]
+    layers = [*unit(3, 4), nn.Dropout(), *unit(4, 6), nn.MaxPool2d(2), *unit(6, 8)]
+    net = nn.Sequential()
+    net.add_module("features", nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten()))
+    net.add_module("classifier", nn.Linear(8 * 16, 7))
+    return net
+
+
 class InvertedResidual(nn.Module):
     """A block in the names of torchvision's MobileNetV2."""
 

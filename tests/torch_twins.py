@@ -160,7 +160,7 @@ class MobileNet(nn.Module):
 
 class SmallVGG(nn.Module):
     def __init__(
-        self, classes: int, width: int, side: int = 32, channels: int = 3, activation=nn.ELU
+        self, classes: int, width: int, side: int = 32, channels: int = 3, activation: type = nn.ELU
     ):
         super().__init__()
         stack, inputs = [], channels

@@ -1,56 +1,93 @@
-"""Chooses the form of a net by its accuracy on images.
+"""Chooses the form of a net by its answers on images.
 
 Some of an architecture leaves no trace in a state_dict: where the net pools, its activation, how a
 shortcut without weights fills new channels. `Model.forms` lists the likely variants; each is tried
-on the images.
+on the images, in full only the likeliest of many.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import numpy as np
 
 from jaxbd.base import UserError
-from jaxbd.interop import preprocess
+from jaxbd.interop import preprocess, screen
 from jaxbd.interop.load import Model
 from jaxbd.interop.matching import Matched
+from jaxbd.metrics import evaluate
 from jaxbd.models import build
 
 Match = Callable[[Model, preprocess.Constants | None], Matched]
 """(model, constants or None) -> the model matched to images; with constants given, only that
 normalisation is measured."""
+FEW = 8
+"""Up to this many forms are all tried in full."""
+LIKELIEST = 5
+"""Of more forms, this many of the likeliest are tried in full, see `screen`."""
+DIFFERENT = 0.05
+"""Share of images on which two forms may differ and still pass for the same net."""
 
 
-def choose(model: Model, match: Match, stated: Sequence[str] = ()) -> Matched:
-    """Matches the model to images in the form in which it is most accurate.
+def choose(model: Model, match: Match, read: screen.Read, stated: Sequence[str] = ()) -> Matched:
+    """Matches the model to images in the form in which it is most accurate; if several are within
+    two standard errors of the best, in the one under which their labels are likeliest.
 
     Args:
       match: reads images for a model and measures it, see `matching.match`.
+      read: reads some of the same images at a given size.
       stated: what the user said about the form, e.g. "pool=True".
     Raises: UserError from `match` when no form can be used, or naming the forms when several are
-      within two standard errors of the best.
+      equally good but differ in their answers.
     """
-    candidates = [_in_form(model, spec) for spec in keep(model.forms, stated)] or [model]
+    every = [_in_form(model, spec) for spec in keep(model.forms, stated)] or [model]
+    tried = every if len(every) <= FEW else screen.shortlist(every, read, LIKELIEST)
     best: Matched | None = None
     failure: UserError | None = None
-    near: list[tuple[Model, float]] = []
-    for candidate in candidates:
+    near: list[tuple[Model, Matched]] = []
+    for candidate in tried:
         try:
             found = match(candidate, None if best is None else _constants(best))
         except UserError as error:
             failure = failure or error
             continue
-        if best is not None and _accuracy(found) > _accuracy(best) + 2 * _table(best).error:
+        if best is None or _accuracy(found) > _accuracy(best) + 2 * _table(best).error:
             # the constants of the old best need not suit this form, so measure all of them
-            best, near = match(candidate, None), []
-        elif best is None:
-            best = found
+            best = found if best is None else match(candidate, None)
+            near = [(candidate, best)]
         elif _accuracy(found) >= _accuracy(best) - 2 * _table(best).error:
-            near.append((candidate, _accuracy(found)))
+            near.append((candidate, found))
     if best is None:
         raise failure or UserError(f"{model.path}: no form of the net fits")
-    if near:
-        raise UserError(_question(best, near))
-    return best
+    if len(near) == 1:
+        return best
+    places = {id(candidate): index for index, candidate in enumerate(every)}
+    near.sort(key=lambda pair: places[id(pair[0])])
+    chosen, found = near[_likeliest([found for _, found in near], read)]
+    # the others were measured with the constants of the best only
+    return best if found is best else match(chosen, None)
+
+
+def _likeliest(near: list[Matched], read: screen.Read) -> int:
+    """Index of the form under which the labels are likeliest; of those within two standard errors
+    of it, of the first. Raises UserError if they differ in their answers."""
+    scores, answers = [], []
+    for found in near:
+        model, data = (
+            preprocess.adopt(found.model, _table(found)),
+            read(found.model.spec.image_shape),
+        )
+        data = preprocess.sample(data)
+        logits = evaluate.logits(model.net, model.variables, data)
+        scores.append(screen.likelihoods(logits, np.asarray(data.labels)))
+        answers.append(logits.argmax(-1))
+    top = max(scores, key=np.mean)
+    error = lambda gap: gap.std() / np.sqrt(len(gap))
+    equal = [i for i, one in enumerate(scores) if (top - one).mean() <= 2 * error(top - one) + 1e-4]
+    first = equal[0]
+    differing = [i for i in equal if (answers[i] != answers[first]).mean() > DIFFERENT]
+    if differing:
+        raise UserError(_question([near[i] for i in (first, *differing)]))
+    return first
 
 
 def stated(model: Model, form: Sequence[str]) -> Model:
@@ -102,11 +139,10 @@ def _text(spec: build.Spec, name: str) -> str:
     return "" if name == "layers" else str(spec.options.get(name))
 
 
-def _question(best: Matched, near: list[tuple[Model, float]]) -> str:
-    found: list[tuple[Any, float]] = [(best.model, _accuracy(best)), *near]
-    specs = [model.spec for model, _ in found]
+def _question(near: list[Matched]) -> str:
+    specs = [found.model.spec for found in near]
     listed = "; ".join(
-        f"{' '.join(parts(model.spec, specs))} ({accuracy:.3f})" for model, accuracy in found
+        f"{' '.join(parts(found.model.spec, specs))} ({_accuracy(found):.3f})" for found in near
     )
     return (
         f"several forms of the net are equally accurate on these images: {listed}; say which with"

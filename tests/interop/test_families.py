@@ -17,6 +17,7 @@ from jaxbd.interop import forms, layouts, load
 from jaxbd.models import build, families
 
 torch.set_num_threads(1)
+LEAKY = lambda x: F.leaky_relu(x, 0.1)
 STEM = lambda width: torch.nn.Conv2d(3, width, 7, 2, 3, bias=False)
 
 CASES = {
@@ -140,6 +141,46 @@ CASES = {
     ),
     "LeNet": (lambda: nets.LeNet(7), "CNN-5", {"padded": False}, 28),
     "LeNet with padding": (lambda: nets.LeNet(7, 3, 32, 2), "CNN-5", {"padded": True}, 32),
+    "three convolutions without padding": (
+        lambda: nets.Plain(
+            3, [(4, 3, 0, 1), (6, 3, 0, 1), (8, 3, 0, 1)], (128, 9, 7), "110", LEAKY
+        ),
+        "CNN-5",
+        {"pools": "110", "padded": False, "activation": "leaky0.1"},
+        32,
+    ),
+    "LeNet-5 of MNIST": (
+        lambda: nets.Plain(
+            1, [(6, 5, 2, 1), (8, 5, 0, 1)], (200, 7), "11", torch.sigmoid, F.avg_pool2d
+        ),
+        "CNN-3",
+        {"padded": "first", "pooling": "avg", "activation": "sigmoid"},
+        28,
+    ),
+    "pooling at the start": (
+        lambda: nets.Plain(3, [(4, 3, 1, 1)] * 4, (64, 7), "1100", norm=True),
+        "CNN-5",
+        {"pools": "1100", "activation": "relu"},
+        16,
+    ),
+    "mean over positions": (
+        lambda: nets.Plain(3, [(4, 3, 1, 1)] * 5, (4, 7), "01010", norm=True),
+        "VGG-8",
+        {"pools": "01010", "padded": True},
+        16,
+    ),
+    "strides in place of pooling": (
+        lambda: nets.Plain(3, [(4, 3, 1, 2), (6, 3, 1, 2)], (96, 7), "00"),
+        "CNN-3",
+        {"pools": "11", "pooling": "stride"},
+        16,
+    ),
+    "a dropout in a Sequential": (
+        nets.sequential_with_dropout,
+        "CNN-4",
+        {"pools": "011", "padded": True},
+        16,
+    ),
     "MobileNetV2": (lambda: nets.MobileNetV2(7), "MobileNetV2", {"strides": "1222121"}, 64),
     "timm's MobileNetV2": (lambda: nets.TimmMobile(7, F.relu6), "MobileNetV2", {}, 32),
     "timm's MNASNet": (
@@ -280,6 +321,26 @@ def test_a_convolution_has_groups_only_where_its_family_has_them():
     net = families.Layers({"a": (8, 2, 1, 1)}, frozenset(), jnp.float32, False)
     with pytest.raises(families.Mismatch, match="a does not take 4 channels"):
         net.conv("a", jnp.zeros((1, 8, 8, 4)))
+
+
+def test_images_for_which_a_plain_net_is_too_large_are_refused():
+    tensors = twins.tensors(nets.LeNet(7, 3, 32))
+    assert layouts.recognise(tensors).spec.image_shape == (32, 32, 3)
+    with pytest.raises(UserError, match=r"no images of 12x12, but of side 32, .*resize"):
+        layouts.recognise(tensors, image_shape=(12, 12, 3))
+
+
+def test_the_number_of_forms_is_bounded():
+    small = layouts.recognise(twins.tensors(nets.Plain(3, [(4, 3, 1, 1)] * 8, (64, 7), "1" * 8)))
+    assert len(small.forms) <= 4 * families.chain.MOST_FORMS
+    plan = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+    with torch.device("meta"):
+        shapes = {
+            n: t.shape for n, t in nets.sequential_vgg(plan, (9, 9), False, 7).state_dict().items()
+        }
+    blank = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    large = layouts.recognise(blank, image_shape=(224, 224, 3)).forms
+    assert len(large) == 4 and large[0].options["pools"] == "0101001001001"
 
 
 def test_what_is_not_read_from_weights_alone_is_told_by_name():

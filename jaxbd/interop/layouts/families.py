@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxbd.base import UserError
 from jaxbd.models import build, families
+from jaxbd.models.families import chain
 
 PLAIN = "chain"
 """The family that accepts any names."""
@@ -95,10 +96,10 @@ def _forms(
         return ()
     try:
         net = families.open_table(table)
-        forms = family.forms(net)
+        forms = _list_forms(name, net, image_shape)
         channels = _channels(net)
         side = family.side(net)
-    except (UserError, IndexError, KeyError, ValueError, StopIteration):
+    except (families.Mismatch, IndexError, KeyError, ValueError, StopIteration):
         return ()
     classes = _classes(net)
     shape = image_shape or (side, side, channels)
@@ -110,6 +111,23 @@ def _forms(
     while specs and not _fits(specs[0]):  # the likeliest form comes first and must be buildable
         specs.pop(0)
     return tuple(specs)
+
+
+def _list_forms(
+    name: str, net: families.Layers, image_shape: tuple[int, int, int] | None
+) -> tuple[dict[str, Any], ...]:
+    """The forms of a net; for a plain net those that take images of `image_shape`, if given."""
+    if name != PLAIN or image_shape is None:
+        return families.FAMILIES[name].forms(net)
+    usual = chain.forms(net)
+    try:
+        return chain.forms(net, image_shape[:2])
+    except families.Mismatch:
+        sides = ", ".join(str(side) for side in dict.fromkeys(form["side"] for form in usual))
+        raise UserError(
+            f"the model takes no images of {image_shape[0]}x{image_shape[1]}, but of side {sides};"
+            " resize the images"
+        ) from None
 
 
 def _spec(

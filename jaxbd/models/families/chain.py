@@ -1,32 +1,53 @@
 """Nets with layers in one sequence: LeNet and other small nets for MNIST, AlexNet-like nets, VGG
 with or without BatchNorm (Simonyan and Zisserman 2015), any number of linear layers.
 
-The order follows the names and is checked against the numbers of channels. Gaps in the numbers of a
-`Sequential` show where pooling is. If the names show nothing, pooling is derived from the width of
-the first linear layer and the image's size.
+The order follows the names and is checked against the numbers of channels. Where the net pools is
+derived from the width of the first linear layer and the image's size, see `placements`; gaps in the
+numbers of a `Sequential` show where it may.
 """
 
+import collections
+import functools
 import itertools
 import math
 import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxbd.base import Array
-from jaxbd.models.families.layers import Layers, Mismatch, adaptive_avg_pool, max_pool, natural
+from jaxbd.models.families import placements
+from jaxbd.models.families.layers import (
+    Layers,
+    Mismatch,
+    adaptive_avg_pool,
+    avg_pool,
+    max_pool,
+    natural,
+)
 from jaxbd.models.norm import Correction
 
 MOST = 64
 """Maximum number of layers; a longer chain is some other net."""
-ACTIVATIONS = {
-    "relu": nn.relu,
-    "elu": nn.elu,
-    "tanh": jnp.tanh,
-    "leaky": nn.leaky_relu,
-    "sigmoid": nn.sigmoid,
+ACTIVATIONS: dict[str, tuple[float, Callable[[Array], Array]]] = {
+    "relu": (0.0, nn.relu),
+    "elu": (2.0, nn.elu),
+    "leaky": (2.5, nn.leaky_relu),
+    "leaky0.1": (2.5, functools.partial(nn.leaky_relu, negative_slope=0.1)),
+    "leaky0.2": (3.0, functools.partial(nn.leaky_relu, negative_slope=0.2)),
+    "tanh": (3.0, jnp.tanh),
+    "sigmoid": (3.5, nn.sigmoid),
 }
+"""Name -> (cost, function); the lower the cost, the likelier. "leaky" has PyTorch's slope, 0.01."""
+MAX = {"max": 0.0}
+POOLINGS = {**MAX, "avg": 2.0}
+"""Name -> cost."""
+MOST_FORMS = 96
+WORK = 10_000_000_000
+"""Maximum number of forms for one size of images, and of multiplications that all of them need for
+one image: each form is tried on images, which for a large net takes long."""
 ALEXNET = {"padded": True, "stem_stride": 4, "window": 3, "side": 224}
 """Krizhevsky et al. 2012, as in torchvision: 11x11 first convolution, overlapping pooling."""
 ORDER = (
@@ -108,95 +129,86 @@ def _norm_after(net: Layers, name: str, norms: list[str]) -> str | None:
     )
 
 
-def forms(net: Layers) -> tuple[dict[str, Any], ...]:
-    """Possible values of what the weights do not determine, the most likely first.
+def forms(net: Layers, size: tuple[int, int] | None = None) -> tuple[dict[str, Any], ...]:
+    """Possible values of what the weights do not determine, the most likely first, for images of
+    `size` (height, width), or of the usual sizes.
 
-    "pools": "1" or "0" per convolution, whether max-pooling follows it; "padded": whether the
-    convolutions keep the image's size; "activation"; "side" of the images; "stem_stride" of the
-    first convolution if not 1; "window" of the pooling if not 2.
+    "pools": "1" or "0" per convolution, whether the image is halved after it; "pooling": "max",
+    "avg", or "stride" (the convolution itself halves it); "padded": whether the convolutions keep
+    the image's size (True, False, or "first"); "activation"; "side" of the images; "stem_stride" of
+    the first convolution if not 1; "window" of the pooling if not 2.
     """
     found = chain(net)
-    convs = [conv for conv, _ in found.convs]
-    channels, places = net.shapes[convs[-1]][0], net.shapes[found.linears[0][0]][1]
-    if math.isqrt(places // channels) ** 2 * channels != places:
-        raise Mismatch(f"{found.linears[0][0]} does not read a square of places")
+    convs = [net.shapes[conv] for conv, _ in found.convs]
+    channels, places = convs[-1][0], net.shapes[found.linears[0][0]][1]
     rest = math.isqrt(places // channels)
-    if net.shapes[convs[0]][-1] == 11:
+    if rest**2 * channels != places:
+        raise Mismatch(f"{found.linears[0][0]} does not read a square of places")
+    if convs[0][-1] == 11:
         return ({**ALEXNET, "pools": "11" + "0" * (len(convs) - 3) + "1", "activation": "relu"},)
-    activations = ("relu", "elu") if len(convs) > 3 else ("relu", "elu", "tanh")
-    shapes = _sequence(net, found, rest) or _small(net, found, rest)
-    if not shapes:
+    gaps = _find_gaps(found)
+    if gaps is None and len(convs) > 8:
+        raise Mismatch("its names do not show where it pools")
+    plan = placements.Plan(tuple(shape[-1] for shape in convs), gaps, rest, convs[0][1])
+    weighed, most = [], {}
+    for cost, placed in placements.place(plan, size):
+        side = placed["side"]
+        work = placements.multiply_adds(convs, placed, size or (side, side))
+        most[side] = min(most.get(side, MOST_FORMS), max(4, WORK // work))
+        weighed += [(cost + more, {**placed, **kind}) for more, kind in _kinds(placed)]
+    chosen, counts = [], collections.Counter()
+    for _, form in sorted(weighed, key=lambda each: each[0]):
+        counts[form["side"]] += 1
+        if counts[form["side"]] <= most[form["side"]]:
+            chosen.append({name: value for name, value in form.items() if name != "strided"})
+    if not chosen:
         raise Mismatch(f"no pooling leaves the {rest}x{rest} places that its linear layers read")
-    return tuple({**shape, "activation": act} for act in activations for shape in shapes)
+    return tuple(chosen)
 
 
-def _sequence(net: Layers, found: Chain, rest: int) -> list[dict[str, Any]]:
-    """Forms of nets with convolutions numbered in one sequence, where a gap means pooling."""
+def _kinds(placed: dict[str, Any]) -> Iterator[tuple[float, dict[str, str]]]:
+    """(cost, form) of each pooling and activation that fits a placement."""
+    poolings = {"stride": 0.0} if placed["strided"] else POOLINGS if "1" in placed["pools"] else MAX
+    for (pooling, one), (activation, other) in itertools.product(
+        poolings.items(), ACTIVATIONS.items()
+    ):
+        yield one + other[0], {"pooling": pooling, "activation": activation}
+
+
+def _find_gaps(found: Chain) -> tuple[int, ...] | None:
+    """Numbers of modules, other than norm and activation, between convolutions numbered in one
+    `Sequential`; None for other names, or if the numbers leave no place for the activations."""
     names = [conv for conv, _ in found.convs]
     bases = {name.rpartition(".")[0] for name in names}
     numbers = [name.rpartition(".")[2] for name in names]
     if len(bases) != 1 or not all(number.isdigit() for number in numbers) or len(names) < 2:
-        return []
-    usual = 3 if found.convs[0][1] else 2
-    gaps = [int(b) - int(a) - usual for a, b in itertools.pairwise(numbers)]
-    if min(gaps) < 0 or not any(gaps):
-        return []
-    pools = "".join("1" if gap else "0" for gap in gaps)
-    return [
-        {"pools": f"{pools}{last}", "padded": True, "side": rest * 2 ** (pools + last).count("1")}
-        for last in ("1", "0")
+        return None
+    gaps = [
+        int(after) - int(number) - (2 if norm is None else 3)
+        for (number, after), (_, norm) in zip(
+            itertools.pairwise(numbers), found.convs, strict=False
+        )
     ]
-
-
-def _small(net: Layers, found: Chain, rest: int) -> list[dict[str, Any]]:
-    """Forms of small nets: pooling and padding that reduce an image of a usual size to `rest` x
-    `rest` positions."""
-    convs = [conv for conv, _ in found.convs]
-    if len(convs) > 8:
-        return []
-    grey = net.shapes[convs[0]][1] == 1
-    solutions = []
-    for side in (28, 32, 16, 8, 64) if grey else (32, 28, 64, 96, 224, 16):
-        for padded in (False, True):
-            for pools in _likely_pools(len(convs)):
-                if _places(net, convs, side, padded, pools) == rest:
-                    solutions.append({"pools": pools, "padded": padded, "side": side})
-        # sides are in order of likelihood: stop at the first that fits
-        if solutions:
-            break
-    return solutions[:3]
-
-
-def _likely_pools(count: int) -> list[str]:
-    """Likely pooling: after every convolution; every second; only the last; all except the first;
-    none."""
-    every = "1" * count
-    second = "".join("1" if index % 2 else "0" for index in range(count))
-    last = "0" * (count - 1) + "1"
-    return list(dict.fromkeys([every, second, last, "0" + "1" * (count - 1), "0" * count]))
-
-
-def _places(net: Layers, convs: list[str], side: int, padded: bool, pools: str) -> int:
-    for conv, pool in zip(convs, pools, strict=True):
-        kernel = net.shapes[conv][-1]
-        side = side - kernel + 1 + 2 * (kernel // 2) * padded
-        side = side // 2 if pool == "1" else side
-        if side < 1:
-            return 0
-    return side
+    return tuple(gaps) if min(gaps) >= 0 else None
 
 
 def forward(net: Layers, x: Array, form: dict[str, Any]) -> Array:
     """Images [B, H, W, C], already normalised -> logits [B, K]."""
-    found, activate = chain(net), ACTIVATIONS[form["activation"]]
-    stride, window = form.get("stem_stride", 1), form.get("window", 2)
-    for index, ((conv, norm), pool) in enumerate(zip(found.convs, form["pools"], strict=True)):
+    found, (_, activate) = chain(net), ACTIVATIONS[form["activation"]]
+    pooling, window = form.get("pooling", "max"), form.get("window", 2)
+    pool = {"max": max_pool, "avg": avg_pool, "stride": lambda y, *_: y}[pooling]
+    for index, ((conv, norm), halves) in enumerate(zip(found.convs, form["pools"], strict=True)):
+        stride = form.get("stem_stride", 1) if index == 0 else 1
         # only AlexNet has a stem stride, and its first convolution pads by 2
-        padding = (None if stride == 1 or index else 2) if form["padded"] else 0
-        x = net.conv(conv, x, stride if index == 0 else 1, padding)
+        padding = 2 if stride > 1 else None if placements.is_padded(form["padded"], index) else 0
+        stride = 2 if pooling == "stride" and halves == "1" else stride
+        x = net.conv(conv, x, stride, padding)
         x = activate(x if norm is None else net.norm(norm, x))
-        x = max_pool(x, window, 2) if pool == "1" else x
+        x = pool(x, window, 2) if halves == "1" else x
     rest = math.isqrt(net.size(found.linears[0][0])[1] // x.shape[-1])
+    # torchvision's VGG and AlexNet take images of any size: their pooling may repeat positions
+    if min(x.shape[1:3]) < rest and not (window == 3 or rest == placements.HEAD):
+        raise Mismatch(f"{found.linears[0][0]} reads more than the {x.shape[1]} places of a side")
     x = adaptive_avg_pool(x, rest)
     # PyTorch flattens channels first
     x = Correction(name="features")(x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
