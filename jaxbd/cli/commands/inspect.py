@@ -66,7 +66,7 @@ def _print(facts: dict[str, Any]) -> None:
         "sha256": facts["sha256"],
         "architecture": facts["architecture"] or facts["not_recognised"],
         "options": options,
-        "open": "; ".join(facts["forms"]),
+        "open": _few(facts["forms"]),
         "parameters": f"{facts['parameters']:,}" if facts["tensors"] else None,
         "tensors": f"{len(facts['tensors']):,}" if facts["tensors"] else None,
         "not finite": unfit or ("none" if facts["tensors"] else None),
@@ -84,6 +84,13 @@ def _print(facts: dict[str, Any]) -> None:
     for name, value in lines.items():
         if value:
             show.say(f"{name:<13} {value}")
+
+
+def _few(forms: list[str]) -> str:
+    """The first forms; those that differ only in the images' size are left out."""
+    named = [form for form in dict.fromkeys(forms) if form]
+    more = f"; and {len(named) - 6} more" if len(named) > 6 else ""
+    return "; ".join(named[:6]) + more
 
 
 def _normalisation(constants: dict[str, Any]) -> str:
