@@ -68,9 +68,10 @@ def choose(model: Model, match: Match, read: screen.Read, stated: Sequence[str] 
 
 
 def _likeliest(near: list[Matched], read: screen.Read) -> int:
-    """Index of the form under which the labels are likeliest; of those within two standard errors
-    of it, of the first. Raises UserError if they differ in their answers."""
-    scores, answers = [], []
+    """Index of the form whose moments are nearest to the stored ones and under which the labels are
+    likeliest; of those within two standard errors of it, of the first. Raises UserError if they
+    differ in their answers."""
+    scores, answers, distances = [], [], []
     for found in near:
         model, data = (
             preprocess.adopt(found.model, _table(found)),
@@ -80,9 +81,15 @@ def _likeliest(near: list[Matched], read: screen.Read) -> int:
         logits = evaluate.logits(model.net, model.variables, data)
         scores.append(screen.likelihoods(logits, np.asarray(data.labels)))
         answers.append(logits.argmax(-1))
-    top = max(scores, key=np.mean)
+        distances.append(screen.distance(model, data))
+    left = list(range(len(near)))
+    measured = [distance for distance in distances if distance is not None]
+    if len(measured) == len(near):
+        left = [i for i in left if measured[i] <= 1.25 * min(measured) + 0.01]
+    top = max((scores[i] for i in left), key=np.mean)
     error = lambda gap: gap.std() / np.sqrt(len(gap))
-    equal = [i for i, one in enumerate(scores) if (top - one).mean() <= 2 * error(top - one) + 1e-4]
+    gaps = {i: top - scores[i] for i in left}
+    equal = [i for i, gap in gaps.items() if gap.mean() <= 2 * error(gap) + 1e-4]
     first = equal[0]
     differing = [i for i in equal if (answers[i] != answers[first]).mean() > DIFFERENT]
     if differing:

@@ -1,17 +1,21 @@
 """Compares the forms of a net by how well their logits predict the labels of images.
 
 Accuracy on a few hundred images hardly tells two activations apart; the likelihood of the labels
-does.
+does, and so do stored moments.
 """
 
 from collections.abc import Callable, Sequence
 
+import flax.traverse_util
 import numpy as np
 
 from jaxbd.base import Batch, UserError
 from jaxbd.data import pictures
+from jaxbd.images import to_float
+from jaxbd.interop import moments
 from jaxbd.interop.load import Model
 from jaxbd.interop.probe import Constants
+from jaxbd.metrics import activations
 from jaxbd.models.norm import NORMALISATIONS
 
 Read = Callable[[pictures.Shape], Batch]
@@ -91,6 +95,22 @@ def _constants(own: Constants, channels: int) -> list[Constants]:
     """The net's own constants, and others from which all usual ones differ little."""
     names = ("none", "half", "mnist" if channels == 1 else "imagenet", "0-255")
     return list(dict.fromkeys([own, *(NORMALISATIONS[name] for name in names)]))
+
+
+def distance(model: Model, data: Batch) -> float | None:
+    """How much the inputs of the second normalisation layer, which an activation or pooling before
+    it changes, differ from those in training, see `moments.Moments`; None if there is no such
+    layer."""
+    stored = flax.traverse_util.flatten_dict(model.variables.get("batch_stats", {}), sep="/")
+    if model.guard is not None or model.variables.get("bounds"):
+        return None
+    layers = activations.layers(model.net, model.variables, data)
+    normed = [name for name in layers if f"{name}/mean" in stored]
+    if len(normed) < 2:
+        return None
+    images = np.asarray(to_float(np.asarray(data.images)))
+    found = moments.measure(model.net, model.variables, normed[1], images)
+    return None if found is None else found.distance
 
 
 def likelihoods(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

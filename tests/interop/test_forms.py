@@ -60,6 +60,7 @@ def choose_among(logits, tmp_path, monkeypatch):
     data = Batch(np.zeros((64, 8, 8, 1), np.uint8), np.zeros(64, np.int32))
     answers = iter(logits)
     monkeypatch.setattr(forms.evaluate, "logits", lambda *_: next(answers))
+    monkeypatch.setattr(screen, "distance", lambda *_: None)
     match = lambda candidate, _: Matched(candidate, Dataset(*data, (), ""), table)
     return forms.choose(model, match, lambda _: data).model.spec.options["activation"]
 
@@ -80,6 +81,26 @@ def test_forms_that_are_equally_good_but_differ_are_refused(tmp_path, monkeypatc
     one, other = (np.eye(4)[np.where(np.arange(64) % 4 == rest, 1, 0)] for rest in (0, 1))
     with pytest.raises(UserError, match=r"equally .*activation=elu.*activation=relu.*--form"):
         choose_among((one, other), tmp_path, monkeypatch)
+
+
+def test_stored_moments_tell_activations_apart(tmp_path):
+    act = lambda x: F.leaky_relu(x, 0.2)
+    net: Any = nets.Plain(1, [(6, 3, 1, 1), (8, 3, 1, 1)], (32, 5), "11", act, norm=True)
+    for layer in (net.bn1, net.bn2):
+        layer.momentum = None  # the stored moments become those of the images
+    with torch.no_grad():
+        twins.randomise(net, seed=2).train()
+        for layer in (net.bn1, net.bn2):
+            layer.reset_running_stats()
+        net(nets.chw(IMAGES / np.float32(255)))
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    model = load.open_model(tmp_path / "net.pth", image_shape=(8, 8, 1))
+    data = Batch(IMAGES, np.zeros(len(IMAGES), np.int32))
+    found = {
+        name: screen.distance(forms.stated(model, [f"activation={name}"]), data) or 0
+        for name in ("leaky0.2", "relu")
+    }
+    assert found["leaky0.2"] < 0.01 and found["relu"] > 0.03
 
 
 def test_images_of_a_size_that_no_form_takes_are_refused(tmp_path):
