@@ -7,6 +7,7 @@ does, and so do stored moments.
 from collections.abc import Callable, Sequence
 
 import flax.traverse_util
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbd.base import Batch, UserError
@@ -108,7 +109,7 @@ def distance(model: Model, data: Batch) -> float | None:
     normed = [name for name in layers if f"{name}/mean" in stored]
     if len(normed) < 2:
         return None
-    images = np.asarray(to_float(np.asarray(data.images)))
+    images = np.asarray(to_float(jnp.asarray(data.images)))
     found = moments.measure(model.net, model.variables, normed[1], images)
     return None if found is None else found.distance
 
