@@ -73,11 +73,8 @@ def _likeliest(near: list[Matched], read: screen.Read) -> int:
     differ in their answers."""
     scores, answers, distances = [], [], []
     for found in near:
-        model, data = (
-            preprocess.adopt(found.model, _table(found)),
-            read(found.model.spec.image_shape),
-        )
-        data = preprocess.sample(data)
+        model = preprocess.adopt(found.model, _table(found))
+        data = preprocess.sample(read(found.model.spec.image_shape))
         logits = evaluate.logits(model.net, model.variables, data)
         scores.append(screen.likelihoods(logits, np.asarray(data.labels)))
         answers.append(logits.argmax(-1))
