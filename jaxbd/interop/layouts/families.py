@@ -96,9 +96,11 @@ def _forms(
         return ()
     try:
         net = families.open_table(table)
+        channels, side = _channels(net), family.side(net)
+    except (UserError, IndexError, KeyError, ValueError, StopIteration):
+        return ()
+    try:
         forms = _list_forms(name, net, image_shape)
-        channels = _channels(net)
-        side = family.side(net)
     except (families.Mismatch, IndexError, KeyError, ValueError, StopIteration):
         return ()
     classes = _classes(net)

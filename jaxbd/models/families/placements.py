@@ -12,6 +12,8 @@ COLOUR_SIDES = (32, 28, 64, 96, 224, 16, 8)
 MOST_SIDES = 4
 MOST = 12
 """Maximum number of placements for one size of images."""
+MOST_PADDED = 7
+"""Largest side of a kernel that may be larger than the image it is padded on."""
 HEAD = 7
 """Side of the positions that the heads of torchvision's VGG read, whatever the images' size."""
 
@@ -99,6 +101,8 @@ def _pools(plan: Plan, strided: bool) -> list[str]:
 def shrink(kernels: Sequence[int], side: int, pools: str, padded: bool | str, strided: bool) -> int:
     """Side of the last convolution's output after its pooling; 0 if nothing remains."""
     for index, (kernel, pool) in enumerate(zip(kernels, pools, strict=True)):
+        if kernel > max(side, MOST_PADDED):
+            return 0
         padding = kernel // 2 if is_padded(padded, index) else 0
         step = 2 if strided and pool == "1" else 1
         side = (side + 2 * padding - kernel) // step + 1
