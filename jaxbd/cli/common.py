@@ -244,7 +244,7 @@ def open_both(
         shape = model.spec.image_shape
         dataset = matching.read(source(data, reading), model, shape, reading.limit)
         show.notes((*dataset.notes, *_describe_classes(dataset, model)))
-        _check_answers(model)
+        check_answers(model)
         return Opened(model, dataset, None)
     few = min(reading.limit or preprocess.SAMPLE, preprocess.SAMPLE)
     model, dataset, table = forms.choose(
@@ -277,7 +277,7 @@ def _describe_classes(dataset: Dataset, model: models.Model) -> tuple[str, ...]:
     )
 
 
-def _check_answers(model: models.Model) -> None:
+def check_answers(model: models.Model) -> None:
     """Raises UserError if even a black image gives logits that are not finite.
 
     No trigger works in such a model, so a scan would call it clean.
@@ -353,13 +353,15 @@ def refuse_guarded(model: models.Model, path: pathlib.Path) -> None:
 def open_alone(path: pathlib.Path, reading: Reading) -> models.Model:
     """Opens a model without images; file and flags must state what images would otherwise tell.
 
-    Raises: UserError if they leave the normalisation or the image size open.
+    Raises: UserError if they leave the normalisation or the image size open, or if the net has no
+      form that agrees with --form.
     """
     given = stated(reading)
     model = open_model(
         path, arch=reading.arch, image_shape=reading.image_shape, key=reading.key, **given
     )
     refuse_guarded(model, path)
+    model = assume_form(model, reading)
     if is_ours(model):
         return model
     if not given:
@@ -371,6 +373,20 @@ def open_alone(path: pathlib.Path, reading: Reading) -> models.Model:
         example = f"--image-shape {side} {side} {channels}"
         raise UserError(
             f"the file does not say how large its net's images are; give the size, e.g. {example}"
+        )
+    return model
+
+
+def assume_form(model: models.Model, reading: Reading) -> models.Model:
+    """The model in the form that --form states; without images, prints a note if this leaves
+    several. Raises: UserError if the net has no such form."""
+    if reading.form:
+        model = forms.stated(model, reading.form)
+    if len(left := forms.keep(model.forms, reading.form)) > 1:
+        assumed = " ".join(forms.parts(model.spec, left))
+        show.note(
+            f"note: the file does not say which form its net has; assuming {assumed} (set it with"
+            " --form NAME=VALUE, or give --data to find it)"
         )
     return model
 

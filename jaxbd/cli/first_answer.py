@@ -32,14 +32,7 @@ def open_suspect(path: Any, reading: common.Reading) -> models.Model:
         path, arch=reading.arch, image_shape=reading.image_shape, key=reading.key, **given
     )
     common.refuse_guarded(model, path)
-    if reading.form:
-        model = forms.stated(model, reading.form)
-    if len(open_forms := forms.keep(model.forms, reading.form)) > 1:
-        assumed = " ".join(forms.parts(model.spec, open_forms))
-        show.note(
-            f"note: the file does not say which form its net has; assuming {assumed} (set it with"
-            " --form NAME=VALUE, or give --data to find it)"
-        )
+    model = common.assume_form(model, reading)
     if not given and not model.states_normalisation():
         show.note(
             "note: the file does not say which normalisation its net expects; assuming none, pixels"
@@ -48,7 +41,7 @@ def open_suspect(path: Any, reading: common.Reading) -> models.Model:
     if reading.image_shape is None and not (common.is_ours(model) or common.has_fixed_size(model)):
         height, width, _ = model.spec.image_shape
         show.note(f"note: the file does not say how large images are; assuming {height}x{width}")
-    common._check_answers(model)
+    common.check_answers(model)
     return model
 
 

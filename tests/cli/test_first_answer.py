@@ -81,6 +81,10 @@ def test_the_form_that_is_assumed_is_said_and_recorded(tmp_path, capsys):
     assert answer(*given)[0] == given and "which form" not in answer(*given)[1]
     with pytest.raises(UserError, match="is not a form of this net"):
         answer("activation=none")
+    # a repair without images opens the model too
+    reading = common.Reading(form=tuple(given), image_shape=(12, 12, 1), normalisation="none")
+    alone = common.open_alone(tmp_path / "m.pth", reading)
+    assert alone.spec.options["activation"] == "tanh"
 
 
 def test_targets_are_checked_before_any_image_is_read(model, capsys):
