@@ -94,6 +94,6 @@ def test_evaluate(victim, exported):
         known = ["--trigger", str(victim / "trigger.npz"), "--target", "3"]
         assert main(["evaluate", str(model), *DATA, *known, "--out", str(out)]) == 0
         found.append(rates(out))
-    apart = {"model": None, "preprocessing": None}
+    apart = {"inputs": None, "model": None, "preprocessing": None}
     assert found[0]["attack_success_rate"] > 0.5
     assert {**found[0], **apart} == {**found[1], **apart}
