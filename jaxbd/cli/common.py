@@ -246,7 +246,7 @@ def open_both(
         show.notes((*dataset.notes, *_describe_classes(dataset, model)))
         check_answers(model)
         return Opened(model, dataset, None)
-    few = min(reading.limit or preprocess.SAMPLE, preprocess.SAMPLE)
+    count = min(reading.limit or preprocess.SAMPLE, preprocess.SAMPLE)
     model, dataset, table = forms.choose(
         model,
         lambda candidate, constants: matching.match(
@@ -257,7 +257,7 @@ def open_both(
             fixed_size=fixed_size,
             accept=reading.accept_accuracy,
         ),
-        lambda shape: Batch(*matching.read(source(data, reading), model, shape, few)[:2]),
+        lambda shape: Batch(*matching.read(source(data, reading), model, shape, count)[:2]),
         reading.form,
     )
     show.notes((*dataset.notes, *_describe_classes(dataset, model)))

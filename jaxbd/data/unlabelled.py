@@ -2,6 +2,7 @@
 `images`."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,29 +31,32 @@ class Pictures(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def is_unlabelled(spec: str, classes: labels.Classes = labels.Classes()) -> bool:
+def is_unlabelled(spec: str, find_classes: Callable[[], labels.Classes] = labels.Classes) -> bool:
     """Whether `spec` names images without labels.
 
     False for a source that cannot be read: the readers of labelled data then report why.
 
     Args:
-      classes: what is known of the model's classes. Sub-folders beside pictures that cannot be
-        these classes do not label anything.
+      find_classes: returns what is known of the model's classes; called only for sub-folders beside
+        pictures. Those that cannot be these classes do not label anything.
     """
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
         if not any(map(folder.is_picture, path.iterdir())):
             return False
-        return not _has_classes(path, classes) and lists.find(path, "test") is None
+        return not _has_classes(path, find_classes) and lists.find(path, "test") is None
     return path.is_file() and (
         folder.is_picture(path) or (path.suffix.lower() == ".npz" and not npz.has_labels(path))
     )
 
 
-def _has_classes(path: Path, classes: labels.Classes) -> bool:
+def _has_classes(path: Path, find_classes: Callable[[], labels.Classes]) -> bool:
     names = [entry.name for entry in folder.sub_folders(path)]
+    if not names:
+        return False
+    classes = find_classes()
     try:
-        return bool(names) and bool(labels.number_folders(names, classes, str(path)))
+        return bool(labels.number_folders(names, classes, str(path)))
     except UserError:
         return False
 

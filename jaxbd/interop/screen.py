@@ -59,9 +59,8 @@ def _read(read: Read, shape: pictures.Shape) -> Batch | None:
         batch = read(shape)
     except UserError:
         return None
-    images = np.asarray(batch.images[:SAMPLE])
-    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
-    return Batch(images, np.asarray(batch.labels[:SAMPLE]))
+    images = to_float(jnp.asarray(batch.images[:SAMPLE]))
+    return Batch(np.asarray(images), np.asarray(batch.labels[:SAMPLE]))
 
 
 def _score(model: Model, batch: Batch) -> float:

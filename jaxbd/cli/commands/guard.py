@@ -3,7 +3,6 @@ triggered."""
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from typing import Annotated, Any, NamedTuple
@@ -19,7 +18,7 @@ from jaxbd.cli import common, outputs, show
 from jaxbd.cli.progress import Progress
 from jaxbd.data import labels, load, unlabelled
 from jaxbd.detection import strip as stripping
-from jaxbd.interop import forms, guarded
+from jaxbd.interop import guarded
 from jaxbd.interop import load as models
 from jaxbd.metrics import evaluate
 from jaxbd.models import build
@@ -117,7 +116,8 @@ def run(args: Args) -> int:
 def _open(args: Args) -> Opened:
     """Opens model and images. Raises: UserError if the model has no guard, or the images do not
     fit."""
-    if _is_unlabelled(args):
+    # sub-folders may be classes or not; that depends on the model
+    if unlabelled.is_unlabelled(args.data, lambda: _read_classes(args)):
         opened = _open_unlabelled(args)
     else:
         both = common.open_both(
@@ -134,15 +134,13 @@ def _open(args: Args) -> Opened:
     return opened
 
 
-def _is_unlabelled(args: Args) -> bool:
+def _read_classes(args: Args) -> labels.Classes:
+    """What the model's file and --classes say about the classes."""
     reading = args.reading
-    if not os.path.isdir(os.path.expanduser(args.data)):
-        return unlabelled.is_unlabelled(args.data)
-    # sub-folders may be classes or not; that depends on the model
     model = models.open_model(
         args.model, arch=reading.arch, image_shape=reading.image_shape, key=reading.key
     )
-    return unlabelled.is_unlabelled(args.data, _classes(model, reading))
+    return _classes(model, reading)
 
 
 def _classes(model: models.Model, reading: common.Reading) -> labels.Classes:
@@ -167,8 +165,7 @@ def _open_unlabelled(args: Args) -> Opened:
         key=reading.key,
         **common.stated(reading),
     )
-    if reading.form:
-        model = forms.stated(model, reading.form)
+    model = common.assume_form(model, reading)
     shape = model.spec.image_shape
     found = unlabelled.load(args.data, shape, limit=reading.limit, seed=reading.seed)
     show.notes(found.notes)
